@@ -1,0 +1,1 @@
+"""What we run: the models, the tasks, the trainer and the studies."""

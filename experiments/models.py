@@ -1,0 +1,299 @@
+"""Pretrained models, ready for a task: loaded from safetensors alone, with a fresh head, without chatter.
+
+`tiny` builds the five small random models that tests run on; no file is needed for them.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments import catalogue
+
+HEAD_SEED = 0  # of the head that the loader makes; adapters start their own heads
+TINY = ("bert", "deberta-v2", "gpt2", "llama", "albert")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a loaded model besides the model itself.
+
+    heads: names of the modules made fresh for the task. attention: "sdpa" or "eager". content_hash: of its files.
+    """
+
+    id: str
+    folder: Path
+    content_hash: str
+    heads: tuple[str, ...]
+    attention: str
+    precision: str
+    num_parameters: int
+
+
+def content_hash(model_id: str) -> str:
+    """sha256 over config, tokenizer and weights of a model; for one of the catalogue known before any download."""
+    return catalogue.content_hash(model_id)
+
+
+def parameter_shapes(model_id: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the model's files, read from their headers alone."""
+    from safetensors import safe_open
+
+    shapes = {}
+    for path in catalogue.weights(catalogue.fetch(model_id)):
+        with safe_open(path, framework="numpy") as file:
+            shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+    return shapes
+
+
+def load(model_id: str, task: Any, precision: str = "fp32", device: str = "cpu") -> tuple[Any, Any, ModelInfo]:
+    """A pretrained model with a head for `task`, its tokenizer, and what is known of it.
+
+    model_id: a name of the catalogue, a hub id, or a folder. task: its kind and num_labels are read.
+    precision: "fp32" or "bf16", of every tensor, the head's included. The model comes in evaluation mode.
+    Raises: Unavailable: no source could give it. ValueError: unknown precision, no such device, another kind of model.
+    """
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f'precision "{precision}" is not known; it must be fp32 or bf16')
+    folder = catalogue.fetch(model_id)
+
+    import safetensors
+    import torch
+    import transformers
+
+    target = _device(device)
+    token_classes = task.kind == "token-classification"
+    auto = transformers.AutoModelForTokenClassification if token_classes else transformers.AutoModelForSequenceClassification
+    wanted: dict[str, Any] = {"num_labels": task.num_labels}
+    if not token_classes:
+        wanted["problem_type"] = "regression" if task.kind == "regression" else "single_label_classification"
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(HEAD_SEED)
+        try:
+            tokenizer = _tokenizer(folder, with_words=token_classes)
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **wanted)
+            _pad(tokenizer, config)
+            options = {
+                "config": config,
+                "dtype": torch.float32 if precision == "fp32" else torch.bfloat16,
+                "use_safetensors": True,
+                "trust_remote_code": False,
+                "local_files_only": True,
+                "ignore_mismatched_sizes": True,  # a head of another width; anything else is refused below
+                "output_loading_info": True,
+            }
+            try:
+                model, found = auto.from_pretrained(folder, attn_implementation="sdpa", **options)
+            except (ValueError, ImportError) as error:
+                if "scaled_dot_product_attention" not in str(error) and "sdpa" not in str(error).lower():
+                    raise
+                model, found = auto.from_pretrained(folder, attn_implementation="eager", **options)
+        except (ValueError, KeyError, ImportError, OSError, RuntimeError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{model_id} cannot be loaded for {task.kind}: {_one_line(error)}") from error
+    missing = [*found["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in found["mismatched_keys"])]
+    heads = head_names(model, missing)
+    astray = sorted(key for key in missing if not any(key.startswith(f"{head}.") for head in heads))
+    if astray:
+        raise ValueError(
+            f"{model_id} lacks {len(astray)} weights of a {type(model).__name__}, {astray[0]} among them: "
+            "its files are of another model; nothing but a head or pooler is started at random"
+        )
+    model.to(target)
+    info = ModelInfo(
+        id=model_id,
+        folder=folder,
+        content_hash=content_hash(model_id),
+        heads=tuple(heads),
+        attention=model.config._attn_implementation,
+        precision=precision,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+    return model, tokenizer, info
+
+
+def head_names(model: Any, missing: Iterable[str] = ()) -> list[str]:
+    """The modules made fresh for the task, in the model's order: what stands outside the base model, and its pooler
+    where the checkpoint had none.
+
+    missing: names of the parameters that were not in the checkpoint. Each name is the largest module all of whose
+    parameters are new: "classifier" for BERT and RoBERTa, "score" for GPT-2, "pooler" and "classifier" for DeBERTa.
+    """
+    base = model.base_model_prefix
+    fresh = {name for name, _ in model.named_parameters() if name.split(".")[0] != base}
+    fresh |= {name for name in missing if "pooler" in name.split(".")}
+    heads = []
+
+    def descend(module: Any, path: str) -> None:
+        names = [f"{path}.{name}" for name, _ in module.named_parameters()]
+        if names and fresh.issuperset(names):
+            heads.append(path)
+        else:
+            for name, child in module.named_children():
+                descend(child, f"{path}.{name}")
+
+    for name, child in model.named_children():
+        descend(child, name)
+    return heads
+
+
+def tiny(
+    name: str,
+    num_labels: int = 3,
+    dtype: str = "float32",
+    seed: int = 0,
+    dropout: float = 0.0,
+    kind: str = "classification",
+) -> Any:
+    """A small random model with a head, in evaluation mode: the five that every packing test runs on.
+
+    name: "bert", "deberta-v2" (share_att_key, relative attention), "gpt2" (Conv1D), "llama", "albert" (one layer,
+    called again and again). hidden 32, 4 heads, 2 layers, vocabulary 67, at most 64 tokens, pad_token_id 0.
+    dtype: "float32" or "float64". kind: a task's kind ("regression" wants num_labels=1).
+    """
+    if name not in TINY:
+        raise ValueError(f'no tiny model "{name}"; there are {", ".join(TINY)}')
+    import torch
+    import transformers
+
+    common = {"vocab_size": 67, "pad_token_id": 0, "num_labels": num_labels}
+    if kind != "token-classification":
+        common["problem_type"] = "regression" if kind == "regression" else "single_label_classification"
+    encoder = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+    }
+    if name == "bert":
+        config = transformers.BertConfig(**common, **encoder)
+    elif name == "deberta-v2":
+        config = transformers.DebertaV2Config(
+            **common,
+            **encoder,
+            type_vocab_size=0,
+            relative_attention=True,
+            share_att_key=True,
+            pos_att_type=["p2c", "c2p"],
+            position_buckets=8,
+            max_relative_positions=-1,
+            norm_rel_ebd="layer_norm",
+            position_biased_input=False,
+            pooler_dropout=dropout,
+        )
+    elif name == "albert":
+        config = transformers.AlbertConfig(**common, **encoder, embedding_size=16, classifier_dropout_prob=dropout)
+    elif name == "gpt2":
+        config = transformers.GPT2Config(
+            **common,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_inner=48,
+            n_positions=64,
+            bos_token_id=1,
+            eos_token_id=1,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
+            resid_pdrop=dropout,
+        )
+    else:
+        config = transformers.LlamaConfig(
+            **common,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            max_position_embeddings=64,
+            bos_token_id=1,
+            eos_token_id=1,
+            attention_dropout=dropout,
+        )
+    token_classes = kind == "token-classification"
+    auto = transformers.AutoModelForTokenClassification if token_classes else transformers.AutoModelForSequenceClassification
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = auto.from_config(config)
+        for parameter in model.parameters():  # biases and norms too: zeros and ones hide mistakes
+            parameter.data.add_(0.05 * torch.randn(parameter.shape))
+    return model.to(getattr(torch, dtype)).eval()
+
+
+def tiny_tokenizer() -> Any:
+    """A fast tokenizer for `tiny`: 67 tokens for letters, their continuations and digits; [CLS], [SEP] as in BERT."""
+    import string
+
+    import tokenizers
+    import transformers
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = list(string.ascii_lowercase)
+    words = [*special, *letters, *(f"##{letter}" for letter in letters), *string.digits]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    core = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    core.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    core.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    core.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=64, model_input_names=inputs, **names)
+
+
+def _tokenizer(folder: Path, with_words: bool) -> Any:
+    import transformers
+
+    options = {"use_fast": True, "trust_remote_code": False, "local_files_only": True}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    if with_words and getattr(tokenizer, "add_prefix_space", None) is False:  # byte-level BPE: a word starts with a space
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, add_prefix_space=True, **options)
+    if not tokenizer.is_fast:
+        raise ValueError("its tokenizer has no fast version, which is needed here")
+    return tokenizer
+
+
+def _pad(tokenizer: Any, config: Any) -> None:
+    """Give tokenizer and config the same padding token; decoders often come without one."""
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ValueError("its tokenizer has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    config.pad_token_id = tokenizer.pad_token_id
+
+
+def _device(device: str) -> Any:
+    import torch
+
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f'device "{device}" is not known; cpu and cuda are') from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f'device "{device}": this machine has no CUDA device that torch can use; use cpu')
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f'device "{device}": there are {torch.cuda.device_count()} CUDA devices, counted from 0')
+    return target
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No load report, no progress bar, no advice from transformers, for the time being."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

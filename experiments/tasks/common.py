@@ -1,0 +1,556 @@
+"""What every task shares: examples, their tokens on disk, the plan of lengths, padding, and the metrics.
+
+Tokens are made once and kept flat: row i of a split is ids[offsets[i]:offsets[i + 1]].
+
+The plan of lengths cuts the rows, sorted by length, into shelves of 8 batches. The order of the steps over the shelves
+depends on the epoch alone, so that the padded length of each step is the same for every seed and members of other seeds
+can be packed without waste; which rows of a shelf come in which of its batches is drawn for each seed. All draws are
+counter-based (Philox), so that any step of any epoch can be computed from nothing.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import catalogue
+
+FORMAT = 1  # raise it when the tokens kept on disk change their meaning
+SHELF = 8  # batches of similar length that each seed shuffles among themselves
+MULTIPLE = 4  # lengths are rounded up to it: few distinct shapes, little padding
+SPLIT_SEED = 0  # of every part that we carve ourselves; a constant, so that everyone has the same parts
+IGNORED = -100  # the label of a token that is not scored (torch's cross-entropy default)
+
+
+class Undefined(ArithmeticError):
+    """A metric that has no value: error is the name for result.json ("collapsed"), detail says which and why."""
+
+    def __init__(self, error: str, detail: str):
+        self.error, self.detail = error, detail
+        super().__init__(f"{error}: {detail}")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """One split as read: n texts (or n lists of words), their partners if the task is about pairs, and n labels."""
+
+    first: list
+    second: list | None
+    labels: np.ndarray | list[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def select(self, rows: Iterable[int]) -> "Examples":
+        rows = [int(row) for row in rows]
+        labels = self.labels[rows] if isinstance(self.labels, np.ndarray) else [self.labels[row] for row in rows]
+        return Examples([self.first[i] for i in rows], self.second and [self.second[i] for i in rows], labels)
+
+    def content_hash(self) -> str:
+        """sha256 over texts and labels (scores to four decimals)."""
+        labels = self.labels if isinstance(self.labels, list) else [self.labels]
+        numbers = [np.round(one.astype(np.float64), 4).tolist() for one in labels]
+        text = json.dumps([self.first, self.second, numbers], ensure_ascii=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """One split, tokenised: n rows in flat storage.
+
+    ids: (total,) int32. offsets: (n + 1,) int64. token_type_ids: (total,) int8 or None.
+    labels: (n,) float32 for a regression, (n,) int64 for classes, (total,) int64 aligned with ids for token classes.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    token_type_ids: np.ndarray | None
+    labels: np.ndarray
+    max_length: int
+    is_by_token: bool = False  # labels aligned with ids
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) number of tokens of each row."""
+        return np.diff(self.offsets)
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> "Encoded":
+        """These rows alone, in this order."""
+        rows = np.asarray(rows, dtype=np.int64)
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        flat = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        types = None if self.token_type_ids is None else self.token_type_ids[flat]
+        labels = self.labels[flat] if self.is_by_token else self.labels[rows]
+        return Encoded(self.ids[flat], offsets, types, labels, self.max_length, self.is_by_token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One task: what it is, how its splits are read, how predictions are scored.
+
+    metric: the name of the primary metric. sizes: rows of each split, known before any download, or None.
+    read: split -> Examples. measure: (predictions, labels) -> {name: points}. identity: -> hash of the raw data.
+    caption: the sentences that every report of this task must carry.
+    """
+
+    name: str
+    kind: str  # "regression" | "classification" | "token-classification"
+    num_labels: int
+    metric: str
+    licence: str
+    read: Callable[[str], Examples]
+    measure: Callable[..., dict[str, float]]
+    identity: Callable[[], str]
+    label_names: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ("train", "validation", "test")
+    selection_split: str = "validation"
+    score_split: str = "test"
+    caption: tuple[str, ...] = ()
+    sizes: Mapping[str, int] | None = None
+    data: str | None = None  # name in the catalogue, where it has one
+
+    def load(self, splits: Iterable[str] | None = None) -> dict[str, Examples]:
+        """The examples of these splits (all, where none are named), fetched where the cache has none."""
+        chosen = list(self.splits if splits is None else splits)
+        for split in chosen:
+            self._check_split(split)
+        return {split: self._checked(split) for split in chosen}
+
+    def data_hash(self) -> str:
+        """The identity of the raw data; for a task of the catalogue known before any download."""
+        return self.identity()
+
+    def encode(self, tokenizer: Any, split: str, max_length: int) -> Encoded:
+        """The tokens of a split, made once and kept in the user's cache.
+
+        max_length: in tokens, special ones included; longer rows are cut (of a pair the longer text first). Words of a
+        token classification that are cut off are not scored.
+        """
+        self._check_split(split)
+        _check_tokenizer(tokenizer, max_length, self)
+        parts = [
+            FORMAT,
+            SPLIT_SEED,
+            self.name,
+            self.kind,
+            split,
+            max_length,
+            tokenizer_hash(tokenizer),
+            self.data_hash(),
+        ]
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        path = catalogue.cache_folder() / "encoded" / f"{self.name.replace('/', '--')}-{split}-{key}.npz"
+        kept = _read_encoded(path, max_length, self.kind == "token-classification")
+        if kept is not None:
+            return kept
+        encoded = encode_examples(self._checked(split), self.kind, tokenizer, max_length)
+        _write_encoded(path, encoded)
+        return encoded
+
+    def metrics(self, predictions: Any, labels: Any, offsets: np.ndarray | None = None) -> dict[str, float]:
+        """Every metric of the task, in points (0..100; correlations times 100).
+
+        predictions: regression (n,) or (n, 1); classes (n, C) scores or (n,) whole numbers; token classes: n rows of
+        (length, C) or (length,), as a list or padded to one length, or all rows flat with `offsets` (n + 1,).
+        labels: the same shape without C; a token labelled -100 is not scored.
+        Raises: Undefined: a metric has no value, as where a regression predicts one value for every row.
+        """
+        if self.kind == "token-classification":
+            scored = _token_rows(predictions, labels, offsets)
+        else:
+            values = _array(predictions)
+            values = values.reshape(-1).astype(np.float64) if self.kind == "regression" else _classes(values)
+            scored = values, _array(labels).reshape(-1)
+            if len(scored[0]) != len(scored[1]):
+                raise ValueError(f"{len(scored[0])} predictions for {len(scored[1])} labels of {self.name}")
+        if not len(scored[0]):
+            raise ValueError(f"no predictions to score for {self.name}")
+        values = {name: float(value) for name, value in self.measure(*scored).items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise Undefined("collapsed", f"{name} of {self.name} is not a finite number")
+        return values
+
+    def _check_split(self, split: str) -> None:
+        if split not in self.splits:
+            raise ValueError(f'{self.name} has no split "{split}"; it has {", ".join(self.splits)}')
+
+    def _checked(self, split: str) -> Examples:
+        examples = self.read(split)
+        if not len(examples):
+            raise ValueError(f"{self.name}: the split {split} is empty; at least one example is needed")
+        if self.sizes is not None and len(examples) != self.sizes[split]:
+            raise ValueError(f"{self.name}: {len(examples)} examples in {split} where {self.sizes[split]} are the rule")
+        return examples
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text file, cut at line feeds only (texts may hold other separators), the last one not empty.
+
+    Raises: ValueError: the file is empty or not UTF-8; names file and line, shows no text.
+    """
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise malformed(path, data.count(b"\n", 0, error.start) + 1, "not UTF-8") from None
+    lines = [line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n")]
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
+        raise ValueError(f"{path.name}: the file is empty; at least one example is needed")
+    return lines
+
+
+def malformed(path: Path, line: int, rule: str) -> ValueError:
+    """The error for a data file that breaks its format. It never shows the text itself."""
+    return ValueError(f"{path.name}, line {line}: {rule}; remove the file from {path.parent} to fetch it anew")
+
+
+def hub_columns(name: str, path: str, config: str | None, split: str, tried: list[str], revision: str | None = None) -> dict:
+    """The columns of one split of a data set on the hub, through `datasets` (its cache first).
+
+    Raises: Unavailable: with what was tried before (`tried`) and why the hub did not help.
+    """
+    if not _datasets_cache_may_hold(path) and (reason := catalogue.hub_out_of_reach()):
+        raise catalogue.Unavailable(name, [*tried, f"hub ({path}): {reason}"])
+    try:
+        import datasets
+
+        with _quiet_datasets(datasets):
+            rows = datasets.load_dataset(path, config, split=split, revision=revision)
+        return {column: list(rows[column]) for column in rows.column_names}
+    except Exception as error:  # the client's errors differ between versions; all of them mean: not from there
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise catalogue.Unavailable(name, [*tried, f"hub ({path}): {reason}"]) from None
+
+
+def _datasets_cache_may_hold(path: str) -> bool:
+    cache = os.environ.get("HF_DATASETS_CACHE") or catalogue.huggingface_home() / "datasets"
+    return (Path(cache).expanduser() / path.replace("/", "___")).is_dir()
+
+
+def check_pinned(name: str, examples: Examples, sha256: str, path: str, tried: list[str]) -> Examples:
+    """The hub's copy of data that we pin, taken only where texts and labels are the same."""
+    if examples.content_hash() != sha256:
+        raise catalogue.Unavailable(name, [*tried, f"hub ({path}): its texts or labels differ from the pinned ones"])
+    return examples
+
+
+class _quiet_datasets:
+    """Progress bars of `datasets` only on a terminal."""
+
+    def __init__(self, datasets: Any):
+        self.datasets = datasets
+        self.silence = not sys.stderr.isatty() and datasets.utils.logging.is_progress_bar_enabled()
+
+    def __enter__(self) -> None:
+        if self.silence:
+            self.datasets.utils.logging.disable_progress_bar()
+
+    def __exit__(self, *_: Any) -> None:
+        if self.silence:
+            self.datasets.utils.logging.enable_progress_bar()
+
+
+# ----------------------------------------------------------------------------------------------------------- draws
+
+
+def shuffled(count: int, *key: int) -> np.ndarray:
+    """A permutation of range(count) that depends on `key` (up to 4 whole numbers, 0 <= each < 2**64) and nothing else.
+
+    It sorts the raw draws of Philox, which numpy promises not to change (its Generator methods it may).
+    """
+    for number in key:
+        if not 0 <= number < 2**64:
+            raise ValueError(f"seed {number} must be a whole number from 0 to 2**64 - 1")
+    seed, purpose, major, minor = (*key, 0, 0, 0)[:4]
+    counter, keys = (np.array(numbers, dtype=np.uint64) for numbers in ([0, 0, minor, major], [seed, purpose]))
+    draws = np.random.Philox(key=keys, counter=counter).random_raw(count)
+    return np.argsort(draws, kind="stable")
+
+
+def carve(labels: np.ndarray, size: int) -> np.ndarray:
+    """(n,) bool, True for `size` rows that make a validation part: drawn once and for all, each class by its share."""
+    classes, counts = np.unique(labels, return_counts=True)
+    exact = counts * (size / len(labels))
+    take = np.floor(exact).astype(np.int64)
+    rest = np.argsort(-(exact - take), kind="stable")[: size - int(take.sum())]
+    take[rest] += 1
+    chosen = np.zeros(len(labels), dtype=bool)
+    for index, (value, number) in enumerate(zip(classes, take, strict=True)):
+        rows = np.flatnonzero(labels == value)
+        chosen[rows[shuffled(len(rows), SPLIT_SEED, 3, index)[:number]]] = True
+    return chosen
+
+
+# ------------------------------------------------------------------------------------------------------- tokenising
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 over everything of a fast tokenizer that decides about tokens; not over how it was last called."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state.pop("truncation", None)
+    state.pop("padding", None)
+    parts = [state, tokenizer.truncation_side, list(tokenizer.model_input_names)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _check_tokenizer(tokenizer: Any, max_length: int, task: Task) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"the tokenizer {type(tokenizer).__name__} has no fast version, which is needed here")
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 8:
+        raise ValueError(f"max_length {max_length!r} must be a whole number of at least 8 tokens")
+    if max_length > tokenizer.model_max_length:
+        raise ValueError(f"max_length {max_length} is above the {tokenizer.model_max_length} tokens this model takes")
+
+
+def encode_examples(examples: Examples, kind: str, tokenizer: Any, max_length: int) -> Encoded:
+    """Tokenise in one batch call; see Encoded for what comes out."""
+    words = kind == "token-classification"
+    wants_types = "token_type_ids" in tokenizer.model_input_names
+    batch = tokenizer(
+        examples.first,
+        examples.second,
+        truncation=True,
+        max_length=max_length,
+        padding=False,
+        is_split_into_words=words,
+        return_attention_mask=False,
+        return_token_type_ids=wants_types,
+        verbose=False,
+    )
+    rows = batch["input_ids"]
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    if not lengths.all():
+        raise ValueError(f"example {int(np.argmin(lengths)) + 1} has no tokens at all")
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = _flat(rows, np.int32, offsets[-1])
+    types = _flat(batch["token_type_ids"], np.int8, offsets[-1]) if wants_types else None
+    if words:
+        labels = _token_labels(examples.labels, batch, offsets)
+    else:
+        labels = np.asarray(examples.labels, dtype=np.float32 if kind == "regression" else np.int64)
+    return Encoded(ids, offsets, types, labels, max_length, words)
+
+
+def _flat(rows: Iterable[Iterable[int]], dtype: type, total: int) -> np.ndarray:
+    return np.fromiter(itertools.chain.from_iterable(rows), dtype=dtype, count=int(total))
+
+
+def _token_labels(labels: Sequence[np.ndarray], batch: Any, offsets: np.ndarray) -> np.ndarray:
+    """(total,) the label of each word at its first token, -100 at every other token."""
+    out = np.full(int(offsets[-1]), IGNORED, dtype=np.int64)
+    for row, of_words in enumerate(labels):
+        words = np.array([-1 if word is None else word for word in batch.word_ids(row)], dtype=np.int64)
+        first = (words >= 0) & (words != np.concatenate([[-1], words[:-1]]))
+        out[offsets[row] : offsets[row + 1]][first] = of_words[words[first]]
+    return out
+
+
+def _read_encoded(path: Path, max_length: int, is_by_token: bool) -> Encoded | None:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            types = file.get("token_type_ids")
+            return Encoded(file["ids"], file["offsets"], types, file["labels"], max_length, is_by_token)
+    except FileNotFoundError:
+        return None
+    except Exception:  # whatever a damaged archive raises: make it anew
+        return None
+
+
+def _write_encoded(path: Path, encoded: Encoded) -> None:
+    arrays = {"ids": encoded.ids, "offsets": encoded.offsets, "labels": encoded.labels}
+    if encoded.token_type_ids is not None:
+        arrays["token_type_ids"] = encoded.token_type_ids
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    try:
+        catalogue.write_atomically(path, buffer.getvalue())
+    except OSError as error:  # the tokens are in memory; only the next start is slower
+        with suppress(OSError):
+            print(f"tokens are not kept: {error.strerror or error} in {path.parent}", file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------- the plan of lengths
+
+
+def num_steps(num_rows: int, batch_size: int) -> int:
+    """Batches an epoch; the last one may be short."""
+    return -(-num_rows // batch_size)
+
+
+def batches(encoded: Encoded, batch_size: int, seed: int, epoch: int) -> list[tuple[np.ndarray, int]]:
+    """The steps of one epoch for one seed: (row indices, planned length) of each.
+
+    Every row comes once. The number of rows and the planned length of a step are the same for every seed.
+    """
+    _check_batch_size(batch_size)
+    order = np.argsort(encoded.lengths, kind="stable")
+    lengths = encoded.lengths[order]
+    width = SHELF * batch_size
+    steps = []
+    for shelf, start in enumerate(range(0, len(order), width)):
+        rows = order[start : start + width]
+        rows = rows[shuffled(len(rows), seed, 1, epoch, shelf)]
+        length = planned_length(int(lengths[start : start + width][-1]), encoded.max_length)
+        steps += [(rows[at : at + batch_size], length) for at in range(0, len(rows), batch_size)]
+    return [steps[step] for step in shuffled(len(steps), 0, 2, epoch)]
+
+
+def evaluation_batches(encoded: Encoded, batch_size: int) -> list[tuple[np.ndarray, int]]:
+    """Every row once, sorted by length, nothing shuffled: (row indices, length) of each batch."""
+    _check_batch_size(batch_size)
+    lengths = encoded.lengths
+    order = np.argsort(lengths, kind="stable")
+    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return [(rows, planned_length(int(lengths[rows[-1]]), encoded.max_length)) for rows in parts]
+
+
+def planned_length(longest: int, max_length: int) -> int:
+    """The longest row rounded up to a multiple of 8, and never above max_length."""
+    return min(-(-longest // MULTIPLE) * MULTIPLE, max_length)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} must be at least 1")
+
+
+def collate(encoded: Encoded, rows: np.ndarray, length: int, pad_id: int) -> dict[str, np.ndarray]:
+    """These rows, padded on the right: input_ids, attention_mask, token_type_ids (if any) (rows, length), labels.
+
+    Labels are (rows,), or (rows, length) with -100 at the padding for token classes.
+    """
+    rows = np.asarray(rows, dtype=np.int64)
+    lengths = encoded.lengths[rows]
+    if len(rows) and int(lengths.max()) > length:
+        raise ValueError(f"a row of {int(lengths.max())} tokens does not fit the planned length {length}")
+    positions = np.arange(length)
+    mask = positions < lengths[:, None]  # (rows, length)
+    flat = (encoded.offsets[rows][:, None] + positions)[mask]
+
+    def padded(values: np.ndarray, filler: int) -> np.ndarray:
+        out = np.full(mask.shape, filler, dtype=np.int64)
+        out[mask] = values[flat]
+        return out
+
+    batch = {"input_ids": padded(encoded.ids, pad_id), "attention_mask": mask.astype(np.int64)}
+    if encoded.token_type_ids is not None:
+        batch["token_type_ids"] = padded(encoded.token_type_ids, 0)
+    batch["labels"] = padded(encoded.labels, IGNORED) if encoded.is_by_token else encoded.labels[rows]
+    return batch
+
+
+# ----------------------------------------------------------------------------------------------------------- metrics
+
+
+def _array(values: Any) -> np.ndarray:
+    """A numpy array of anything array-like, torch tensors of any precision included."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.double() if values.is_floating_point() else values  # numpy knows no bf16
+    return np.asarray(values)
+
+
+def _classes(values: np.ndarray) -> np.ndarray:
+    """Scores (n, C), or classes (n,) themselves, to classes (n,)."""
+    if values.ndim == 1 and np.issubdtype(values.dtype, np.integer):
+        return values.astype(np.int64)
+    if values.ndim != 2:
+        raise ValueError(f"predictions of shape {values.shape} and type {values.dtype} are neither scores nor classes")
+    if not np.isfinite(values).all():
+        raise Undefined("collapsed", "the model's outputs are not finite numbers")
+    return values.argmax(-1)
+
+
+def _token_rows(predictions: Any, labels: Any, offsets: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scored tokens of all rows, flat: (predicted classes, true classes, the row that each belongs to)."""
+    if offsets is not None:
+        true = _array(labels).astype(np.int64)
+        predicted = _classes(_array(predictions))
+        row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    else:
+        rows_true = [_array(row).astype(np.int64) for row in labels]
+        if any(row.ndim == 0 for row in rows_true):
+            raise ValueError("flat token labels need `offsets`, which say where each row ends")
+        rows_predicted = [_classes(_array(row)) for row in predictions]
+        if [len(row) for row in rows_predicted] != [len(row) for row in rows_true]:
+            raise ValueError("predictions and labels of the tokens differ in length")
+        row = np.repeat(np.arange(len(rows_true)), [len(one) for one in rows_true])
+        true = np.concatenate(rows_true) if rows_true else np.zeros(0, np.int64)
+        predicted = np.concatenate(rows_predicted) if rows_predicted else np.zeros(0, np.int64)
+    if not len(true) == len(predicted) == len(row):
+        raise ValueError("predictions and labels of the tokens differ in length")
+    scored = true != IGNORED
+    return predicted[scored], true[scored], row[scored]
+
+
+def correlations(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """Pearson, Spearman and their mean, in points."""
+    from scipy.stats import rankdata
+
+    if not np.isfinite(predicted).all():
+        raise Undefined("collapsed", "the model's outputs are not finite numbers")
+    true = true.astype(np.float64)
+    # A model that ignores its input still differs by rounding between batches: 1e-6 is 8 times float32's epsilon.
+    if np.ptp(predicted) <= 1e-6 * np.abs(predicted).max():
+        raise Undefined("collapsed", f"the model predicts one value for all {len(predicted)} rows")
+    if np.ptp(true) == 0:
+        raise Undefined("collapsed", f"all {len(true)} labels are equal, so that a correlation has no value")
+
+    def pearson(a: np.ndarray, b: np.ndarray) -> float:
+        a, b = a - a.mean(), b - b.mean()
+        a, b = a / np.abs(a).max(), b / np.abs(b).max()
+        return 100 * float(np.clip((a @ b) / math.sqrt((a @ a) * (b @ b)), -1, 1))
+
+    linear = pearson(predicted, true)
+    by_rank = pearson(rankdata(predicted), rankdata(true))
+    return {"pearson": linear, "spearman": by_rank, "pearson_spearman": (linear + by_rank) / 2}
+
+
+def accuracy(predicted: np.ndarray, true: np.ndarray) -> float:
+    return 100 * float((predicted == true).mean())
+
+
+def accuracy_and_macro_f1(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """Accuracy, and the mean of the F1 of each class that occurs among labels or predictions."""
+    from sklearn.metrics import f1_score
+
+    return {
+        "accuracy": accuracy(predicted, true),
+        "macro_f1": 100 * float(f1_score(true, predicted, average="macro", zero_division=0)),
+    }
+
+
+def accuracy_and_f1(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """Accuracy, and the F1 of class 1, as GLUE scores MRPC and QQP."""
+    from sklearn.metrics import f1_score
+
+    return {"accuracy": accuracy(predicted, true), "f1": 100 * float(f1_score(true, predicted, zero_division=0))}
+
+
+def matthews(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """Matthews' correlation (0 / 0 where one class only is predicted, so undefined there) and accuracy."""
+    from sklearn.metrics import matthews_corrcoef
+
+    if len(np.unique(predicted)) < 2 or len(np.unique(true)) < 2:
+        raise Undefined("collapsed", f"one class for all {len(true)} rows, so that Matthews' correlation has no value")
+    return {"matthews": 100 * float(matthews_corrcoef(true, predicted)), "accuracy": accuracy(predicted, true)}

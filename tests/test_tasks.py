@@ -1,0 +1,619 @@
+"""The tasks: parsers on small made-up files, tokens, the plan of lengths, and metrics against plain versions."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn import metrics as sklearn_metrics
+
+from experiments import catalogue, models, tasks
+from experiments.tasks import common, conll2003, glue, reuters, sarcasm
+from experiments.tasks.common import Encoded, Examples, Undefined
+
+SECRET = "xylophone"  # stands for corpus text; no message may show it
+STSB = f'main\tMSRvid\t2012\t1\t2.500\tone {SECRET}\tother "{SECRET}\nnews\ta\tb\t2\t5\tA\u2028b\t C \textra\tmore\n'
+R8 = f"Category\tText\nd\tstring\nclass\t\n\nearn\tone {SECRET} \ngrain\ttwo\nmoney-fx\tthree\n"
+CONLL = "-DOCSTART- -X- -X- O\n\nJohn N N B-PER\nSmith N N I-PER\nruns V N O\n\nParis N N B-LOC\n\n\nx y z O"
+
+
+def headline(text, ideal):
+    return json.dumps({"input": [{"role": "system", "content": "say"}, {"role": "user", "content": text}], "ideal": ideal})
+
+
+def write(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_bytes(text.encode("utf-8") if isinstance(text, str) else text)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------ parsers
+
+
+def test_stsb_is_read_without_quoting_and_scaled_to_one(tmp_path):
+    examples = glue.parse_stsb(write(tmp_path, "sts.csv", STSB))
+    assert examples.first == [f"one {SECRET}", "A\u2028b"] and examples.second == [f'other "{SECRET}', "C"]
+    assert examples.labels.tolist() == [0.5, 1.0] and examples.labels.dtype == np.float32
+
+
+def test_r8_is_read_past_header_and_empty_lines(tmp_path):
+    examples = reuters.parse(write(tmp_path, "r8.tab", R8))
+    assert examples.first == [f"one {SECRET}", "two", "three"] and examples.labels.tolist() == [2, 3, 5]
+
+
+def test_sarcasm_drops_repeats_and_keeps_order(tmp_path):
+    lines = [headline("b", "1"), headline("a", "0"), headline(" b ", "1"), headline("c", "0")]
+    examples = sarcasm.parse(write(tmp_path, "s.jsonl", "\r\n".join(lines) + "\r\n"))
+    assert examples.first == ["b", "a", "c"] and examples.labels.tolist() == [1, 0, 0]
+
+
+def test_conll_sentences_end_at_empty_lines_and_documents(tmp_path):
+    examples = conll2003.parse(write(tmp_path, "train.txt", CONLL + "\n-DOCSTART- -X- -X- O\nw NN I-NP O\n"))
+    assert examples.first == [["John", "Smith", "runs"], ["Paris"], ["x"], ["w"]]
+    assert [labels.tolist() for labels in examples.labels] == [[1, 2, 0], [5], [0], [0]]
+
+
+PARSERS = {"stsb": (glue.parse_stsb, STSB), "r8": (reuters.parse, R8), "conll": (conll2003.parse, CONLL)}
+PARSERS["sarcasm"] = (sarcasm.parse, headline(SECRET, "1") + "\n" + headline("b", "0") + "\n")
+BROKEN = [
+    ("stsb", f"a\tb\tc\t1\t2.5\t{SECRET}\n", "line 1: 6 columns"),
+    ("stsb", STSB + f"a\tb\tc\t1\tgood\t{SECRET}\t{SECRET}\n", "line 3: the score in column 5 is no number"),
+    ("stsb", STSB + f"a\tb\tc\t1\t5.01\t{SECRET}\t{SECRET}\n", "line 3: the score in column 5 is outside 0 to 5"),
+    ("stsb", STSB + f"a\tb\tc\t1\tnan\t{SECRET}\t{SECRET}\n", "line 3: the score in column 5 is outside 0 to 5"),
+    ("stsb", STSB + f"a\tb\tc\t1\t5\t{SECRET}\t \n", "line 3: a sentence is empty"),
+    ("stsb", STSB + f"\n{STSB}", "line 3: 1 columns"),
+    ("r8", f"{SECRET}\ttext\n", "line 1: three header lines"),
+    ("r8", R8 + f"sports\t{SECRET}\n", "line 8: the topic is none of acq"),
+    ("r8", R8 + f"earn\t{SECRET}\tb\n", "line 8: 3 columns"),
+    ("r8", R8 + "earn\t \n", "line 8: 1 columns|line 8: the text is empty"),
+    ("conll", CONLL + f"\n{SECRET} NN B-PER\n", "line 11: 3 columns"),
+    ("conll", CONLL + f"\n{SECRET} NN I-NP B-{SECRET}\n", "line 11: the tag is none of O, B-PER"),
+    ("sarcasm", headline("a", "0") + f"\n{{{SECRET}\n", "line 2: a JSON object"),
+    ("sarcasm", json.dumps({"input": [], "ideal": SECRET}), "line 1: a JSON object"),
+    ("sarcasm", json.dumps([SECRET]), "line 1: a JSON object"),
+    ("sarcasm", headline(SECRET, "2"), "line 1: the label"),
+    ("sarcasm", headline(SECRET, ["1"]), "line 1: the label"),
+    ("sarcasm", headline(" ", "1"), "line 1: the headline is empty"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "said"), BROKEN, ids=[f"{n}-{i}" for i, (n, *_) in enumerate(BROKEN)])
+def test_malformed_line_is_named_and_never_shown(tmp_path, name, text, said):
+    with pytest.raises(ValueError, match=said) as error:
+        PARSERS[name][0](write(tmp_path, "data.file", text))
+    message = str(error.value)
+    assert message.startswith("data.file") and SECRET not in message and "\n" not in message
+    assert (error.value.__cause__ is None and error.value.__suppress_context__) or error.value.__context__ is None
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_bad_utf8_and_empty_files_are_refused(tmp_path, name):
+    parse, text = PARSERS[name]
+    lines = text.encode().split(b"\n")
+    lines[1] = lines[1][:-2] + b"\xff" + SECRET.encode()
+    with pytest.raises(ValueError, match=r"data.file, line 2: not UTF-8") as error:
+        parse(write(tmp_path, "data.file", b"\n".join(lines)))
+    assert SECRET not in str(error.value)
+    for empty in ("", "\n\n", " \n"):
+        with pytest.raises(ValueError, match=r"data.file: the file is empty"):
+            parse(write(tmp_path, "data.file", empty))
+
+
+def test_files_without_examples_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least one is needed"):
+        conll2003.parse(write(tmp_path, "f", "-DOCSTART- -X- -X- O\n"))
+    with pytest.raises(ValueError, match="at least one is needed"):
+        reuters.parse(write(tmp_path, "f", "Category\tText\nd\tstring\nclass\t\n"))
+
+
+def test_number_of_examples_that_differs_from_the_known_one_is_refused(tmp_path, monkeypatch):
+    write(tmp_path, "sts-dev.csv", STSB)
+    monkeypatch.setattr(catalogue, "fetch", lambda name: tmp_path)
+    with pytest.raises(ValueError, match="2 examples in validation where 1500 are the rule"):
+        tasks.get("glue/stsb").load(["validation"])
+
+
+# --------------------------------------------------------------------------------------------------- names and splits
+
+
+def test_import_needs_no_torch():
+    code = "import sys, experiments.tasks; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = ["torch", "transformers", "datasets", "scipy", "sklearn"]
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", code, *heavy], cwd=root, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_unknown_task_offers_the_nearest_and_the_list():
+    with pytest.raises(ValueError, match='no task "stsb"; closest: glue/stsb; there are glue/stsb, glue/cola'):
+        tasks.get("stsb")
+    with pytest.raises(ValueError, match="closest: reuters-r8"):
+        tasks.get("reuters_r8")
+    with pytest.raises(ValueError, match='has no split "dev"; it has train, validation, test'):
+        tasks.get("glue/stsb").load(["dev"])
+
+
+def test_every_task_is_complete():
+    for name in tasks.names():
+        task = tasks.get(name)
+        assert task.name == name and task.licence and task.caption
+        assert set(task.sizes) == set(task.splits) >= {"train", task.selection_split, task.score_split}
+        assert task.selection_split == "validation" and task.score_split in ("test", "dev")
+        assert task.kind != "classification" or len(task.label_names) == task.num_labels
+    assert "zero-shot cosine Spearman 0.820" in tasks.get("glue/stsb").caption[0]
+    assert sum(tasks.get("reuters-r8").sizes.values()) == 5485 + 2189
+    assert sum(tasks.get("sarcasm").sizes.values()) == 28498
+    assert tasks.get("glue/rte").sizes == {"train": 2241, "validation": 249, "dev": 277}
+    assert "dev" in tasks.get("glue/mnli").caption[0] and tasks.get("glue/mnli").sizes["validation"] == 5000
+
+
+def test_r8_validation_is_carved_out_of_training_by_topic_and_the_same_each_time(tmp_path, monkeypatch):
+    topics = np.repeat(reuters.TOPICS, [1596, 253, 2840, 41, 190, 206, 108, 251])
+    lines = [f"{topic}\tstory {i}" for i, topic in enumerate(topics)]
+    write(tmp_path, "reuters-r8-train.tab", "Category\tText\nd\tstring\nclass\t\n" + "\n".join(lines))
+    monkeypatch.setattr(catalogue, "fetch", lambda name: tmp_path)
+    task = tasks.get("reuters-r8")
+    parts = task.load(["train", "validation"])  # the sizes are checked against the known ones
+    assert not set(parts["train"].first) & set(parts["validation"].first)
+    assert len({*parts["train"].first, *parts["validation"].first}) == 5485
+    share = np.bincount(parts["validation"].labels) / np.bincount(parts["train"].labels)
+    assert abs(share * 9 - 1).max() < 0.12  # grain: 4 of 41
+    assert parts["validation"].content_hash() == task.load(["validation"])["validation"].content_hash()
+
+
+def test_carved_part_has_exactly_the_size_asked_for():
+    labels = np.array([0] * 7 + [1] * 5 + [2] * 1 + [3] * 31)
+    for size in range(1, 44):
+        chosen = common.carve(labels, size)
+        assert chosen.sum() == size
+        assert abs(np.bincount(labels[chosen], minlength=4) - size * np.bincount(labels) / 44).max() < 1
+
+
+def test_sarcasm_parts_are_disjoint_and_whole():
+    cut = sarcasm.parts(28498)
+    assert {split: len(rows) for split, rows in cut.items()} == dict(tasks.get("sarcasm").sizes)
+    assert sorted(np.concatenate(list(cut.values())).tolist()) == list(range(28498))
+
+
+def test_draws_are_pinned():
+    """Splits and orders are part of every result: a change here is a change of NUMERICS."""
+    assert common.shuffled(10, 3, 1, 2, 5).tolist() == [2, 1, 6, 5, 7, 9, 8, 4, 3, 0]
+    assert sarcasm.parts(30)["test"].tolist() == [19, 20, 27]
+    assert len({tuple(common.shuffled(9, *key)) for key in [(0,), (1,), (0, 1), (0, 0, 1), (0, 0, 0, 1)]}) == 5
+    with pytest.raises(ValueError, match="seed -1 must be"):
+        common.shuffled(3, -1)
+    with pytest.raises(ValueError, match=f"seed {2**64} must be"):
+        common.shuffled(3, 2**64)
+
+
+# ------------------------------------------------------------------------------------------------------------ the hub
+
+
+def fake_hub(monkeypatch, splits):
+    glue.official.cache_clear(), glue.hub_identity.cache_clear()
+    monkeypatch.setattr(glue, "hub_columns", lambda name, path, config, split, tried, revision=None: splits[split])
+
+
+def hub_mrpc(count):
+    labels = [int(i % 3 == 0) for i in range(count)]
+    return {"sentence1": [f"a {i}" for i in range(count)], "sentence2": ["b"] * count, "label": labels, "idx": labels}
+
+
+def test_glue_task_chooses_on_a_part_of_training_and_scores_the_development_part(monkeypatch):
+    fake_hub(monkeypatch, {"train": hub_mrpc(3668), "validation": hub_mrpc(408)})
+    task = tasks.get("glue/mrpc")
+    parts = task.load()
+    assert {split: len(part) for split, part in parts.items()} == {"train": 3301, "validation": 367, "dev": 408}
+    assert not set(parts["train"].first) & set(parts["validation"].first) and parts["dev"].second == ["b"] * 408
+    before = task.data_hash()
+    fake_hub(monkeypatch, {"train": hub_mrpc(3668), "validation": hub_mrpc(407)})
+    assert task.data_hash() != before
+    with pytest.raises(ValueError, match="407 examples in dev where 408 are the rule"):
+        task.load(["dev"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"label": [0, 1, -1]}, "glue/mrpc, train, row 3: the label is outside 0 to 1"),
+        ({"label": [0, None, 1]}, "row 2: the label is outside"),
+        ({"sentence2": ["b", None, SECRET]}, "row 2: sentence2 is no text"),
+    ],
+)
+def test_malformed_row_from_the_hub_is_named_and_never_shown(monkeypatch, change, said):
+    fake_hub(monkeypatch, {"train": {**hub_mrpc(3), **change}})
+    with pytest.raises(ValueError, match=said) as error:
+        glue.official("mrpc", "train")
+    assert SECRET not in str(error.value)
+    columns = hub_mrpc(3)
+    del columns["sentence1"]
+    fake_hub(monkeypatch, {"train": columns})
+    with pytest.raises(ValueError, match="no column sentence1"):
+        glue.official("mrpc", "train")
+
+
+def test_glue_task_without_a_hub_is_one_line_of_what_was_tried(monkeypatch, tmp_path):
+    glue.official.cache_clear()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(
+        catalogue.Unavailable, match=r"glue/rte is not to be had: pinned package.*; hub .nyu-mll/glue.: not asked"
+    ):
+        tasks.get("glue/rte").load(["dev"])
+
+
+def test_hub_copy_of_pinned_data_is_taken_only_if_it_is_the_same(monkeypatch, tmp_path):
+    parsed = glue.parse_stsb(write(tmp_path, "f", STSB))
+    columns = {"sentence1": parsed.first, "sentence2": parsed.second, "score": [0.5, 1.0]}
+
+    def unavailable(name):
+        raise catalogue.Unavailable(name, ["package p: no connection"])
+
+    monkeypatch.setattr(catalogue, "fetch", unavailable)
+    monkeypatch.setattr(glue, "hub_columns", lambda *_, **__: columns)
+    with pytest.raises(catalogue.Unavailable, match=r"package p: no connection; hub .*differ from the pinned ones"):
+        glue.read_stsb("test")
+    monkeypatch.setitem(glue.STSB_CONTENT, "test", parsed.content_hash())
+    assert glue.read_stsb("test").labels.tolist() == [0.5, 1.0]
+    tags = {"tokens": [["a", "b"]], "ner_tags": [[1, 2]]}
+    monkeypatch.setattr(conll2003, "hub_columns", lambda *_, **__: tags)
+    with pytest.raises(catalogue.Unavailable, match="differ from the pinned ones"):
+        conll2003.read("test")
+
+
+# ------------------------------------------------------------------------------------------------------------- tokens
+
+
+def made_up(count=300, seed=0, longest=40):
+    """Rows of random lengths with many ties, each token of row i equal to i, so that every token tells its row."""
+    lengths = np.random.default_rng(seed).integers(3, longest + 1, count)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.repeat(np.arange(count), lengths).astype(np.int32)
+    return Encoded(ids, offsets, (ids % 2).astype(np.int8), np.arange(count, dtype=np.float32) / count, longest)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def stsb_on(tmp_path, monkeypatch, text=STSB):
+    for name in glue.STSB_FILES.values():
+        write(tmp_path, name, text)
+    monkeypatch.setattr(catalogue, "fetch", lambda name: tmp_path)
+    return replace(tasks.get("glue/stsb"), sizes=None)
+
+
+def test_tokens_are_those_of_the_tokenizer(tmp_path, monkeypatch, cache):
+    task, tokenizer = stsb_on(tmp_path, monkeypatch), models.tiny_tokenizer()
+    encoded = task.encode(tokenizer, "train", 24)
+    examples = task.load(["train"])["train"]
+    for row in range(2):
+        plain = tokenizer(examples.first[row], examples.second[row], truncation=True, max_length=24)
+        part = slice(encoded.offsets[row], encoded.offsets[row + 1])
+        assert encoded.ids[part].tolist() == plain["input_ids"]
+        assert encoded.token_type_ids[part].tolist() == plain["token_type_ids"]
+    assert encoded.lengths.tolist() == [24, 6] and encoded.labels.tolist() == [0.5, 1.0] and len(encoded) == 2
+
+
+def test_tokens_are_made_once_and_kept_by_content(tmp_path, monkeypatch, cache):
+    task, tokenizer = stsb_on(tmp_path, monkeypatch), models.tiny_tokenizer()
+    first = task.encode(tokenizer, "train", 24)
+    tokenizer(["a", "b"], padding="max_length", truncation=True, max_length=9)  # how it was called last is no content
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "encode_examples", None)
+        again = task.encode(tokenizer, "train", 24)
+    for name in ("ids", "offsets", "token_type_ids", "labels"):
+        one, other = getattr(first, name), getattr(again, name)
+        assert np.array_equal(one, other) and one.dtype == other.dtype
+    assert len(list(cache.rglob("*.npz"))) == 1
+    task.encode(tokenizer, "train", 23), task.encode(tokenizer, "test", 24)
+    replace(task, identity=lambda: "other data").encode(tokenizer, "train", 24)
+    tokenizer.backend_tokenizer.normalizer = None
+    task.encode(tokenizer, "train", 24)
+    assert len(list(cache.rglob("*.npz"))) == 5
+    assert all(path.suffix == ".npz" for path in cache.rglob("*") if path.is_file())
+
+
+def test_damaged_tokens_are_made_anew(tmp_path, monkeypatch, cache):
+    task, tokenizer = stsb_on(tmp_path, monkeypatch), models.tiny_tokenizer()
+    first = task.encode(tokenizer, "train", 24)
+    (path,) = cache.rglob("*.npz")
+    for damage in (b"", path.read_bytes()[:-40], b"\x80\x04no archive at all"):
+        path.write_bytes(damage)
+        assert np.array_equal(task.encode(tokenizer, "train", 24).ids, first.ids)
+
+
+def test_full_disk_costs_only_the_kept_tokens(tmp_path, monkeypatch, cache, capsys):
+    task = stsb_on(tmp_path, monkeypatch)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(catalogue, "write_atomically", full)
+    assert len(task.encode(models.tiny_tokenizer(), "train", 24)) == 2
+    assert "tokens are not kept: No space left on device" in capsys.readouterr().err
+
+
+def test_lengths_that_cannot_be_are_refused(tmp_path, monkeypatch, cache):
+    task = stsb_on(tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match="max_length 65 is above the 64 tokens"):
+        task.encode(models.tiny_tokenizer(), "train", 65)
+    for wrong in (7, True, 32.0):
+        with pytest.raises(ValueError, match="whole number of at least 8"):
+            task.encode(models.tiny_tokenizer(), "train", wrong)
+    with pytest.raises(ValueError, match="no fast version"):
+        task.encode(object(), "train", 32)
+
+
+def test_first_token_of_a_word_has_its_label_and_no_other(cache, tmp_path, monkeypatch):
+    write(tmp_path, "train.txt", "Jon N N B-PER\nS N N I-PER\nsat N N O\n\nParis N N B-LOC\nrain N N O\n")
+    monkeypatch.setattr(catalogue, "fetch", lambda name: tmp_path)
+    task = replace(tasks.get("conll2003"), sizes=None)
+    encoded = task.encode(models.tiny_tokenizer(), "train", 8)
+    # [CLS] J ##o ##n S s ##a [SEP] (cut off), [CLS] P ##a ##r ##i ##s r [SEP] (cut off)
+    assert encoded.labels[:8].tolist() == [-100, 1, -100, -100, 2, 0, -100, -100]
+    assert encoded.labels[8:].tolist() == [-100, 5, -100, -100, -100, -100, 0, -100]
+    again = task.encode(models.tiny_tokenizer(), "train", 8)
+    assert again.is_by_token and again.labels.tolist() == encoded.labels.tolist()
+    batch = common.collate(encoded, np.array([1, 0]), 10, 0)
+    padding = [-100, -100]
+    assert batch["labels"].tolist() == [encoded.labels[8:].tolist() + padding, encoded.labels[:8].tolist() + padding]
+
+
+# ------------------------------------------------------------------------------------------------- the plan of lengths
+
+
+@pytest.mark.parametrize(("count", "size"), [(300, 3), (300, 7), (97, 32), (5, 8), (1, 1)])
+def test_every_row_comes_once_and_the_plan_is_the_same_for_every_seed(count, size):
+    encoded = made_up(count)
+    plans = []
+    for seed in (0, 1, 2**64 - 1):
+        for epoch in (0, 3):
+            steps = common.batches(encoded, size, seed, epoch)
+            assert len(steps) == common.num_steps(count, size)
+            assert sorted(np.concatenate([rows for rows, _ in steps]).tolist()) == list(range(count))
+            assert all(encoded.lengths[rows].max() <= length <= 40 for rows, length in steps)
+            assert all(length % common.MULTIPLE == 0 for _, length in steps)
+            plans.append((epoch, [(len(rows), length) for rows, length in steps]))
+    for epoch in (0, 3):
+        assert all(plan == plans[epoch > 0][1] for other, plan in plans if other == epoch)
+    short = [rows for rows, _ in common.batches(encoded, size, 0, 0) if len(rows) < size]
+    assert len(short) == (count % size > 0)
+
+
+def test_order_depends_on_seed_and_epoch_and_nothing_else():
+    encoded = made_up(300)
+
+    def order(seed, epoch):
+        return [rows.tolist() for rows, _ in common.batches(encoded, 7, seed, epoch)]
+
+    np.random.seed(5)
+    first = order(1, 2)
+    np.random.random(9)
+    assert order(1, 2) == first
+    assert order(2, 2) != first and order(1, 3) != first
+    lengths = [[length for _, length in common.batches(encoded, 3, 0, epoch)] for epoch in (0, 1)]
+    assert lengths[0] != lengths[1] and Counter(lengths[0]) == Counter(lengths[1])
+    assert lengths[0] != sorted(lengths[0])  # long and short batches are mixed
+
+
+def test_shelves_are_of_similar_length():
+    """16 batches a shelf: the planned tokens stay near the real ones, and each seed meets rows of its shelf alone."""
+    encoded = made_up(3000)
+    planned = sum(len(rows) * length for rows, length in common.batches(encoded, 8, 0, 0))
+    assert planned < 1.25 * len(encoded.ids)
+    rank = np.argsort(np.argsort(encoded.lengths, kind="stable"))
+    assert all(len(set(rank[rows] // (8 * common.SHELF))) == 1 for rows, _ in common.batches(encoded, 8, 5, 1))
+
+
+def test_planned_length_never_passes_the_limit():
+    encoded = made_up(500, longest=37)
+    lengths = [length for _, length in common.batches(encoded, 4, 0, 0)]
+    assert max(lengths) == 37 and all(length % common.MULTIPLE == 0 for length in lengths if length != 37)
+
+
+def test_evaluation_reads_every_row_once_by_length():
+    encoded = made_up(100)
+    steps = common.evaluation_batches(encoded, 32)
+    assert sorted(np.concatenate([rows for rows, _ in steps]).tolist()) == list(range(100))
+    lengths = np.concatenate([encoded.lengths[rows] for rows, _ in steps])
+    assert (np.diff(lengths) >= 0).all() and [len(rows) for rows, _ in steps] == [32, 32, 32, 4]
+    assert all(encoded.lengths[rows].max() <= length < encoded.lengths[rows].max() + common.MULTIPLE for rows, length in steps)
+
+
+def test_batch_is_padded_on_the_right_and_holds_its_rows():
+    encoded = made_up(50)
+    rows = np.array([17, 3, 44])
+    batch = common.collate(encoded, rows, 40, pad_id=99)
+    for place, row in enumerate(rows):
+        length = encoded.lengths[row]
+        assert batch["input_ids"][place].tolist() == [row] * length + [99] * (40 - length)
+        assert batch["attention_mask"][place].tolist() == [1] * length + [0] * (40 - length)
+        assert batch["token_type_ids"][place].tolist() == [row % 2] * length + [0] * (40 - length)
+    assert batch["labels"].tolist() == encoded.labels[rows].tolist() and batch["labels"].dtype == np.float32
+    assert batch["input_ids"].dtype == np.int64
+    with pytest.raises(ValueError, match="does not fit the planned length"):
+        common.collate(encoded, rows, int(encoded.lengths[rows].max()) - 1, 99)
+    with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):
+        common.batches(encoded, 0, 0, 0)
+
+
+def test_selected_rows_are_those_rows():
+    encoded = made_up(50).select([7, 2, 9])
+    assert encoded.ids.tolist() == [row for row in (7, 2, 9) for _ in range(made_up(50).lengths[row])]
+    assert encoded.labels.tolist() == made_up(50).labels[[7, 2, 9]].tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------ metrics
+
+
+def test_correlations_are_scipys_in_points():
+    rng = np.random.default_rng(0)
+    true = rng.integers(0, 6, 200).astype(np.float32) / 5  # ties
+    predicted = (true + rng.normal(0, 0.4, 200)).round(1)
+    found = tasks.get("glue/stsb").metrics(predicted[:, None], true)
+    pearson, spearman = 100 * stats.pearsonr(predicted, true)[0], 100 * stats.spearmanr(predicted, true)[0]
+    assert found == pytest.approx({"pearson": pearson, "spearman": spearman, "pearson_spearman": (pearson + spearman) / 2})
+    assert abs(pearson - spearman) > 0.1 and list(found)[-1] == tasks.get("glue/stsb").metric
+
+
+@pytest.mark.parametrize("value", [np.zeros(9), np.full(9, 0.7), 0.7 + 5e-8 * np.arange(9), np.full(9, np.nan)])
+def test_constant_predictions_have_no_correlation(value):
+    with pytest.raises(Undefined, match="collapsed") as error:
+        tasks.get("glue/stsb").metrics(value, np.linspace(0, 1, 9))
+    assert error.value.error == "collapsed" and not isinstance(error.value, ValueError)
+
+
+def test_equal_labels_have_no_correlation_and_infinite_predictions_neither():
+    with pytest.raises(Undefined, match="labels are equal"):
+        tasks.get("glue/stsb").metrics(np.arange(5.0), np.ones(5))
+    with pytest.raises(Undefined, match="not finite"):
+        tasks.get("glue/stsb").metrics(np.array([1, 2, np.inf]), np.arange(3))
+
+
+def test_small_but_real_differences_are_no_collapse():
+    found = tasks.get("glue/stsb").metrics(0.5 + 1e-4 * np.arange(9), np.arange(9) / 8)
+    assert found["pearson_spearman"] == pytest.approx(100)
+
+
+def test_classes_are_scored_as_scikit_learn_does():
+    rng = np.random.default_rng(1)
+    true = rng.integers(0, 8, 400)
+    scores = rng.normal(size=(400, 8)) + 1.5 * np.eye(8)[true]
+    best = scores.argmax(1)
+    found = tasks.get("reuters-r8").metrics(scores, true)
+    macro = sklearn_metrics.f1_score(true, best, average="macro")
+    assert found == pytest.approx({"accuracy": 100 * (best == true).mean(), "macro_f1": 100 * macro})
+    assert tasks.get("reuters-r8").metrics(best, true) == found
+    two, two_scores = true % 2, scores[:, :2]
+    guess = two_scores.argmax(1)
+    assert tasks.get("glue/cola").metrics(two_scores, two)["matthews"] == pytest.approx(
+        100 * sklearn_metrics.matthews_corrcoef(two, guess)
+    )
+    assert tasks.get("glue/qqp").metrics(two_scores, two)["f1"] == pytest.approx(100 * sklearn_metrics.f1_score(two, guess))
+
+
+def test_one_class_everywhere_has_an_accuracy_but_no_matthews_correlation():
+    true = np.array([0, 1, 1, 1])
+    assert tasks.get("sarcasm").metrics(np.zeros(4, int), true)["accuracy"] == 25
+    assert tasks.get("glue/mrpc").metrics(np.zeros(4, int), true) == {"accuracy": 25.0, "f1": 0.0}
+    with pytest.raises(Undefined, match="Matthews"):
+        tasks.get("glue/cola").metrics(np.ones(4, int), true)
+    with pytest.raises(Undefined, match="not finite"):
+        tasks.get("sarcasm").metrics(np.full((4, 2), np.nan), true)
+
+
+def test_predictions_that_do_not_match_the_labels_are_refused():
+    task = tasks.get("sarcasm")
+    for predictions, labels in [(np.zeros(3, int), np.zeros(4, int)), (np.zeros(4), np.zeros(4, int)), ([], [])]:
+        with pytest.raises(ValueError):
+            task.metrics(predictions, labels)
+
+
+def plain_entities(tags):
+    """Entities by walking along, as conlleval does: (first, last, type)."""
+    found, start, kind = [], None, None
+    for place, tag in enumerate([*tags, "O"]):
+        prefix, _, type_ = tag.partition("-")
+        if start is not None and (prefix in ("O", "B") or type_ != kind):
+            found.append((start, place - 1, kind))
+            start = None
+        if prefix != "O" and start is None:
+            start, kind = place, type_
+    return found
+
+
+def test_entities_are_those_of_a_walk_along_the_tags():
+    rng = np.random.default_rng(2)
+    types = ("", "PER", "ORG", "LOC", "MISC")
+    for _ in range(200):
+        lengths = rng.integers(1, 9, 5)
+        sentences = [rng.choice(9, length, p=[0.3, *[0.7 / 8] * 8]) for length in lengths]
+        rows = np.repeat(np.arange(5), lengths)
+        starts = np.cumsum([0, *lengths[:-1]])
+        wanted = [
+            (first + start, last + start, kind)
+            for start, sentence in zip(starts, sentences, strict=True)
+            for first, last, kind in plain_entities([conll2003.TAGS[tag] for tag in sentence])
+        ]
+        found = conll2003.entities(np.concatenate(sentences), rows)
+        assert [(first, last, types[kind]) for first, last, kind in found.tolist()] == wanted
+
+
+def test_entity_f1_by_hand_in_every_form_of_input():
+    """True: PER(0-1) LOC(3) | ORG(0). Found: PER(0-1), LOC(2-3), | ORG(0), PER(1). 2 right, 4 found, 3 wanted."""
+    task = tasks.get("conll2003")
+    true = [np.array([-100, 1, 2, 0, 5, -100]), np.array([-100, 3, -100, 0, -100])]
+    found = [np.array([5, 1, 2, 5, 6, 3]), np.array([1, 3, 4, 2, 7])]
+    wanted = {"f1": 100 * 4 / 7, "precision": 50.0, "recall": 200 / 3, "accuracy": 100 * 3 / 6}
+    wanted["accuracy"] = 100 * 3 / 6
+    assert task.metrics(found, true) == pytest.approx(wanted)
+    scores = [np.eye(9)[row] for row in found]
+    assert task.metrics(scores, true) == pytest.approx(wanted)
+    offsets = np.array([0, 6, 11])
+    assert task.metrics(np.concatenate(found), np.concatenate(true), offsets) == pytest.approx(wanted)
+    padded = np.full((2, 6), 1), np.full((2, 6), -100)
+    for row in range(2):
+        padded[0][row, : len(found[row])], padded[1][row, : len(true[row])] = found[row], true[row]
+    assert task.metrics(*padded) == pytest.approx(wanted)
+    with pytest.raises(ValueError, match="need `offsets`"):
+        task.metrics(np.concatenate(found), np.concatenate(true))
+
+
+def test_entity_does_not_reach_over_the_end_of_a_sentence():
+    task = tasks.get("conll2003")
+    found = task.metrics([np.array([1]), np.array([2])], [np.array([1]), np.array([2])])
+    assert found["f1"] == 100
+    entities = conll2003.entities(np.array([1, 2]), np.array([0, 1]))
+    assert entities.tolist() == [[0, 0, 1], [1, 1, 1]]
+
+
+def test_no_entity_found_scores_zero_and_none_at_all_is_undefined():
+    task = tasks.get("conll2003")
+    assert task.metrics([np.zeros(2, int)], [np.array([1, 2])]) == {"f1": 0, "precision": 0, "recall": 0, "accuracy": 0}
+    with pytest.raises(Undefined, match="neither"):
+        task.metrics([np.zeros(2, int)], [np.zeros(2, int)])
+
+
+def test_torch_tensors_of_any_precision_are_taken():
+    import torch
+
+    scores = torch.tensor([[0.1, 0.9], [0.8, 0.2]], dtype=torch.bfloat16)
+    assert tasks.get("sarcasm").metrics(scores, torch.tensor([1, 1]))["accuracy"] == 50
+    assert tasks.get("sarcasm").metrics(scores.argmax(1), torch.tensor([1, 1]))["accuracy"] == 50
+
+
+def test_examples_hash_knows_texts_labels_and_order():
+    base = Examples(["a", "b"], None, np.array([0, 1]))
+    others = [
+        Examples(["a", "c"], None, np.array([0, 1])),
+        Examples(["b", "a"], None, np.array([1, 0])),
+        Examples(["a", "b"], ["", ""], np.array([0, 1])),
+        Examples(["a", "b"], None, np.array([0, 0])),
+    ]
+    assert len({one.content_hash() for one in [base, *others]}) == 5
+    assert base.content_hash() == base.select([0, 1]).content_hash()
+
+
+@pytest.mark.network
+def test_stsb_as_fetched_has_the_official_sizes_and_encodes_in_seconds(tmp_path, monkeypatch):
+    try:
+        folder = catalogue.fetch("glue/stsb")
+    except catalogue.Unavailable as error:
+        pytest.skip(str(error))
+    task = tasks.get("glue/stsb")
+    parts = task.load()
+    assert {split: len(part) for split, part in parts.items()} == dict(task.sizes)
+    assert {split: part.content_hash() for split, part in parts.items()} == glue.STSB_CONTENT
+    shutil.copytree(folder, tmp_path / "cache" / "data" / "glue--stsb")
+    monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path / "cache"))
+    encoded = task.encode(models.tiny_tokenizer(), "train", 64)
+    assert len(encoded) == 5749 and encoded.labels.min() == 0 and encoded.labels.max() == 1
