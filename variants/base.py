@@ -1,0 +1,610 @@
+"""The interface that every method implements, and the one wrapper that every insertion uses.
+
+An adapter is K members of one method over one frozen model.  It owns exactly the tensors it trains, each with a
+leading member axis K, the task head's among them; K = 1 is a plain run.  The model's input holds each member's rows
+contiguously: (K*N, ...).  A method writes `choose` and `make_site`, and as many of the hooks as it needs; attaching,
+detaching, merging and counting are given here once.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from variants import initialization
+from variants.dropout import Draw, KeyedDropout
+from variants.settings import PER_MEMBER, Settings, check, per_member
+from variants.targets import find_head, is_conv1d, resolve
+
+
+class NotPackable(ValueError):
+    """This model or method cannot train several members at once; run its members with K = 1."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where training is.
+
+    index: the step being taken, 1-based; total: steps of the run.
+    taken: (K,) bool, the members whose gradient was finite, so that their step counts; None means all.
+    """
+
+    index: int
+    total: int
+    taken: Tensor | None = None
+
+
+@dataclass
+class Group:
+    """Parameters that share a factor on the learning rate and on the weight decay."""
+
+    params: list[nn.Parameter]
+    lr_scale: float | Tensor = 1.0
+    weight_decay: float = 1.0
+
+
+class Adapted(nn.Module):
+    """A frozen module and the site that decides how to use it.  What the base shows, this shows."""
+
+    def __init__(self, base: nn.Module, site: nn.Module):
+        super().__init__()
+        self.base, self.site = base, site
+        self.merged = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base(*args, **kwargs) if self.merged else self.site(self.base, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+
+def weight_of(base: nn.Module) -> Tensor:
+    """The weight of a linear as (O, I), whichever way the module stores it."""
+    return base.weight.mT if is_conv1d(base) else base.weight
+
+
+def trained_dtype(base: Tensor) -> torch.dtype:
+    """Trained tensors are fp32 over a 16-bit base, else of the base's own type."""
+    return torch.float32 if base.dtype in (torch.float16, torch.bfloat16) else base.dtype
+
+
+def key_of(name: str) -> str:
+    """A module's name as a key of an nn.ModuleDict, which takes no dot and no name of its own attributes ("keys")."""
+    key = name.replace(".", "/")
+    return f"{key}/" if hasattr(nn.ModuleDict, key) else key
+
+
+def name_of(key: str) -> str:
+    return key.removesuffix("/").replace("/", ".")
+
+
+class Adapter(nn.Module):
+    """K members of one method over one model."""
+
+    method: ClassVar[str]
+    packable: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
+    exact_gradient: ClassVar[bool] = True  # no term of the forward pass is held constant in the backward pass
+
+    def __init__(self, *, members: int = 1, seeds: Sequence[int] | None = None, **settings: Any):
+        """
+        Args:
+            members: K.
+            seeds: one for each member, 0 .. K-1 if not given.
+
+        Raises:
+            ValueError: settings that are wrong, or lists whose length is not K.
+            NotPackable: members > 1 for a method that cannot be packed.
+        """
+        super().__init__()
+        if members < 1:
+            raise ValueError(f"members = {members}: an adapter has at least one member")
+        if members > 1 and not self.packable:
+            raise NotPackable(f"{self.method} trains the model's own tensors, so it has one member: run members apart")
+        self.members = members
+        self.seeds = per_member(list(range(members)) if seeds is None else list(seeds), members, "seeds")
+        self.settings: Settings = check(self.method, settings)
+        for name in PER_MEMBER:
+            per_member(self.settings.get(name), members, name)
+        self.draw = Draw(self.seeds)
+        self.sites = nn.ModuleDict()  # what the method inserts, by module name with "/" for "."
+        self.heads = nn.ModuleDict()  # the task head's modules, trained whole, K of them
+        self.targets: str | list[str] = []
+        self.head_names: list[str] = []
+        self._surgery: _Surgery | None = None
+
+    # -- what a method writes ----------------------------------------------------------------------------------
+
+    def choose(self, model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
+        """Names of the modules to insert a site into."""
+        return resolve(model, targets, head)
+
+    def make_site(self, name: str, module: nn.Module) -> nn.Module | None:
+        """What to insert at this module, if anything."""
+        return None
+
+    def parameter_groups(self) -> list[Group]:
+        """What the optimizer trains.  Biases do not decay."""
+        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        decayed = [p for n, p in named if not n.endswith("bias")]
+        plain = [p for n, p in named if n.endswith("bias")]
+        return [g for g in (Group(decayed), Group(plain, weight_decay=0.0)) if g.params]
+
+    def begin(self, step: Step, micro_batch: int = 0, training: bool = True) -> None:
+        """Before each forward pass: says where training is, which keys every random draw."""
+        self.draw.begin(step.index, micro_batch)
+
+    def prepare(self, batch: Any) -> Any:
+        """The batch as the model should see it."""
+        return batch
+
+    def penalty(self, step: Step) -> Tensor:
+        """(K,), added to each member's loss once a step, in training only."""
+        return torch.zeros(self.members, device=self.device)
+
+    def before_step(self, step: Step) -> None:
+        """Gradients are final: summed over micro-batches, unscaled, clipped."""
+
+    def after_step(self, step: Step) -> None:
+        """Parameters are new, gradients are still there."""
+
+    def budget(self, step: Step) -> Tensor | None:
+        """(K,) total rank that the schedule asks for after this step; None for a method without a schedule."""
+        return None
+
+    # -- given once ----------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return next((t.device for t in self.parameters()), torch.device("cpu"))
+
+    @property
+    def model(self) -> nn.Module:
+        """The model this adapter is attached to.
+
+        Raises:
+            ValueError: it is attached to none.
+        """
+        if self._surgery is None:
+            raise ValueError(f"{self.method} is not attached to a model: call attach(model) first")
+        return self._surgery.model
+
+    def attach(
+        self,
+        model: nn.Module,
+        targets: str | Sequence[str] = "all-linear",
+        *,
+        head: Sequence[str] | None = None,
+        calibration: Any = None,
+    ) -> "Adapter":
+        """Freezes `model` and inserts the method's sites and K heads; the output of the body is unchanged at first.
+
+        Args:
+            targets: see `variants.targets.resolve`.
+            head: names of modules that are trained whole; found by their usual names if not given.
+            calibration: a batch of the model's input (dict, tuple or tensor), for the probe of K > 1 where the
+                input's form cannot be told from the model.
+
+        Raises:
+            ValueError: a target that matches nothing, or a model that has an adapter already.
+            NotPackable: K > 1, and packed members do not equal members alone in this model.
+        """
+        if self._surgery is not None:
+            raise ValueError(f"{self.method} is attached already: call detach() first")
+        if any(isinstance(module, Adapted | KeyedDropout) for module in model.modules()):
+            raise ValueError(f"{type(model).__name__} has an adapter already: detach it first")
+        head = find_head(model) if head is None else list(head)
+        self.targets = targets if isinstance(targets, str) else list(targets)
+        self.sites.clear()  # of an earlier model
+        self.heads.clear()
+        names = self.choose(model, self.targets, head)
+        if self.members > 1:
+            _probe(self, model, self.targets, head, calibration)
+        self._insert(model, names, head)
+        return self
+
+    def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None:
+        self.head_names = list(head)
+        self._surgery = _Surgery(model)
+        try:
+            self._surgery.freeze()
+            self._surgery.key_dropout(self.draw)
+            for name in names:
+                self._put(name, self.make_site(name, model.get_submodule(name)), self.sites)
+            for name in head:
+                for path, module in _leaves(model, name):
+                    self._put(path, make_head(path, module, self.draw), self.heads)
+            self._surgery.watch_rows(self.draw)
+        except BaseException:
+            self.detach()
+            raise
+
+    def _put(self, name: str, site: nn.Module | None, into: nn.ModuleDict) -> None:
+        if site is None:
+            return
+        base = self._surgery.model.get_submodule(name)
+        site.to(next(iter(base.parameters())).device)
+        into[key_of(name)] = site
+        self._surgery.replace(name, Adapted(base, site).train(base.training))
+
+    def detach(self) -> nn.Module:
+        """Takes everything out again; the model is bit for bit what it was.  The adapter keeps its trained tensors."""
+        model = self.model
+        if self.is_merged:
+            self.unmerge()
+        self._surgery.undo()
+        self._surgery = None
+        return model
+
+    def named_sites(self) -> Iterator[tuple[str, nn.Module]]:
+        """(module name, site) of what the method inserted, in the model's order."""
+        for key, site in self.sites.items():
+            yield name_of(key), site
+
+    def site(self, name: str) -> nn.Module:
+        """The site at that module.
+
+        Raises:
+            ValueError: no site has that name.
+        """
+        key = key_of(name)
+        if key not in self.sites:
+            raise ValueError(f'no site at "{name}"; there are: {", ".join(n for n, _ in self.named_sites())}')
+        return self.sites[key]
+
+    def base(self, name: str) -> nn.Module:
+        """The frozen module under the site of that name."""
+        return self.model.get_submodule(name).base
+
+    def delta(self, name: str) -> Tensor:
+        """(K, O, I): the dense change of that module's weight.
+
+        Raises:
+            ValueError: no site has that name, it changes no weight, or it is merged, so that the change is not to be told.
+        """
+        if self.is_merged:
+            raise ValueError(f"{self.method} is merged: call unmerge() before delta()")
+        site = self.site(name)
+        if not hasattr(site, "delta"):
+            raise ValueError(f"{self.method} changes no weight at {name}")
+        return site.delta(self.base(name))
+
+    def ranks(self) -> dict[str, Tensor]:
+        """(K,) active rank of each site that has a rank."""
+        return {name: site.rank() for name, site in self.named_sites() if hasattr(site, "rank")}
+
+    def live_ranks(self) -> dict[str, Tensor]:
+        """(K,) triplets that act on the output at this moment; differs from `ranks` between two projections."""
+        return {n: getattr(s, "live", s.rank)() for n, s in self.named_sites() if hasattr(s, "rank")}
+
+    def nominal_ranks(self) -> dict[str, Tensor]:
+        """(K,) rank slots that each member was given."""
+        return {name: site.nominal() for name, site in self.named_sites() if hasattr(site, "rank")}
+
+    def scales(self) -> dict[str, Tensor]:
+        """(K,) the scale in force (alpha/r) of each site that has one."""
+        return {name: site.scale for name, site in self.named_sites() if hasattr(site, "scale")}
+
+    def parameter_counts(self) -> dict[str, Tensor]:
+        """(K,) numbers of parameters: "trainable" and "active" without the head, and "head"."""
+        zero = torch.zeros(self.members, dtype=torch.int64)
+        trainable, active = zero.clone(), zero.clone()
+        for _, site in self.named_sites():
+            trainable += site.count(getattr(site, "nominal", lambda: zero)().cpu())
+            active += site.count(getattr(site, "rank", lambda: zero)().cpu())
+        head = sum((p[0].numel() for p in self.heads.parameters()), 0) + zero
+        return {"trainable": trainable, "active": active, "head": head}
+
+    # -- merging ---------------------------------------------------------------------------------------------------
+
+    @property
+    def is_merged(self) -> bool:
+        return any(m.merged for m in self.model.modules() if isinstance(m, Adapted))
+
+    @torch.no_grad()
+    def merge(self, member: int = 0) -> None:
+        """Writes one member into the model's own weights, and takes the sites out of the way until `unmerge`.
+
+        Raises:
+            ValueError: a weight that is also used elsewhere (tied), a member that does not exist, or merged already.
+        """
+        if not 0 <= member < self.members:
+            raise ValueError(f"member = {member}: there are {self.members}, counted from 0")
+        if self.is_merged:
+            raise ValueError(f"{self.method} is merged already: call unmerge() first")
+        adapted = [(n, m) for n, m in self.model.named_modules() if isinstance(m, Adapted)]
+        places = _parameter_places(self.model)
+        news = []
+        for name, module in adapted:
+            for key, value in module.site.merged(module.base, member).items():
+                old = getattr(module.base, key)
+                shared = places[id(old)] - {f"{name}.base.{key}"}
+                if shared:
+                    raise ValueError(
+                        f"{name}.{key} is tied to {sorted(shared)[0]}: merging would change that too; untie it first"
+                    )
+                news.append((old, value))
+        for old, value in news:  # only after every check: merged whole or not at all
+            self._surgery.kept.append((old, old.detach().clone()))
+            old.copy_(value)
+        for _, module in adapted:
+            module.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restores the weights that `merge` changed, from the kept copies, bit for bit."""
+        for tensor, value in self._surgery.kept:
+            tensor.copy_(value)
+        self._surgery.kept.clear()
+        for module in self.model.modules():
+            if isinstance(module, Adapted):
+                module.merged = False
+
+    # -- members ---------------------------------------------------------------------------------------------------
+
+    def alone(self, member: int) -> "Adapter":
+        """A new adapter, not attached, with the settings and seed of one member."""
+        settings = self.settings.for_member(member).model_dump(exclude_unset=True)
+        return type(self)(members=1, seeds=[self.seeds[member]], **settings)
+
+    @torch.no_grad()
+    def copy_member(self, source: "Adapter", member: int) -> None:
+        """Takes over the state of one member of `source`; both have the same sites, and K = 1 here."""
+        theirs = source.state_dict()
+        for name, mine in self.state_dict().items():
+            value = theirs[name][member]
+            mine.copy_(value[tuple(slice(n) for n in mine.shape[1:])].unsqueeze(0))
+
+    def silent_dropout(self) -> list[str]:
+        """Dropout of the model that the last training forward never drew: it sits inside a fused kernel, and is off."""
+        calls = self.draw.calls
+        quiet = [m.site for m in self.model.modules() if isinstance(m, KeyedDropout) and m.rate > 0 and not calls[m.site]]
+        return sorted({*quiet, *self._surgery.silenced})
+
+
+# -- the task head ---------------------------------------------------------------------------------------------------
+
+
+class HeadSite(nn.Module):
+    """K copies of a linear or a layer norm of the task head, trained whole.
+
+    weight (K, O, I) and bias (K, O) for a linear; weight and bias (K, O) for a layer norm.
+    """
+
+    def __init__(self, name: str, module: nn.Module, draw: Draw):
+        super().__init__()
+        self.name, self._draw = name, draw
+        self.is_norm = isinstance(module, nn.LayerNorm)
+        seeds = draw.seeds
+        dtype = trained_dtype(module.weight)
+        for key, value in module.named_parameters(recurse=False):
+            if self.is_norm:
+                starts = [value.detach()] * len(seeds)
+            elif key == "bias":
+                starts = [torch.zeros(value.shape)] * len(seeds)
+            else:
+                starts = [initialization.head(value.shape, initialization.generator(s, "head", name)) for s in seeds]
+            self.register_parameter(key, nn.Parameter(torch.stack([s.to(dtype) for s in starts])))
+
+    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        rows = self._draw.apart(self.name, x)  # (K, N, I)
+        bias = self._parameters.get("bias")
+        if self.is_norm:
+            normed = nn.functional.layer_norm(rows, base.normalized_shape, None, None, base.eps)
+            y = normed * self.weight[:, None] + (0 if bias is None else bias[:, None])
+        else:
+            y = torch.bmm(rows.to(self.weight.dtype), self.weight.mT)  # (K, N, O)
+            y = y if bias is None else y + bias[:, None]
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def merged(self, base: nn.Module, member: int) -> dict[str, Tensor]:
+        return {key: value[member] for key, value in self.named_parameters()}
+
+
+def make_head(name: str, module: nn.Module, draw: Draw) -> HeadSite:
+    if not isinstance(module, nn.Linear | nn.LayerNorm):
+        raise ValueError(
+            f'head module "{name}" is a {type(module).__name__}: a head of nn.Linear and nn.LayerNorm can be trained; '
+            f"give attach(head=[...]) the names of such modules"
+        )
+    return HeadSite(name, module, draw)
+
+
+def _leaves(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """(path, module) of each module at or under `name` that holds parameters itself."""
+    try:
+        root = model.get_submodule(name)
+    except AttributeError:
+        tops = [n for n, _ in model.named_children()]
+        raise ValueError(f'head module "{name}" is not in {type(model).__name__}, which has {", ".join(tops)}') from None
+    named = [(f"{name}.{n}" if n else name, m) for n, m in root.named_modules()]
+    return [(n, m) for n, m in named if any(True for _ in m.parameters(recurse=False))]
+
+
+# -- surgery ------------------------------------------------------------------------------------------------------------
+
+
+class _Surgery:
+    """Everything that attach changed in a model, so that detach can put it back."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.kept: list[tuple[Tensor, Tensor]] = []  # (weight, its copy from before a merge)
+        self.silenced: list[str] = []  # attention dropout given as a number, which no module draws
+        self._undo: list[Any] = []
+
+    def freeze(self) -> None:
+        for parameter in self.model.parameters():
+            self._undo.append(lambda p=parameter, was=parameter.requires_grad: p.requires_grad_(was))
+            parameter.requires_grad_(False)
+
+    def replace(self, name: str, new: nn.Module) -> None:
+        """Puts `new` at every path that leads to the module called `name`."""
+        old = self.model.get_submodule(name)
+        for parent in list(self.model.modules()):
+            if isinstance(parent, Adapted):
+                continue
+            for child, module in list(parent._modules.items()):
+                if module is old:
+                    parent._modules[child] = new
+                    self._undo.append(lambda p=parent, c=child: p._modules.__setitem__(c, old))
+
+    def set(self, module: nn.Module, name: str, value: Any) -> None:
+        was = getattr(module, name)
+        self._undo.append(lambda: setattr(module, name, was))
+        setattr(module, name, value)
+
+    def key_dropout(self, draw: Draw) -> None:
+        for name, module in list(self.model.named_modules()):
+            if type(module) is nn.Dropout or type(module).__name__ == "StableDropout":
+                rate = float(getattr(module, "p", getattr(module, "drop_prob", 0.0)))
+                keyed = KeyedDropout(rate, draw, name).train(module.training)
+                self._undo.append(lambda m=module, k=keyed: m.train(k.training))
+                self.replace(name, keyed)
+            for key in ("attention_dropout", "attn_dropout"):
+                rate = vars(module).get(key)
+                if isinstance(rate, float) and rate > 0:
+                    self.set(module, key, 0.0)
+                    self.silenced.append(f"{name}.{key}")
+
+    def watch_rows(self, draw: Draw) -> None:
+        """Tells the sites how many rows this forward pass has, so that they can refuse an input that is not rows."""
+
+        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            main = [kwargs[k] for k in ("input_ids", "inputs_embeds", "pixel_values") if kwargs.get(k) is not None]
+            first = next((t for t in [*main, *args, *kwargs.values()] if isinstance(t, Tensor) and t.dim()), None)
+            draw.rows = None if first is None else first.shape[0]
+
+        def after(*_: Any) -> None:
+            draw.rows = None
+
+        hooks = [
+            self.model.register_forward_pre_hook(before, with_kwargs=True),
+            self.model.register_forward_hook(after, always_call=True),
+        ]
+        self._undo.extend(hook.remove for hook in hooks)
+
+    def undo(self) -> None:
+        for step in reversed(self._undo):
+            step()
+        self._undo.clear()
+
+
+def _parameter_places(model: nn.Module) -> dict[int, set[str]]:
+    """For each parameter, every (path of its module).name under which it is used."""
+    places: dict[int, set[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=True):
+        for name, parameter in module.named_parameters(recurse=False):
+            places.setdefault(id(parameter), set()).add(f"{path}.{name}")
+    return places
+
+
+# -- the probe ----------------------------------------------------------------------------------------------------------
+
+
+def _probe(adapter: Adapter, model: nn.Module, targets: Any, head: Sequence[str], calibration: Any) -> None:
+    """One forward of up to three members with different rows must equal as many forwards apart, in float64.
+
+    Raises:
+        NotPackable: it does not, or it cannot be tried.
+    """
+    members, rows = min(adapter.members, 3), 5
+    try:
+        double = copy.deepcopy(model).double().train()
+    except Exception as error:
+        raise NotPackable(
+            f"{type(model).__name__} cannot be copied to probe packing ({error}); run its members with K = 1"
+        ) from None
+    batch = _rows(_example(model, members * rows, calibration), members * rows)
+    settings = adapter.settings.model_copy(
+        update={k: v[:members] for k, v in adapter.settings if isinstance(v, list)}
+    ).model_dump(exclude_unset=True)
+    packed = type(adapter)(members=members, seeds=adapter.seeds[:members], **settings)
+    reason = None
+    packed._insert(double, packed.choose(double, targets, head), head)
+    try:
+        fill(packed)
+        together = _forward(packed, double, batch)
+        packed.detach()
+        for k in range(members):
+            alone = packed.alone(k)
+            alone._insert(double, alone.choose(double, targets, head), head)
+            alone.copy_member(packed, k)
+            apart = _forward(alone, double, _slice(batch, k * rows, (k + 1) * rows))
+            alone.detach()
+            if not torch.allclose(together[k * rows : (k + 1) * rows], apart, rtol=1e-9, atol=1e-12):
+                worst = (together[k * rows : (k + 1) * rows] - apart).abs().max().item()
+                reason = f"the output of a packed member differs from its output alone by {worst:.1e}"
+                break
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+    if reason is not None:
+        raise NotPackable(f"{type(model).__name__} cannot pack {adapter.method}: {reason}; run its members with K = 1")
+
+
+def fill(adapter: Adapter, spread: float = 0.1, seed: int = 0) -> None:
+    """Moves every trained tensor by N(0, spread^2), inside the slots that exist, so that nothing is trivial."""
+    random = initialization.generator(seed, "fill")
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            noise = torch.empty(parameter.shape).normal_(0, spread, generator=random)
+            parameter.add_(noise.to(parameter))
+        for _, site in adapter.named_sites():
+            getattr(site, "clear_missing_slots", lambda: None)()
+
+
+def _forward(adapter: Adapter, model: nn.Module, batch: Any) -> Tensor:
+    adapter.begin(Step(1, 10**9))  # long enough for every schedule
+    with torch.no_grad():
+        output = model(**batch) if isinstance(batch, Mapping) else model(*batch)
+    if isinstance(output, Tensor):
+        return output
+    return next(t for t in (output.values() if isinstance(output, Mapping) else output) if isinstance(t, Tensor))
+
+
+def _example(model: nn.Module, rows: int, calibration: Any) -> Any:
+    """A batch that the model takes: the given one, or random tokens, pixels or features."""
+    if calibration is not None:
+        return calibration
+    device = next(model.parameters()).device
+    random = initialization.generator(0, "probe")
+    config = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", None)
+    if main == "input_ids" and hasattr(config, "vocab_size"):
+        ids = torch.randint(config.vocab_size, (rows, 7), generator=random)
+        return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+    if main == "pixel_values" and hasattr(config, "image_size"):
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        pixels = torch.randn(rows, config.num_channels, size, size, generator=random, dtype=torch.float64)
+        return {"pixel_values": pixels.to(device)}
+    first = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
+    if config is None and first is not None:
+        return (torch.randn(rows, first.in_features, generator=random, dtype=torch.float64).to(device),)
+    raise NotPackable(f"{type(model).__name__}: the form of its input cannot be told: pass attach(calibration=a batch)")
+
+
+def _rows(batch: Any, rows: int) -> Any:
+    """The batch with exactly `rows` rows, repeated from its start where it has fewer, floats in float64."""
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        value = value[torch.arange(rows, device=value.device) % value.shape[0]]
+        return value.double() if value.is_floating_point() else value
+
+    if isinstance(batch, Mapping):
+        return {k: cut(v) for k, v in batch.items()}
+    return tuple(cut(v) for v in (batch if isinstance(batch, tuple | list) else (batch,)))
+
+
+def _slice(batch: Any, start: int, stop: int) -> Any:
+    def cut(value: Any) -> Any:
+        return value[start:stop] if isinstance(value, Tensor) and value.dim() else value
+
+    return {k: cut(v) for k, v in batch.items()} if isinstance(batch, Mapping) else tuple(cut(v) for v in batch)

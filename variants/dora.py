@@ -1,0 +1,133 @@
+"""DoRA: train the size and the direction of each weight row separately.
+
+    y = m / |W + dW|  *  (W x + dW x)  +  b         dW = s B A
+
+m (K, O) starts at |W|, so the model is unchanged at the start.  Liu et al. 2024, eq. (5); the norm is held constant in
+the backward pass (sec. 4.3).  |W + dW| is the norm of each output row, and the bias is not scaled, as in PEFT.
+
+Departures: the norm comes from thin products (lowrank.squared_row_norms).  Dropout acts on the low-rank branch's input
+alone; PEFT drops it in (m/|W + dW| - 1) W x too.  A row whose W + dW is zero has gain 1 where PEFT has 0/0.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from variants.adalora import AdaLoRA
+from variants.base import trained_dtype, weight_of
+from variants.lora import LoRA
+from variants.lowrank import LowRank, as_stored, squared_row_norms
+
+
+class Decomposed(nn.Module):
+    """A magnitude for each output row around any low-rank site."""
+
+    def __init__(self, inner: LowRank, base: nn.Module):
+        super().__init__()
+        self.inner = inner
+        weight = weight_of(base).detach().to(trained_dtype(base.weight))
+        self.register_buffer("weight_squared", weight.square().sum(1), persistent=False)  # (O,): W is frozen
+        norm = self.weight_squared.sqrt()
+        self.magnitude = nn.Parameter(norm.expand(inner.A.shape[0], -1).clone())  # (K, O)
+        self._norm: tuple[object, Tensor] | None = None
+
+    @torch.no_grad()
+    def norm(self, base: nn.Module) -> Tensor:
+        """(K, O): |W + dW| of each row, computed once a step where a trainer says which step it is."""
+        inner = self.inner
+        state = (inner._draw.step, *(p._version for p in inner.parameters()))
+        if inner._draw.step is None or self._norm is None or self._norm[0] != state:
+            with torch.autocast(base.weight.device.type, enabled=False):
+                B = inner.B * inner.coefficients()[:, None]
+                square = squared_row_norms(weight_of(base), self.weight_squared, inner.A, B)
+            self._norm = state, square.sqrt()
+        return self._norm[1]
+
+    def gain(self, base: nn.Module) -> Tensor:
+        """(K, O): m / |W + dW|, and 1 where a row is zero and has no direction."""
+        norm = self.norm(base)
+        return torch.where(norm > 0, self.magnitude / norm.clamp_min(torch.finfo(norm.dtype).tiny), 1.0)
+
+    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        y = base(x)
+        return Recomposed.apply(self.inner.onto(y, x), self.gain(base), base.bias).reshape(y.shape).to(y.dtype)
+
+    def direction(self, base: nn.Module) -> Tensor:
+        """(K, O, I): W + dW."""
+        return weight_of(base) + self.inner.delta(base)
+
+    def delta(self, base: nn.Module) -> Tensor:
+        return self.gain(base)[:, :, None] * self.direction(base) - weight_of(base)
+
+    def merged(self, base: nn.Module, member: int) -> dict[str, Tensor]:
+        weight = self.gain(base)[member, :, None] * self.direction(base)[member]
+        return {"weight": as_stored(base, weight)}
+
+    @property
+    def scale(self) -> Tensor:
+        return self.inner.scale
+
+    def rank(self) -> Tensor:
+        return self.inner.rank()
+
+    def live(self) -> Tensor:
+        return getattr(self.inner, "live", self.inner.rank)()
+
+    def nominal(self) -> Tensor:
+        return self.inner.nominal()
+
+    def count(self, ranks: Tensor) -> Tensor:
+        """(K,) parameters of so many slots, magnitudes counted."""
+        return self.inner.count(ranks) + self.magnitude.shape[1]
+
+    def clear_missing_slots(self) -> None:
+        self.inner.clear_missing_slots()
+
+
+class Recomposed(torch.autograd.Function):
+    """gain * (t - b) + b for t (K, N, O), gain (K, O) and the frozen bias b (O,) or None, in one pass over t.
+
+    t holds the bias already, which the gain must not scale.
+    """
+
+    @staticmethod
+    def forward(ctx, t: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+        gain = gain.to(t.dtype)
+        bias = None if bias is None else bias.to(t.dtype)
+        ctx.save_for_backward(t, gain, bias)
+        factor = gain[:, None]  # (K, 1, O)
+        return t * factor if bias is None else torch.addcmul((1 - factor) * bias, t, factor)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        t, gain, bias = ctx.saved_tensors
+        dgain = None
+        if ctx.needs_input_grad[1]:
+            dgain = (t * g).sum(1)
+            if bias is not None:
+                dgain -= g.sum(1) * bias
+        return g * gain[:, None], dgain, None
+
+
+class DoRA(LoRA):
+    """K members of DoRA."""
+
+    method = "dora"
+    exact_gradient = False  # the norm is detached
+
+    def make_site(self, name: str, module: nn.Module) -> nn.Module:
+        return Decomposed(super().make_site(name, module), module)
+
+
+class AdaLoRADoRA(AdaLoRA):
+    """AdaLoRA's triplets on the direction, DoRA's magnitudes apart: ranks are pruned, magnitudes are not."""
+
+    method = "adalora+dora"
+    exact_gradient = False
+
+    def make_site(self, name: str, module: nn.Module) -> nn.Module:
+        return Decomposed(super().make_site(name, module), module)
+
+    def triplets(self) -> Sequence[LowRank]:
+        return [site.inner for _, site in self.named_sites()]

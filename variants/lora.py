@@ -1,0 +1,35 @@
+"""LoRA: freeze the weight, train a low-rank change of it.
+
+    y = W x + s B A x + b            s = alpha/r
+
+A (K, R, I) starts at random and B (K, O, R) at zero, so the model is unchanged at the start.  Hu et al. 2021, eq. (3).
+With scaling = "alpha/sqrt(r)" it is rsLoRA (Kalajdzievski 2023), with lr_ratio > 1 LoRA+ (Hayou et al. 2024).
+"""
+
+import torch
+from torch import nn
+
+from variants import initialization
+from variants.lowrank import LowRank, LowRankAdapter
+
+
+class LoRA(LowRankAdapter):
+    """K members of LoRA."""
+
+    method = "lora"
+
+    def make_site(self, name: str, module: nn.Module) -> nn.Module:
+        ranks = self.site_ranks(name, self.settings.rank)
+        start = initialization.STARTS[self.settings.initialization]
+        draws = [initialization.generator(seed, name, "A") for seed in self.seeds]
+        A = [start(r, module_in(module), random) for r, random in zip(ranks, draws, strict=True)]
+        B = [torch.zeros(module_out(module), r) for r in ranks]
+        return LowRank(name, module, (A, B), self.site_scales(name, ranks), self.settings.dropout, self.draw)
+
+
+def module_in(module: nn.Module) -> int:
+    return module.weight.shape[0] if hasattr(module, "nf") else module.in_features
+
+
+def module_out(module: nn.Module) -> int:
+    return module.nf if hasattr(module, "nf") else module.out_features

@@ -1,0 +1,238 @@
+"""What each method can be told, and the list of methods: the one place to look a setting up.
+
+This module imports no torch, so that a study file is checked, and a wrong one refused, within a second.  The
+mathematics of a method stands in its own file, which `Method.location` names.
+"""
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+PerMember = list[PositiveInt] | PositiveInt
+Targets = str | list[str]
+
+
+class Settings(BaseModel):
+    """Settings of a method: keyword-only, frozen, unknown names refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    def for_member(self, member: int) -> "Settings":
+        """The same settings with every per-member list replaced by that member's value."""
+        return self.model_copy(update={k: getattr(self, k)[member] for k in PER_MEMBER if isinstance(self.get(k), list)})
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return getattr(self, name, default)
+
+
+PER_MEMBER = ("rank", "initial_rank", "target_rank", "alpha", "orthogonality")  # what members of a pack may differ in
+
+
+class LowRankSettings(Settings):
+    """What every low-rank method has."""
+
+    alpha: list[Positive] | Positive = 16.0
+    """Numerator of the scale on the update; one number, or one for each member."""
+    # 16: AdaLoRA sec. 4 and LoRA's scripts use 16 or 32 and never tune it.
+    dropout: Fraction = 0.0
+    """Probability with which an element of the low-rank branch's input is dropped in training."""
+    scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
+    """How alpha becomes a scale; alpha/sqrt(r) is rsLoRA's (Kalajdzievski 2023)."""
+    rank_pattern: dict[str, PositiveInt] = {}
+    """Other (initial) ranks for some sites: name, suffix or pattern of a module -> rank."""
+    alpha_pattern: dict[str, Positive] = {}
+    """Other alphas for some sites: name, suffix or pattern of a module -> alpha."""
+    lr_ratio: Positive = 1.0
+    """Learning rate of B over that of A; above 1 it is LoRA+ (Hayou et al. 2024)."""
+
+
+class LoRASettings(LowRankSettings):
+    """Settings of LoRA and of DoRA."""
+
+    rank: PerMember
+    """Rank of each site; one number, or one for each member."""
+    initialization: Literal["kaiming", "gaussian"] = "kaiming"
+    """Where A starts; B starts at zero."""
+
+
+class AdaLoRASettings(LowRankSettings):
+    """Settings of AdaLoRA, with or without DoRA's magnitude."""
+
+    initial_rank: PerMember
+    """Triplets of each site at the start."""
+    target_rank: PerMember
+    """Mean rank of a site at the end; the budget is target_rank times the number of sites."""
+    warmup_steps: Count = 0
+    """Steps at the full budget before pruning starts."""
+    final_steps: Count = 0
+    """Steps at the final budget, with the ranks fixed."""
+    interval: PositiveInt = 1
+    """Steps from one allocation to the next."""
+    orthogonality: list[NonNegative] | NonNegative = 0.5
+    """Weight of the orthogonality penalty.  0.5: peft's AdaLoraConfig default; the paper searches 0.1, 0.3, 0.5."""
+    penalty_form: Literal["release", "paper"] = "release"
+    """release: mean of Frobenius norms over all matrices; paper: sum of squared norms (eq. 4)."""
+    beta1: Fraction = 0.85
+    """Smoothing of the sensitivity (eq. 9)."""
+    beta2: Fraction = 0.85
+    """Smoothing of its uncertainty (eq. 10)."""
+
+    @model_validator(mode="after")
+    def _budget_shrinks(self) -> "AdaLoRASettings":
+        initial, target = self.initial_rank, self.target_rank
+        length = max(len(value) if isinstance(value, list) else 1 for value in (initial, target))
+        for start, end in zip(_spread(initial, length), _spread(target, length), strict=False):
+            if end > start:
+                raise ValueError(
+                    f"target_rank = {end} is above initial_rank = {start}: AdaLoRA prunes, so give an initial_rank "
+                    f"of at least {end} (the paper starts at 1.5 times the target)"
+                )
+        return self
+
+
+class NoSettings(Settings):
+    """A method without settings."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named method: where it is, what it can be told, and where it comes from."""
+
+    name: str
+    location: str
+    settings: type[Settings]
+    summary: str
+    source: str
+
+    def load(self) -> type:
+        """The adapter class; imports torch."""
+        module, _, name = self.location.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    @property
+    def takes_targets(self) -> bool:
+        return issubclass(self.settings, LowRankSettings)
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("full", "variants.subset:FullFineTuning", NoSettings, "every parameter is trained", "-"),
+        Method("head", "variants.subset:HeadOnly", NoSettings, "only the task head is trained", "-"),
+        Method("bitfit", "variants.subset:BitFit", NoSettings, "only the biases are trained", "Zaken et al. 2022"),
+        Method("lora", "variants.lora:LoRA", LoRASettings, "low-rank update B A of each weight", "Hu et al. 2021"),
+        Method(
+            "adalora",
+            "variants.adalora:AdaLoRA",
+            AdaLoRASettings,
+            "low-rank update P diag(E) Q whose rank is pruned by importance",
+            "Zhang et al. 2023",
+        ),
+        Method("dora", "variants.dora:DoRA", LoRASettings, "LoRA on the direction, magnitudes apart", "Liu et al. 2024"),
+        Method(
+            "adalora+dora",
+            "variants.dora:AdaLoRADoRA",
+            AdaLoRASettings,
+            "AdaLoRA on the direction, magnitudes apart",
+            "Zhang et al. 2023 with Liu et al. 2024",
+        ),
+    )
+}
+
+
+def method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        ValueError: no method has that name; the message offers the nearest.
+    """
+    if name not in METHODS:
+        raise ValueError(f'method "{name}" is unknown{nearest(name, METHODS)}; there are: {", ".join(METHODS)}')
+    return METHODS[name]
+
+
+def check(name: str, values: dict[str, Any]) -> Settings:
+    """`values` as the settings of method `name`.
+
+    Raises:
+        ValueError: an unknown name, a wrong type or a value out of range; one line for each fault.
+    """
+    kind = method(name).settings
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise ValueError("\n".join(explain(error, kind, where=name))) from None
+
+
+def explain(error: ValidationError, kind: type[BaseModel], where: str = "") -> list[str]:
+    """Each fault of a pydantic error as one line: place, value, rule and, for an unknown name, the nearest."""
+    lines = {}
+    for fault in error.errors():
+        path = [p for p in fault["loc"] if not _is_type_tag(p)]
+        place = ".".join(str(p) for p in ([where] if where else []) + path)
+        if fault["type"] == "extra_forbidden":
+            known = _fields_at(kind, path[:-1])
+            lines[place] = f"{place}: unknown setting{nearest(str(path[-1]), known)}; there are: {', '.join(known)}"
+        elif fault["type"] == "list_type" and not isinstance(fault["input"], list | str | dict):
+            continue  # the other branch of "one value, or one for each member" says what is wrong
+        elif fault["type"] == "missing":
+            lines[place] = f"{place}: missing; give a value"
+        elif fault["type"] == "value_error":
+            lines[place + fault["msg"]] = f"{place}: {fault['msg'].removeprefix('Value error, ')}"
+        else:
+            message = fault["msg"].replace("Input should be", "should be")
+            line = f"{place} = {_short(fault['input'])}: {message[0].lower()}{message[1:]}"
+            lines[place] = lines[place] + ", or " + message[0].lower() + message[1:] if place in lines else line
+    return list(lines.values())
+
+
+def nearest(word: str, known: Any) -> str:
+    """'; did you mean "x"?' where some known word is near, else nothing."""
+    close = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.6)
+    return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def per_member(value: Any, members: int, name: str) -> list[Any]:
+    """`value` for each member: a list is taken as it is, anything else is repeated.
+
+    Raises:
+        ValueError: a list of another length than `members`.
+    """
+    values = _spread(value, members)
+    if len(values) != members:
+        raise ValueError(f"{name} = {value} has {len(values)} values for {members} members: give one for each, or one number")
+    return values
+
+
+def _spread(value: Any, length: int) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value] * length
+
+
+def _is_type_tag(part: Any) -> bool:
+    """Whether a part of a pydantic location names a branch of a union, not a field."""
+    return isinstance(part, str) and (
+        "[" in part or part in {"int", "float", "str", "bool", "constrained-int", "constrained-float"}
+    )
+
+
+def _fields_at(kind: type[BaseModel], path: list[Any]) -> list[str]:
+    for part in path:
+        if isinstance(part, int) or part not in kind.model_fields:
+            continue
+        annotation = kind.model_fields[part].annotation
+        models = [a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type)]
+        kind = next((m for m in models if issubclass(m, BaseModel)), kind)
+    return list(kind.model_fields)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

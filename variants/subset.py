@@ -1,0 +1,166 @@
+"""Methods that insert no low-rank update: the head only, the biases only (BitFit), every parameter (full fine-tuning)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from variants import initialization
+from variants.base import Adapter, Group, _leaves, _Surgery, key_of, trained_dtype
+from variants.dropout import Draw
+from variants.targets import is_conv1d
+
+
+class HeadOnly(Adapter):
+    """K task heads on the frozen model: what the pre-trained features alone are worth."""
+
+    method = "head"
+
+    def choose(self, model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
+        if not head:
+            raise ValueError(f"head: {type(model).__name__} has no task head to train; give attach(head=[names])")
+        return []
+
+
+class BiasSite(nn.Module):
+    """y = base(x) + d with d (K, O), which is the base with another bias."""
+
+    def __init__(self, name: str, base: nn.Module, draw: Draw):
+        super().__init__()
+        self.name, self._draw = name, draw
+        start = torch.zeros(len(draw.seeds), *base.bias.shape, dtype=trained_dtype(base.bias))
+        self.bias = nn.Parameter(start)
+
+    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        y = base(x)
+        rows = self._draw.apart(self.name, y)  # (K, N, O)
+        return (rows + self.bias[:, None]).reshape(y.shape).to(y.dtype)
+
+    def merged(self, base: nn.Module, member: int) -> dict[str, Tensor]:
+        return {"bias": base.bias + self.bias[member]}
+
+    def count(self, ranks: Tensor) -> Tensor:
+        return torch.full_like(ranks, self.bias.shape[1])
+
+
+class BitFit(Adapter):
+    """BitFit: train the biases and nothing else.  Zaken et al. 2022, sec. 3.
+
+    Each bias is the frozen one plus a trained difference, so that members can share the frozen model; for AdamW's
+    steps, which do not depend on where a parameter starts, that is the same.  Biases do not decay.
+    """
+
+    method = "bitfit"
+
+    def choose(self, model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
+        inside_head = {path for name in head for path, _ in _leaves(model, name)}
+        names = [n for n, m in model.named_modules() if getattr(m, "bias", None) is not None and n not in inside_head]
+        names = [n for n in names if isinstance(model.get_submodule(n).bias, nn.Parameter)]
+        if not names:
+            raise ValueError(f"bitfit: no module of {type(model).__name__} has a bias to train: choose another method")
+        return names
+
+    def make_site(self, name: str, module: nn.Module) -> nn.Module:
+        return BiasSite(name, module, self.draw)
+
+
+class FullFineTuning(Adapter):
+    """Every parameter of the model, as tensors of this adapter with a leading axis of 1.
+
+    The model's parameters are replaced by trained copies, which share their memory with the adapter's tensors; detach
+    puts the original parameters back.  A parameter used at several places (tied) stays one.
+    """
+
+    method = "full"
+    packable = False
+
+    def choose(self, model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
+        return []
+
+    def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None:
+        self.head_names = list(head)
+        self._surgery = _Surgery(model)
+        self._merged = False
+        self._originals: dict[str, nn.Parameter] = {}
+        try:
+            self._replace_parameters(model, head)
+        except BaseException:
+            self.detach()
+            raise
+
+    def _replace_parameters(self, model: nn.Module, head: Sequence[str]) -> None:
+        self._surgery.freeze()
+        self._surgery.key_dropout(self.draw)
+        in_head = {f"{path}.{key}" for h in head for path, m in _leaves(model, h) for key in dict(m.named_parameters())}
+        self.undecayed: set[str] = set()
+        lives: dict[int, nn.Parameter] = {}
+        for path, module in list(model.named_modules()):
+            for key, old in list(module.named_parameters(recurse=False)):
+                name = f"{path}.{key}" if path else key
+                if id(old) not in lives:
+                    lives[id(old)] = self._take(name, old, head=name in in_head, is_norm=isinstance(module, nn.LayerNorm))
+                    if key == "bias" or "norm" in type(module).__name__.lower():
+                        self.undecayed.add(name)
+                module._parameters[key] = lives[id(old)]
+                self._originals[name] = old
+                self._surgery._undo.append(lambda m=module, k=key, o=old: m._parameters.__setitem__(k, o))
+
+    def delta(self, name: str) -> Tensor:
+        """(1, O, I): the change of that module's weight."""
+        old = self._originals.get(f"{name}.weight")
+        if old is None:
+            raise ValueError(f'no module "{name}" with a weight in {type(self.model).__name__}')
+        module = self.model.get_submodule(name)
+        change = module.weight.detach() - old
+        return (change.mT if is_conv1d(module) else change)[None]
+
+    def _take(self, name: str, old: nn.Parameter, head: bool, is_norm: bool) -> nn.Parameter:
+        """A trained copy for the model, whose memory and gradient are those of a tensor (1, ...) of this adapter."""
+        values = old.detach().to(trained_dtype(old) if old.is_floating_point() else old.dtype, copy=True)
+        into = self.heads if head else self.sites
+        path, _, key = name.rpartition(".")
+        holder = key_of(path or "model")
+        if holder not in into:
+            into[holder] = Tensors()
+        if head and not is_norm:
+            random = initialization.generator(self.seeds[0], "head", path)
+            values.copy_(torch.zeros(old.shape) if key == "bias" else initialization.head(old.shape, random))
+        known = into[holder]._parameters.get(key)
+        owned = nn.Parameter(values[None]) if known is None else known
+        into[holder].register_parameter(key, owned)
+        live = nn.Parameter(owned.detach()[0])
+
+        def hand_over(parameter: nn.Parameter) -> None:
+            gradient = parameter.grad[None]
+            owned.grad = gradient if owned.grad is None else owned.grad + gradient
+            parameter.grad = None
+
+        live.register_post_accumulate_grad_hook(hand_over)
+        return live
+
+    def parameter_groups(self) -> list[Group]:
+        """All tensors; biases and norms do not decay."""
+        named = [(n.partition(".")[2].replace("/.", ".").replace("/", "."), p) for n, p in self.named_parameters()]
+        decayed = [p for n, p in named if n.removeprefix("model.") not in self.undecayed]
+        plain = [p for n, p in named if n.removeprefix("model.") in self.undecayed]
+        return [g for g in (Group(decayed), Group(plain, weight_decay=0.0)) if g.params]
+
+    @property
+    def is_merged(self) -> bool:
+        return self._merged
+
+    def merge(self, member: int = 0) -> None:
+        """The trained weights are the model's own already."""
+        if member:
+            raise ValueError(f"member = {member}: there is 1, counted from 0")
+        self._merged = True
+
+    def unmerge(self) -> None:
+        self._merged = False
+
+
+class Tensors(nn.Module):
+    """Trained tensors of one module, each (1, ...)."""
+
+    def count(self, ranks: Tensor) -> Tensor:
+        return torch.full_like(ranks, sum(p[0].numel() for p in self.parameters()))
