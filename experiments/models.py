@@ -99,6 +99,7 @@ def load(model_id: str, task: Any, precision: str = "fp32", device: str = "cpu")
             f"{model_id} lacks {len(astray)} weights of a {type(model).__name__}, {astray[0]} among them: "
             "its files are of another model; nothing but a head or pooler is started at random"
         )
+    model.config._name_or_path = model_id  # saved adapters name the model, not a folder of this machine's cache
     model.to(target)
     info = ModelInfo(
         id=model_id,

@@ -1,0 +1,257 @@
+"""The command.  Results go to standard output, everything else to standard error.
+
+Exit codes: 0 all completed, 1 some run failed, 2 the user can mend it (one clear line for each fault), 130 interrupted.
+Settings are checked before torch is imported, so that help and refusals answer within a second.
+"""
+
+import errno
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from variants.settings import METHODS, nearest
+
+app = typer.Typer(
+    help="Adaptive-rank fine-tuning, compared fairly: LoRA, AdaLoRA, DoRA, full fine-tuning and relatives.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+
+
+def main() -> None:
+    """Entry point: turns what a user can mend into one line and an exit code."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _complain("interrupted; the same command goes on where this one stopped")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (typer.Abort, EOFError):
+        sys.exit(130)
+    except ValueError as error:
+        _complain(str(error))
+        sys.exit(2)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            _complain(f"the disk is full{_at(error)}: free some space and give the same command again; nothing done is lost")
+        else:
+            _complain(str(error) if error.errno is None else f"{error.strerror}{_at(error)}")
+        sys.exit(2)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's own usage errors
+            _complain(error.format_message())
+            sys.exit(2)
+        raise
+
+
+@app.command()
+def compare(
+    study: Annotated[Path | None, typer.Argument(help="A study file, or the name of one that ships; default: default")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs.  [default: runs/<study>]")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "auto",
+    methods: Annotated[str | None, typer.Option(help="Only these, by label, with commas between.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="So many seeds for the final runs, 0 to N-1.")] = None,
+    pack: Annotated[int | None, typer.Option(help="Most members that train at once.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.  [default: what torch takes]")] = None,
+    accept_licence: Annotated[list[str] | None, typer.Option(help="Accept the terms of research-only data.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed runs again.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a study's missing runs, print the comparison, and write its report."""
+    from experiments import checks, config
+
+    chosen = config.read(study or config.DEFAULT_STUDY)
+    chosen = _narrowed(chosen, methods, seeds, pack, accept_licence or [])
+    if threads is not None and threads < 1:
+        raise ValueError(f"--threads {threads}: give at least 1")
+    folder = out or Path("runs") / chosen.name
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder}: this is a file; name a folder")
+    checks.check(chosen)
+
+    with _progress() as bar:
+        bar.say(f"{chosen.title or chosen.name}: loading torch, model and data ...")
+        # libgomp's threads spin for milliseconds when they wait; with any other program on the machine that makes a step
+        # several times slower.  Read when torch is imported.
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+        import torch
+
+        from experiments.study import Runner
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if device.startswith("cuda"):
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        runner = Runner(chosen, folder, device, say=bar.warn, progress=bar.advance, retry_failed=retry_failed)
+        if runner.device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        runner.prepare()
+        bar.start(runner.work())
+        results = runner.run()
+    _report(folder, None, as_json)
+    if any(result["status"] == "failed" for result in results):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[Path, typer.Argument(help="A folder of runs.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write it.  [default: RUNS/report]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the report of a folder of runs: Markdown, figures (SVG, PNG), tables (CSV, LaTeX)."""
+    _report(runs, out, as_json)
+
+
+@app.command()
+def ranks(
+    path: Annotated[Path, typer.Argument(help="A run's folder, or any PEFT adapter folder.")],
+    as_json: Json = False,
+) -> None:
+    """Print the rank of every layer and module."""
+    from reports import tables
+
+    print(tables.rank_json(path) if as_json else tables.rank_table(path).text())
+
+
+@app.command(name="list")
+def list_(as_json: Json = False) -> None:
+    """List the methods, models, tasks and studies there are."""
+    from experiments import catalogue, config, tasks
+
+    studies = sorted(p.relative_to(config.STUDIES).with_suffix("").as_posix() for p in config.STUDIES.rglob("*.toml"))
+    rows = {
+        "methods": {m.name: f"{m.summary} ({m.source})" for m in METHODS.values()},
+        "models": {name: f"{e.kind}, {e.licence}" for name, e in catalogue.CATALOGUE.items() if e.kind == "model"},
+        "tasks": {name: tasks.get(name).licence for name in tasks.names()},
+        "studies": {name: _first_comment(config.STUDIES / f"{name}.toml") for name in studies},
+    }
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    for kind, entries in rows.items():
+        print(kind)
+        width = max(map(len, entries), default=0)
+        for name, text in entries.items():
+            print(f"  {name:<{width}}  {text}")
+
+
+def _narrowed(study: Any, methods: str | None, seeds: int | None, pack: int | None, accepted: list[str]) -> Any:
+    """The study with what the command line says instead of the file."""
+    change: dict[str, Any] = {"accept_licences": [*study.accept_licences, *accepted]}
+    if methods is not None:
+        wanted = [m.strip() for m in methods.split(",") if m.strip()]
+        labels = [e.label for e in study.methods]
+        for name in wanted:
+            if name not in labels:
+                raise ValueError(
+                    f'--methods: "{name}" is not in {study.name}{nearest(name, labels)}; it has: {", ".join(labels)}'
+                )
+        if not wanted:
+            raise ValueError(f"--methods is empty: name at least one of: {', '.join(labels)}")
+        change["methods"] = [e for e in study.methods if e.label in wanted]
+    if seeds is not None:
+        if seeds < 1:
+            raise ValueError(f"--seeds {seeds}: give at least 1")
+        change["seeds"] = list(range(seeds))
+    if pack is not None:
+        if pack < 1:
+            raise ValueError(f"--pack {pack}: give at least 1")
+        change["pack"] = pack
+    return study.model_copy(update=change)
+
+
+def _report(runs: Path, out: Path | None, as_json: bool) -> None:
+    from reports import page, results, tables
+
+    studies = results.load_all(runs)
+    written = page.write(runs, out or runs / "report")
+    found = [tables.comparison(part) for study in studies for part in study.parts()]
+    if as_json:
+        names = [study.name for study in studies]
+        print(json.dumps({"studies": names, "report": str(written), "tables": [t.records() for t in found]}, indent=1))
+        return
+    for table in found:
+        print(table.text(shutil.get_terminal_size((120, 24)).columns))
+        print()
+    if any(study.quick for study in studies):
+        print("This is a quick look, no fair comparison.  The fair one of this model and task: rankwise compare stsb-minilm")
+    print(f"report: {written}")
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def _complain(text: str) -> None:
+    for line in text.splitlines():
+        print(f"rankwise: {line}", file=sys.stderr)
+
+
+def _at(error: OSError) -> str:
+    return f": {error.filename}" if error.filename else ""
+
+
+class _progress:
+    """A bar with the time left on a terminal; nothing elsewhere, except what the user should know."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True)
+        self.bar: Any = None
+
+    def __enter__(self) -> "_progress":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def say(self, line: str) -> None:
+        if self.console.is_terminal:
+            self.console.print(line, highlight=False)
+
+    def warn(self, line: str) -> None:
+        print(f"rankwise: {line}", file=sys.stderr)
+
+    def start(self, total: float) -> None:
+        if not self.console.is_terminal:
+            return
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (
+            "{task.description}",
+            BarColumn(),
+            "{task.percentage:>3.0f}%",
+            TimeElapsedColumn(),
+            "left",
+            TimeRemainingColumn(),
+        )
+        columns = [TextColumn(c) if isinstance(c, str) else c for c in columns]
+        self.bar = Progress(*columns, console=self.console, speed_estimate_period=120)
+        self.task = self.bar.add_task("", total=total)
+        self.bar.start()
+
+    def advance(self, what: str, rows: float) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, description=what, advance=rows)
+
+
+if __name__ == "__main__":
+    main()

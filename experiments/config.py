@@ -1,0 +1,343 @@
+"""A study file: what it may say, and what is wrong with it when it is wrong.
+
+No torch here: a wrong file is refused within a second.  `read` gives the study as written; `experiments.study` expands
+it into runs.
+"""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from variants.settings import (
+    METHODS,
+    AdaLoRASettings,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Settings,
+    check,
+    explain,
+    method,
+    nearest,
+)
+
+STUDIES = Path(__file__).parent / "studies"
+DEFAULT_STUDY = STUDIES / "default.toml"
+STEP_COUNTS = ("warmup_steps", "final_steps", "interval")  # may be given as a share of the run, "10%"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Training(_Section):
+    """How every run of a study trains."""
+
+    epochs: PositiveInt = 3
+    """Passes over the training part."""
+    max_steps: PositiveInt | None = None
+    """Stop after so many optimizer steps, whatever `epochs` says."""
+    batch_size: PositiveInt = 32
+    """Rows of one member in one optimizer step."""
+    accumulation: PositiveInt = 1
+    """Micro-batches that a step's rows are cut into."""
+    warmup_ratio: Fraction = 0.06
+    """Share of the steps in which the learning rate rises from zero."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after the warm-up; to zero, or not at all."""
+    weight_decay: NonNegative = 0.01
+    """AdamW's decoupled decay; biases, norms and magnitudes have none."""
+    clip: Positive | None = 1.0
+    """Greatest norm of a member's gradient; longer ones are shortened to it."""
+    max_length: PositiveInt = 128
+    """Tokens at which an input is cut."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 keeps the frozen weights in bf16 and multiplies in it; auto takes it where the device is fast at it."""
+    gradient_checkpointing: bool = False
+    """Compute each layer again in the backward pass: less memory, more time, the same result."""
+    evaluations_per_epoch: Count = 1
+    """Evaluations on the validation part; the end is always evaluated."""
+    evaluation_batch_size: PositiveInt = 64
+    """Rows of one member in one evaluation batch."""
+    train_examples: PositiveInt | None = None
+    """Train on a fixed random part of so many examples; stated in every caption."""
+    evaluation_examples: PositiveInt | None = None
+    """Evaluate on a fixed random part of so many examples of each split; stated in every caption."""
+    max_skipped_steps: Count = 10
+    """Steps with a non-finite gradient after which a member fails as "diverged"."""
+    log_every: PositiveInt = 10
+    """Steps from one line of metrics.jsonl to the next."""
+
+    def steps_per_epoch(self, rows: int) -> int:
+        return -(-rows // self.batch_size)
+
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps of a run over `rows` examples."""
+        steps = self.epochs * self.steps_per_epoch(rows)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def evaluation_steps(self, rows: int) -> set[int]:
+        """Steps after which the selection split is evaluated; the last step is always among them."""
+        per_epoch, last, each = self.steps_per_epoch(rows), self.total_steps(rows), self.evaluations_per_epoch
+        along = {round(per_epoch * (epoch + (i + 1) / each)) for epoch in range(self.epochs) for i in range(each)}
+        return {step for step in along if 0 < step < last} | {last}
+
+
+class Sweep(_Section):
+    """How each method's learning rate is chosen before the final runs: by the selection score of short runs."""
+
+    epochs: PositiveInt = 1
+    """Passes over the training part."""
+    max_steps: PositiveInt | None = None
+    """Stop after so many steps."""
+    seeds: list[Count] = Field(default=[0], min_length=1)
+    """Seeds of each rate."""
+
+
+class Entry(_Section):
+    """One method of a study, with its settings."""
+
+    method: str
+    """Name of the method."""
+    label: str = ""
+    """What tables call it; the method's name if not given."""
+    learning_rates: list[Positive] = Field(min_length=1)
+    """Rates to choose from; one rate means no choice."""
+    targets: str | list[str] = "all-linear"
+    """Modules to adapt."""
+    settings: dict[str, Any] = {}
+    """The method's own settings; step counts may be shares of the run, "10%"."""
+
+    def resolved(self, total_steps: int) -> Settings:
+        """The settings with every share of the run made a number of steps.
+
+        Raises:
+            ValueError: phases that do not fit into `total_steps`.
+        """
+        values = {k: _steps(v, total_steps) if k in STEP_COUNTS else v for k, v in self.settings.items()}
+        settings = check(self.method, values)
+        if isinstance(settings, AdaLoRASettings) and settings.warmup_steps + settings.final_steps >= total_steps:
+            raise ValueError(
+                f"{self.label}: warmup_steps = {self.settings.get('warmup_steps', 0)} and final_steps = "
+                f"{self.settings.get('final_steps', 0)} are {settings.warmup_steps} + {settings.final_steps} steps and leave "
+                f"none to prune in a run of {total_steps}: shorten them or train longer"
+            )
+        return settings
+
+
+class Study(_Section):
+    """A comparison: methods x tasks x seeds, over one model."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the study and of its folder."""
+    title: str = ""
+    """What the report is headed with."""
+    quick: bool = False
+    """A quick look, not a fair comparison; the output says so."""
+    reference: str | None = None
+    """Label of the method that differences are taken to; full fine-tuning where it takes part, if not given."""
+    model: str
+    """Hub id of the pre-trained model."""
+    tasks: list[str] = Field(min_length=1)
+    """Names of the tasks."""
+    seeds: list[Count] = Field(min_length=1)
+    """Seeds of the final runs: data order, head and adapter start, dropout."""
+    pack: PositiveInt | Literal["auto"] = "auto"
+    """Most members that train at once over one frozen model."""
+    checkpoint_seconds: Positive = 60.0
+    """Seconds from one checkpoint to the next."""
+    accept_licences: list[str] = []
+    """Research-only data whose terms the user accepts."""
+    training: Training = Training()
+    sweep: Sweep | None = None
+    methods: list[Entry] = Field(min_length=1)
+
+    @field_validator("methods")
+    @classmethod
+    def _labels_differ(cls, entries: list[Entry]) -> list[Entry]:
+        labels = [e.label for e in entries]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice is not None:
+            raise ValueError(f'two methods are called "{twice}": give one of them another label')
+        return entries
+
+
+def read(path: Path) -> Study:
+    """The study in a TOML file.
+
+    Raises:
+        ValueError: the file is not there, is no TOML, or says something that it may not; one line for each fault.
+    """
+    path = find(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a TOML file: {error}") from None
+    return parse(raw, default_name=path.stem, where=path.name)
+
+
+def find(path: Path) -> Path:
+    """A study's file, by its path or by the name of one that ships with Rankwise."""
+    shipped = {p.relative_to(STUDIES).with_suffix("").as_posix(): p for p in sorted(STUDIES.rglob("*.toml"))}
+    if path.is_file():
+        return path
+    if str(path) in shipped:
+        return shipped[str(path)]
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give a study file (.toml)")
+    raise ValueError(f"{path}: no such study file{nearest(str(path), shipped)}; shipped ones: {', '.join(shipped)}")
+
+
+def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study:
+    """A study from the content of its file: shorthands written out, defaults filled in, every fault named."""
+    faults: list[str] = []
+    raw = {"name": default_name, **raw}
+    known = [*Study.model_fields, "task", "defaults"]
+    for key in [k for k in raw if k not in known]:
+        faults.append(f"{where}.{key}: unknown setting{nearest(key, known)}; there are: {', '.join(known)}")
+        raw.pop(key)
+    if "task" in raw and "tasks" not in raw:
+        raw["tasks"] = [raw["task"]]
+    raw.pop("task", None)
+    raw["seeds"] = _seeds(raw.get("seeds", 1))
+    if isinstance(raw.get("sweep"), dict) and "seeds" in raw["sweep"]:
+        raw["sweep"] = {**raw["sweep"], "seeds": _seeds(raw["sweep"]["seeds"])}
+    defaults = raw.pop("defaults", {})
+    if not isinstance(defaults, dict):
+        faults.append(f"{where}.defaults = {defaults!r}: should be a table")
+        defaults = {}
+    entries = raw.get("methods", [])
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        faults.append(f"{where}.methods: should be a list of tables, [[methods]]")
+        entries = []
+    elif not entries:
+        faults.append(
+            f"{where}.methods: a study names at least one method; add [[methods]] with method = one of: {', '.join(METHODS)}"
+        )
+    if not raw.get("tasks"):
+        faults.append(f'{where}.tasks: a study names at least one task; add tasks = ["glue/stsb"]')
+        raw["tasks"] = ["-"]
+    used: set[str] = set()
+    built = []
+    for index, entry in enumerate(entries):
+        try:
+            built.append(_entry(entry, defaults, used, f"{where}.methods[{index}]"))
+        except ValueError as error:
+            faults.append(str(error))
+    for key in sorted(set(defaults) - used):
+        readable = sorted({f for m in METHODS.values() for f in m.settings.model_fields} | set(Entry.model_fields))
+        hint = nearest(key, readable) if key not in readable else ""
+        faults.append(f"{where}.defaults.{key}: no method of this study reads it{hint}: take it out")
+    study = None
+    try:
+        raw["methods"] = built or [{"method": "-", "learning_rates": [1.0]}]
+        study = Study(**raw)
+    except ValidationError as error:
+        faults.extend(explain(error, Study, where=where))
+    if study is not None and not faults:
+        faults.extend(f"{where}: {fault}" for fault in _contradictions(study))
+    if faults:
+        raise ValueError("\n".join(faults))
+    return study
+
+
+def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], where: str) -> dict[str, Any]:
+    """An entry as `Entry` takes it: defaults that its method reads filled in, its own settings checked.
+
+    Raises:
+        ValueError: one line for each fault.
+    """
+    if not isinstance(entry.get("method"), str):
+        raise ValueError(f"{where}.method: missing; name one of: {', '.join(METHODS)}")
+    try:
+        spec = method(entry["method"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    own = set(spec.settings.model_fields)
+    shared = {"method", "label", "learning_rate", "learning_rates"} | ({"targets"} if spec.takes_targets else set())
+    faults = []
+    for key in [k for k in entry if k not in own | shared]:
+        if key == "targets":
+            faults.append(f"{where}.targets: {spec.name} inserts nothing at targets, so it has no effect: take it out")
+        else:
+            faults.append(f"{where}.{key}: unknown setting of {spec.name}{nearest(key, own | shared)}")
+    inherited = {k: v for k, v in defaults.items() if k in own | (shared - {"method", "label"})}
+    used |= set(inherited)
+    if {"learning_rate", "learning_rates"} & set(entry):
+        inherited = {k: v for k, v in inherited.items() if k not in ("learning_rate", "learning_rates")}
+    merged = {**inherited, **{k: v for k, v in entry.items() if k in own | shared}}
+    if "learning_rate" in merged and "learning_rates" in merged:
+        faults.append(f"{where}: learning_rate and learning_rates are both given: keep one")
+    rates = merged.pop("learning_rates", None)
+    rate = merged.pop("learning_rate", None)
+    if rates is None and rate is None:
+        faults.append(f"{where}.learning_rate: missing; give one, or learning_rates to choose from")
+    settings = {k: v for k, v in merged.items() if k in own}
+    for key in STEP_COUNTS:
+        value = settings.get(key)
+        if isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)?\s*%", value):
+            faults.append(f'{where}.{key} = "{value}": give a number of steps, or a share of the run such as "10%"')
+            settings.pop(key)
+    try:
+        check(spec.name, {k: _steps(v, 100) if k in STEP_COUNTS else v for k, v in settings.items()})
+        lists = [k for k, v in settings.items() if isinstance(v, list)]
+        faults.extend(f"{where}.{k} = {settings[k]}: a study's entry has one value; write an entry for each" for k in lists)
+    except ValueError as error:
+        faults.extend(line.replace(spec.name, where, 1) for line in str(error).splitlines())
+    if faults:
+        raise ValueError("\n".join(faults))
+    return {
+        "method": spec.name,
+        "label": merged.get("label") or spec.name,
+        "learning_rates": [rate] if rates is None else rates,
+        **({"targets": merged["targets"]} if "targets" in merged else {}),
+        "settings": settings,
+    }
+
+
+def _contradictions(study: Study) -> list[str]:
+    """What no single field can tell: faults between them."""
+    faults = []
+    labels = [e.label for e in study.methods]
+    if study.reference is not None and study.reference not in labels:
+        faults.append(f'reference = "{study.reference}" is no label of a method{nearest(study.reference, labels)}')
+    numbers = {e.label: len(e.learning_rates) for e in study.methods}
+    if study.sweep is None and max(numbers.values()) > 1:
+        label = max(numbers, key=numbers.get)
+        faults.append(
+            f"{label} has {numbers[label]} learning rates and the study no [sweep] that chooses: add one, or give one rate"
+        )
+    if study.sweep is not None and max(numbers.values()) == 1:
+        faults.append("[sweep] has no effect, because every method has one learning rate: take it out, or give learning_rates")
+    if not study.quick and len(set(numbers.values())) > 1:
+        given = ", ".join(f"{k} {v}" for k, v in numbers.items())
+        faults.append(f"methods have unequal numbers of learning rates ({given}): give each as many, or set quick = true")
+    for entry in study.methods:
+        if len(set(entry.learning_rates)) < len(entry.learning_rates):
+            faults.append(f"{entry.label}: learning_rates = {entry.learning_rates} has one twice: take it out")
+    if len(set(study.seeds)) < len(study.seeds):
+        faults.append(f"seeds = {study.seeds} has one twice: take it out")
+    if study.training.accumulation > study.training.batch_size:
+        faults.append(
+            f"training.accumulation = {study.training.accumulation} is above batch_size = {study.training.batch_size}: "
+            f"a micro-batch has at least one row"
+        )
+    return faults
+
+
+def _seeds(value: Any) -> Any:
+    """`3` means seeds 0, 1, 2."""
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return list(range(value)) if is_number and value > 0 else ([value] if is_number else value)
+
+
+def _steps(value: Any, total: int) -> Any:
+    """A share of the run as a number of steps, at least one."""
+    if isinstance(value, str) and value.rstrip().endswith("%"):
+        return max(1, round(float(value.rstrip()[:-1]) / 100 * total))
+    return value

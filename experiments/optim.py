@@ -1,0 +1,161 @@
+"""AdamW for K members at once: each with its own rate, its own step count, its own clipping.
+
+The mathematics is torch.optim.AdamW's (Loshchilov & Hutter 2019, alg. 2); what is added is the leading member axis of
+every parameter.  For one member it is torch's fused step itself.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from variants.base import Group
+
+
+class MemberAdamW:
+    """AdamW over parameters (K, ...).
+
+    learning_rates: (K,) rate of each member; a parameter's is that times its group's `lr_scale` times the schedule's factor.
+    weight_decay: decoupled decay; a parameter's is that times its group's `weight_decay`.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        learning_rates: Tensor,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        epsilon: float = 1e-8,
+    ):
+        self.groups = list(groups)
+        self.params = [p for g in self.groups for p in g.params]
+        self.learning_rates = learning_rates
+        self.weight_decay, self.betas, self.epsilon = weight_decay, betas, epsilon
+        self.first = [torch.zeros_like(p) for p in self.params]
+        self.second = [torch.zeros_like(p) for p in self.params]
+        self.taken = torch.zeros_like(learning_rates)  # (K,) steps that each member has taken
+        self._counters = [torch.zeros((), dtype=torch.float32, device=p.device) for p in self.params]
+
+    @torch.no_grad()
+    def gradient_norms(self) -> Tensor:
+        """(K,): the norm of each member's whole gradient."""
+        gradients = [p.grad for p in self.params if p.grad is not None]
+        if len(self.learning_rates) == 1:
+            norms = torch.stack(torch._foreach_norm(gradients))[:, None]
+        else:
+            norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients])
+        return torch.linalg.vector_norm(norms, dim=0)
+
+    @torch.no_grad()
+    def clip(self, norms: Tensor, limit: float) -> None:
+        """Shortens each member's gradient to `limit` where its norm is greater; as torch's clip_grad_norm_ does for one."""
+        factor = (limit / (norms + 1e-6)).clamp(max=1.0)
+        if bool((factor == 1).all()):
+            return
+        for p in self.params:
+            if p.grad is not None:
+                p.grad.mul_(_along_members(factor.to(p.grad.dtype), p))
+
+    @torch.no_grad()
+    def step(self, factor: float, taken: Tensor | None = None) -> None:
+        """One step at `factor` times the rates; members not `taken` (K,) bool keep parameters and averages."""
+        everyone = taken is None or bool(taken.all())
+        if not everyone and not bool(taken.any()):
+            return
+        self.taken += 1 if everyone else taken.to(self.taken)
+        before = None if everyone else [[t.clone() for t in ts] for ts in (self.params, self.first, self.second)]
+        if self._is_plain():
+            self._step_one(factor)
+        else:
+            self._step_members(factor)
+        if before is not None:
+            for news, olds in zip((self.params, self.first, self.second), before, strict=True):
+                for new, old in zip(news, olds, strict=True):
+                    new[~taken] = old[~taken]
+
+    def _is_plain(self) -> bool:
+        """One member whose rates are one number for each group."""
+        scales = (g.lr_scale for g in self.groups)
+        return len(self.learning_rates) == 1 and all(s.numel() == 1 for s in scales if isinstance(s, Tensor))
+
+    def _step_one(self, factor: float) -> None:
+        rate = factor * self.learning_rates.item()
+        done = self.taken.item()  # the step now being taken is counted in it
+        at = 0
+        for group in self.groups:
+            some = [i for i in range(at, at + len(group.params)) if self.params[i].grad is not None]
+            at += len(group.params)
+            if not some:
+                continue
+            for i in some:
+                self._counters[i].fill_(done)
+            torch._fused_adamw_(
+                [self.params[i] for i in some],
+                [self.params[i].grad for i in some],
+                [self.first[i] for i in some],
+                [self.second[i] for i in some],
+                [],
+                [self._counters[i] for i in some],
+                lr=rate * float(group.lr_scale),
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                weight_decay=self.weight_decay * group.weight_decay,
+                eps=self.epsilon,
+                amsgrad=False,
+                maximize=False,
+            )
+            # The fused step tells no version counter that it wrote, and DoRA keeps its norm for as long as those stand still.
+            torch.autograd.graph.increment_version([self.params[i] for i in some])
+
+    def _step_members(self, factor: float) -> None:
+        beta1, beta2 = self.betas
+        steps = self.taken.clamp_min(1)
+        at = 0
+        for group in self.groups:
+            for p, m, v in zip(group.params, self.first[at:], self.second[at:], strict=False):
+                if p.grad is None:
+                    continue
+                scale = torch.as_tensor(group.lr_scale, dtype=self.learning_rates.dtype, device=p.device)  # () or (K, ...)
+                rates = _along_members(self.learning_rates, scale) if scale.dim() else self.learning_rates
+                rate = _along_members((factor * rates * scale).to(p.dtype), p)
+                correction1 = _along_members((1 - beta1**steps).to(p.dtype), p)
+                correction2 = _along_members((1 - beta2**steps).to(p.dtype), p)
+                p.mul_(1 - rate * (self.weight_decay * group.weight_decay))
+                m.lerp_(p.grad, 1 - beta1)
+                v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                p.sub_(rate / correction1 * m / ((v / correction2).sqrt_().add_(self.epsilon)))
+            at += len(group.params)
+
+    def zero_grad(self) -> None:
+        for p in self.params:
+            p.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, by name."""
+        named = {f"first.{i}": t for i, t in enumerate(self.first)} | {f"second.{i}": t for i, t in enumerate(self.second)}
+        return {**named, "taken": self.taken}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
+
+def schedule_factor(schedule: str, index: int, total: int, warmup: int) -> float:
+    """What step `index` (1-based) of `total` multiplies the rate with: up over `warmup` steps, then down to zero.
+
+    The first step is not lost to a rate of zero, nor is the last: the ramp is index/warmup, the fall starts at 1 on the
+    first step after it and would reach 0 one step after the last.
+    """
+    if index <= warmup:
+        return index / warmup
+    if schedule == "constant":
+        return 1.0
+    left = (total - index + 1) / (total - warmup)
+    return left if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+
+
+def _along_members(values: Tensor, parameter: Tensor) -> Tensor:
+    """(K,) or (K, ...) as a factor on a parameter (K, ...)."""
+    return values.view(*values.shape, *[1] * (parameter.dim() - values.dim()))

@@ -1,0 +1,527 @@
+"""Methods x tasks x rates x seeds: expands a study, runs what is missing, writes each run's folder.
+
+A study has up to two phases: "sweep" runs choose each method's learning rate by the selection split alone, "final" runs
+make the table.  Which members form a pack is computed from the whole study before anything runs, never from what is
+missing, and written down, so that a study that was cut off goes on with the same packs.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import gc
+import hashlib
+import json
+import shutil
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import variants
+from experiments import measure, models
+from experiments.checks import check_phases, collecting, phase_training
+from experiments.config import Entry, Study, Training
+from experiments.tasks import get as get_task
+from experiments.tasks.common import Encoded, Task, shuffled
+from experiments.trainer import Outcome, Pack, Trainer, replacing, write_json
+from variants.base import NotPackable
+from variants.settings import Settings, method
+
+SCHEMA = 1
+NUMERICS = 1  # raised by every commit that changes what a run computes
+COMMITTED = Path(__file__).parent.parent / "reports" / "studies"
+RESULT_FILES = ("config.json", "metrics.jsonl", "ranks.jsonl", "result.json")
+AUTO_PACK = {"cpu": 8, "cuda": 32}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One task of a study, ready to run: its data, and each entry's targets in the model."""
+
+    task: Task
+    data: dict[str, Encoded]
+    data_hash: str
+    targets: dict[str, list[str]]  # entry label -> names of the sites
+    captions: list[str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One member of one pack."""
+
+    phase: str
+    entry: Entry
+    settings: Settings
+    task: str
+    seed: int
+    learning_rate: float
+    training: Training
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """The members of one pack before their rate is known: a method, a task, a phase, and (seed, rate or None)."""
+
+    phase: str
+    entry: Entry
+    task: str
+    index: int
+    members: tuple[tuple[int, float | None], ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.phase}-{self.entry.label}-{self.task}-{self.index}".replace("/", "_").replace(" ", "_")
+
+
+def groups(study: Study, pack: int) -> list[Group]:
+    """Every pack of the study, sweeps before finals, in the order of the file."""
+    found = []
+    for task in study.tasks:
+        for phase in ("sweep", "final"):
+            for entry in study.methods:
+                swept = len(entry.learning_rates) > 1
+                if phase == "sweep":
+                    members = [(s, r) for r in entry.learning_rates for s in study.sweep.seeds] if swept else []
+                else:
+                    members = [(s, None if swept else entry.learning_rates[0]) for s in study.seeds]
+                size = pack if method(entry.method).load().packable else 1
+                parts = [tuple(members[i : i + size]) for i in range(0, len(members), size)]
+                found += [Group(phase, entry, task, index, part) for index, part in enumerate(parts)]
+    return found
+
+
+class Runner:
+    """Runs a study into a folder.
+
+    Args:
+        say: called with a line the user should see (a warning, what is being done).
+        progress: called with (what is running, rows done since the last call).
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        out: Path,
+        device: str = "auto",
+        say: Callable[[str], None] = lambda line: None,
+        progress: Callable[[str, float], None] = lambda what, rows: None,
+        retry_failed: bool = False,
+    ):
+        self.study, self.out, self.say, self.progress = study, Path(out), say, progress
+        self.retry_failed = retry_failed
+        self.device = measure.device(device)
+        self.precision = measure.precision(study.training.precision, self.device)
+        self.versions, self.commit = measure.versions(), measure.commit()
+        self.pack = AUTO_PACK[self.device.type] if study.pack == "auto" else study.pack
+        self.groups = groups(study, self.pack)
+        self.prepared: dict[str, Prepared] = {}
+        self._strangers: set[str] = set()
+        self._made: set[str] = set()  # fingerprints of the runs that ended here, which are not tried again
+
+    def prepare(self) -> None:
+        """Fetches and encodes the data, loads the model once, and finds every entry's targets in it.
+
+        Raises:
+            ValueError: what the user can mend, one line for each fault, before anything has run.
+            Unavailable: model or data cannot be had.
+        """
+        faults: list[str] = []
+        for name in self.study.tasks:
+            task = get_task(name)
+            model, tokenizer, info = models.load(self.study.model, task, "fp32", "cpu")
+            training = self.study.training
+            data = {
+                split: _subset(task.encode(tokenizer, split, training.max_length), split, training)
+                for split in ("train", task.selection_split, task.score_split)
+            }
+            digest = hashlib.sha256()
+            for split in sorted(data):
+                for array in (data[split].ids, data[split].offsets, data[split].labels, data[split].token_type_ids):
+                    digest.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
+            targets = {}
+            total = training.total_steps(len(data["train"]))
+            for entry in self.study.methods:
+                with collecting(faults):
+                    adapter = variants.create(entry.method, **_given(entry.resolved(total)))
+                    adapter.attach(model, entry.targets, head=info.heads)
+                    targets[entry.label] = [n for n, site in adapter.named_sites() if hasattr(site, "rank")]
+                    adapter.detach()
+            faults.extend(_twins(self.study.methods, total, targets))
+            check_phases(self.study, len(data["train"]), faults)
+            captions = [*task.caption, *_subset_captions(task, data, training)]
+            self.prepared[name] = Prepared(task, data, digest.hexdigest(), targets, captions)
+        if faults:
+            raise ValueError("\n".join(dict.fromkeys(faults)))
+
+    def work(self) -> float:
+        """Rows of the whole study, for the progress bar; a row that is only evaluated counts a third."""
+        return sum(self._work(group) for group in self.groups)
+
+    def _work(self, group: Group) -> float:
+        prepared, training = self.prepared[group.task], phase_training(self.study, group.phase)
+        rows = len(prepared.data["train"])
+        trained = training.total_steps(rows) / training.steps_per_epoch(rows) * rows
+        evaluated = len(training.evaluation_steps(rows)) * len(prepared.data[prepared.task.selection_split])
+        if group.phase == "final":
+            evaluated += len(prepared.data[prepared.task.score_split])
+        return len(group.members) * (trained + evaluated / 3)
+
+    def run(self) -> list[dict[str, Any]]:
+        """Runs every pack of which a result is missing; all results of the study, in its order."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        with _locked(self.out):
+            for leftover in self.out.rglob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
+            known = _read_json(self.out / "study.json") or {}
+            self._write_study(known, complete=False)
+            results = []
+            for group in self.groups:
+                results += self._run_group(group)
+            self._write_study(known, complete=True)
+        if self._strangers:
+            self.say(f"note: some results come from {'; '.join(sorted(self._strangers))}, and are kept as they are")
+        return results
+
+    # -- packs ------------------------------------------------------------------------------------------------------
+
+    def _run_group(self, group: Group) -> list[dict[str, Any]]:
+        runs = [self._specify(group, seed, rate) for seed, rate in self._rates(group)]
+        what = f"{group.entry.label} {group.task} ({group.phase})"
+        missing = [run for run in runs if self._result(run) is None]
+        done = len(runs) - len(missing)
+        if done:
+            self.progress(what, self._work(group) * done / len(runs))
+        folder = self.out / "packs" / group.name
+        if missing:
+            members = self._begun(folder, runs)
+            if members is None:
+                shutil.rmtree(folder, ignore_errors=True)  # of a pack with other settings
+                members = missing
+            self._run_pack(members, folder, group.index, what)
+        shutil.rmtree(folder, ignore_errors=True)
+        return [self._result(run) for run in runs]
+
+    def _begun(self, folder: Path, runs: Sequence[Run]) -> list[Run] | None:
+        """The members of a pack that was begun and cut off: it goes on as it was, whoever has finished since."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            names = json.loads((folder / "pack.json").read_text())["members"]
+            known = {run.fingerprint: run for run in runs}
+            return [known[name] for name in names]
+        return None
+
+    def _run_pack(self, runs: Sequence[Run], folder: Path, index: int, what: str, note: str | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        pack_file = {"schema": SCHEMA, "members": [run.fingerprint for run in runs], "size": None, "note": None}
+        begun = _read_json(folder / "pack.json")
+        if begun is not None and begun.get("members") == pack_file["members"]:
+            if begun["size"] is not None:  # it was split before it was cut off, and stays so
+                self._apart(runs, folder, index, what, begun["size"], begun["note"])
+                return
+        else:
+            begun = None
+            write_json(folder / "pack.json", pack_file)
+        first = runs[0]
+        prepared = self.prepared[first.task]
+        task = prepared.task
+        splits = (task.selection_split,) if first.phase == "sweep" else (task.selection_split, task.score_split)
+        pack = Pack(
+            method=first.entry.method,
+            settings=first.settings,
+            targets=prepared.targets[first.entry.label] or first.entry.targets,
+            task=task,
+            model=self.study.model,
+            training=first.training,
+            seeds=tuple(run.seed for run in runs),
+            learning_rates=tuple(run.learning_rate for run in runs),
+            splits=splits,
+            device=self.device,
+            precision=self.precision,
+        )
+        for member, run in enumerate(runs):
+            self._write_config(run, runs, index, member, keep=begun is not None)
+        logs = [self.out / run.fingerprint for run in runs]
+        label = f"{what}, {len(runs)} packed" if len(runs) > 1 else what
+        tell = lambda rows: self.progress(label, rows)  # noqa: E731
+        trainer, split = None, None
+        try:
+            checkpoint = folder / "checkpoint.safetensors"
+            trainer = Trainer(pack, prepared.data, checkpoint, logs, self.study.checkpoint_seconds, tell)
+            outcomes = trainer.run()
+        except OSError:
+            raise
+        except NotPackable as error:
+            split = 1, str(error)
+        except Exception as error:  # a failed run is a result, and the others go on
+            if not _is_out_of_memory(error):
+                line = str(error).splitlines()[0] if str(error) else ""
+                failed = Outcome(f"{type(error).__name__}: {line}", traceback.format_exc())
+            elif len(runs) == 1:
+                failed = Outcome(
+                    "out of memory", f"{error}\nlower batch_size, raise accumulation, or set gradient_checkpointing"
+                )
+            else:
+                split = (len(runs) + 1) // 2, f"a pack of {len(runs)} does not fit in memory"
+            outcomes = [] if split else [dataclasses.replace(failed, facts={}) for _ in runs]
+        if split:
+            # Out of the except block: the error's traceback, which holds the model that did not fit, is gone by now.
+            trainer = None
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            size, why = split
+            self.say(f"note: {what}: {why}" + (f", so {size} are packed" if size > 1 else ""))
+            write_json(folder / "pack.json", {**pack_file, "size": size, "note": why})
+            self._apart(runs, folder, index, what, size, why)
+            return
+        for member, (run, outcome) in enumerate(zip(runs, outcomes, strict=True)):
+            if run.phase == "final" and outcome.facts:
+                variants.save_pretrained(trainer.adapter, self.out / run.fingerprint / "adapter", member=member)
+            self._write_result(run, outcome, index, len(runs), note)
+
+    def _apart(self, runs: Sequence[Run], folder: Path, index: int, what: str, size: int, note: str | None) -> None:
+        """The same members in smaller packs, each with a folder of its own, so that each resumes."""
+        for at in range(0, len(runs), size):
+            part = runs[at : at + size]
+            if any(self._result(run) is None for run in part):
+                self._run_pack(part, folder / f"part-{at}", index, what, note)
+
+    # -- runs -------------------------------------------------------------------------------------------------------
+
+    def _rates(self, group: Group) -> list[tuple[int, float]]:
+        """The members with their rates; that of a final run after a sweep is the best of the sweep."""
+        if all(rate is not None for _, rate in group.members):
+            return list(group.members)
+        scores: dict[float, list[float]] = {rate: [] for rate in sorted(group.entry.learning_rates)}
+        for rate in scores:
+            for seed in self.study.sweep.seeds:
+                result = self._result(self._specify(dataclasses.replace(group, phase="sweep"), seed, rate))
+                score = None if result is None else result["selection_score"]
+                scores[rate].append(-np.inf if score is None else score)
+        best = max(scores, key=lambda rate: np.mean(scores[rate]))  # of equal ones the lowest
+        return [(seed, best) for seed, _ in group.members]
+
+    def _specify(self, group: Group, seed: int, rate: float) -> Run:
+        prepared, training = self.prepared[group.task], phase_training(self.study, group.phase)
+        settings = group.entry.resolved(training.total_steps(len(prepared.data["train"])))
+        facts = {
+            "numerics": NUMERICS,
+            "phase": group.phase,
+            "method": group.entry.method,
+            "settings": settings.model_dump(mode="json"),
+            "targets": prepared.targets[group.entry.label],
+            "task": group.task,
+            "data": prepared.data_hash,
+            "model": models.content_hash(self.study.model),
+            "seed": seed,
+            "learning_rate": rate,
+            "training": {**training.model_dump(mode="json", exclude={"log_every"}), "precision": self.precision},
+            "device": self.device.type,
+        }
+        text = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()[:24]
+        return Run(group.phase, group.entry, settings, group.task, seed, rate, training, fingerprint)
+
+    def _result(self, run: Run) -> dict[str, Any] | None:
+        """The run's result, from this folder or from the committed ones, which are copied here."""
+        mine = self.out / run.fingerprint
+        theirs = COMMITTED / self.study.name / "runs" / run.fingerprint
+        if not (mine / "result.json").is_file() and (theirs / "result.json").is_file() and mine.resolve() != theirs.resolve():
+            mine.mkdir(parents=True, exist_ok=True)
+            for name in RESULT_FILES:  # the result last: a folder with one is whole
+                if (theirs / name).is_file():
+                    with replacing(mine / name) as temporary:
+                        shutil.copyfile(theirs / name, temporary)
+        if not (mine / "result.json").is_file():
+            return None
+        result, config = _read_json(mine / "result.json"), _read_json(mine / "config.json")
+        if result is None or config is None or "status" not in result:
+            self.say(f"note: {mine / 'result.json'} or its config.json is missing or no JSON; the run is made again")
+            return None
+        if result["status"] == "failed" and self.retry_failed and run.fingerprint not in self._made:
+            return None
+        for name, version in self.versions.items():
+            if config.get("versions", {}).get(name, version) != version:
+                self._strangers.add(f"{name} {config['versions'][name]} (here {version})")
+        return result
+
+    # -- what is written ------------------------------------------------------------------------------------------------
+
+    def _write_config(self, run: Run, runs: Sequence[Run], index: int, member: int, keep: bool) -> None:
+        """Writes config.json; of a run that goes on (`keep`) the one that it was begun with stays."""
+        prepared = self.prepared[run.task]
+        folder = self.out / run.fingerprint
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "schema": SCHEMA,
+            "fingerprint": run.fingerprint,
+            "numerics": NUMERICS,
+            **self._names(run),
+            "quick": self.study.quick,
+            "method_settings": run.settings.model_dump(mode="json"),
+            "training": run.training.model_dump(mode="json"),
+            "targets": run.entry.targets if method(run.entry.method).takes_targets else None,
+            "targets_resolved": prepared.targets[run.entry.label],
+            "caption": prepared.captions,
+            "licence": prepared.task.licence,
+            "data_hash": prepared.data_hash,
+            "model_hash": models.content_hash(self.study.model),
+            "versions": self.versions,
+            "threads": torch.get_num_threads(),
+            "device": self.device.type,
+            "device_name": measure.device_name(self.device),
+            "precision": self.precision,
+            **self.commit,
+            "pack": {"index": index, "size": len(runs), "member": member, "members": [r.fingerprint for r in runs]},
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        if not keep or _read_json(folder / "config.json") is None:
+            write_json(folder / "config.json", config)
+
+    def _write_result(self, run: Run, outcome: Outcome, index: int, size: int, note: str | None) -> None:
+        task = self.prepared[run.task].task
+        scores = {split: metrics.get(task.metric) for split, metrics in outcome.metrics.items()}
+        failed = outcome.error is not None
+        empty = {f.name: None for f in dataclasses.fields(Outcome)}
+        result = {
+            "schema": SCHEMA,
+            "fingerprint": run.fingerprint,
+            **self._names(run),
+            "status": "failed" if failed else "completed",
+            "error": outcome.error,
+            "traceback": outcome.detail,
+            "metric": task.metric,
+            "selection_score": None if failed else scores.get(task.selection_split),
+            "selection_split": task.selection_split,
+            "score": None if failed else scores.get(task.score_split),
+            "split": task.score_split,
+            "metrics": outcome.metrics,
+            **{k: v for k, v in (outcome.facts or NO_FACTS).items() if k not in empty},
+            "pack_size": size,
+            "pack_index": index,
+            "device": self.device.type,
+            "precision": self.precision,
+            "packing_note": note,
+        }
+        write_json(self.out / run.fingerprint / "result.json", result)
+        self._made.add(run.fingerprint)
+
+    def _names(self, run: Run) -> dict[str, Any]:
+        return {
+            "study": self.study.name,
+            "phase": run.phase,
+            "method": run.entry.method,
+            "setting": run.entry.label,
+            "task": run.task,
+            "model": self.study.model,
+            "seed": run.seed,
+            "learning_rate": run.learning_rate,
+        }
+
+    def _write_study(self, known: dict[str, Any], complete: bool) -> None:
+        """`known`: what study.json said before; of it stay the methods that were not asked for now."""
+        labels = [entry.label for entry in self.study.methods]
+        full = next((entry.label for entry in self.study.methods if entry.method == "full"), None)
+        others = [label for label in known.get("methods", []) if label not in labels]
+        value = {
+            "schema": SCHEMA,
+            "study": self.study.name,
+            "quick": self.study.quick,
+            "title": self.study.title,
+            "captions": list(dict.fromkeys(c for p in self.prepared.values() for c in p.captions)),
+            "reference": self.study.reference or full or known.get("reference"),
+            "methods": [*known.get("methods", []), *(x for x in labels if x not in known.get("methods", []))]
+            if others
+            else labels,
+            "complete": complete and (not others or bool(known.get("complete"))),
+        }
+        write_json(self.out / "study.json", value)
+        packs = [{"pack": g.name, "members": [{"seed": s, "learning_rate": r} for s, r in g.members]} for g in self.groups]
+        write_json(self.out / "packs.json", {"schema": SCHEMA, "pack": self.pack, "packs": packs})
+
+
+NO_FACTS = {
+    "steps": None,
+    "total_steps": None,
+    "epochs": None,
+    "skipped_steps": None,
+    "tokens_per_second": None,
+    "seconds": None,
+    "pack_seconds": None,
+    "peak_memory_bytes": None,
+    "pack_peak_memory_bytes": None,
+    "trainable_parameters": None,
+    "active_parameters": None,
+    "head_parameters": None,
+    "scale": None,
+    "ranks": {},
+    "nominal_ranks": {},
+    "final_train_loss": None,
+    "dropout_note": None,
+}
+
+
+def _twins(entries: Sequence[Entry], total: int, targets: dict[str, list[str]]) -> list[str]:
+    """Faults: entries that would be the same runs, which could carry one label only."""
+    faults, seen = [], {}
+    for entry in entries:
+        if entry.label not in targets:
+            continue  # it has a fault of its own
+        same = entry.method, entry.resolved(total).model_dump_json(), tuple(targets[entry.label])
+        for rate in entry.learning_rates:
+            other = seen.setdefault((same, rate), entry.label)
+            if other != entry.label:
+                faults.append(f'"{other}" and "{entry.label}" are the same runs at learning rate {rate:g}: take one out')
+    return faults
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch has no class of its own for the CPU's allocator, which raises RuntimeError("... DefaultCPUAllocator: ...").
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None where there is no file, or no object in it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _given(settings: Settings) -> dict[str, Any]:
+    return settings.model_dump(exclude_unset=True)
+
+
+def _subset(encoded: Encoded, split: str, training: Training) -> Encoded:
+    """A fixed random part of a split, the same for every method and seed, where the study asks for one."""
+    wanted = training.train_examples if split == "train" else training.evaluation_examples
+    if wanted is None or wanted >= len(encoded):
+        return encoded
+    return encoded.select(np.sort(shuffled(len(encoded), 0, 3)[:wanted]))
+
+
+def _subset_captions(task: Task, data: dict[str, Encoded], training: Training) -> list[str]:
+    cut = training.train_examples is not None or training.evaluation_examples is not None
+    parts = ", ".join(f"{split} {len(encoded)}" for split, encoded in data.items())
+    return [f"{task.name}: a fixed random part of the data ({parts} examples)."] if cut else []
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps a second `compare` out of the same folder; the lock goes with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # not on this platform
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another compare is running there: wait for it, or give another --out") from None
+        yield

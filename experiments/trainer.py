@@ -1,0 +1,430 @@
+"""The loop, once, for every method: K members over one frozen model, on CPU or GPU.
+
+The order of one step belongs to the trainer:
+
+    begin -> forward -> losses (K,) -> (losses + penalty).sum().backward() -> clip per member -> before_step
+    -> optimizer.step -> after_step -> zero_grad
+
+Everything random is keyed by (seed, step, ...), so a checkpoint holds no generator: the adapter's tensors, the
+optimizer's averages and a few counts are all that a killed run needs to end bit for bit where it would have ended.
+"""
+
+import contextlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import variants
+from experiments import measure, models, objective
+from experiments.config import Training
+from experiments.optim import MemberAdamW, schedule_factor
+from experiments.tasks.common import Encoded, Task, Undefined, batches, collate, evaluation_batches
+from variants.base import Adapter, Step
+from variants.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """Members of one method that train together; K = len(seeds)."""
+
+    method: str
+    settings: Settings
+    targets: str | list[str]
+    task: Task
+    model: str
+    training: Training
+    seeds: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+    splits: tuple[str, ...]  # evaluated at the end; the first is also evaluated along the way
+    device: torch.device
+    precision: str
+
+    @property
+    def members(self) -> int:
+        return len(self.seeds)
+
+    def identity(self) -> str:
+        """Everything that a checkpoint must agree with to be this pack's."""
+        settings, training = self.settings.model_dump(mode="json"), self.training.model_dump(mode="json", exclude={"log_every"})
+        parts = [self.method, settings, self.targets, self.task.name, self.model, training, self.seeds, self.learning_rates]
+        return json.dumps([*parts, self.splits, self.device.type, self.precision])
+
+
+@dataclass
+class Outcome:
+    """What became of one member."""
+
+    error: str | None = None
+    detail: str | None = None
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Trainer:
+    """One pack from start, or from its checkpoint, to the end.
+
+    Args:
+        data: the training part as "train", and each of `pack.splits`.
+        checkpoint: where the pack's state is kept; its folder exists.
+        logs: for each member the folder of its metrics.jsonl and ranks.jsonl.
+        progress: called with the rows trained or evaluated since the last call.
+    """
+
+    def __init__(
+        self,
+        pack: Pack,
+        data: Mapping[str, Encoded],
+        checkpoint: Path,
+        logs: Sequence[Path],
+        checkpoint_seconds: float = 60.0,
+        progress: Callable[[float], None] = lambda rows: None,
+    ):
+        self.pack, self.data, self.checkpoint, self.logs = pack, data, checkpoint, list(logs)
+        self.checkpoint_seconds, self.progress = checkpoint_seconds, progress
+        training = pack.training
+        self.memory = measure.PeakMemory(pack.device)
+        self.memory.start()
+        self.model, self.tokenizer, self.info = models.load(pack.model, pack.task, pack.precision, str(pack.device))
+        settings = pack.settings.model_dump(exclude_unset=True)
+        self.adapter: Adapter = variants.create(pack.method, members=pack.members, seeds=list(pack.seeds), **settings)
+        self.adapter.attach(self.model, pack.targets, head=self.info.heads)
+        if training.gradient_checkpointing:
+            keyed = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": self.adapter.draw.recompute_contexts}
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keyed)
+        rates = torch.tensor(pack.learning_rates, dtype=torch.float64, device=pack.device)
+        self.optimizer = MemberAdamW(self.adapter.parameter_groups(), rates, training.weight_decay)
+        self.rows = len(data["train"])
+        self.total = training.total_steps(self.rows)
+        self.per_epoch = training.steps_per_epoch(self.rows)
+        self.warmup = round(training.warmup_ratio * self.total)
+        self.evaluate_after = training.evaluation_steps(self.rows)
+        self.pad = self.tokenizer.pad_token_id or 0
+        self.step = 0
+        self.skipped = torch.zeros(pack.members, dtype=torch.int64, device=pack.device)
+        self.alive = torch.ones(pack.members, dtype=torch.bool, device=pack.device)
+        self.sums = torch.zeros(3, pack.members, dtype=torch.float64, device=pack.device)  # loss, penalty, steps since a log
+        self.last_loss = torch.full((pack.members,), torch.nan, dtype=torch.float64, device=pack.device)
+        self.seconds = self.training_seconds = 0.0
+        self.tokens = 0
+        self.peak: int | None = 0
+        self.silent: list[str] = []
+        self._plan: tuple[int, list[list[tuple[np.ndarray, int]]]] | None = None
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def run(self) -> list[Outcome]:
+        """Trains what is left to train, evaluates, and says what became of each member."""
+        if not self._resume():
+            for folder in self.logs:
+                for name in ("metrics.jsonl", "ranks.jsonl"):
+                    (folder / name).write_text("")
+            self._log_ranks()
+        saved = began = time.perf_counter()
+        while self.step < self.total and bool(self.alive.any()):
+            self.step += 1
+            self.train_step()
+            if self.step % self.pack.training.log_every == 0 or self.step == self.total:
+                self._log_step()
+                self._log_ranks()
+            if self.step in self.evaluate_after and self.step < self.total and bool(self.alive.any()):
+                for member, metrics in enumerate(self.evaluate(self.pack.splits[0])):
+                    self._log_evaluation(member, self.pack.splits[0], metrics)
+            now = time.perf_counter()
+            self.seconds += now - began
+            began = now
+            if now - saved >= self.checkpoint_seconds and self.step < self.total:
+                self.save()
+                saved = time.perf_counter()
+        if self.step == self.total:
+            self.save()  # a run that is killed in its last evaluation need not train again
+        outcomes = self._finish()
+        self.seconds += time.perf_counter() - began
+        for outcome in outcomes:
+            outcome.facts["pack_seconds"] = self.seconds
+            outcome.facts["seconds"] = self.seconds / self.pack.members
+        return outcomes
+
+    def train_step(self) -> None:
+        """One optimizer step of every member that is alive."""
+        pack, adapter = self.pack, self.adapter
+        began = time.perf_counter()
+        self.model.train()
+        state = Step(self.step, self.total)
+        chunks = self._chunks()
+        totals = sum(count for _, count in chunks).clamp_min(1)
+        loss = torch.zeros(pack.members, dtype=torch.float64, device=pack.device)
+        penalty = None
+        for micro_batch, (batch, count) in enumerate(chunks):
+            labels = batch.pop("labels")
+            adapter.begin(state, micro_batch, training=True)
+            with self._autocast():
+                logits = self.model(**adapter.prepare(batch)).logits
+            losses = objective.losses(pack.task.kind, logits, labels, pack.members) * count / totals
+            objective_value = losses
+            if micro_batch == len(chunks) - 1:
+                penalty = adapter.penalty(state)  # once a step, whatever the accumulation
+                objective_value = losses + penalty
+            objective_value.sum().backward()
+            loss += losses.detach()
+        if self.step == 1 or not self.silent:
+            self.silent = adapter.silent_dropout()
+        norms = self.optimizer.gradient_norms()
+        taken = norms.isfinite() & loss.isfinite() & self.alive
+        self.skipped += self.alive & ~taken
+        if pack.training.clip is not None:
+            self.optimizer.clip(norms, pack.training.clip)
+        state = Step(self.step, self.total, None if bool(taken.all()) else taken)
+        adapter.before_step(state)
+        self.optimizer.step(schedule_factor(pack.training.schedule, self.step, self.total, self.warmup), taken)
+        adapter.after_step(state)
+        self.optimizer.zero_grad()
+        self.alive &= self.skipped <= pack.training.max_skipped_steps
+        self.sums += torch.where(taken, torch.stack([loss, penalty.detach().double(), torch.ones_like(loss)]), 0.0)
+        self.training_seconds += time.perf_counter() - began
+        self.progress(sum(len(b) for b, _ in self._rows(self.step)))
+
+    def _rows(self, step: int) -> list[tuple[np.ndarray, int]]:
+        """For each member its rows of this step and their planned length."""
+        epoch, at = divmod(step - 1, self.per_epoch)
+        if self._plan is None or self._plan[0] != epoch:
+            size, train = self.pack.training.batch_size, self.data["train"]
+            self._plan = epoch, [batches(train, size, seed, epoch) for seed in self.pack.seeds]
+        return [plan[at] for plan in self._plan[1]]
+
+    def _chunks(self) -> list[tuple[dict[str, Tensor], Tensor]]:
+        """The step's micro-batches, members' rows one after the other, and how much each member's mean is over (K,)."""
+        members = self._rows(self.step)
+        length = members[0][1]
+        pieces = [np.array_split(rows, self.pack.training.accumulation) for rows, _ in members]
+        chunks = []
+        for parts in zip(*pieces, strict=True):
+            if len(parts[0]):
+                batch = self._tensors(collate(self.data["train"], np.concatenate(parts), length, self.pad))
+                self.tokens += int(batch["attention_mask"].sum())
+                chunks.append((batch, objective.counts(self.pack.task.kind, batch["labels"], self.pack.members)))
+        return chunks
+
+    def _tensors(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        takes = self.model_inputs
+        return {k: torch.from_numpy(v).to(self.pack.device) for k, v in arrays.items() if k == "labels" or k in takes}
+
+    @property
+    def model_inputs(self) -> set[str]:
+        return set(self.tokenizer.model_input_names) | {"input_ids", "attention_mask"}
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if self.pack.precision == "bf16":
+            return torch.autocast(self.pack.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> list[dict[str, float] | Undefined]:
+        """Each member's metrics on a split, in points, or why they have no value."""
+        pack, encoded = self.pack, self.data[split]
+        K, kind = pack.members, pack.task.kind
+        by_token = kind == "token-classification"
+        kept = np.zeros((K, len(encoded.ids) if by_token else len(encoded)), np.float64 if kind == "regression" else np.int64)
+        self.model.eval()
+        for rows, length in evaluation_batches(encoded, pack.training.evaluation_batch_size):
+            batch = self._tensors(collate(encoded, rows, length, self.pad))
+            batch.pop("labels")
+            mask = batch["attention_mask"].bool().cpu().numpy()
+            self.adapter.begin(Step(max(self.step, 1), self.total), training=False)
+            with self._autocast():
+                logits = self.model(**self.adapter.prepare({k: v.repeat(K, 1) for k, v in batch.items()})).logits
+            found = objective.predictions(kind, logits).view(K, len(rows), *logits.shape[1:-1]).cpu().numpy()
+            if by_token:
+                flat = (encoded.offsets[rows][:, None] + np.arange(length))[mask]
+                kept[:, flat] = found[:, mask]
+            else:
+                kept[:, rows] = found
+            self.progress(K * len(rows) / 3)  # a forward pass alone costs about a third of a step
+        offsets = encoded.offsets if by_token else None
+        return [self._score(kept[k], encoded.labels, offsets) for k in range(K)]
+
+    def _score(self, predicted: np.ndarray, labels: np.ndarray, offsets: np.ndarray | None) -> dict[str, float] | Undefined:
+        try:
+            if not np.isfinite(predicted).all():
+                raise Undefined("collapsed", "the model predicts numbers that are not finite")
+            return self.pack.task.metrics(predicted, labels, offsets)
+        except Undefined as error:
+            return error
+
+    def _finish(self) -> list[Outcome]:
+        outcomes = [Outcome() for _ in range(self.pack.members)]
+        for member, outcome in enumerate(outcomes):
+            if not bool(self.alive[member]):
+                outcome.error = "diverged"
+                outcome.detail = f"{int(self.skipped[member])} steps with a non-finite loss or gradient by step {self.step}"
+        if bool(self.alive.any()):
+            for split in self.pack.splits:
+                for member, metrics in enumerate(self.evaluate(split)):
+                    if outcomes[member].error == "diverged":
+                        continue
+                    self._log_evaluation(member, split, metrics)
+                    if isinstance(metrics, Undefined):
+                        outcomes[member].error, outcomes[member].detail = metrics.error, metrics.detail
+                    else:
+                        outcomes[member].metrics[split] = metrics
+        peak = self.memory.read()
+        peak = None if peak is None or self.peak is None else max(peak, self.peak)
+        self.peak = peak
+        counts = {k: v.tolist() for k, v in self.adapter.parameter_counts().items()}
+        ranks, nominal, scales = self.adapter.ranks(), self.adapter.nominal_ranks(), self.adapter.scales()
+        for member, outcome in enumerate(outcomes):
+            values = [float(f"{s[member].item():.9g}") for s in scales.values()]
+            outcome.facts = {
+                "steps": self.step,
+                "total_steps": self.total,
+                "epochs": round(self.step / self.per_epoch, 4),
+                "skipped_steps": int(self.skipped[member]),
+                "tokens_per_second": self.tokens / self.training_seconds if self.training_seconds else 0.0,
+                "peak_memory_bytes": peak if self.pack.members == 1 else None,
+                "pack_peak_memory_bytes": peak,
+                "trainable_parameters": counts["trainable"][member],
+                "active_parameters": counts["active"][member],
+                "head_parameters": counts["head"][member],
+                "scale": values[0] if len(set(values)) == 1 else dict(zip(scales, values, strict=True)) or None,
+                "ranks": {name: int(rank[member]) for name, rank in ranks.items()},
+                "nominal_ranks": {name: int(rank[member]) for name, rank in nominal.items()},
+                "final_train_loss": None if self.last_loss[member].isnan() else float(self.last_loss[member]),
+                "dropout_note": None
+                if not self.silent
+                else f"dropout inside the attention is off ({len(self.silent)} places): a fused kernel cannot draw it by key",
+            }
+        return outcomes
+
+    # -- what is written down ------------------------------------------------------------------------------------------
+
+    def _log(self, member: int, name: str, line: Mapping[str, Any]) -> None:
+        with (self.logs[member] / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def _log_step(self) -> None:
+        factor = schedule_factor(self.pack.training.schedule, self.step, self.total, self.warmup)
+        loss, penalty, steps = self.sums
+        mean = torch.where(steps > 0, loss / steps.clamp_min(1), torch.nan)
+        self.last_loss = torch.where(steps > 0, mean, self.last_loss)
+        for member in range(self.pack.members):
+            line = {"kind": "train", "step": self.step, "loss": finite(mean[member])}
+            line["learning_rate"] = self.pack.learning_rates[member] * factor
+            line["penalty"] = finite(penalty[member] / steps[member].clamp_min(1))
+            self._log(member, "metrics.jsonl", line)
+        self.sums.zero_()
+
+    def _log_evaluation(self, member: int, split: str, metrics: dict[str, float] | Undefined) -> None:
+        line = {"kind": "evaluation", "step": self.step, "split": split, "epoch": round(self.step / self.per_epoch, 4)}
+        undefined = isinstance(metrics, Undefined)
+        self._log(member, "metrics.jsonl", {**line, "metrics": {} if undefined else metrics})
+
+    def _log_ranks(self) -> None:
+        ranks, live = self.adapter.ranks(), self.adapter.live_ranks()
+        if not ranks:
+            return
+        budget = self.adapter.budget(Step(self.step, self.total))
+        table = torch.stack(list(ranks.values())).tolist()  # sites x K: one device sync for all sites
+        total = torch.stack(list(live.values())).sum(0).tolist()
+        for member in range(self.pack.members):
+            mine = {name: row[member] for name, row in zip(ranks, table, strict=True)}
+            line = {"step": self.step, "budget": None if budget is None else int(budget[member])}
+            self._log(member, "ranks.jsonl", {**line, "active": sum(mine.values()), "live": total[member], "ranks": mine})
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes the pack's state, whole or not at all."""
+        tensors = {f"adapter.{k}": v for k, v in self.adapter.state_dict().items()}
+        tensors |= {f"optimizer.{k}": v for k, v in self.optimizer.state().items()}
+        tensors |= {"skipped": self.skipped, "alive": self.alive, "sums": self.sums, "last_loss": self.last_loss}
+        peak = self.memory.read()
+        facts = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "training_seconds": self.training_seconds,
+            "tokens": self.tokens,
+            "peak": None if peak is None or self.peak is None else max(peak, self.peak),
+            "pack": self.pack.identity(),
+            "silent": self.silent,
+            "threads": torch.get_num_threads(),
+            "logs": [[(f / n).stat().st_size for n in ("metrics.jsonl", "ranks.jsonl")] for f in self.logs],
+        }
+        with replacing(self.checkpoint) as path:
+            try:
+                save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path, {"state": json.dumps(facts)})
+            except SafetensorError as error:  # safetensors' word for a full disk
+                raise as_os_error(error, self.checkpoint) from None
+
+    @torch.no_grad()
+    def _resume(self) -> bool:
+        """Takes the checkpoint up where there is a good one of the same pack."""
+        if not self.checkpoint.is_file():
+            return False
+        try:
+            with safe_open(self.checkpoint, framework="pt", device=str(self.pack.device)) as file:
+                facts = json.loads((file.metadata() or {})["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError, OSError):
+            return False  # cut off by a power failure: the run starts again
+        files = [[folder / name for name in ("metrics.jsonl", "ranks.jsonl")] for folder in self.logs]
+        if facts.get("pack") != self.pack.identity():
+            return False
+        for pair, lengths in zip(files, facts["logs"], strict=True):
+            if any(not path.is_file() or path.stat().st_size < length for path, length in zip(pair, lengths, strict=True)):
+                return False
+        self.adapter.load_state_dict({k.removeprefix("adapter."): v for k, v in tensors.items() if k.startswith("adapter.")})
+        self.optimizer.load_state({k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")})
+        for name in ("skipped", "alive", "sums", "last_loss"):
+            setattr(self, name, tensors[name])
+        for name in ("step", "seconds", "training_seconds", "tokens", "peak", "silent"):
+            setattr(self, name, facts[name])
+        for pair, lengths in zip(files, facts["logs"], strict=True):
+            for path, length in zip(pair, lengths, strict=True):
+                os.truncate(path, length)
+        # What was read back counts as done, so that the bar and the time left are those of the whole pack.
+        self.progress(sum(len(rows) for step in range(1, self.step + 1) for rows, _ in self._rows(step)))
+        return True
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary sibling to write to, which takes `path`'s place when all went well and goes away when not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def as_os_error(error: SafetensorError, path: Path) -> OSError:
+    """What the system said, out of the words of safetensors: "... I/O error: ... (os error 28)"."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(str(error)) if found is None else OSError(int(found[1]), os.strerror(int(found[1])), str(path))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Strict JSON, whole or not at all, on the disk before it has its name."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def finite(value: Tensor) -> float | None:
+    """A number as JSON can hold it."""
+    return float(value) if bool(torch.isfinite(value)) else None

@@ -1,0 +1,174 @@
+"""A world small enough to train in a second, made from nothing: a two-layer model in a folder, tasks of letters.
+
+`model` writes a folder that `experiments.models.load` takes like any other; `task` makes a Task whose examples are drawn
+here; `pack` and `study` are the least that a Trainer and a Runner need.  `run` is what a child process does, so that it
+can be killed.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.stats  # noqa: F401  (this and transformers, so that a fork of a server that imported this module starts at once)
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification  # noqa: F401
+
+from experiments import config, models, tasks
+from experiments.config import Study, Training
+from experiments.study import Runner
+from experiments.tasks.common import Encoded, Examples, Task, accuracy_and_macro_f1, correlations, encode_examples
+from experiments.trainer import Outcome, Pack, Trainer
+from variants.settings import METHODS, check
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+ROWS = {"train": 60, "validation": 24, "test": 20}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 3, "alpha": 5, "dropout": 0.1},
+    "dora": {"rank": 3, "alpha": 5, "dropout": 0.1},
+    # Of 12 steps 3 are warm-up, 3 final; allocations at 4, 6, 8 and 9.
+    "adalora": {"initial_rank": 4, "target_rank": 2, "alpha": 5, "dropout": 0.1, "warmup_steps": 3, "final_steps": 3}
+    | {"interval": 2, "orthogonality": 0.3},
+}
+SETTINGS["adalora+dora"] = SETTINGS["adalora"]
+RATES = {"full": 3e-3, "head": 1e-2, "bitfit": 1e-2}  # any other 1e-2
+
+
+def settings(method: str) -> dict[str, Any]:
+    return SETTINGS.get(method, {})
+
+
+def model(folder: Path, name: str = "bert", dropout: float = 0.1) -> str:
+    """The id (a folder) of a tiny model without a head, and its tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = models.tiny(name, dropout=dropout)
+    getattr(whole, whole.base_model_prefix).save_pretrained(folder)
+    models.tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def task(kind: str = "regression", name: str = "") -> Task:
+    """A task over random letters that can be learnt: how many of the first letters of the alphabet there are."""
+    measure = {"regression": correlations, "classification": accuracy_and_macro_f1, "token-classification": _token_accuracy}
+    return Task(
+        name=name or f"small/{kind}",
+        kind=kind,
+        num_labels=1 if kind == "regression" else 3,
+        metric={"regression": "pearson_spearman", "classification": "accuracy", "token-classification": "accuracy"}[kind],
+        licence="made up",
+        read=lambda split: _examples(kind, split),
+        measure=measure[kind],
+        identity=lambda: f"{kind} 1",
+        caption=("Made-up data.",),
+    )
+
+
+def _token_accuracy(predicted: np.ndarray, true: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+    return {"accuracy": 100 * float((predicted == true).mean())}
+
+
+def _examples(kind: str, split: str) -> Examples:
+    random = np.random.default_rng(list(ROWS).index(split))
+    texts = [random.choice(list(LETTERS), size=random.integers(3, 17)).tolist() for _ in range(ROWS[split])]
+    early = [np.array([LETTERS.index(letter) < 13 for letter in text]) for text in texts]
+    share = np.array([e.mean() for e in early])
+    if kind == "token-classification":
+        return Examples(texts, None, [e.astype(np.int64) + (i % 2) for i, e in enumerate(early)])
+    labels = share.astype(np.float32) if kind == "regression" else np.digitize(share, [0.4, 0.6]).astype(np.int64)
+    return Examples([" ".join(text) for text in texts], None, labels)
+
+
+def encoded(one: Task, max_length: int = 24) -> dict[str, Encoded]:
+    tokenizer = models.tiny_tokenizer()
+    return {split: encode_examples(_examples(one.kind, split), one.kind, tokenizer, max_length) for split in ROWS}
+
+
+def training(**changes: Any) -> Training:
+    """12 steps in 2 epochs of 10: evaluated after 5, 10 and 12."""
+    values = {"epochs": 2, "max_steps": 12, "batch_size": 6, "warmup_ratio": 0.2, "max_length": 24, "precision": "fp32"}
+    values |= {"evaluation_batch_size": 7, "evaluations_per_epoch": 2, "log_every": 2, "max_skipped_steps": 3}
+    return Training(**values | changes)
+
+
+def pack(
+    model_id: str,
+    method: str = "lora",
+    *,
+    seeds: Sequence[int] = (0,),
+    learning_rates: Sequence[float] | None = None,
+    kind: str = "regression",
+    changes: dict[str, Any] | None = None,
+    **training_changes: Any,
+) -> Pack:
+    return Pack(
+        method=method,
+        settings=check(method, settings(method) | (changes or {})),
+        targets=["query", "intermediate.dense"],  # four sites of two shapes: enough, and quick
+        task=task(kind),
+        model=model_id,
+        training=training(**training_changes),
+        seeds=tuple(seeds),
+        learning_rates=tuple(learning_rates or [RATES.get(method, 1e-2)] * len(seeds)),
+        splits=("validation", "test"),
+        device=torch.device("cpu"),
+        precision="fp32",
+    )
+
+
+def trainer(one: Pack, folder: Path, data: dict[str, Encoded] | None = None, **options: Any) -> Trainer:
+    """A trainer that keeps its checkpoint and its members' logs under `folder`."""
+    logs = [folder / f"member-{k}" for k in range(one.members)]
+    for log in logs:
+        log.mkdir(parents=True, exist_ok=True)
+    data = encoded(one.task) if data is None else data
+    return Trainer(one, data, folder / "checkpoint.safetensors", logs, **options)
+
+
+def trained(one: Pack, folder: Path, **options: Any) -> tuple[Trainer, list[Outcome]]:
+    made = trainer(one, folder, **options)
+    return made, made.run()
+
+
+def study(model_id: str, methods: Sequence[str] | Sequence[dict[str, Any]] = ("lora",), **changes: Any) -> Study:
+    """A study of the small world; methods by name, or as a study file's [[methods]]."""
+    entries = [
+        {"method": m, "learning_rate": RATES.get(m, 1e-2), **settings(m)} if isinstance(m, str) else dict(m) for m in methods
+    ]
+    raw = {"name": "small", "model": model_id, "tasks": ["small/regression"], "seeds": 2, "checkpoint_seconds": 1e-6}
+    raw |= {"training": training().model_dump(), "methods": entries, **changes}
+    return config.parse(raw, default_name="small")
+
+
+def register(set_item: Callable[[dict, str, Task], None] = dict.__setitem__) -> None:
+    """Makes the small tasks known by name; with pytest pass monkeypatch.setitem."""
+    for kind in ("regression", "classification", "token-classification"):
+        one = task(kind)
+        set_item(tasks._TASKS, one.name, one)
+
+
+def run(what: Study, out: Path, cache: str, kill_at: int | None = None, after: bool = False) -> None:
+    """Runs a study; with `kill_at` the process ends by SIGKILL right before (or after) that file takes its name."""
+    os.environ["RANKWISE_CACHE"] = cache
+    torch.set_num_threads(1)
+    register()
+    if kill_at is not None:
+        replace, count = os.replace, 0
+
+        def counting(*args: Any, **options: Any) -> None:
+            nonlocal count
+            count += 1
+            if count == kill_at and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(*args, **options)
+            if count == kill_at and after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = counting
+    runner = Runner(what, out, device="cpu")
+    runner.prepare()
+    runner.run()
+
+
+ALL_METHODS = tuple(METHODS)

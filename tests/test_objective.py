@@ -1,0 +1,80 @@
+"""Losses per member: each the mean over its own rows or scored tokens, as torch has them for one."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from experiments import objective
+
+K, N, LENGTH, LABELS = 3, 4, 5, 7
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def classes(*shape: int) -> torch.Tensor:
+    return torch.randint(LABELS, shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_regression_is_the_mean_squared_error_of_each_member():
+    logits, labels = random(K * N, 1), random(K * N) * 3
+    expected = [F.mse_loss(logits[k * N : (k + 1) * N, 0], labels[k * N : (k + 1) * N]) for k in range(K)]
+    torch.testing.assert_close(objective.losses("regression", logits, labels, K), torch.stack(expected))
+
+
+def test_classification_is_the_cross_entropy_of_each_member():
+    logits, labels = random(K * N, LABELS), classes(K * N)
+    expected = [F.cross_entropy(logits[k * N : (k + 1) * N], labels[k * N : (k + 1) * N]) for k in range(K)]
+    torch.testing.assert_close(objective.losses("classification", logits, labels, K), torch.stack(expected))
+
+
+def test_token_classification_is_the_mean_over_each_member_s_scored_tokens():
+    logits, labels = random(K * N, LENGTH, LABELS), classes(K * N, LENGTH)
+    labels[0, 1:] = labels[1] = labels[5, 2] = -100  # the members have 11, 19 and 20
+    expected = [
+        F.cross_entropy(logits[k * N : (k + 1) * N].flatten(0, 1), labels[k * N : (k + 1) * N].flatten()) for k in range(K)
+    ]
+    torch.testing.assert_close(objective.losses("token-classification", logits, labels, K), torch.stack(expected))
+    assert objective.counts("token-classification", labels, K).tolist() == [11, 19, 20]
+
+
+def test_a_member_without_a_scored_token_has_a_loss_of_zero_and_counts_nothing():
+    labels = classes(2 * N, LENGTH)
+    labels[N:] = -100
+    logits = random(2 * N, LENGTH, LABELS).requires_grad_()
+    found = objective.losses("token-classification", logits, labels, 2)
+    assert found[1] == 0
+    assert objective.counts("token-classification", labels, 2).tolist() == [N * LENGTH, 0]
+    found.sum().backward()
+    assert torch.isfinite(logits.grad).all()
+    assert (logits.grad[N:] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["regression", "classification", "token-classification"])
+def test_a_member_s_loss_sends_no_gradient_to_others(kind):
+    shape = {"regression": (K * N, 1), "classification": (K * N, LABELS)}.get(kind, (K * N, LENGTH, LABELS))
+    logits = random(*shape).requires_grad_()
+    labels = random(K * N) * 3 if kind == "regression" else classes(*shape[:-1])
+    objective.losses(kind, logits, labels, K)[1].backward()
+    sent = logits.grad.flatten(1).abs().sum(1).view(K, N)
+    assert (sent[1] > 0).all()
+    assert (sent[[0, 2]] == 0).all()
+
+
+def test_losses_of_sixteen_bit_outputs_are_computed_in_fp32():
+    logits = random(K * N, 1).bfloat16()
+    found = objective.losses("regression", logits, random(K * N), K)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, objective.losses("regression", logits.float(), random(K * N), K))
+
+
+def test_predictions_are_numbers_or_the_likeliest_labels():
+    assert objective.predictions("regression", torch.tensor([[0.5], [2.0]]).bfloat16()).tolist() == [0.5, 2.0]
+    assert objective.predictions("classification", torch.tensor([[0.0, 3.0, 1.0]])).tolist() == [1]
+    assert objective.predictions("token-classification", torch.tensor([[[0.0, 1.0], [5.0, 1.0]]])).tolist() == [[1, 0]]
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match='kind = "ranking": should be regression'):
+        objective.losses("ranking", random(2, 1), random(2), 1)

@@ -1,0 +1,761 @@
+"""A study: what is finished is never run twice, what is killed goes on to the same bytes, a failure is a result."""
+
+import contextlib
+import errno
+import gc
+import json
+import multiprocessing
+import random
+import shutil
+import signal
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import experiments.study
+import experiments.trainer
+import variants
+from experiments import config
+from experiments.config import Study
+from experiments.study import Runner, groups
+from experiments.trainer import Trainer
+from tests import small_world
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, request) -> str:
+    """A cache of this module's own, instead of the user's."""
+    folder = str(tmp_path_factory.mktemp("cache"))
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RANKWISE_CACHE", folder)
+    small_world.register(patch.setitem)
+    request.addfinalizer(patch.undo)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(cache, tmp_path_factory) -> str:
+    return small_world.model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_committed(monkeypatch, tmp_path):
+    monkeypatch.setattr(experiments.study, "COMMITTED", tmp_path / "committed")
+
+
+TRAINING = small_world.training(epochs=1, max_steps=4, train_examples=24, evaluation_examples=12, log_every=1).model_dump()
+ADALORA = {"method": "adalora", "initial_rank": 4, "target_rank": 2, "warmup_steps": 1, "final_steps": 1, "learning_rate": 1e-2}
+SWEPT = {"method": "lora", "rank": 2, "learning_rates": [1e-2, 3e-3]}
+
+
+def study(model: str, methods: Any = ("lora",), **changes: Any) -> Study:
+    """Runs of 4 steps."""
+    return small_world.study(model, methods, **{"training": TRAINING, **changes})
+
+
+def ran(what: Study, out: Path, **options: Any) -> list[dict[str, Any]]:
+    runner = Runner(what, out, device="cpu", **options)
+    runner.prepare()
+    return runner.run()
+
+
+def strict(text: str) -> Any:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def result(out: Path, **wanted: Any) -> dict[str, Any]:
+    """The one result with these values."""
+    found = [strict(path.read_text()) for path in out.glob("*/result.json")]
+    found = [r for r in found if all(r[k] == v for k, v in wanted.items())]
+    assert len(found) == 1, (wanted, len(found))
+    return found[0]
+
+
+TIMES = {"seconds", "pack_seconds", "tokens_per_second", "peak_memory_bytes", "pack_peak_memory_bytes"}
+
+
+def contents(out: Path) -> dict[str, Any]:
+    """Everything of a folder of runs that must not depend on how often it was interrupted."""
+    found: dict[str, Any] = {}
+    for path in sorted(p for p in out.rglob("*") if p.is_file()):
+        name = path.relative_to(out).as_posix()
+        if name == ".lock":
+            continue
+        if path.name == "result.json":
+            found[name] = {k: v for k, v in strict(path.read_text()).items() if k not in TIMES}
+        elif path.name == "config.json":
+            found[name] = {k: v for k, v in strict(path.read_text()).items() if k != "started"}
+        elif path.suffix == ".safetensors":  # its metadata are written in any order
+            with safe_open(path, framework="pt") as file:
+                found[name] = file.metadata(), {key: file.get_tensor(key).tolist() for key in sorted(file.keys())}
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def no_training(monkeypatch) -> None:
+    monkeypatch.setattr(Trainer, "train_step", lambda self: pytest.fail("it trained"))
+
+
+# -- killed ----------------------------------------------------------------------------------------------------------
+
+
+def child(what: Study, out: Path, cache: str, *kill: Any) -> multiprocessing.Process:
+    """A process of its own that runs the study: a fork of a server that has imported everything and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.small_world"])
+    process = context.Process(target=small_world.run, args=(what, out, cache, *kill))
+    process.start()
+    return process
+
+
+@pytest.fixture(scope="module")
+def killable(model, cache, tmp_path_factory) -> tuple[Study, dict[str, Any], float]:
+    """A study with a sweep, packs and pruning; what its folder holds in the end; and how long it takes in a child."""
+    what = study(model, [SWEPT, ADALORA, "full"], quick=True, sweep={"max_steps": 3})
+    out = tmp_path_factory.mktemp("whole")
+    child(what, out / "first", cache).join()  # starts the server and fills the cache
+    began = time.perf_counter()
+    process = child(what, out / "runs", cache)
+    process.join()
+    assert process.exitcode == 0
+    whole = contents(out / "runs")
+    assert whole == contents(out / "first")
+    assert len([name for name in whole if name.endswith("result.json")]) == 2 + 3 * 2
+    assert not [name for name in whole if name.startswith("packs/") or ".tmp" in name or "partial" in name]
+    return what, whole, time.perf_counter() - began
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_killed_at_the_writing_of_any_file_a_study_ends_with_the_same_bytes(killable, cache, tmp_path, after):
+    what, whole, _ = killable
+    deaths, kill_at = 0, 4 + after
+    while True:
+        process = child(what, tmp_path / "runs", cache, kill_at, after)
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        deaths += 1
+        kill_at += 2  # each time it gets somewhat farther
+    assert deaths > 4
+    assert contents(tmp_path / "runs") == whole
+
+
+def test_killed_at_random_moments_a_study_ends_with_the_same_bytes(killable, cache, tmp_path):
+    what, whole, seconds = killable
+    moments = random.Random(0)
+    for _ in range(4):
+        process = child(what, tmp_path / "runs", cache)
+        time.sleep(seconds * moments.uniform(0.2, 0.6))
+        process.kill()
+        process.join()
+    process = child(what, tmp_path / "runs", cache)
+    process.join()
+    assert process.exitcode == 0
+    assert contents(tmp_path / "runs") == whole
+
+
+def test_a_pack_of_which_a_part_is_finished_goes_on_as_that_pack(model, tmp_path, monkeypatch):
+    what = study(model, seeds=3)
+    write, written = Runner._write_result, []
+
+    def stop_after_one(self, run, *args):
+        if written:
+            raise KeyboardInterrupt
+        write(self, run, *args)
+        written.append(run)
+
+    monkeypatch.setattr(Runner, "_write_result", stop_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        ran(what, tmp_path / "runs")
+    monkeypatch.setattr(Runner, "_write_result", write)
+    assert len(list((tmp_path / "runs").glob("*/result.json"))) == 1
+    no_training(monkeypatch)
+    assert [r["pack_size"] for r in ran(what, tmp_path / "runs")] == [3, 3, 3]
+    monkeypatch.undo()
+
+
+def test_a_study_whose_settings_changed_does_not_take_up_the_old_pack(model, cache, tmp_path, monkeypatch):
+    step = Trainer.train_step
+
+    def interrupted(self):
+        if self.step == 3:
+            raise KeyboardInterrupt
+        step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ran(study(model), tmp_path / "runs")
+    monkeypatch.setattr(Trainer, "train_step", step)
+    assert list((tmp_path / "runs").rglob("checkpoint.safetensors"))
+    changed = study(model, training={**TRAINING, "weight_decay": 0.5})
+    scores = [r["score"] for r in ran(changed, tmp_path / "runs")]
+    assert scores == [r["score"] for r in ran(changed, tmp_path / "fresh")]
+    assert not list((tmp_path / "runs" / "packs").iterdir())
+
+
+# -- finished is finished ------------------------------------------------------------------------------------------------
+
+
+def test_finished_runs_are_not_run_twice(model, tmp_path, monkeypatch):
+    what = study(model, [SWEPT, "head"], quick=True, sweep={"max_steps": 3})
+    first = ran(what, tmp_path)
+    before = contents(tmp_path)
+    no_training(monkeypatch)
+    monkeypatch.setattr(experiments.trainer.models, "load", experiments.trainer.models.load)
+    assert ran(what, tmp_path) == first
+    assert contents(tmp_path) == before
+
+
+def test_only_what_is_missing_is_run(model, tmp_path):
+    ran(study(model, seeds=2), tmp_path)
+    old = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/result.json")}
+    results = ran(study(model, seeds=3), tmp_path)
+    assert [r["seed"] for r in results] == [0, 1, 2]
+    assert [r["pack_size"] for r in results] == [2, 2, 1]
+    assert all(path.stat().st_mtime_ns == when for path, when in old.items())
+
+
+def test_committed_results_are_taken_as_finished_and_copied(model, tmp_path, monkeypatch):
+    what = study(model)
+    made = ran(what, tmp_path / "committed" / "small" / "runs")
+    for adapter in (tmp_path / "committed").rglob("adapter"):
+        shutil.rmtree(adapter)
+    no_training(monkeypatch)
+    assert ran(what, tmp_path / "mine") == made
+    for one in made:
+        for name in ("config.json", "metrics.jsonl", "ranks.jsonl", "result.json"):
+            theirs = tmp_path / "committed" / "small" / "runs" / one["fingerprint"] / name
+            assert (tmp_path / "mine" / one["fingerprint"] / name).read_bytes() == theirs.read_bytes()
+    # In its own folder too: that is how a committed study is gone on with.
+    assert ran(what, tmp_path / "committed" / "small" / "runs") == made
+
+
+def test_a_committed_result_that_was_half_copied_is_copied_again(model, tmp_path, monkeypatch):
+    what = study(model, seeds=1)
+    (made,) = ran(what, tmp_path / "committed" / "small" / "runs")
+    copy = shutil.copyfile
+
+    def full_disk(source, target):
+        if Path(source).name == "result.json":
+            Path(target).write_bytes(Path(source).read_bytes()[:40])
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        return copy(source, target)
+
+    monkeypatch.setattr(experiments.study.shutil, "copyfile", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        ran(what, tmp_path / "mine")
+    monkeypatch.setattr(experiments.study.shutil, "copyfile", copy)
+    assert not list((tmp_path / "mine").rglob("result.json"))
+    assert not list((tmp_path / "mine").rglob(".*.tmp"))
+    no_training(monkeypatch)
+    assert ran(what, tmp_path / "mine") == [made]
+
+
+@pytest.mark.parametrize("name", ["result.json", "config.json"])
+@pytest.mark.parametrize("text", ["", '{"status": "comp', "[]"])
+def test_a_damaged_result_is_made_again(model, tmp_path, name, text):
+    what = study(model, ["head"], seeds=1)
+    (made,) = ran(what, tmp_path)
+    (tmp_path / made["fingerprint"] / name).write_text(text)
+    said = []
+    (again,) = ran(what, tmp_path, say=said.append)
+    assert again["score"] == made["score"]
+    assert "made again" in said[0]
+    said.clear()
+    ran(what, tmp_path, say=said.append)
+    assert said == []
+
+
+def test_results_of_other_versions_are_kept_and_said(model, tmp_path, monkeypatch):
+    what = study(model, ["head"], seeds=1)
+    ran(what, tmp_path)
+    monkeypatch.setattr(experiments.study.measure, "versions", lambda: {"torch": "99.0"})
+    no_training(monkeypatch)
+    said = []
+    ran(what, tmp_path, say=said.append)
+    assert len(said) == 1
+    assert "(here 99.0)" in said[0]
+
+
+# -- packs and fingerprints ------------------------------------------------------------------------------------------------
+
+
+def packs_of(what: Study, size: int = 4) -> dict[str, tuple]:
+    return {g.name: g.members for g in groups(what, size)}
+
+
+def test_packs_are_those_of_the_whole_study_whatever_methods_are_asked_for(model):
+    what = study(model, [SWEPT, ADALORA, "full"], quick=True, seeds=6, sweep={"max_steps": 3})
+    whole = packs_of(what)
+    assert [len(m) for name, m in whole.items() if "adalora" in name] == [4, 2]
+    assert [len(m) for name, m in whole.items() if "full" in name] == [1] * 6
+    some = packs_of(what.model_copy(update={"methods": what.methods[1:2]}))
+    assert some
+    assert some.items() <= whole.items()
+    phases = [g.phase for g in groups(what, 4)]
+    assert phases == sorted(phases, reverse=True)  # sweeps first
+
+
+def fingerprint(what: Study, out: Path) -> str:
+    runner = Runner(what, out, device="cpu")
+    runner.prepare()
+    return runner._specify(runner.groups[-1], 0, 1e-2).fingerprint
+
+
+def test_fingerprints_change_with_each_setting_that_changes_results_and_with_no_other(model, cache, tmp_path):
+    entry = {"method": "lora", "rank": 2, "learning_rate": 1e-2}
+    base = fingerprint(study(model, [entry]), tmp_path)
+
+    parts = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+    linears = [f"bert.encoder.layer.{i}.{part}" for i in (0, 1) for part in (*parts, "intermediate.dense", "output.dense")]
+
+    def changed(entry_changes=None, training_changes=None, **changes):
+        training = {**TRAINING, **(training_changes or {})}
+        what = study(changes.pop("model", model), [{**entry, **(entry_changes or {})}], training=training, **changes)
+        return fingerprint(what, tmp_path)
+
+    same = [
+        changed(training_changes={"log_every": 7}),
+        changed(checkpoint_seconds=5.0),
+        changed(pack=1),
+        changed(title="another", quick=True),
+        changed({"label": "another"}),
+        changed({"targets": linears}),
+        changed(seeds=5),
+        changed({"alpha": 16.0}),  # the default, written out
+    ]
+    assert set(same) == {base}
+    one_by_one = (
+        {"rank": 3},
+        {"alpha": 4},
+        {"dropout": 0.2},
+        {"targets": "attention"},
+        {"lr_ratio": 2.0},
+        {"scaling": "alpha/sqrt(r)"},
+        {"initialization": "gaussian"},
+        {"method": "dora"},
+        {"rank_pattern": {"query": 1}},
+        {"alpha_pattern": {"query": 1}},
+    )
+    different = {
+        **{str(change): changed(change) for change in one_by_one},
+        "task": changed(tasks=["small/classification"]),
+        "model": changed(model=small_world.model(tmp_path / "other", dropout=0.2)),
+    }
+    others = {
+        **{"epochs": 2, "max_steps": 5, "batch_size": 5, "accumulation": 2, "warmup_ratio": 0.5, "schedule": "cosine"},
+        **{"weight_decay": 0.5, "clip": None, "max_length": 16, "gradient_checkpointing": True, "evaluations_per_epoch": 3},
+        **{"evaluation_batch_size": 9, "train_examples": 23, "evaluation_examples": 11, "max_skipped_steps": 1},
+    }
+    assert {*others, "precision", "log_every"} == set(config.Training.model_fields)  # a new one must be sorted in here
+    different |= {name: changed(training_changes={name: value}) for name, value in others.items()}
+    assert base not in different.values(), [k for k, v in different.items() if v == base]
+    assert len(set(different.values())) == len(different)
+    runner = Runner(study(model, [entry]), tmp_path, device="cpu")
+    runner.prepare()
+    (group,) = runner.groups
+    assert runner._specify(group, 0, 1e-2).fingerprint == base
+    assert len({base, runner._specify(group, 1, 1e-2).fingerprint, runner._specify(group, 0, 1e-3).fingerprint}) == 3
+    runner.precision = "bf16"
+    assert runner._specify(group, 0, 1e-2).fingerprint != base
+
+
+def test_two_labels_of_the_same_runs_are_refused(model, tmp_path):
+    same = [{"method": "lora", "rank": 2, "learning_rate": 1e-2, "label": label} for label in ("one", "two")]
+    with pytest.raises(ValueError, match=r'"one" and "two" are the same runs at learning rate 0\.01: take one out'):
+        ran(study(model, same), tmp_path)
+
+
+def test_every_fault_is_said_at_once_before_anything_runs(model, tmp_path):
+    lost = [{"method": "lora", "rank": 2, "learning_rate": 1e-2, "label": n, "targets": [f"{n}x"]} for n in ("query", "key")]
+    with pytest.raises(ValueError) as caught:
+        ran(study(model, lost), tmp_path / "runs")
+    assert len(str(caught.value).splitlines()) == 2
+    assert not (tmp_path / "runs").exists()
+
+
+# -- the sweep ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ({1e-3: 50.0, 3e-3: 60.0, 1e-2: 55.0}, 3e-3),
+        ({1e-3: 50.0, 3e-3: 60.0, 1e-2: 60.0}, 3e-3),  # a tie: the lowest
+        ({1e-3: -20.0, 3e-3: -10.0, 1e-2: None}, 3e-3),  # failed ones lose, however low the others are
+        ({1e-3: None, 3e-3: None, 1e-2: None}, 1e-3),
+    ],
+    ids=["best", "tie", "failed", "all failed"],
+)
+def test_the_sweep_takes_the_best_rate(model, tmp_path, monkeypatch, scores, best):
+    what = study(model, [{"method": "lora", "rank": 2, "learning_rates": [1e-2, 1e-3, 3e-3]}], sweep={"max_steps": 3})
+    runner = Runner(what, tmp_path, device="cpu")
+    runner.prepare()
+    final = runner.groups[-1]
+    monkeypatch.setattr(runner, "_result", lambda run: {"selection_score": scores[run.learning_rate], "status": "completed"})
+    assert runner._rates(final) == [(0, best), (1, best)]
+
+
+def test_a_sweep_sees_the_selection_split_alone_and_its_rate_is_run_again_in_full(model, tmp_path):
+    what = study(model, [SWEPT], sweep={"max_steps": 3, "seeds": 2})
+    results = ran(what, tmp_path)
+    sweeps, finals = results[:4], results[4:]
+    assert all(r["phase"] == "sweep" and r["score"] is None and set(r["metrics"]) == {"validation"} for r in sweeps)
+    assert all(r["selection_score"] is not None and r["total_steps"] == 3 for r in sweeps)
+    mean = {rate: sum(r["selection_score"] for r in sweeps if r["learning_rate"] == rate) for rate in (1e-2, 3e-3)}
+    assert [r["learning_rate"] for r in finals] == [max(mean, key=mean.get)] * 2
+    assert all(r["phase"] == "final" and r["total_steps"] == 4 and r["score"] is not None for r in finals)
+    assert {path.parent.name for path in tmp_path.glob("*/adapter")} == {r["fingerprint"] for r in finals}
+
+
+# -- what cannot be packed -----------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_cannot_be_packed_runs_its_members_apart_and_says_why(cache, tmp_path, monkeypatch):
+    deberta = small_world.model(tmp_path / "deberta", "deberta-v2")
+    what, said = study(deberta, seeds=2), []
+    results = ran(what, tmp_path / "runs", say=said.append)
+    assert [(r["status"], r["pack_size"]) for r in results] == [("completed", 1)] * 2
+    assert all("cannot pack lora" in r["packing_note"] for r in results)
+    assert len([line for line in said if "cannot pack" in line]) == 1
+    for r in results:
+        pack = strict((tmp_path / "runs" / r["fingerprint"] / "config.json").read_text())["pack"]
+        assert (pack["size"], pack["members"]) == (1, [r["fingerprint"]])
+    alone = ran(study(deberta, seeds=2, pack=1), tmp_path / "alone")
+    assert [r["score"] for r in alone] == [r["score"] for r in results]
+    assert [r["packing_note"] for r in alone] == [None, None]
+
+
+def out_of_memory_above(limit: int, monkeypatch, at: str = "run") -> list[int]:
+    """Makes every Trainer of more members than `limit` run out of memory; the sizes that were tried."""
+    real, tried = getattr(Trainer, at), []
+
+    def scarce(self, *args, **options):
+        members = args[0].members if at == "__init__" else self.pack.members
+        tried.append(members)
+        if members > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 EiB")
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Trainer, at, scarce)
+    return tried
+
+
+@pytest.mark.parametrize("at", ["__init__", "run"])
+def test_a_pack_that_does_not_fit_in_memory_is_split(model, tmp_path, monkeypatch, at):
+    expected = ran(study(model, seeds=5, pack=2), tmp_path / "apart")
+    tried = out_of_memory_above(2, monkeypatch, at)
+    said = []
+    results = ran(study(model, seeds=5), tmp_path / "runs", say=said.append)
+    assert tried == [5, 3, 2, 1, 2]
+    assert [r["pack_size"] for r in results] == [2, 2, 1, 2, 2]
+    assert all("does not fit in memory" in r["packing_note"] for r in results)
+    assert [r["seed"] for r in results] == [0, 1, 2, 3, 4]
+    assert [r["score"] for r in results] == pytest.approx([r["score"] for r in expected], rel=1e-3)
+    assert len(said) == 2
+    assert not list((tmp_path / "runs" / "packs").iterdir())
+
+
+def test_a_pack_that_was_split_stays_split_when_it_goes_on(model, tmp_path, monkeypatch):
+    tried = out_of_memory_above(2, monkeypatch)
+    write, count = Runner._write_result, []
+
+    def stop(self, *args):
+        if len(count) == 1:
+            raise KeyboardInterrupt
+        count.append(1)
+        write(self, *args)
+
+    monkeypatch.setattr(Runner, "_write_result", stop)
+    with pytest.raises(KeyboardInterrupt):
+        ran(study(model, seeds=4), tmp_path / "runs")
+    monkeypatch.setattr(Runner, "_write_result", write)
+    assert tried == [4, 2]
+    results = ran(study(model, seeds=4), tmp_path / "runs")
+    assert tried == [4, 2, 2, 2]  # four members are not tried again
+    assert [r["pack_size"] for r in results] == [2] * 4
+
+
+def test_what_did_not_fit_is_gone_before_its_parts_are_run(model, tmp_path, monkeypatch):
+    step, alive = Trainer.train_step, []
+
+    def scarce(self):
+        if self.pack.members > 1:
+            alive.append(weakref.ref(self.model))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        assert [ref() for ref in alive] == [None] * len(alive)
+        step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", scarce)
+    ran(study(model, seeds=2), tmp_path)
+    assert len(alive) == 1
+
+
+def test_a_single_run_that_does_not_fit_is_a_failed_result_with_the_remedy(model, tmp_path, monkeypatch):
+    out_of_memory_above(0, monkeypatch)
+    results = ran(study(model, seeds=2), tmp_path)
+    assert [(r["status"], r["error"], r["score"]) for r in results] == [("failed", "out of memory", None)] * 2
+    assert "gradient_checkpointing" in results[0]["traceback"]
+
+
+# -- failures are results ------------------------------------------------------------------------------------------------
+
+
+def test_a_method_that_raises_in_training_is_a_failed_result_and_the_others_go_on(model, tmp_path, monkeypatch):
+    from variants.dora import DoRA
+
+    def broken(self, step):
+        if step.index == 2:
+            raise RuntimeError("a wild bug\nwith two lines")
+
+    monkeypatch.setattr(DoRA, "after_step", broken)
+    results = ran(study(model, ["dora", "lora"]), tmp_path)
+    assert [(r["setting"], r["status"]) for r in results] == [("dora", "failed")] * 2 + [("lora", "completed")] * 2
+    assert results[0]["error"] == "RuntimeError: a wild bug"
+    assert "in broken" in results[0]["traceback"]
+    assert results[0]["score"] is results[0]["selection_score"] is None
+    assert results[2]["score"] is not None
+    assert not list((tmp_path / "packs").iterdir())
+
+
+def test_a_failed_run_is_tried_again_only_when_asked_for(model, tmp_path, monkeypatch):
+    what = study(model, seeds=2)
+    broken = monkeypatch.setattr
+    broken(Trainer, "run", lambda self: (_ for _ in ()).throw(RuntimeError("no")))
+    failed = ran(what, tmp_path)
+    assert [r["status"] for r in failed] == ["failed"] * 2
+    assert ran(what, tmp_path) == failed
+    again = ran(what, tmp_path, retry_failed=True)  # and fails again, which is a result too
+    assert [r["status"] for r in again] == ["failed"] * 2
+    monkeypatch.undo()
+    monkeypatch.setattr(experiments.study, "COMMITTED", tmp_path / "committed")
+    assert [r["status"] for r in ran(what, tmp_path, retry_failed=True)] == ["completed"] * 2
+
+
+def test_a_member_that_diverges_or_collapses_is_a_failed_result_with_its_reason(model, tmp_path, monkeypatch):
+    what = study(
+        model,
+        [{"method": "lora", "rank": 2, "learning_rates": [1e-2, 1e30]}],
+        sweep={"epochs": 2, "max_steps": 7},
+        seeds=1,
+        training={**TRAINING, "max_skipped_steps": 2, "warmup_ratio": 0.0},
+    )
+    results = ran(what, tmp_path)
+    assert [(r["phase"], r["status"], r["error"]) for r in results] == [
+        ("sweep", "completed", None),
+        ("sweep", "failed", "diverged"),
+        ("final", "completed", None),
+    ]
+    assert results[1]["selection_score"] is None
+    assert results[2]["learning_rate"] == 1e-2
+    assert results[0]["selection_score"] is not None
+
+
+def test_constant_predictions_are_a_failed_result_without_a_score(model, tmp_path, monkeypatch):
+    plain = experiments.trainer.objective.predictions
+    monkeypatch.setattr(experiments.trainer.objective, "predictions", lambda kind, logits: plain(kind, logits) * 0 + 0.5)
+    results = ran(study(model), tmp_path)
+    assert [(r["status"], r["error"], r["score"], r["selection_score"]) for r in results] == [
+        ("failed", "collapsed", None, None)
+    ] * 2
+
+
+# -- a full disk, and two at once --------------------------------------------------------------------------------------------
+
+
+class FullDisk:
+    """Fails at the n-th writing: half of the file is there, then there is no space."""
+
+    def __init__(self, monkeypatch, at: int):
+        self.left, save = at, experiments.trainer.save_file
+
+        def save_file(tensors, path, *args):
+            self.count(path)
+            save(tensors, path, *args)
+
+        dump = json.dump
+
+        def json_dump(value, file, **options):
+            self.count(file.name)
+            dump(value, file, **options)
+
+        monkeypatch.setattr(experiments.trainer, "save_file", save_file)
+        monkeypatch.setattr(experiments.trainer.json, "dump", json_dump)
+
+    def count(self, path) -> None:
+        self.left -= 1
+        if self.left == 0:
+            Path(path).write_bytes(b'{"half')
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
+def test_a_full_disk_is_said_leaves_nothing_half_written_and_a_later_run_finishes(model, tmp_path, monkeypatch):
+    what = study(model, ["head"])
+    ran(what, tmp_path / "whole")
+    whole = contents(tmp_path / "whole")
+    at, finished = 0, False
+    while not finished:
+        at += 1
+        with monkeypatch.context() as patch:
+            disk = FullDisk(patch, at)
+            out = tmp_path / f"{at}"
+            try:
+                ran(what, out)
+                finished = disk.left > 0
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+        for path in out.rglob("*.json"):
+            strict(path.read_text())
+        assert not [p for p in out.rglob("*") if ".tmp" in p.name]
+        if at % 3 == 1:
+            ran(what, out)
+            assert contents(out) == whole
+    assert at > 10
+
+
+def test_a_full_disk_while_a_checkpoint_is_written_is_no_failed_run(model, tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*args):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(experiments.trainer, "save_file", full)
+    with pytest.raises(OSError) as caught:
+        ran(study(model), tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_a_second_process_in_the_same_folder_is_refused(model, tmp_path, monkeypatch):
+    what = study(model)
+    other = Runner(what, tmp_path, device="cpu")
+    other.prepare()
+    refused = []
+    step = Trainer.train_step
+
+    def meanwhile(self):
+        if not refused:
+            with pytest.raises(ValueError, match="another compare is running there: wait for it, or give another --out"):
+                other.run()
+            refused.append(True)
+        step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", meanwhile)
+    ran(what, tmp_path)
+    assert refused
+    assert other.run()  # the lock is gone
+
+
+# -- what is written -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_s_folder_holds_what_the_contract_says_in_strict_json(model, tmp_path):
+    results = ran(study(model, [ADALORA]), tmp_path)
+    for r in results:
+        folder = tmp_path / r["fingerprint"]
+        files = {p.name for p in folder.iterdir()}
+        assert files == {"config.json", "metrics.jsonl", "ranks.jsonl", "result.json", "adapter"}
+        written, made = strict((folder / "result.json").read_text()), strict((folder / "config.json").read_text())
+        assert written == r
+        assert made["fingerprint"] == r["fingerprint"]
+        assert made["pack"]["members"] == [one["fingerprint"] for one in results]
+        assert made["method_settings"]["initial_rank"] == 4
+        assert made["targets_resolved"] == list(r["ranks"])
+        assert (
+            "small/regression: a fixed random part of the data (train 24, validation 12, test 12 examples)." in made["caption"]
+        )
+        assert r["metric"] == "pearson_spearman"
+        assert r["score"] == r["metrics"]["test"]["pearson_spearman"]
+        assert r["selection_score"] == r["metrics"]["validation"]["pearson_spearman"]
+        assert sum(r["ranks"].values()) == 2 * len(r["ranks"])
+        assert set(r["nominal_ranks"].values()) == {4}
+        assert r["seconds"] == r["pack_seconds"] / 2
+        assert r["peak_memory_bytes"] is None
+        lines = [strict(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4]
+        ranks = [strict(line) for line in (folder / "ranks.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in ranks] == [0, 1, 2, 3, 4]
+        assert [line["active"] for line in ranks] == [line["budget"] for line in ranks]
+        assert ranks[-1]["ranks"] == r["ranks"]
+    for path in tmp_path.glob("*.json"):
+        strict(path.read_text())
+
+
+def test_the_adapter_that_is_kept_is_the_one_that_was_scored(model, tmp_path):
+    what = study(model, ["dora"], seeds=2)
+    results = ran(what, tmp_path)
+    runner = Runner(what, tmp_path, device="cpu")
+    runner.prepare()
+    prepared = runner.prepared["small/regression"]
+    for r in results:
+        loaded, _, _ = experiments.trainer.models.load(model, prepared.task)
+        variants.load_pretrained(loaded, tmp_path / r["fingerprint"] / "adapter")
+        loaded.eval()
+        data = prepared.data["test"]
+        predicted = []
+        for row in range(len(data)):
+            ids = torch.tensor(data.ids[data.offsets[row] : data.offsets[row + 1]])[None].long()
+            types = torch.tensor(data.token_type_ids[data.offsets[row] : data.offsets[row + 1]])[None].long()
+            with torch.no_grad():
+                predicted.append(float(loaded(input_ids=ids, token_type_ids=types).logits))
+        assert prepared.task.metrics(predicted, data.labels)["pearson"] == pytest.approx(
+            r["metrics"]["test"]["pearson"], rel=1e-3
+        )
+
+
+def test_study_json_is_complete_only_when_every_method_is(model, tmp_path, monkeypatch):
+    whole = study(model, ["lora", "head"])
+    one = whole.model_copy(update={"methods": whole.methods[1:]})
+
+    def told() -> tuple[list[str], bool]:
+        value = strict((tmp_path / "study.json").read_text())
+        return value["methods"], value["complete"]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        ran(whole, tmp_path)
+    assert told() == (["lora", "head"], False)
+    ran(one, tmp_path)
+    assert told() == (["lora", "head"], False)
+    ran(whole, tmp_path)
+    assert told() == (["lora", "head"], True)
+    ran(one, tmp_path)
+    assert told() == (["lora", "head"], True)
+
+
+def test_progress_adds_up_to_the_work_whether_runs_are_made_resumed_or_found(model, tmp_path):
+    what = study(model, [SWEPT, "head"], quick=True, sweep={"max_steps": 3})
+    runner = Runner(what, tmp_path, device="cpu")
+    runner.prepare()
+    work = runner.work()
+    for _ in range(2):
+        seen = []
+        ran(what, tmp_path, progress=lambda what, rows, seen=seen: seen.append(rows))
+        assert sum(seen) == pytest.approx(work, rel=0.02)
+
+
+def test_memory_of_one_pack_is_freed_before_the_next(model, tmp_path, monkeypatch):
+    step, models_seen = Trainer.train_step, []
+
+    def watched(self):
+        if self.step == 1:
+            gc.collect()
+            assert [ref() for ref in models_seen] == [None] * len(models_seen)
+            models_seen.append(weakref.ref(self.model))
+        step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    ran(study(model, ["full", "lora", "dora"], seeds=1), tmp_path)
+    assert len(models_seen) == 3
+    with contextlib.suppress(FileNotFoundError):
+        assert not list((tmp_path / "packs").iterdir())
