@@ -1,0 +1,317 @@
+"""The rank of every site: of a run, or of any adapter folder in PEFT's format, read without torch.
+
+A site is a path such as `encoder.layer.0.attention.self.query`. Its first number is the layer, what follows is the
+module kind; this holds for BERT, DeBERTa, ALBERT, GPT-2, Llama and T5. A path without a number belongs to no layer.
+PEFT's file format: LoRA and DoRA keep `<site>.lora_A.weight` (r, I), AdaLoRA `<site>.lora_A` (r, I) with only the
+triplets that survived, so that a site may have 0 rows; nominal ranks stand in adapter_config.json.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from math import sqrt
+from pathlib import Path
+
+from reports.results import is_run, load_run, read_json
+
+PREFIX = "base_model.model."  # what PEFT puts before the model's own path
+FACTOR = re.compile(r"^(?P<site>.+)\.lora_(?P<factor>embedding_A|embedding_B|A|B)(\.weight)?$")
+
+
+@dataclass(frozen=True)
+class SiteRank:
+    site: str
+    layer: int | None
+    module: str
+    active: int
+    nominal: int
+    alpha: float | None
+    scale: float | None
+
+
+@dataclass(frozen=True)
+class RankMap:
+    """The ranks of one run or adapter, in the model's order."""
+
+    kind: str  # "run" or "adapter"
+    name: str
+    method: str
+    note: str | None
+    sites: tuple[SiteRank, ...]
+
+    @property
+    def active(self) -> int:
+        return sum(site.active for site in self.sites)
+
+    @property
+    def nominal(self) -> int:
+        return sum(site.nominal for site in self.sites)
+
+    def as_dict(self) -> dict:
+        """For `rankwise ranks --json`."""
+        return {
+            "schema": 1,
+            "kind": self.kind,
+            "name": self.name,
+            "method": self.method,
+            "note": self.note,
+            "active": self.active,
+            "nominal": self.nominal,
+            "at_rank_0": sum(site.active == 0 for site in self.sites),
+            "sites": [asdict(site) for site in self.sites],
+        }
+
+
+def split_site(site: str) -> tuple[str, int | None, str]:
+    """Path -> (the stack that it is in, its layer, its module kind); without a number ("", None, path)."""
+    parts = site.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if at is None or at == len(parts) - 1:
+        return "", None, site
+    return ".".join(parts[:at]), int(parts[at]), ".".join(parts[at + 1 :])
+
+
+def site_order(sites: Iterable[str]) -> list[str]:
+    """Layer by layer, a layer's modules in the order in which they first come; sites of no layer last."""
+    sites = list(dict.fromkeys(sites))
+    first = {kind: i for i, kind in reversed(list(enumerate(split_site(site)[2] for site in sites)))}
+    stacks = list(dict.fromkeys(split_site(site)[0] for site in sites))
+
+    def key(site: str) -> tuple:
+        stack, layer, kind = split_site(site)
+        return (layer is None, stacks.index(stack), layer or 0, first[kind])
+
+    return sorted(sites, key=key)
+
+
+def module_labels(sites: Iterable[str]) -> dict[str, str]:
+    """Site -> the shortest end of its module kind that no other kind of the model ends with.
+
+    `attention.self.query` is `query`; `output.dense` stays, for `attention.output.dense` ends so too. Encoder and
+    decoder are told apart by the stack's name where a model has both.
+    """
+    sites = list(sites)
+    kinds = list(dict.fromkeys(split_site(site)[2] for site in sites))
+    stacks = {split_site(site)[0] for site in sites if split_site(site)[1] is not None}
+
+    def shortest(kind: str) -> str:
+        parts = kind.split(".")
+        for length in range(1, len(parts)):
+            end = ".".join(parts[-length:])
+            if end.isdigit() or end.split(".")[0].isdigit():
+                continue
+            if not any(other != kind and ("." + other).endswith("." + end) for other in kinds):
+                return end
+        return kind
+
+    labels = {}
+    for site in sites:
+        stack, layer, kind = split_site(site)
+        several = layer is not None and len(stacks) > 1
+        labels[site] = f"{stack.split('.')[0]}: {shortest(kind)}" if several else shortest(kind)
+    return labels
+
+
+def read(path: str | Path) -> RankMap:
+    """The ranks of a run's folder or of an adapter folder.
+
+    Raises:
+        ValueError: neither of the two, cut off, foreign, or pickled.
+    """
+    path = Path(path)
+    if path.is_file() and path.name in ("adapter_config.json", "adapter_model.safetensors"):
+        path = path.parent
+    if not path.is_dir():
+        rule = "is a file" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {rule}; give the folder of a run or of an adapter (adapter_config.json)")
+    if is_run(path):
+        return _read_run(path)
+    if (path / "adapter_config.json").is_file():
+        return _read_adapter(path)
+    if (path / "adapter_model.safetensors").is_file():
+        if _is_whole_model(path):
+            raise ValueError(f"{path} holds full fine-tuning or BitFit, which have no ranks; give a low-rank adapter")
+        raise ValueError(f"{path} has no adapter_config.json; copy the one that was saved with the weights")
+    if (path / "adapter_model.bin").is_file():
+        _refuse_pickle(path)
+    below = [child.name for child in sorted(path.iterdir()) if child.is_dir() and is_run(child)]
+    hint = f"; it holds runs, give one of them: {below[0]}" if below else ""
+    raise ValueError(f"{path} is neither a run (config.json) nor an adapter folder (adapter_config.json){hint}")
+
+
+def _read_run(folder: Path) -> RankMap:
+    run = load_run(folder)
+    config, result = run.config, run.result
+    if result:
+        active, nominal, scale, note = result.ranks, result.nominal_ranks, result.scale, None
+        if result.status == "failed":
+            note = f"this run failed ({result.error}); these are the ranks it had"
+    else:
+        history = run.rank_history
+        active, nominal = (history[-1].ranks, history[0].ranks) if history else ({}, {})
+        scale, note = None, f"not finished: step {history[-1].step if history else 0}"
+    if not active:
+        raise ValueError(f"{folder}: {config.method} ({run.status}) has no ranks; give the run of a low-rank method")
+    alpha = config.method_settings.get("alpha")
+    alpha = float(alpha) if isinstance(alpha, int | float) and not isinstance(alpha, bool) else None
+    sites = [_site(name, active[name], nominal.get(name, active[name]), alpha, _of(scale, name)) for name in site_order(active)]
+    name = f"{config.setting}, {config.task}, {config.model}, seed {config.seed}, rate {config.learning_rate:g}"
+    return RankMap("run", name, config.method, note, tuple(sites))
+
+
+def _of(scale: dict[str, float] | float | None, site: str) -> float | None:
+    return scale.get(site) if isinstance(scale, dict) else scale
+
+
+def _site(name: str, active: int, nominal: int, alpha: float | None, scale: float | None) -> SiteRank:
+    _, layer, module = split_site(name)
+    return SiteRank(name, layer, module, active, nominal, alpha, scale)
+
+
+def _read_adapter(folder: Path) -> RankMap:
+    config = _read_config(folder / "adapter_config.json")
+    kind = config.get("peft_type")
+    if kind not in ("LORA", "ADALORA"):
+        raise ValueError(
+            f"{folder}: peft_type {kind!r} has no ranks to read; LORA (DoRA among them) and ADALORA have, "
+            "and full fine-tuning, BitFit and head only have none"
+        )
+    shapes = _shapes(folder)
+    ranks = _factor_ranks(folder, shapes)
+    adalora = kind == "ADALORA"
+    sites = _adalora_sites(folder, config, ranks) if adalora else _lora_sites(folder, config, ranks)
+    if not sites:
+        raise ValueError(f"{folder}: adapter_model.safetensors holds no lora_A: head only, or a foreign file")
+    dora = any(".lora_magnitude_vector" in name for name in shapes)
+    method = "adalora" if adalora else "dora" if dora else "lora"
+    told = _told(folder)
+    if "folded" in told:  # AdaLoRA+DoRA has no PEFT type of its own: what PEFT's keys cannot say stands in the metadata
+        method = str(told.get("method", method))
+        sites = [_unfolded(site, told["folded"]) for site in sites]
+    base = config.get("base_model_name_or_path")
+    by_name = {site.site: site for site in sites}
+    return RankMap(
+        "adapter",
+        f"{folder.name} on {base}" if base else folder.name,
+        method,
+        None,
+        tuple(by_name[name] for name in site_order(by_name)),
+    )
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise ValueError(str(error).split("; ")[0] + "; save the adapter again") from None
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape. Only the header is read; nothing is unpickled."""
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            _refuse_pickle(folder)
+        raise ValueError(f"{path} is missing: half an adapter; save the adapter again")
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+def _is_whole_model(folder: Path) -> bool:
+    """Whether variants/checkpoint.py wrote it for a method without adapters."""
+    with _opened(folder / "adapter_model.safetensors") as file:
+        return (file.metadata() or {}).get("format") == "rankwise"
+
+
+def _told(folder: Path) -> dict:
+    """What variants/checkpoint.py says of an adapter beside PEFT's keys; empty for a foreign one."""
+    with _opened(folder / "adapter_model.safetensors") as file:
+        text = (file.metadata() or {}).get("rankwise")
+    try:
+        told = json.loads(text) if text else {}
+    except ValueError:
+        raise ValueError(f'{folder}: its "rankwise" metadata is no JSON; save the adapter again') from None
+    return told if isinstance(told, dict) else {}
+
+
+def _unfolded(site: SiteRank, folded: dict) -> SiteRank:
+    kept = (folded.get(site.site) or {}).get("kept")
+    return site if not isinstance(kept, str) else replace(site, active=kept.count("1"), nominal=len(kept))
+
+
+@contextmanager
+def _opened(path: Path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); save the adapter again") from None
+
+
+def _refuse_pickle(folder: Path) -> None:
+    raise ValueError(
+        f"{folder / 'adapter_model.bin'} is a pickle, which can run code when it is read, so it is refused; "
+        "load it in PEFT where you trust it and save_pretrained(folder, safe_serialization=True)"
+    )
+
+
+def _factor_ranks(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """Site -> rows of A, which must be the columns of B."""
+    found: dict[str, dict[str, int]] = {}
+    for name, shape in shapes.items():
+        match = FACTOR.match(name.removeprefix(PREFIX))
+        if match and len(shape) >= 2:
+            factor = match["factor"][-1]
+            found.setdefault(match["site"], {})[factor] = shape[0] if factor == "A" else shape[1]
+    for site, factors in found.items():
+        if set(factors) != {"A", "B"} or factors["A"] != factors["B"]:
+            raise ValueError(
+                f"{folder}: {site} has factors of rank {factors}; A and B come in pairs of one rank; save the adapter again"
+            )
+    return {site: factors["A"] for site, factors in found.items()}
+
+
+def _lora_sites(folder: Path, config: dict, ranks: dict[str, int]) -> list[SiteRank]:
+    rank, alpha = _number(folder, config, "r"), _number(folder, config, "lora_alpha")
+    rank_pattern, alpha_pattern = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    sites = []
+    for name, active in ranks.items():
+        ours = float(_pattern(alpha_pattern, name, alpha))
+        root = sqrt(active) if config.get("use_rslora") else active
+        sites.append(_site(name, active, int(_pattern(rank_pattern, name, rank)), ours, ours / root if active else None))
+    # A site at rank 0 has no tensors in a LoRA file; if the pattern names it, it is shown.
+    missing = [key for key, value in rank_pattern.items() if value == 0 and not any(_matches(key, n) for n in ranks)]
+    return sites + [_site(key.removeprefix("^").removesuffix("$").replace("\\.", "."), 0, 0, None, None) for key in missing]
+
+
+def _adalora_sites(folder: Path, config: dict, ranks: dict[str, int]) -> list[SiteRank]:
+    initial, alpha = int(_number(folder, config, "init_r")), float(_number(folder, config, "lora_alpha"))
+    pattern = {key.removesuffix(".lora_E"): kept for key, kept in (config.get("rank_pattern") or {}).items()}
+    scale = (alpha if alpha > 0 else float(config.get("r", 8))) / (initial + 1e-5)  # peft adalora/layer.py
+    return [
+        _site(name, ranks.get(name, 0), len(pattern[name]) if name in pattern else initial, alpha, scale)
+        for name in dict.fromkeys([*pattern, *ranks])
+    ]
+
+
+def _number(folder: Path, config: dict, key: str) -> float:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{folder}/adapter_config.json: {key} is {value!r}, not a number: a foreign file")
+    return value
+
+
+def _matches(key: str, site: str) -> bool:
+    """PEFT's rule: the key is a regular expression for the end of the path."""
+    try:
+        return re.match(rf"(.*\.)?({key})$", site) is not None
+    except re.error:
+        return site == key or site.endswith("." + key)
+
+
+def _pattern(pattern: dict, site: str, default: float) -> float:
+    return next((value for key, value in pattern.items() if _matches(key, site)), default)

@@ -1,0 +1,670 @@
+"""Tables: one object each, which renders to Markdown, CSV, LaTeX (booktabs) and plain text.
+
+A number never travels alone: n, interval, parameters, memory and time stand in the row, what was equal and what was not
+in the caption. A cell is a value (None, text, number, or one of the few cell types below, which know how to be read by
+people and, under several headings, by programs); the renderers know nothing of runs.
+"""
+
+import csv
+import io
+import json
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import groupby
+from pathlib import Path
+
+from reports import ranks as rank_maps
+from reports.results import Arm, Result, Study, best_rate, rate_score
+from reports.statistics import paired_differences, seeds_needed, smallest_difference, summary
+
+QUICK = (
+    "A quick look, no fair comparison: rates fixed or hardly tuned, and too few seeds for a claim. "
+    "A fair study tunes the rate of every method on the same kind of grid and repeats each over seeds."
+)
+ONE_SEED = "n = 1 has no interval, and one seed supports no claim."
+UNEQUAL = 0.005  # design: budgets are equal within 0.5 % of parameters, or the caption gives the difference
+
+
+# --- cells ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and the half-width of its 95 % t interval."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    sd: float | None
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" + (f" +- {self.high - self.mean:.2f}" if self.high is not None else "")
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A mean of paired differences and its 95 % t interval."""
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f}" + (f" ({self.low:+.2f} to {self.high:+.2f})" if self.high is not None else "")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A cost, given apart for each size of pack: what a run cost alone is not what it cost in a pack."""
+
+    each: tuple[float, ...]  # seconds or bytes
+    pack_sizes: tuple[int, ...]
+    show: Callable[[float], str]
+
+    def __str__(self) -> str:
+        return ", ".join(
+            self.show(value) + (f" (pack of {size})" if size > 1 else "")
+            for value, size in zip(self.each, self.pack_sizes, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Active of nominal ranks; a mean over seeds where they differ."""
+
+    active: float
+    nominal: float
+
+    def __str__(self) -> str:
+        return decimal(self.active) if self.active == self.nominal else f"{decimal(self.active)}/{decimal(self.nominal)}"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """The selection score at one rate, and how it went."""
+
+    score: float | None
+    failed: int
+    n: int
+    mark: str  # "", "best" or "best, edge"
+
+    def __str__(self) -> str:
+        if not self.n:
+            return "-"
+        failed = (f"failed ({self.failed} of {self.n})" if self.n > 1 else "failed") if self.failed else ""
+        score = f"{self.score:.2f}" if self.score is not None else ("" if failed else "unfinished")
+        star = {"": "", "best": " *", "best, edge": " * (edge)"}[self.mark]
+        return score + star + (f" {failed}" if score and failed else failed)
+
+
+Cell = None | str | int | float | Estimate | Shared | Rank | Tried
+
+
+def rate_text(rate: float | None) -> str:
+    """5e-5 rather than 5.00e-05."""
+    if rate is None:
+        return "-"
+    mantissa, exponent = f"{rate:.2e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def decimal(value: float) -> str:
+    """At most one decimal; a mean of whole numbers that is whole has none."""
+    return f"{value:.0f}" if abs(value - round(value)) < 0.05 else f"{value:.1f}"
+
+
+def seconds_text(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def bytes_text(number: float) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
+
+
+def cell_text(cell: Cell) -> str:
+    if cell is None or cell == "":
+        return "-"
+    if isinstance(cell, bool | str):
+        return str(cell)
+    if isinstance(cell, int):
+        return f"{cell:,}"
+    return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
+
+
+# --- the table -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, rows and the sentences that must travel with them."""
+
+    name: str  # of its files
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    caption: tuple[str, ...]
+    text_columns: int = 1  # so many columns from the left are words, the others numbers; "status" is words too
+
+    def cells(self) -> list[list[str]]:
+        return [[cell_text(cell) for cell in row] for row in self.rows]
+
+    def _is_text(self, column: int) -> bool:
+        return column < self.text_columns or self.columns[column] == "status"
+
+    def markdown(self) -> str:
+        def line(cells: Iterable[str]) -> str:
+            return "| " + " | ".join(cells) + " |"
+
+        head = line(map(escape_markdown, self.columns))
+        rule = line(":--" if self._is_text(i) else "--:" for i in range(len(self.columns)))
+        body = [line(escape_markdown(cell).replace("+-", "&plusmn;") for cell in row) for row in self.cells()]
+        return "\n".join([head, rule, *body]) + "\n"
+
+    def records(self) -> list[dict[str, str | int | float | None]]:
+        """Full precision, one value a key: "time" becomes "time each" and "time pack sizes"."""
+        columns: dict[str, list] = {}
+        for i, title in enumerate(self.columns):
+            cells = [row[i] for row in self.rows]
+            kind = next((type(cell) for cell in cells if is_dataclass(cell)), None)
+            if kind is None:
+                columns[title] = cells
+                continue
+            for name in (field.name for field in fields(kind) if field.name != "show"):
+                columns[f"{title} {name.replace('_', ' ')}"] = [_plain(getattr(cell, name, cell)) for cell in cells]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def csv(self) -> str:
+        rows = self.records()
+        out = io.StringIO()
+        writer = csv.DictWriter(out, list(rows[0]) if rows else self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return out.getvalue()
+
+    def latex(self) -> str:
+        spec = "".join("l" if self._is_text(i) else "r" for i in range(len(self.columns)))
+
+        def line(cells: Iterable[str]) -> str:
+            return " & ".join(cells) + r" \\"
+
+        caption = " ".join(escape_latex(sentence) for sentence in (self.title + ".", *self.caption))
+        return "\n".join(
+            [
+                r"% \usepackage{booktabs}",
+                r"\begin{table}",
+                r"\centering",
+                rf"\caption{{{caption}}}",
+                rf"\label{{tab:{self.name}}}",
+                rf"\begin{{tabular}}{{{spec}}}",
+                r"\toprule",
+                line(map(escape_latex, self.columns)),
+                r"\midrule",
+                *(line(map(escape_latex, row)) for row in self.cells()),
+                r"\bottomrule",
+                r"\end{tabular}",
+                r"\end{table}",
+                "",
+            ]
+        )
+
+    def text(self, width: int = 100) -> str:
+        """For a terminal: blocks of columns that fit, each with the first column, then the caption."""
+        cells = [list(self.columns), *self.cells()]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
+
+        def line(row: Sequence[str], block: Sequence[int]) -> str:
+            parts = (row[i].ljust(widths[i]) if self._is_text(i) else row[i].rjust(widths[i]) for i in block)
+            return "  ".join(parts).rstrip()
+
+        out = [*textwrap.wrap(self.title, width), ""]
+        for block in _blocks(widths, width):
+            rule = "  ".join("-" * widths[i] for i in block)
+            out += [line(cells[0], block), rule, *(line(row, block) for row in cells[1:]), ""]
+        for sentence in self.caption:
+            out += textwrap.wrap(sentence, width, initial_indent="- ", subsequent_indent="  ")
+        return "\n".join(out).rstrip() + "\n"
+
+
+def _blocks(widths: list[int], width: int) -> list[list[int]]:
+    blocks = [[0]]
+    used = widths[0]
+    for i in range(1, len(widths)):
+        if used + 2 + widths[i] > width and len(blocks[-1]) > 1:
+            blocks.append([0])
+            used = widths[0]
+        blocks[-1].append(i)
+        used += 2 + widths[i]
+    return blocks
+
+
+def _plain(value: object) -> object:
+    """A tuple is a single value, or a list in one cell."""
+    if not isinstance(value, tuple):
+        return value
+    return value[0] if len(value) == 1 else ";".join(map(str, value))
+
+
+def escape_markdown(text: str) -> str:
+    for char, code in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("*", "\\*"), ("_", "\\_"), ("\n", " ")):
+        text = text.replace(char, code)
+    return text
+
+
+def escape_latex(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\n": " "}
+    special |= {char: "\\" + char for char in "&%$#_{}"}
+    out = "".join(special.get(char, char) for char in text).replace("+-", r"$\pm$")
+    return out.replace("<", "$<$").replace(">", "$>$")
+
+
+# --- the comparison ------------------------------------------------------------------------------------------------
+
+
+def comparison(study: Study) -> Table:
+    """The main table of one task: a row a setting, scores of the final runs at the chosen rate."""
+    assert len(study.parts()) == 1, "a comparison is of one task and one model: take one of study.parts()"
+    arms = study.arms
+    references = study.reference_arms
+    metric, (selection, split) = study.metric or "score", _splits(study)
+    columns = ["setting", "rate", "n", f"{split} score ({metric})", f"{selection} score (selection)"]
+    columns += [f"difference to {'full fine-tuning' if arm.method == 'full' else arm.setting}" for arm in references]
+    columns += ["trainable", "active", "head", "alpha/r", "peak memory", "time", "status"]
+    rows = []
+    for arm in arms:
+        differences = [None if arm is other else _difference(arm, other) for other in references]
+        rows.append(
+            (
+                arm.setting,
+                rate_text(arm.rate),
+                len(arm.scores),
+                _estimate(arm.scores.values()),
+                _mean(result.selection_score for result in arm.completed),
+                *differences,
+                *parameters(arm),
+                scale_text(arm),
+                _memory(arm),
+                _seconds(arm),
+                status_text(arm),
+            )
+        )
+    title = f"{study.title}: {study.task}, {study.model}"
+    return Table("comparison", title, tuple(columns), tuple(rows), tuple(_comparison_caption(study)))
+
+
+def _estimate(scores: Iterable[float]) -> Estimate | None:
+    s = summary(list(scores))
+    return s and Estimate(s.mean, s.low, s.high, s.sd, s.n)
+
+
+def _difference(arm: Arm, reference: Arm) -> Difference | None:
+    s = summary(paired_differences(arm.scores, reference.scores))
+    return s and Difference(s.mean, s.low, s.high, s.sd, s.n)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    values = [value for value in values if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def parameters(arm: Arm) -> tuple[int | None, int | None, int | None]:
+    """Trainable, active and head parameters, the head's in none of the first two; means over seeds, rounded."""
+
+    def mean(field: str) -> int | None:
+        value = _mean(getattr(result, field) for result in arm.completed)
+        return None if value is None else round(value)
+
+    return mean("trainable_parameters"), mean("active_parameters"), mean("head_parameters")
+
+
+def scales(arm: Arm) -> list[float]:
+    """The distinct scales alpha/r in force in the arm's completed runs, ascending; equal within 0.1 % is equal."""
+    found: list[float] = []
+    for result in arm.completed:
+        values = result.scale.values() if isinstance(result.scale, dict) else [result.scale]
+        found += [value for value in values if value is not None]
+    distinct: list[float] = []
+    for value in sorted(found):
+        if not distinct or abs(value - distinct[-1]) > 1e-3 * abs(value):
+            distinct.append(value)
+    return distinct
+
+
+def scale_text(arm: Arm) -> str:
+    values = scales(arm)
+    if not values or not arm.has_ranks:
+        return "-"
+    return f"{values[0]:.3g}" if len(values) == 1 else f"{values[0]:.3g} to {values[-1]:.3g}"
+
+
+def status_text(arm: Arm) -> str:
+    """ "completed", "failed (2 of 5): collapsed", "unfinished (1 of 3)", or what is missing."""
+    if not arm.final:
+        return f"no final run ({sum(map(len, arm.grid.values()))} in the sweep)"
+    n = len(arm.final)
+    failed, unfinished = arm.of("failed"), arm.of("unfinished")
+    parts = []
+    if failed:
+        errors = dict.fromkeys(error_text(run.result.error) for run in failed)
+        parts.append(f"failed ({len(failed)} of {n}): {', '.join(errors)}")
+    if unfinished:
+        parts.append(f"unfinished ({len(unfinished)} of {n})")
+    return "; ".join(parts) or "completed"
+
+
+def error_text(error: str | None) -> str:
+    """The first line of an error, short enough for a cell."""
+    line = (error or "no reason given").strip().split("\n")[0]
+    return line if len(line) <= 60 else line[:57] + "..."
+
+
+def _grouped(arm: Arm, value: Callable[[Result], float | None], show: Callable[[float], str], size) -> Shared | None:
+    pairs = sorted((size(result), value(result)) for result in arm.completed if value(result) is not None)
+    groups = {key: [value for _, value in group] for key, group in groupby(pairs, key=lambda pair: pair[0])}
+    if not groups:
+        return None
+    return Shared(tuple(sum(v) / len(v) for v in groups.values()), tuple(groups), show)
+
+
+def _seconds(arm: Arm) -> Shared | None:
+    return _grouped(arm, lambda r: r.seconds, seconds_text, lambda r: r.pack_size)
+
+
+def _memory(arm: Arm) -> Shared | None:
+    return _grouped(
+        arm,
+        lambda r: r.peak_memory_bytes if r.peak_memory_bytes is not None else r.pack_peak_memory_bytes,
+        bytes_text,
+        lambda r: 1 if r.peak_memory_bytes is not None else r.pack_size,
+    )
+
+
+def _splits(study: Study) -> tuple[str, str]:
+    result = next(iter(study.results()), None)
+    return (result.selection_split, result.split) if result else ("selection", "score")
+
+
+# --- captions ------------------------------------------------------------------------------------------------------
+
+
+def alarms(study: Study) -> list[str]:
+    """How far the study is to be believed, where that is not far."""
+    incomplete = study.complete is False or any(run.status == "unfinished" for run in study.runs)
+    return [
+        *([QUICK] if study.quick else []),
+        *(["The study is not complete: runs that it names are missing here."] if incomplete else []),
+    ]
+
+
+def task_caption(study: Study) -> list[str]:
+    """What the study and its task say must stand beside every number of theirs."""
+    return list(dict.fromkeys([*study.captions, *(line for run in study.runs for line in run.config.caption)]))
+
+
+def _comparison_caption(study: Study) -> list[str]:
+    arms = study.arms
+    selection, split = _splits(study)
+    n = sorted({len(arm.scores) for arm in arms if arm.scores})
+    caption = [*alarms(study), *task_caption(study)]
+    if n:
+        seeds = str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}"
+        caption.append(
+            f"Scores are points on the {split} split; n = {seeds} seed{'s' if n != [1] else ''}; "
+            + _rate_words(arms, selection)
+        )
+        if n[-1] > 1:
+            caption.append(
+                "+- is the half-width of the 95 % t interval over seeds; differences are paired by seed, "
+                "with their 95 % paired t interval in brackets."
+            )
+        if n[0] == 1:
+            caption.append(ONE_SEED)
+    caption += _seed_sentences(study)
+    caption += _budget_sentences(arms)
+    caption += _edge_sentences(arms)
+    caption += _place_sentences(arms)
+    sizes = sorted({result.pack_size for arm in arms for result in arm.completed})
+    if sizes and sizes[-1] > 1:
+        caption.append(
+            "(pack of k): k runs shared the frozen model; the time is a k-th of the pack's, the memory all of it, "
+            "and neither is to be compared with that of a run alone."
+        )
+    failed = [f"{arm.setting} {status_text(arm)}" for arm in arms if arm.of("failed")]
+    if failed:
+        caption.append(f"Scores are of the completed runs only, where some failed: {'; '.join(failed)}.")
+    return caption
+
+
+def _rate_words(arms: list[Arm], selection: str) -> str:
+    tuned = [arm.setting for arm in arms if len(arm.grid) > 1]
+    if not tuned:
+        return "rates were fixed beforehand, not tuned."
+    if len(tuned) == len(arms):
+        return f"rates were chosen on the {selection} split alone."
+    return f"only {', '.join(tuned)} had a choice of rates, made on the {selection} split alone."
+
+
+def _seed_sentences(study: Study) -> list[str]:
+    """Seeds that a claim would need, and the differences that these seeds could have seen."""
+    sentences = []
+    for reference in study.reference_arms:
+        others = [arm for arm in study.arms if arm is not reference and arm.scores]
+        shared = {arm.setting: paired_differences(arm.scores, reference.scores) for arm in others}
+        smallest = {setting: smallest_difference(values) for setting, values in shared.items()}
+        seen = [f"{setting} {value:.2f}" for setting, value in smallest.items() if value is not None]
+        if not others or not reference.scores:
+            continue
+        m = len(others)
+        if max(map(len, shared.values())) < seeds_needed(m):
+            sentences.append(
+                f"To claim a difference to {reference.setting} in a family of m = {m} comparison{'s' if m > 1 else ''} "
+                f"takes n >= {seeds_needed(m)} seeds (exact sign-flip test, Holm's correction, 5 %): none is claimed."
+            )
+        if seen:
+            sentences.append(
+                f"Smallest difference to {reference.setting} that these seeds could have seen "
+                f"(paired t test, power 80 %): {', '.join(seen)}."
+            )
+    return sentences
+
+
+def _budget_sentences(arms: list[Arm]) -> list[str]:
+    """What was equal: steps, and among the low-rank settings active parameters and scale."""
+    sentences = []
+    steps = {arm.setting: sorted({result.total_steps or 0 for result in arm.completed}) for arm in arms if arm.completed}
+    distinct = {tuple(value) for value in steps.values()}
+    if len(distinct) == 1 and len(next(iter(distinct))) == 1:
+        sentences.append(f"Equal in steps: {next(iter(distinct))[0]:,} optimizer steps each.")
+    elif steps:
+        each = ", ".join(f"{setting} {'/'.join(f'{n:,}' for n in value)}" for setting, value in steps.items())
+        sentences.append(f"Not equal in steps: {each}.")
+    low_rank = [arm for arm in arms if arm.has_ranks]
+    active = {arm.setting: parameters(arm)[1] for arm in low_rank}
+    active = {setting: count for setting, count in active.items() if count}
+    if len(active) > 1:
+        least, most = min(active, key=active.get), max(active, key=active.get)
+        gap = active[most] / active[least] - 1
+        each = ", ".join(f"{setting} {count:,}" for setting, count in active.items())
+        if gap > UNEQUAL:
+            sentences.append(
+                f"Not equal in active parameters among the low-rank settings, {most} has {100 * gap:.1f} % more than "
+                f"{least}: {each} (the head not counted)."
+            )
+        else:
+            sentences.append(
+                f"Equal in active parameters among the low-rank settings, within {100 * UNEQUAL:g} %: {each} "
+                "(the head not counted)."
+            )
+    elif active:
+        setting, count = next(iter(active.items()))
+        sentences.append(f"Active parameters of {setting}, the head not counted: {count:,}.")
+    by_scale = {arm.setting: tuple(f"{value:.3g}" for value in scales(arm)) for arm in low_rank}
+    if len(set(by_scale.values())) > 1:
+        each = ", ".join(f"{setting} {' to '.join((v[0], v[-1]) if len(v) > 1 else v)}" for setting, v in by_scale.items())
+        sentences.append(f"Warning: scales (alpha/r) differ, which alone can make a difference: {each}.")
+    unreached = [arm.setting for arm in low_rank if not budget_reached(arm)]
+    if unreached:
+        sentences.append(f"Warning: scored before its rank budget was reached: {', '.join(unreached)}.")
+    return sentences
+
+
+def _place_sentences(arms: list[Arm]) -> list[str]:
+    """Runs of one table may have been made in several sittings, but not unnoticed on several devices."""
+    configs = [run.config for arm in arms for run in arm.of("completed")]
+    places = sorted({f"{c.device_name or c.device}, {c.precision}, {c.threads} threads" for c in configs})
+    if len(places) < 2:
+        return []
+    return [f"Warning: made in {len(places)} places, whose times and memory do not compare: {'; '.join(places)}."]
+
+
+def budget_reached(arm: Arm) -> bool:
+    """Whether every completed run ends with no more active ranks than its schedule's last budget."""
+    for run in arm.of("completed"):
+        last = run.rank_history[-1] if run.rank_history else None
+        lowest = min((row.budget for row in run.rank_history if row.budget is not None), default=None)
+        if lowest is not None and last.budget is not None and (last.active > last.budget or last.budget > lowest):
+            return False
+    return True
+
+
+def _edge_sentences(arms: list[Arm]) -> list[str]:
+    edges = [arm.setting for arm in arms if (best := best_rate(arm)) and best.at_edge]
+    sentences = []
+    if edges:
+        sentences.append(f"Best rate at the edge of its grid: no winner named ({', '.join(edges)}).")
+    for arm in arms:
+        best = best_rate(arm)
+        if best and arm.rate is not None and arm.rate != best.rate:
+            sentences.append(
+                f"{arm.setting}: the final runs used {rate_text(arm.rate)}, but {rate_text(best.rate)} is the best rate now."
+            )
+    return sentences
+
+
+# --- rates, ranks, runs --------------------------------------------------------------------------------------------
+
+
+def rate_sweep(study: Study) -> Table | None:
+    """Setting x rate -> selection score; None where no setting tried two rates."""
+    arms = [arm for arm in study.arms if len(arm.grid) > 1]
+    if not arms:
+        return None
+    selection, _ = _splits(study)
+    rates = sorted({rate for arm in arms for rate in arm.grid})
+    rows = []
+    for arm in arms:
+        best = best_rate(arm)
+        cells = []
+        for rate in rates:
+            runs = arm.grid.get(rate, ())
+            mark = ("best, edge" if best.at_edge else "best") if best and best.rate == rate else ""
+            cells.append(Tried(rate_score(runs), sum(run.status == "failed" for run in runs), len(runs), mark))
+        verdict = (
+            "-"
+            if best is None
+            else "best rate at the edge of its grid: no winner named"
+            if best.at_edge
+            else "best inside the grid"
+        )
+        rows.append((arm.setting, *cells, verdict))
+    sizes = {arm.setting: len(arm.grid) for arm in arms}
+    seeds = sorted({len(runs) for arm in arms for runs in arm.grid.values()})
+    caption = [
+        *alarms(study),
+        f"Mean selection score ({study.metric} on the {selection} split) at each rate, n = {'/'.join(map(str, seeds))}; "
+        "* is the best, which the final runs use; no score of the score split was used to choose.",
+        "An empty cell (-) was not tried; a rate at which a seed failed is not chosen where another went through.",
+    ]
+    if len(set(sizes.values())) > 1:
+        each = ", ".join(f"{setting} {size}" for setting, size in sizes.items())
+        caption.append(f"Warning: not every setting had the same number of rates: {each}.")
+    caption += _edge_sentences(arms)
+    title = f"Learning rates tried: {study.task}, {study.model}"
+    columns = ("setting", *(rate_text(rate) for rate in rates), "status")
+    return Table("rates", title, columns, tuple(rows), tuple(caption))
+
+
+def ranks(study: Study) -> Table | None:
+    """Site x setting -> active and nominal rank at the end of the final runs; None where nothing has ranks."""
+    arms = [arm for arm in study.arms if arm.has_ranks]
+    if not arms:
+        return None
+    by_arm = [mean_ranks(arm) for arm in arms]
+    sites = rank_maps.site_order(site for found in by_arm for site in found)
+    rows = [(site, *(found.get(site) for found in by_arm)) for site in sites]
+    totals = [Rank(sum(r.active for r in found.values()), sum(r.nominal for r in found.values())) for found in by_arm]
+    n = sorted({len(arm.completed) for arm in arms})
+    caption = [
+        *alarms(study),
+        "Active rank after training; active/nominal where they differ.",
+        f"Means over n = {'/'.join(map(str, n))} seeds." if n != [1] else "n = 1 seed.",
+    ]
+    title = f"Rank of every site: {study.task}, {study.model}"
+    columns = ("site", *(arm.setting for arm in arms))
+    return Table("ranks", title, columns, (*rows, ("total", *totals)), tuple(caption))
+
+
+def mean_ranks(arm: Arm) -> dict[str, Rank]:
+    """Site -> active and nominal rank, means over the completed runs."""
+    with_ranks = [result for result in arm.completed if result.ranks]
+    sites = dict.fromkeys(site for result in with_ranks for site in result.ranks)
+    return {
+        site: Rank(
+            _mean(result.ranks.get(site) for result in with_ranks),
+            _mean(result.nominal_ranks.get(site, result.ranks.get(site)) for result in with_ranks),
+        )
+        for site in sites
+    }
+
+
+def every_run(study: Study) -> Table:
+    """One row a run, as it is: for the CSV beside the report."""
+    columns = (
+        "setting", "method", "phase", "rate", "seed", "status", "error", "selection score", "score", "steps", "seconds",
+        "pack size", "peak memory bytes", "pack peak memory bytes", "tokens per second", "skipped steps", "device",
+        "precision", "commit", "fingerprint",
+    )  # fmt: skip
+    rows = []
+    for run in study.runs:
+        c, r = run.config, run.result
+        values = (None,) * 9 if r is None else (
+            r.selection_score, r.score, r.steps, r.seconds, r.pack_size, r.peak_memory_bytes, r.pack_peak_memory_bytes,
+            r.tokens_per_second, r.skipped_steps,
+        )  # fmt: skip
+        error = error_text(r.error) if r and r.status == "failed" else None
+        rows.append(
+            (c.setting, c.method, c.phase, rate_text(c.learning_rate), c.seed, run.status, error, *values,
+             c.device, c.precision, (c.commit or "")[:12] + ("+" if c.dirty else ""), c.fingerprint)
+        )  # fmt: skip
+    return Table("runs", f"Every run: {study.task}, {study.model}", columns, tuple(rows), (), text_columns=3)
+
+
+def rank_table(path: str | Path) -> Table:
+    """The ranks of one run's folder or of any adapter folder in PEFT's format (`rankwise ranks`).
+
+    Raises:
+        ValueError: neither of the two, cut off, foreign, or pickled.
+    """
+    found = rank_maps.read(path)
+    rows = [
+        (s.site, "-" if s.layer is None else str(s.layer), s.active, s.nominal, _short(s.alpha), _short(s.scale))
+        for s in found.sites
+    ]
+    empty = sum(site.active == 0 for site in found.sites)
+    caption = [
+        f"{found.active:,} of {found.nominal:,} ranks are active in {len(found.sites)} sites"
+        + (f"; {empty} of them {'are' if empty > 1 else 'is'} at rank 0." if empty else "."),
+        *([found.note[0].upper() + found.note[1:] + "."] if found.note else []),
+    ]
+    columns = ("site", "layer", "active", "nominal", "alpha", "scale")
+    rows.append(("total", "", found.active, found.nominal, "", ""))
+    return Table("ranks", f"Ranks of {found.name} ({found.method})", columns, tuple(rows), tuple(caption))
+
+
+def rank_json(path: str | Path) -> str:
+    """The same as strict JSON, for `rankwise ranks --json`."""
+    return json.dumps(rank_maps.read(path).as_dict(), indent=2, allow_nan=False) + "\n"
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,130 @@
+"""Figures: the same bytes each time, the same colour for a method, legible and complete."""
+
+import itertools
+import re
+import struct
+
+import pytest
+
+from reports import figures, results
+from tests.synthetic_runs import METHODS, write_run, write_study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return results.load(write_study(tmp_path_factory.mktemp("study")))
+
+
+@pytest.fixture(scope="module")
+def drawings(study):
+    return {drawing.name: drawing for drawing in figures.draw_all(study)}
+
+
+def labels(drawing):
+    return {text.get_text() for ax in drawing.figure.axes for text in ax.texts} | {
+        ax.get_title(loc="left") for ax in drawing.figure.axes
+    }
+
+
+def test_a_study_has_every_figure(drawings):
+    assert list(drawings) == ["rank-map", "budget", "ranks-over-time", "learning-curves", "rates"]
+
+
+def test_the_same_runs_give_the_same_bytes(study, tmp_path):
+    for function in (figures.budget, figures.rates):
+        once = figures.save(function(study), tmp_path / "1")
+        again = figures.save(function(study), tmp_path / "2")
+        assert [path.read_bytes() for path in once] == [path.read_bytes() for path in again]
+        assert not re.search(rb"<dc:date>|20\d\d-\d\d-\d\d|Matplotlib v", once[0].read_bytes())
+
+
+def test_pngs_are_as_wide_as_a_readme_and_no_wider(drawings, tmp_path):
+    for drawing in (drawings["rank-map"], drawings["learning-curves"]):
+        _, png = figures.save(drawing, tmp_path)
+        width, height = struct.unpack(">II", png.read_bytes()[16:24])
+        assert 900 <= width <= 2000
+        assert 400 <= height <= 2000
+
+
+def test_every_method_has_its_own_colour_and_keeps_it(study, drawings):
+    assert len({figures.colour(method) for method in METHODS}) == len(METHODS)
+    for name in ("learning-curves", "rates"):
+        for ax in drawings[name].figure.axes:
+            for line in ax.lines:
+                if line.get_label() in METHODS:
+                    assert line.get_color() == figures.METHOD_COLOURS[line.get_label()]
+
+
+def test_an_unnamed_method_has_a_colour_of_no_named_one():
+    assert figures.colour("sora") == figures.colour("sora")
+    assert figures.colour("sora") not in figures.METHOD_COLOURS.values()
+
+
+def test_settings_of_one_method_share_the_colour_and_differ_in_style(tmp_path):
+    for setting in ("lora r4", "lora r8"):
+        write_run(tmp_path, method="lora", setting=setting)
+    drawing = figures.learning_curves(results.load(tmp_path))
+    lines = [line for line in drawing.figure.axes[0].lines if line.get_label().startswith("lora")]
+    assert len({line.get_color() for line in lines}) == 1
+    assert len({line.get_linestyle() for line in lines}) == 2
+
+
+def test_the_rank_of_each_cell_is_written_in_it(tmp_path):
+    ranks = {f"encoder.layer.{layer}.{kind}": 10 * layer + i for layer in range(3) for i, kind in enumerate("abc", 1)}
+    ranks["pooler.dense"] = 47
+    write_run(tmp_path, ranks=ranks, nominal_ranks=dict.fromkeys(ranks, 50))
+    (ax, _) = figures.rank_map(results.load(tmp_path)).figure.axes
+    written = {(text.get_position()[0], int(text.get_position()[1])): text.get_text() for text in ax.texts}
+    expected = {(layer + 0.5, i): str(10 * layer + i + 1) for layer in range(3) for i in range(3)}
+    assert written == expected | {(1.5, 3): "47"}
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "c", "dense"]
+
+
+def test_the_rank_map_shows_means_over_seeds_and_says_so(drawings):
+    assert "mean of 3 seeds" in drawings["rank-map"].title
+    assert {"lora   total 288", "adalora   total 288"} <= labels(drawings["rank-map"])
+
+
+def test_the_schedule_is_drawn_over_the_active_ranks(drawings):
+    ax = drawings["budget"].figure.axes[0]
+    lines = {line.get_label(): line for line in ax.lines}
+    assert {"active", "schedule", "live (E not 0)"} <= set(lines)
+    assert list(lines["active"].get_ydata()) == list(lines["schedule"].get_ydata())
+    assert lines["schedule"].get_ydata()[0] == 432
+    assert lines["schedule"].get_ydata()[-1] == 288
+
+
+def test_labels_at_the_line_ends_do_not_overlap(drawings):
+    figure = drawings["ranks-over-time"].figure
+    figure.canvas.draw()
+    for ax in figure.axes:
+        boxes = sorted((text.get_window_extent() for text in ax.texts), key=lambda box: box.y0)
+        assert len(boxes) == 6
+        for below, above in itertools.pairwise(boxes):
+            assert below.y1 <= above.y0 + 1
+
+
+def test_a_collapsed_rate_is_marked_and_does_not_squash_the_others(tmp_path):
+    for rate, score, error in ((1e-4, 84.0, None), (1e-3, 85.0, None), (1e-2, 3.0, None), (1e-1, None, "collapsed")):
+        write_run(tmp_path, rate=rate, phase="sweep", selection_score=score or 0.0, error=error)
+    drawing = figures.rates(results.load(tmp_path))
+    (ax,) = drawing.figure.axes
+    assert "x: failed" in drawing.title
+    assert ax.get_ylim()[0] > 50
+    assert ax.get_title(loc="right") == "cut below 61"
+    assert "3" in labels(drawing)  # its score is written where it leaves the axis
+    assert [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "x"] == [1e-1]
+
+
+def test_a_best_rate_at_the_edge_is_written_on_the_figure(tmp_path):
+    for rate, score in ((1e-4, 84.0), (1e-3, 85.0)):
+        write_run(tmp_path, rate=rate, phase="sweep", selection_score=score)
+    assert "edge" in labels(figures.rates(results.load(tmp_path)))
+
+
+def test_what_has_no_data_is_not_drawn(tmp_path):
+    for method in ("full", "head"):
+        write_run(tmp_path, method=method)
+    assert [drawing.name for drawing in figures.draw_all(results.load(tmp_path))] == ["learning-curves"]
+    write_run(tmp_path / "none", error="collapsed")
+    assert figures.draw_all(results.load(tmp_path / "none")) == []

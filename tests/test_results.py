@@ -1,0 +1,210 @@
+"""Reading run folders: what is whole is read, what was cut off or is foreign is named."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from reports import results
+from tests.synthetic_runs import METHODS, write_json, write_run, write_study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return results.load(write_study(tmp_path_factory.mktemp("study")))
+
+
+def test_reports_read_without_torch_and_results_without_numpy():
+    script = (
+        "import sys, reports.results; heavy = {'numpy', 'scipy', 'matplotlib', 'torch'} & set(sys.modules);"
+        "assert not heavy, heavy;"
+        "import reports.page, reports.ranks; heavy = {'scipy', 'matplotlib', 'torch'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_study_is_read_in_its_own_order(study):
+    assert study.settings == METHODS
+    assert [arm.setting for arm in study.arms] == list(METHODS)
+    assert len(study.runs) == 6 * (3 + 3)
+    assert (study.task, study.metric, study.quick, study.complete) == ("glue/stsb", "mean", False, True)
+
+
+def test_an_arm_is_the_final_runs_at_the_chosen_rate(study):
+    lora = next(arm for arm in study.arms if arm.setting == "lora")
+    assert lora.rate == 1e-3
+    assert [run.config.seed for run in lora.final] == [0, 1, 2]
+    assert list(lora.grid) == [5e-4, 1e-3, 5e-3]
+    assert all(run.config.phase == "sweep" for runs in lora.grid.values() for run in runs)
+
+
+def test_committed_studies_keep_their_runs_in_a_folder_runs(tmp_path):
+    write_run(tmp_path / "runs", seed=4)
+    write_run(tmp_path, seed=5)
+    (tmp_path / "figures").mkdir()
+    assert {run.config.seed for run in results.load(tmp_path).runs} == {4, 5}
+
+
+def test_a_run_in_both_places_is_one_run_and_the_finished_one_counts(tmp_path):
+    write_run(tmp_path, finished=False)
+    write_run(tmp_path / "runs")
+    assert [run.status for run in results.load(tmp_path).runs] == ["completed"]
+
+
+def test_several_studies_in_a_folder_are_grouped_by_name(tmp_path):
+    write_run(tmp_path, study="b")
+    write_run(tmp_path, study="a", seed=1)
+    write_run(tmp_path, study="a", seed=2)
+    assert [(study.name, len(study.runs)) for study in results.load_all(tmp_path)] == [("a", 2), ("b", 1)]
+    with pytest.raises(ValueError, match=r"holds the runs of 2 studies \(a, b\)"):
+        results.load(tmp_path)
+
+
+def test_a_study_of_two_tasks_falls_into_two_parts(tmp_path):
+    write_run(tmp_path)
+    write_run(tmp_path, task="reuters/r8")
+    parts = results.load(tmp_path).parts()
+    assert [part.task for part in parts] == ["glue/stsb", "reuters/r8"]
+    assert [len(part.arms[0].final) for part in parts] == [1, 1]
+
+
+def test_an_unfinished_run_is_listed_not_an_error(tmp_path):
+    write_run(tmp_path, finished=False)
+    (run,) = results.load(tmp_path).runs
+    assert run.status == "unfinished"
+    assert run.rank_history[-1].step == 540
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "ranks.jsonl"])
+def test_a_last_line_cut_off_by_a_kill_is_left_out_and_told(tmp_path, name):
+    path = write_run(tmp_path, method="adalora", finished=False) / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    run = results.load(tmp_path).runs[0]
+    rows = [*run.train, *run.evaluations] if name == "metrics.jsonl" else run.rank_history
+    assert len(rows) == whole.count(b"\n") - 1
+    assert len(run.notes) == 1
+    assert f"/{name} was cut off" in run.notes[0]
+
+
+def test_a_line_that_is_damaged_in_the_middle_is_refused_by_number(tmp_path):
+    path = write_run(tmp_path) / "ranks.jsonl"
+    first, rest = path.read_text().split("\n", 1)
+    path.write_text(first[:-9] + "\n" + rest)
+    with pytest.raises(ValueError, match=r"ranks\.jsonl, line 1 is not strict JSON"):
+        _ = results.load(tmp_path).runs[0].rank_history
+
+
+@pytest.mark.parametrize("name", ["result.json", "config.json", "study.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema": 1}', b'{"a": NaN}', b"\xff\xfe", b"null"])
+def test_a_foreign_or_cut_off_file_is_refused_by_name(tmp_path, name, content):
+    folder = write_run(tmp_path)
+    (tmp_path if name == "study.json" else folder).joinpath(name).write_bytes(content)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")) as error:
+        results.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("score", "85"),
+        ("seed", 1.5),
+        ("status", "done"),
+        ("schema", 2),
+        ("pack_size", 0),
+        ("score", True),
+    ],
+)
+def test_a_result_of_the_wrong_kind_is_refused_by_key(tmp_path, key, value):
+    path = write_run(tmp_path) / "result.json"
+    write_json(path, json.loads(path.read_text()) | {key: value})
+    with pytest.raises(ValueError, match=rf"result\.json: {key}"):
+        results.load(tmp_path)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+def test_a_number_that_is_none_is_refused_wherever_it_stands(tmp_path, number):
+    path = write_run(tmp_path) / "config.json"
+    path.write_text(path.read_text().replace('"warmup": 0.06', f'"warmup": {number}'))
+    with pytest.raises(ValueError, match=rf"{number} is not a (finite )?number"):
+        results.load(tmp_path)
+
+
+def test_a_result_beside_the_config_of_another_run_is_refused(tmp_path):
+    folder, other = write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=9)
+    (folder / "config.json").write_text((other / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"fingerprint .* is not config\.json's"):
+        results.load(tmp_path / "a")
+
+
+def test_a_folder_without_runs_says_where_runs_are(tmp_path):
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(ValueError, match=r"holds no runs .*; give the folder that `rankwise compare` wrote"):
+        results.load(tmp_path)
+    write_run(tmp_path / "sub")
+    with pytest.raises(ValueError, match="it holds studies: sub"):
+        results.load(tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        results.load(tmp_path / "nowhere")
+    (run,) = (tmp_path / "sub").iterdir()
+    with pytest.raises(ValueError, match="is one run; give the study's folder above it"):
+        results.load(run)
+
+
+def test_a_result_that_names_what_a_later_version_adds_is_read(tmp_path):
+    path = write_run(tmp_path) / "result.json"
+    write_json(path, json.loads(path.read_text()) | {"later": 1})
+    assert results.load(tmp_path).runs[0].status == "completed"
+
+
+def test_a_failed_run_without_any_facts_is_a_result(tmp_path):
+    nothing = dict.fromkeys(("steps", "total_steps", "epochs", "skipped_steps", "tokens_per_second", "seconds", "pack_seconds",
+                             "trainable_parameters", "active_parameters", "head_parameters", "scale"))  # fmt: skip
+    path = write_run(tmp_path, error="out of memory") / "result.json"
+    write_json(path, json.loads(path.read_text()) | nothing)
+    assert results.load(tmp_path).arms[0].of("failed")[0].result.error == "out of memory"
+
+
+def grid(tmp_path, scores):
+    for rate, score in scores.items():
+        lost = {"error": "collapsed"} if score is None else {"selection_score": score}
+        write_run(tmp_path, rate=rate, phase="sweep", **lost)
+    return results.best_rate(results.load(tmp_path).arms[0])
+
+
+def test_best_rate_is_that_of_the_selection_split(tmp_path):
+    assert grid(tmp_path, {1e-4: 80.0, 1e-3: 85.0, 1e-2: 84.0}) == results.BestRate(1e-3, 85.0, at_edge=False)
+
+
+def test_best_rate_at_the_edge_is_flagged(tmp_path):
+    assert grid(tmp_path, {1e-4: 80.0, 1e-3: 85.0, 1e-2: 86.0}).at_edge
+
+
+def test_a_rate_that_failed_still_bounds_the_grid(tmp_path):
+    assert grid(tmp_path, {1e-4: 80.0, 1e-3: 85.0, 1e-2: None}) == results.BestRate(1e-3, 85.0, at_edge=False)
+
+
+def test_equal_scores_choose_the_smaller_rate(tmp_path):
+    assert grid(tmp_path, {1e-4: 80.0, 1e-3: 85.0, 1e-2: 85.0, 1e-1: 1.0}).rate == 1e-3
+
+
+def test_a_rate_at_which_one_seed_failed_is_not_chosen(tmp_path):
+    write_run(tmp_path, rate=1e-2, phase="sweep", seed=7, error="collapsed")
+    assert grid(tmp_path, {1e-4: 80.0, 1e-3: 85.0, 1e-2: 90.0}).rate == 1e-3
+
+
+def test_write_file_leaves_the_old_one_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    results.write_file(path, "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results.os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        results.write_file(path, "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert path.read_text() == "old"

@@ -1,0 +1,97 @@
+"""Every statistic against numbers worked by hand and against scipy."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from reports import statistics
+
+OURS = {3: 4.0, 1: 2.0, 2: 9.0, 7: 5.0}
+REFERENCE = {1: 1.0, 2: 5.0, 3: 4.0, 9: 0.0}
+
+
+def test_summary_by_hand():
+    s = statistics.summary([1.0, 2.0, 3.0, 10.0])
+    assert (s.n, s.mean, s.median) == (4, 4.0, 2.5)
+    assert s.sd == pytest.approx((50 / 3) ** 0.5)  # 9 + 4 + 1 + 36 over n - 1
+    assert s.half_width == pytest.approx(3.182446305284263 * (50 / 3) ** 0.5 / 2)  # t(0.975, 3) from a table
+
+
+def test_interval_is_scipys_paired_one():
+    a, b = np.array([85.1, 85.9, 84.2, 86.0]), np.array([84.9, 85.0, 84.4, 85.1])
+    s = statistics.summary(a - b)
+    low, high = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert (s.low, s.high) == pytest.approx((low, high))
+
+
+def test_one_seed_has_no_interval_and_none_has_no_mean():
+    s = statistics.summary([85.0])
+    assert (s.mean, s.sd, s.low, s.high, s.half_width) == (85.0, None, None, None, None)
+    assert statistics.summary([]) is None
+
+
+def test_differences_are_paired_by_seed_not_by_position():
+    assert statistics.paired_differences(OURS, REFERENCE).tolist() == [1.0, 4.0, 0.0]  # seeds 1, 2, 3
+
+
+def test_sign_flip_by_hand():
+    # 1, 2, 3: sums +-6 are the only ones as far from zero as 6: 2 of 8. 3, -1: sums 4, 2, -2, -4, seen 2: all four.
+    assert statistics.sign_flip_test([1.0, 2.0, 3.0]) == 2 / 8
+    assert statistics.sign_flip_test([3.0, -1.0]) == 1.0
+    assert statistics.sign_flip_test([-5.0]) == 1.0
+    assert statistics.sign_flip_test([0.0, 0.0, 0.0]) == 1.0
+
+
+def test_sign_flip_equals_scipys_and_the_loop():
+    differences = np.random.default_rng(0).normal(0.4, 1, 9)
+    sums = [abs(np.dot(signs, differences)) for signs in itertools.product((1, -1), repeat=9)]
+    loop = np.mean(np.array(sums) >= abs(differences.sum()) - 1e-9)
+    test = stats.permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=np.inf)
+    assert statistics.sign_flip_test(differences) == pytest.approx(loop)
+    assert statistics.sign_flip_test(differences) == pytest.approx(test.pvalue)
+
+
+def test_sign_flip_counts_ties_that_rounding_hides():
+    # 0.1 + 0.2 + 0.3 and 0.3 + 0.2 + 0.1 differ in the last bit; both signs of every order are ties of the seen sum.
+    differences = [0.1, 0.2, 0.3, -0.3]
+    assert statistics.sign_flip_test(differences) == np.mean(
+        [abs(a + 2 * b + 3 * c + 3 * d) >= 3 for a, b, c, d in itertools.product((1, -1), repeat=4)]
+    )
+
+
+@pytest.mark.parametrize("differences", [[], [float("nan")], [1.0] * 23])
+def test_sign_flip_refuses_what_it_cannot_enumerate(differences):
+    with pytest.raises(ValueError, match=r"exact sign-flip test takes 1 to 22 finite"):
+        statistics.sign_flip_test(differences)
+
+
+def test_holm_by_hand():
+    # sorted 0.01 x4 = 0.04, 0.02 x3 = 0.06, 0.03 x2 = 0.06, 0.9 x1 = 0.9; the third may not fall below the second.
+    assert statistics.holm([0.03, 0.01, 0.9, 0.02]) == pytest.approx([0.06, 0.04, 0.9, 0.06])
+    assert statistics.holm([0.6, 0.7]) == pytest.approx([1.0, 1.0])
+    assert statistics.holm([0.05]) == pytest.approx([0.05])
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        statistics.holm([0.5, 1.5])
+
+
+def test_seeds_needed_are_the_designs_and_enough():
+    assert [statistics.seeds_needed(m) for m in (1, 5, 8, 20)] == [6, 8, 9, 10]
+    for m in (1, 5, 8, 20):
+        n = statistics.seeds_needed(m)
+        smallest = [statistics.sign_flip_test(np.ones(k)) for k in (n - 1, n)]
+        assert smallest[1] * m <= 0.05 < smallest[0] * m
+
+
+def test_effect_size_is_that_of_the_power_tables():
+    assert statistics.effect_size(34) == pytest.approx(0.495, abs=2e-3)  # G*Power: n = 34 for dz = 0.5 has power 0.808
+    assert statistics.effect_size(10) == pytest.approx(0.996, abs=2e-3)  # G*Power: n = 10 for dz = 1.0 has power 0.803
+
+
+def test_smallest_difference_is_found_four_times_in_five():
+    seen = np.array([0.5, -0.5, 1.5, -1.5])
+    shift = statistics.smallest_difference(seen)
+    draws = np.random.default_rng(1).normal(shift, seen.std(ddof=1), (20_000, 4))
+    assert np.mean(stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05) == pytest.approx(0.8, abs=0.01)
+    assert statistics.smallest_difference([0.3]) is None
