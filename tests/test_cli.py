@@ -1,0 +1,207 @@
+"""The command as a user meets it: exit codes, one line for each fault, nothing lost."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import variants
+from tests.tiny import tiny
+
+ROOT = Path(__file__).parent.parent
+STUDY = """
+model = "sentence-transformers/all-MiniLM-L6-v2"
+tasks = ["glue/stsb"]
+quick = true
+[training]
+epochs = 1
+[[methods]]
+method = "lora"
+rank = 4
+learning_rate = 1e-3
+[[methods]]
+method = "adalora"
+initial_rank = 6
+target_rank = 4
+learning_rate = 1e-3
+"""
+
+
+def rankwise(*words: object, where: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "experiments.cli", *map(str, words)]
+    everything = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=120, env=everything)
+
+
+def refused(done: subprocess.CompletedProcess, *words: str, lines: int = 1) -> None:
+    """Exit code 2 and so many lines, which hold the words; no traceback, nothing on standard output."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    said = done.stderr.strip().splitlines()
+    assert len(said) == lines, done.stderr
+    assert all(line.startswith("rankwise: ") for line in said)
+    for word in words:
+        assert word in done.stderr
+
+
+def study(tmp_path: Path, *changes: tuple[str, str]) -> Path:
+    text = STUDY
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new, 1)
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    return path
+
+
+WRONG = {
+    "unknown-key": (("quick = true", "quikc = true"), ["quikc", 'did you mean "quick"?']),
+    "unknown-training-key": (("epochs = 1", "epoch = 1"), ["training.epoch", 'did you mean "epochs"?']),
+    "unknown-method-key": (("rank = 4", "rank = 4\nalhpa = 8"), ["alhpa", 'did you mean "alpha"?']),
+    "unknown-method": (('"lora"', '"loar"'), ['"loar"', 'did you mean "lora"?']),
+    "unknown-task": (("glue/stsb", "glue/stbs"), ["glue/stbs", "glue/stsb"]),
+    "wrong-type": (("rank = 4", 'rank = "4"'), ["rank = '4'", "valid integer"]),
+    "bool-is-no-number": (("rank = 4", "rank = true"), ["rank = True", "valid integer"]),
+    "negative-rank": (("rank = 4", "rank = -4"), ["rank = -4", "greater than 0"]),
+    "zero-rank": (("rank = 4", "rank = 0"), ["rank = 0", "greater than 0"]),
+    "negative-rate": (("1e-3", "-1e-3"), ["learning_rate", "-0.001", "greater than 0"]),
+    "nan-rate": (("1e-3", "nan"), ["learning_rate", "nan"]),
+    "infinite-alpha": (("rank = 4", "rank = 4\nalpha = inf"), ["alpha = inf", "finite"]),
+    "nan-decay": (("epochs = 1", "epochs = 1\nweight_decay = nan"), ["weight_decay = nan"]),
+    "dropout-of-one": (("rank = 4", "rank = 4\ndropout = 1.0"), ["dropout = 1.0", "less than 1"]),
+    "negative-epochs": (("epochs = 1", "epochs = -1"), ["epochs = -1", "greater than 0"]),
+    "no-task": (('tasks = ["glue/stsb"]', ""), ["tasks", "at least one task"]),
+    "target-above-initial": (("target_rank = 4", "target_rank = 9"), ["target_rank = 9", "initial_rank = 6"]),
+    "phases-too-long": (
+        ("target_rank = 4", "target_rank = 4\nwarmup_steps = 100\nfinal_steps = 100"),
+        ["warmup_steps = 100", "final_steps = 100", "180"],
+    ),
+    "phases-of-the-whole-run": (
+        ("target_rank = 4", 'target_rank = 4\nwarmup_steps = "60%"\nfinal_steps = "50%"'),
+        ["60%", "50%", "180"],
+    ),
+    "share-that-is-none": (("target_rank = 4", 'target_rank = 4\ninterval = "often"'), ["often", "10%"]),
+    "targets-of-a-method-without": (('"lora"\nrank = 4', '"head"\ntargets = "mlp"'), ["targets", "no effect"]),
+    "default-nobody-reads": (("[training]", "[defaults]\nbeta3 = 0.1\n[training]"), ["beta3", "no method"]),
+    "rates-without-sweep": (("learning_rate = 1e-3", "learning_rates = [1e-3, 2e-3]"), ["learning rates", "[sweep]"]),
+    "same-label-twice": (('"adalora"\ninitial_rank = 6\ntarget_rank = 4', '"lora"\nrank = 2'), ['"lora"', "label"]),
+    "licence-not-accepted": (("glue/stsb", "conll2003"), ["conll2003", "accept"]),
+    "not-toml": (("[training]", "[training"), ["not a TOML file"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_study_is_refused_with_value_rule_and_remedy(tmp_path, case):
+    change, words = WRONG[case]
+    refused(rankwise("compare", study(tmp_path, change), "--out", tmp_path / "out"), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_study_without_methods_is_refused(tmp_path):
+    path = tmp_path / "none.toml"
+    path.write_text(STUDY.partition("[[methods]]")[0])
+    refused(rankwise("compare", path), "at least one method")
+
+
+def test_several_faults_are_said_at_once(tmp_path):
+    path = study(tmp_path, ("rank = 4", "rank = -4"), ("epochs = 1", "epochs = 0"), ("quick", "quikc"))
+    refused(rankwise("compare", path), "rank = -4", "epochs = 0", "quikc", lines=3)
+
+
+def test_refusal_and_help_need_no_torch(tmp_path):
+    path = study(tmp_path, ("rank = 4", "rank = -4"))
+    code = (
+        "import sys; from experiments import cli; sys.argv[1:] = {words}\n"
+        "try: cli.main()\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    for words, wanted in ((["compare", str(path)], 2), (["--help"], 0), (["compare", "--help"], 0), (["list"], 0)):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        begun = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code.format(words=words)], capture_output=True, text=True, env=environment)
+        assert done.returncode == wanted, done.stderr
+        # A second on an idle machine; the margin is for a busy one.
+        assert time.perf_counter() - begun < 5
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["compare", "no-such.toml"], ["no-such.toml", "no such study"]),
+        (["compare", "smok"], ['did you mean "smoke"?']),
+        (["compare", "smoke", "--methods", "lroa"], ['"lroa"', 'did you mean "lora"?']),
+        (["compare", "smoke", "--seeds", "0"], ["--seeds 0"]),
+        (["compare", "smoke", "--pack", "-1"], ["--pack -1"]),
+        (["compare", "smoke", "--devcie", "cpu"], ["--devcie"]),
+        (["comapre"], ["comapre"]),
+        (["report", "no-such-folder"], ["no-such-folder"]),
+        (["ranks", "no-such-folder"], ["no-such-folder"]),
+    ],
+)
+def test_wrong_words_are_refused(words, said):
+    refused(rankwise(*words), *said)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_missing_gpu_is_refused(tmp_path):
+    refused(rankwise("compare", "smoke", "--device", "cuda", "--out", tmp_path / "out"), "cuda", "cpu")
+
+
+def test_folder_without_runs_is_refused(tmp_path):
+    refused(rankwise("report", tmp_path), str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    refused(rankwise("compare", "smoke", "--out", tmp_path / "file"), "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.network
+def test_target_that_matches_nothing_offers_the_nearest(tmp_path):
+    path = study(tmp_path, ("rank = 4", 'rank = 4\ntargets = ["qurey"]'))
+    done = rankwise("compare", path, "--out", tmp_path / "out")
+    if "cannot be had" in done.stderr or "Unavailable" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and 'target "qurey" matches no module; closest: query' in last
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def adapter_folder(tmp_path):
+    adapter = variants.create("lora", rank=3, alpha=6, rank_pattern={"query": 5})
+    adapter.attach(tiny("bert"))
+    variants.save_pretrained(adapter, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_ranks_of_an_adapter_folder(adapter_folder):
+    done = rankwise("ranks", adapter_folder)
+    assert done.returncode == 0 and "query" in done.stdout
+    facts = json.loads(rankwise("ranks", adapter_folder, "--json").stdout)
+    assert {site["active"] for site in facts["sites"] if site["site"].endswith("query")} == {5}
+    assert {site["active"] for site in facts["sites"] if not site["site"].endswith("query")} == {3}
+
+
+def test_cut_off_adapter_is_refused(adapter_folder):
+    path = adapter_folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    refused(rankwise("ranks", adapter_folder), "adapter_model.safetensors")
+
+
+def test_pickled_adapter_is_refused(adapter_folder):
+    (adapter_folder / "adapter_model.safetensors").rename(adapter_folder / "adapter_model.bin")
+    refused(rankwise("ranks", adapter_folder), "adapter_model.bin")
+
+
+def test_list_is_json_on_request():
+    found = json.loads(rankwise("list", "--json").stdout)
+    assert set(found) == {"methods", "models", "tasks", "studies"}
+    assert set(found["methods"]) == set(variants.METHODS)
