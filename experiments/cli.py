@@ -30,7 +30,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to 
 def main() -> None:
     """Entry point: turns what a user can mend into one line and an exit code."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer returns the code of an Exit, and 130 for an interrupt
+        if code == 130:
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
     except typer.Exit as error:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
@@ -38,7 +41,7 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        sys.exit(0)
     except (typer.Abort, EOFError):
         sys.exit(130)
     except ValueError as error:
@@ -89,16 +92,13 @@ def compare(
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
         import torch
 
+        from experiments.measure import keep_freed_memory
         from experiments.study import Runner
 
+        keep_freed_memory()
         if threads is not None:
             torch.set_num_threads(threads)
-        if device.startswith("cuda"):
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         runner = Runner(chosen, folder, device, say=bar.warn, progress=bar.advance, retry_failed=retry_failed)
-        if runner.device.type == "cuda":
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
         runner.prepare()
         bar.start(runner.work())
         results = runner.run()
@@ -188,9 +188,21 @@ def _report(runs: Path, out: Path | None, as_json: bool) -> None:
     for table in found:
         print(table.text(shutil.get_terminal_size((120, 24)).columns))
         print()
-    if any(study.quick for study in studies):
-        print("This is a quick look, no fair comparison.  The fair one of this model and task: rankwise compare stsb-minilm")
+    for study in studies:
+        if study.quick:
+            print(f"{study.name} is a quick look, no fair comparison.{_fair(study)}")
     print(f"report: {written}")
+
+
+def _fair(study: Any) -> str:
+    """The command of a shipped full-protocol study of the same model and task, where there is one."""
+    from experiments import config
+
+    for path in sorted(config.STUDIES.glob("*.toml")):
+        other = config.read(path)
+        if not other.quick and other.model == study.model and study.task in other.tasks:
+            return f"  The fair one of this model and task: rankwise compare {path.stem}"
+    return ""
 
 
 def _first_comment(path: Path) -> str:

@@ -7,7 +7,7 @@ it into runs.
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -28,6 +28,7 @@ from variants.settings import (
 
 STUDIES = Path(__file__).parent / "studies"
 DEFAULT_STUDY = STUDIES / "default.toml"
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 STEP_COUNTS = ("warmup_steps", "final_steps", "interval")  # may be given as a share of the run, "10%"
 
 
@@ -54,7 +55,7 @@ class Training(_Section):
     """AdamW's decoupled decay; biases, norms and magnitudes have none."""
     clip: Positive | None = 1.0
     """Greatest norm of a member's gradient; longer ones are shortened to it."""
-    max_length: PositiveInt = 128
+    max_length: int = Field(default=128, ge=8)
     """Tokens at which an input is cut."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 keeps the frozen weights in bf16 and multiplies in it; auto takes it where the device is fast at it."""
@@ -95,7 +96,7 @@ class Sweep(_Section):
     """Passes over the training part."""
     max_steps: PositiveInt | None = None
     """Stop after so many steps."""
-    seeds: list[Count] = Field(default=[0], min_length=1)
+    seeds: list[Seed] = Field(default=[0], min_length=1)
     """Seeds of each rate."""
 
 
@@ -104,7 +105,7 @@ class Entry(_Section):
 
     method: str
     """Name of the method."""
-    label: str = ""
+    label: str = Field(default="", pattern=r"^[^\x00-\x1f\x7f]*$")
     """What tables call it; the method's name if not given."""
     learning_rates: list[Positive] = Field(min_length=1)
     """Rates to choose from; one rate means no choice."""
@@ -145,7 +146,7 @@ class Study(_Section):
     """Hub id of the pre-trained model."""
     tasks: list[str] = Field(min_length=1)
     """Names of the tasks."""
-    seeds: list[Count] = Field(min_length=1)
+    seeds: list[Seed] = Field(min_length=1)
     """Seeds of the final runs: data order, head and adapter start, dropout."""
     pack: PositiveInt | Literal["auto"] = "auto"
     """Most members that train at once over one frozen model."""
@@ -320,6 +321,8 @@ def _contradictions(study: Study) -> list[str]:
     for entry in study.methods:
         if len(set(entry.learning_rates)) < len(entry.learning_rates):
             faults.append(f"{entry.label}: learning_rates = {entry.learning_rates} has one twice: take it out")
+    if len(set(study.tasks)) < len(study.tasks):
+        faults.append(f"tasks = {study.tasks} has one twice: take it out")
     if len(set(study.seeds)) < len(study.seeds):
         faults.append(f"seeds = {study.seeds} has one twice: take it out")
     if study.training.accumulation > study.training.batch_size:
@@ -333,7 +336,7 @@ def _contradictions(study: Study) -> list[str]:
 def _seeds(value: Any) -> Any:
     """`3` means seeds 0, 1, 2."""
     is_number = isinstance(value, int) and not isinstance(value, bool)
-    return list(range(value)) if is_number and value > 0 else ([value] if is_number else value)
+    return list(range(value)) if is_number and value >= 0 else ([value] if is_number else value)
 
 
 def _steps(value: Any, total: int) -> Any:

@@ -9,8 +9,11 @@ import contextlib
 import dataclasses
 import datetime
 import gc
+import glob
 import hashlib
 import json
+import os
+import re
 import shutil
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -115,6 +118,9 @@ class Runner:
         self.study, self.out, self.say, self.progress = study, Path(out), say, progress
         self.retry_failed = retry_failed
         self.device = measure.device(device)
+        if self.device.type == "cuda":  # a run that was cut off ends bit for bit as it would have
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)  # warn_only leaves the attention's backward pass as it is
         self.precision = measure.precision(study.training.precision, self.device)
         self.versions, self.commit = measure.versions(), measure.commit()
         self.pack = AUTO_PACK[self.device.type] if study.pack == "auto" else study.pack
@@ -135,6 +141,9 @@ class Runner:
             task = get_task(name)
             model, tokenizer, info = models.load(self.study.model, task, "fp32", "cpu")
             training = self.study.training
+            faults.extend(_unfit(model, training))
+            if faults:
+                continue
             data = {
                 split: _subset(task.encode(tokenizer, split, training.max_length), split, training)
                 for split in ("train", task.selection_split, task.score_split)
@@ -153,7 +162,11 @@ class Runner:
                     adapter.detach()
             faults.extend(_twins(self.study.methods, total, targets))
             check_phases(self.study, len(data["train"]), faults)
-            captions = [*task.caption, *_subset_captions(task, data, training)]
+            captions = [
+                *task.caption,
+                *task.captions_by_model.get(self.study.model, ()),
+                *_subset_captions(task, data, training),
+            ]
             self.prepared[name] = Prepared(task, data, digest.hexdigest(), targets, captions)
         if faults:
             raise ValueError("\n".join(dict.fromkeys(faults)))
@@ -175,8 +188,7 @@ class Runner:
         """Runs every pack of which a result is missing; all results of the study, in its order."""
         self.out.mkdir(parents=True, exist_ok=True)
         with _locked(self.out):
-            for leftover in self.out.rglob(".*.tmp"):
-                leftover.unlink(missing_ok=True)
+            self._clear_leftovers()
             known = _read_json(self.out / "study.json") or {}
             self._write_study(known, complete=False)
             results = []
@@ -187,6 +199,16 @@ class Runner:
             self.say(f"note: some results come from {'; '.join(sorted(self._strangers))}, and are kept as they are")
         return results
 
+    def _clear_leftovers(self) -> None:
+        """Removes the temporary files of a killed process: those of our own names, in our own folders."""
+        names = (*RESULT_FILES, "study.json", "packs.json", "pack.json", "checkpoint.safetensors")
+        runs = [folder for folder in self.out.iterdir() if re.fullmatch(r"[0-9a-f]{24}", folder.name)]
+        packs = [path.parent for path in (self.out / "packs").rglob("pack.json")]
+        for folder in (self.out, *runs, *packs):
+            for name in names:
+                for leftover in folder.glob(f".{name}.*.tmp"):
+                    leftover.unlink(missing_ok=True)
+
     # -- packs ------------------------------------------------------------------------------------------------------
 
     def _run_group(self, group: Group) -> list[dict[str, Any]]:
@@ -196,22 +218,36 @@ class Runner:
         done = len(runs) - len(missing)
         if done:
             self.progress(what, self._work(group) * done / len(runs))
-        folder = self.out / "packs" / group.name
-        if missing:
-            members = self._begun(folder, runs)
-            if members is None:
-                shutil.rmtree(folder, ignore_errors=True)  # of a pack with other settings
-                members = missing
+        while missing:
+            begun = self._begun(group, runs, missing)
+            members = missing if begun is None else begun
+            folder = self._pack_folder(group, members)
             self._run_pack(members, folder, group.index, what)
-        shutil.rmtree(folder, ignore_errors=True)
+            missing = [run for run in runs if self._result(run) is None]
+        for folder, names in self._pack_folders(group):
+            if all((self.out / name / "result.json").is_file() for name in names):
+                shutil.rmtree(folder, ignore_errors=True)
         return [self._result(run) for run in runs]
 
-    def _begun(self, folder: Path, runs: Sequence[Run]) -> list[Run] | None:
+    def _pack_folders(self, group: Group) -> Iterator[tuple[Path, list[str]]]:
+        """The folders of packs of this group that were begun, under this study or an earlier form of it, and their members."""
+        for folder in sorted((self.out / "packs").glob(f"{glob.escape(group.name)}-????????")):
+            names = (_read_json(folder / "pack.json") or {}).get("members", [])
+            if names:
+                yield folder, names
+
+    def _pack_folder(self, group: Group, members: Sequence[Run]) -> Path:
+        """A folder that no other pack has: other members, or other settings of theirs, are another pack."""
+        digest = hashlib.sha256("".join(run.fingerprint for run in members).encode()).hexdigest()[:8]
+        return self.out / "packs" / f"{group.name}-{digest}"
+
+    def _begun(self, group: Group, runs: Sequence[Run], missing: Sequence[Run]) -> list[Run] | None:
         """The members of a pack that was begun and cut off: it goes on as it was, whoever has finished since."""
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            names = json.loads((folder / "pack.json").read_text())["members"]
-            known = {run.fingerprint: run for run in runs}
-            return [known[name] for name in names]
+        known = {run.fingerprint: run for run in runs}
+        wanted = {run.fingerprint for run in missing}
+        for _, names in self._pack_folders(group):
+            if all(name in known for name in names) and wanted & set(names):
+                return [known[name] for name in names]
         return None
 
     def _run_pack(self, runs: Sequence[Run], folder: Path, index: int, what: str, note: str | None = None) -> None:
@@ -232,7 +268,7 @@ class Runner:
         pack = Pack(
             method=first.entry.method,
             settings=first.settings,
-            targets=prepared.targets[first.entry.label] or first.entry.targets,
+            targets=["^" + re.escape(name) for name in prepared.targets[first.entry.label]] or first.entry.targets,
             task=task,
             model=self.study.model,
             training=first.training,
@@ -279,7 +315,9 @@ class Runner:
             self._apart(runs, folder, index, what, size, why)
             return
         for member, (run, outcome) in enumerate(zip(runs, outcomes, strict=True)):
-            if run.phase == "final" and outcome.facts:
+            if self._result(run) is not None:  # finished before this pack was cut off
+                continue
+            if run.phase == "final" and outcome.error is None:
                 variants.save_pretrained(trainer.adapter, self.out / run.fingerprint / "adapter", member=member)
             self._write_result(run, outcome, index, len(runs), note)
 
@@ -302,7 +340,8 @@ class Runner:
                 result = self._result(self._specify(dataclasses.replace(group, phase="sweep"), seed, rate))
                 score = None if result is None else result["selection_score"]
                 scores[rate].append(-np.inf if score is None else score)
-        best = max(scores, key=lambda rate: np.mean(scores[rate]))  # of equal ones the lowest
+        # Of equal ones the lowest; where every rate failed, too: a lower one is likelier to hold, and the rows must be made.
+        best = max(scores, key=lambda rate: np.mean(scores[rate]))
         return [(seed, best) for seed, _ in group.members]
 
     def _specify(self, group: Group, seed: int, rate: float) -> Run:
@@ -344,6 +383,11 @@ class Runner:
             return None
         if result["status"] == "failed" and self.retry_failed and run.fingerprint not in self._made:
             return None
+        if any(written.get(k) != v for written in (result, config) for k, v in self._names(run).items()):
+            # The same run under another label or in another study: the numbers stay, the names follow the file.
+            write_json(mine / "config.json", {**config, **self._names(run), "quick": self.study.quick})
+            write_json(mine / "result.json", {**result, **self._names(run)})
+            result = _read_json(mine / "result.json")
         for name, version in self.versions.items():
             if config.get("versions", {}).get(name, version) != version:
                 self._strangers.add(f"{name} {config['versions'][name]} (here {version})")
@@ -431,7 +475,7 @@ class Runner:
             "schema": SCHEMA,
             "study": self.study.name,
             "quick": self.study.quick,
-            "title": self.study.title,
+            "title": self.study.title or self.study.name,
             "captions": list(dict.fromkeys(c for p in self.prepared.values() for c in p.captions)),
             "reference": self.study.reference or full or known.get("reference"),
             "methods": [*known.get("methods", []), *(x for x in labels if x not in known.get("methods", []))]
@@ -441,6 +485,10 @@ class Runner:
         }
         write_json(self.out / "study.json", value)
         packs = [{"pack": g.name, "members": [{"seed": s, "learning_rate": r} for s, r in g.members]} for g in self.groups]
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            mine = {pack["pack"] for pack in packs}
+            written = json.loads((self.out / "packs.json").read_text())["packs"]
+            packs += [pack for pack in written if others and pack["pack"] not in mine]
         write_json(self.out / "packs.json", {"schema": SCHEMA, "pack": self.pack, "packs": packs})
 
 
@@ -503,6 +551,19 @@ def _subset(encoded: Encoded, split: str, training: Training) -> Encoded:
     if wanted is None or wanted >= len(encoded):
         return encoded
     return encoded.select(np.sort(shuffled(len(encoded), 0, 3)[:wanted]))
+
+
+def _unfit(model: Any, training: Training) -> list[str]:
+    """What the training asks of this model that it cannot do."""
+    config, faults = model.config, []
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and getattr(config, "position_biased_input", True):
+        longest -= config.pad_token_id + 1 if "roberta" in config.model_type else 0  # RoBERTa counts positions after the pad
+        if training.max_length > longest:
+            faults.append(f"training.max_length = {training.max_length} is above the {longest} tokens this model takes")
+    if training.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        faults.append(f"training.gradient_checkpointing: {type(model).__name__} does not support it: take it out")
+    return faults
 
 
 def _subset_captions(task: Task, data: dict[str, Encoded], training: Training) -> list[str]:

@@ -10,10 +10,12 @@ optimizer's averages and a few counts are all that a killed run needs to end bit
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +33,7 @@ from experiments.config import Training
 from experiments.optim import MemberAdamW, schedule_factor
 from experiments.tasks.common import Encoded, Task, Undefined, batches, collate, evaluation_batches
 from variants.base import Adapter, Step
-from variants.settings import Settings
+from variants.settings import Settings, method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +97,14 @@ class Trainer:
         training = pack.training
         self.memory = measure.PeakMemory(pack.device)
         self.memory.start()
-        self.model, self.tokenizer, self.info = models.load(pack.model, pack.task, pack.precision, str(pack.device))
+        # What trains the model's own weights starts from them in full precision.
+        precision = "fp32" if method(pack.method).load().trains_base else pack.precision
+        self.model, self.tokenizer, self.info = models.load(pack.model, pack.task, precision, str(pack.device))
         settings = pack.settings.model_dump(exclude_unset=True)
         self.adapter: Adapter = variants.create(pack.method, members=pack.members, seeds=list(pack.seeds), **settings)
         self.adapter.attach(self.model, pack.targets, head=self.info.heads)
         if training.gradient_checkpointing:
-            keyed = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": self.adapter.draw.recompute_contexts}
+            keyed = {"use_reentrant": False, "context_fn": self.adapter.draw.recompute_contexts}
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keyed)
         rates = torch.tensor(pack.learning_rates, dtype=torch.float64, device=pack.device)
         self.optimizer = MemberAdamW(self.adapter.parameter_groups(), rates, training.weight_decay)
@@ -118,7 +122,7 @@ class Trainer:
         self.seconds = self.training_seconds = 0.0
         self.tokens = 0
         self.peak: int | None = 0
-        self.silent: list[str] = []
+        self.silent: list[str] | None = None  # dropout that no step draws; known after the first step
         self._plan: tuple[int, list[list[tuple[np.ndarray, int]]]] | None = None
 
     # -- the loop -------------------------------------------------------------------------------------------------
@@ -168,6 +172,7 @@ class Trainer:
         for micro_batch, (batch, count) in enumerate(chunks):
             labels = batch.pop("labels")
             adapter.begin(state, micro_batch, training=True)
+            torch.manual_seed(random_seed(pack.seeds, self.step, micro_batch))  # for what a model draws by itself
             with self._autocast():
                 logits = self.model(**adapter.prepare(batch)).logits
             losses = objective.losses(pack.task.kind, logits, labels, pack.members) * count / totals
@@ -177,7 +182,7 @@ class Trainer:
                 objective_value = losses + penalty
             objective_value.sum().backward()
             loss += losses.detach()
-        if self.step == 1 or not self.silent:
+        if self.silent is None:
             self.silent = adapter.silent_dropout()
         norms = self.optimizer.gradient_norms()
         taken = norms.isfinite() & loss.isfinite() & self.alive
@@ -237,6 +242,7 @@ class Trainer:
         K, kind = pack.members, pack.task.kind
         by_token = kind == "token-classification"
         kept = np.zeros((K, len(encoded.ids) if by_token else len(encoded)), np.float64 if kind == "regression" else np.int64)
+        finite = torch.ones(K, dtype=torch.bool, device=pack.device)
         self.model.eval()
         for rows, length in evaluation_batches(encoded, pack.training.evaluation_batch_size):
             batch = self._tensors(collate(encoded, rows, length, self.pad))
@@ -245,6 +251,7 @@ class Trainer:
             self.adapter.begin(Step(max(self.step, 1), self.total), training=False)
             with self._autocast():
                 logits = self.model(**self.adapter.prepare({k: v.repeat(K, 1) for k, v in batch.items()})).logits
+            finite &= logits.isfinite().view(K, -1).all(1)
             found = objective.predictions(kind, logits).view(K, len(rows), *logits.shape[1:-1]).cpu().numpy()
             if by_token:
                 flat = (encoded.offsets[rows][:, None] + np.arange(length))[mask]
@@ -253,12 +260,11 @@ class Trainer:
                 kept[:, rows] = found
             self.progress(K * len(rows) / 3)  # a forward pass alone costs about a third of a step
         offsets = encoded.offsets if by_token else None
-        return [self._score(kept[k], encoded.labels, offsets) for k in range(K)]
+        infinite = Undefined("collapsed", "the model's outputs are not finite numbers")
+        return [self._score(kept[k], encoded.labels, offsets) if finite[k] else infinite for k in range(K)]
 
     def _score(self, predicted: np.ndarray, labels: np.ndarray, offsets: np.ndarray | None) -> dict[str, float] | Undefined:
         try:
-            if not np.isfinite(predicted).all():
-                raise Undefined("collapsed", "the model predicts numbers that are not finite")
             return self.pack.task.metrics(predicted, labels, offsets)
         except Undefined as error:
             return error
@@ -266,7 +272,7 @@ class Trainer:
     def _finish(self) -> list[Outcome]:
         outcomes = [Outcome() for _ in range(self.pack.members)]
         for member, outcome in enumerate(outcomes):
-            if not bool(self.alive[member]):
+            if not bool(self.alive[member]) or int(self.skipped[member]) == self.step:
                 outcome.error = "diverged"
                 outcome.detail = f"{int(self.skipped[member])} steps with a non-finite loss or gradient by step {self.step}"
         if bool(self.alive.any()):
@@ -390,6 +396,12 @@ class Trainer:
             setattr(self, name, tensors[name])
         for name in ("step", "seconds", "training_seconds", "tokens", "peak", "silent"):
             setattr(self, name, facts[name])
+        if facts["threads"] != torch.get_num_threads():
+            warnings.warn(
+                f"this run was begun with {facts['threads']} threads and goes on with {torch.get_num_threads()}: it ends equal "
+                f"to rounding, not to the bit",
+                stacklevel=2,
+            )
         for pair, lengths in zip(files, facts["logs"], strict=True):
             for path, length in zip(pair, lengths, strict=True):
                 os.truncate(path, length)
@@ -423,6 +435,12 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def random_seed(seeds: Sequence[int], step: int, micro_batch: int) -> int:
+    """A seed for torch's own generator, from all that keys a draw."""
+    digest = hashlib.blake2b(f"{list(seeds)}/{step}/{micro_batch}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def finite(value: Tensor) -> float | None:

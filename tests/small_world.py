@@ -100,6 +100,7 @@ def pack(
     learning_rates: Sequence[float] | None = None,
     kind: str = "regression",
     changes: dict[str, Any] | None = None,
+    precision: str = "fp32",
     **training_changes: Any,
 ) -> Pack:
     return Pack(
@@ -113,7 +114,7 @@ def pack(
         learning_rates=tuple(learning_rates or [RATES.get(method, 1e-2)] * len(seeds)),
         splits=("validation", "test"),
         device=torch.device("cpu"),
-        precision="fp32",
+        precision=precision,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -205,3 +206,60 @@ def test_list_is_json_on_request():
     found = json.loads(rankwise("list", "--json").stdout)
     assert set(found) == {"methods", "models", "tasks", "studies"}
     assert set(found["methods"]) == set(variants.METHODS)
+
+
+SMALL = """
+from pathlib import Path
+import sys
+from tests import small_world
+from experiments import cli
+small_world.register()
+folder = Path(sys.argv.pop(1))
+model = folder / "model"
+if not model.exists():
+    small_world.model(model)
+sys.argv[1:] = [word.replace("MODEL", str(model)) for word in sys.argv[1:]]
+cli.main()
+"""
+
+
+def small_study(tmp_path: Path, **training: object) -> Path:
+    """A study that runs in a second, on made-up data."""
+    lines = "".join(f"{key} = {value}\n" for key, value in training.items())
+    path = tmp_path / "small.toml"
+    path.write_text(
+        f'model = "{tmp_path / "model"}"\ntasks = ["small/regression"]\nquick = true\n[training]\nmax_length = 24\n{lines}'
+        '[[methods]]\nmethod = "head"\nlearning_rate = 1e-2\n'
+        '[[methods]]\nmethod = "lora"\nrank = 2\nlearning_rate = 1e38\n'
+    )
+    return path
+
+
+def small(tmp_path: Path, *words: object) -> list[str]:
+    return [sys.executable, "-c", SMALL, str(tmp_path), *map(str, words)]
+
+
+def test_a_failed_run_is_a_row_and_exit_code_1(tmp_path):
+    path = small_study(tmp_path, epochs=1, max_steps=4, max_skipped_steps=0)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RANKWISE_CACHE": str(tmp_path / "cache")}
+    command = small(tmp_path, "compare", path, "--out", tmp_path / "runs")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 1, done.stderr
+    assert "failed (1 of 1)" in done.stdout and "completed" in done.stdout and "Traceback" not in done.stderr
+    only = small(tmp_path, "compare", path, "--out", tmp_path / "runs", "--methods", "head")
+    assert subprocess.run(only, cwd=tmp_path, capture_output=True, timeout=120, env=environment).returncode == 0
+
+
+def test_an_interrupt_says_how_to_go_on_and_exits_with_130(tmp_path):
+    path = small_study(tmp_path, epochs=2000)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RANKWISE_CACHE": str(tmp_path / "cache")}
+    command = small(tmp_path, "compare", path, "--out", tmp_path / "runs")
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    deadline = time.monotonic() + 90
+    while not list((tmp_path / "runs").glob("*/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on" in said and "Traceback" not in said

@@ -7,6 +7,7 @@ import pytest
 
 import variants
 from tests.contract import CHECKS
+from tests.tiny import tiny
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
@@ -18,3 +19,14 @@ def test_contract(method, check, tmp_path):
         pytest.skip("variants/checkpoint.py is not there")
     else:
         check(method, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_full_fine_tuning_decays_no_norm_and_no_bias(name):
+    model = tiny(name)
+    adapter = variants.create("full").attach(model)
+    decayed, plain = adapter.parameter_groups()
+    assert (decayed.weight_decay, plain.weight_decay) == (1.0, 0.0)
+    assert len(decayed.params) + len(plain.params) == len(list(adapter.parameters()))
+    assert {p.dim() for p in decayed.params} == {3}  # matrices (and embeddings) alone, with their leading axis
+    assert {p.dim() for p in plain.params} == {2}

@@ -279,6 +279,23 @@ def test_gradient_checkpointing_changes_nothing_with_dropout_on(model, tmp_path)
         assert [line["loss"] for line in lines(again)] == pytest.approx([line["loss"] for line in lines(plain)], rel=1e-5)
 
 
+@pytest.mark.parametrize("method", ["full", "bitfit", "adalora+dora"])
+def test_in_bf16_the_base_is_bf16_and_what_is_trained_is_fp32_and_a_stopped_run_ends_the_same(model, tmp_path, method):
+    pack = small_world.pack(model, method, seeds=(0, 1) if method in PACKABLE else (0,), precision="bf16")
+    whole, outcomes = small_world.trained(pack, tmp_path / "whole")
+    assert [o.error for o in outcomes] == [None] * pack.members
+    assert {t.dtype for t in trained_tensors(whole).values()} == {torch.float32}
+    if method != "full":
+        embeddings = whole.model.bert.embeddings.word_embeddings
+        assert embeddings.weight.dtype == torch.bfloat16
+    cut_off(pack, tmp_path / "cut")
+    again, _ = small_world.trained(pack, tmp_path / "cut")
+    assert_same(again, whole)
+    assert logs(again) == logs(whole)
+    exact, _ = small_world.trained(small_world.pack(model, method, seeds=pack.seeds), tmp_path / "fp32")
+    assert [line["loss"] for line in lines(exact)] == pytest.approx([line["loss"] for line in lines(whole)], rel=0.2)
+
+
 # -- the order of a step -------------------------------------------------------------------------------------------------
 
 
@@ -479,3 +496,27 @@ def test_a_number_that_json_has_no_word_for_leaves_no_half_written_file(tmp_path
     with pytest.raises(ValueError):
         experiments.trainer.write_json(tmp_path / "result.json", {"score": float("nan")})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_classifier_whose_outputs_are_not_finite_has_no_score(model, tmp_path):
+    trainer = small_world.trainer(small_world.pack(model, "lora", kind="classification", seeds=(0, 1)), tmp_path)
+    with torch.no_grad():
+        for parameter in trainer.adapter.heads.parameters():
+            parameter[0] = torch.nan
+    first, *others = trainer.evaluate("validation")
+    assert isinstance(first, Undefined) and first.error == "collapsed"
+    assert others and all("accuracy" in metrics for metrics in others)
+
+
+def test_dropout_that_no_key_reaches_is_drawn_from_seed_and_step(model, tmp_path):
+    def losses(folder: str) -> list[float]:
+        trainer = small_world.trainer(small_world.pack(model, "lora", seeds=(0,)), tmp_path / folder)
+        layer = trainer.model.bert.encoder.layer[0]
+        forward = layer.forward
+        functional = torch.nn.functional.dropout
+        layer.forward = lambda x, *args, **kwargs: forward(functional(x, 0.5, training=layer.training), *args, **kwargs)
+        torch.manual_seed(len(folder))  # whatever has drawn before
+        trainer.run()
+        return [json.loads(line)["loss"] for line in (trainer.logs[0] / "metrics.jsonl").open() if "train" in line]
+
+    assert losses("one") == losses("another")

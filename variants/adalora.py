@@ -129,6 +129,7 @@ class AdaLoRA(LowRankAdapter):
     def begin(self, step: Step, micro_batch: int = 0, training: bool = True) -> None:
         super().begin(step, micro_batch, training)
         if training:
+            self.total_steps = step.total
             check_phases(self.settings.warmup_steps, self.settings.final_steps, step.total)
 
     def budget(self, step: Step) -> Tensor:

@@ -90,6 +90,7 @@ class Adapter(nn.Module):
     method: ClassVar[str]
     packable: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
+    trains_base: ClassVar[bool] = False  # the model's own weights are what is trained
     exact_gradient: ClassVar[bool] = True  # no term of the forward pass is held constant in the backward pass
 
     def __init__(self, *, members: int = 1, seeds: Sequence[int] | None = None, **settings: Any):
@@ -130,11 +131,17 @@ class Adapter(nn.Module):
         return None
 
     def parameter_groups(self) -> list[Group]:
-        """What the optimizer trains.  Biases do not decay."""
+        """What the optimizer trains.  Biases and norms do not decay."""
+        norms = self.norm_parameters()
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
-        decayed = [p for n, p in named if not n.endswith("bias")]
-        plain = [p for n, p in named if n.endswith("bias")]
+        decayed = [p for n, p in named if not n.endswith("bias") and id(p) not in norms]
+        plain = [p for n, p in named if n.endswith("bias") or id(p) in norms]
         return [g for g in (Group(decayed), Group(plain, weight_decay=0.0)) if g.params]
+
+    def norm_parameters(self) -> set[int]:
+        """Ids of the trained tensors that belong to a norm of the head."""
+        norms = [site for site in self.heads.values() if getattr(site, "is_norm", False)]
+        return {id(p) for site in norms for p in site.parameters()}
 
     def begin(self, step: Step, micro_batch: int = 0, training: bool = True) -> None:
         """Before each forward pass: says where training is, which keys every random draw."""
@@ -393,13 +400,17 @@ class HeadSite(nn.Module):
             self.register_parameter(key, nn.Parameter(torch.stack([s.to(dtype) for s in starts])))
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
-        rows = self._draw.apart(self.name, x)  # (K, N, I)
+        with torch.autocast(x.device.type, enabled=False):  # a head is small, and its outputs are ranked: in full precision
+            return self._full_precision(base, x)
+
+    def _full_precision(self, base: nn.Module, x: Tensor) -> Tensor:
+        rows = self._draw.apart(self.name, x).to(self.weight.dtype)  # (K, N, I)
         bias = self._parameters.get("bias")
         if self.is_norm:
             normed = nn.functional.layer_norm(rows, base.normalized_shape, None, None, base.eps)
             y = normed * self.weight[:, None] + (0 if bias is None else bias[:, None])
         else:
-            y = torch.bmm(rows.to(self.weight.dtype), self.weight.mT)  # (K, N, O)
+            y = torch.bmm(rows, self.weight.mT)  # (K, N, O)
             y = y if bias is None else y + bias[:, None]
         return y.reshape(*x.shape[:-1], y.shape[-1])
 

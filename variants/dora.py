@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from variants.adalora import AdaLoRA
-from variants.base import trained_dtype, weight_of
+from variants.base import Adapter, Step, trained_dtype, weight_of
 from variants.lora import LoRA
 from variants.lowrank import LowRank, as_stored, squared_row_norms
 
@@ -93,21 +93,22 @@ class Recomposed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, t: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-        gain = gain.to(t.dtype)
-        bias = None if bias is None else bias.to(t.dtype)
+        # The gain stays in its own precision: it lies near 1, where bf16 knows steps of 1/128.
+        bias = None if bias is None else bias.to(gain.dtype)
         ctx.save_for_backward(t, gain, bias)
         factor = gain[:, None]  # (K, 1, O)
-        return t * factor if bias is None else torch.addcmul((1 - factor) * bias, t, factor)
+        wide = t.to(gain.dtype)
+        return wide * factor if bias is None else torch.addcmul((1 - factor) * bias, wide, factor)
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor | None, None]:
         t, gain, bias = ctx.saved_tensors
         dgain = None
         if ctx.needs_input_grad[1]:
-            dgain = (t * g).sum(1)
+            dgain = (t.to(g.dtype) * g).sum(1)
             if bias is not None:
                 dgain -= g.sum(1) * bias
-        return g * gain[:, None], dgain, None
+        return (g * gain[:, None]).to(t.dtype), dgain, None
 
 
 class DoRA(LoRA):
@@ -118,6 +119,10 @@ class DoRA(LoRA):
 
     def make_site(self, name: str, module: nn.Module) -> nn.Module:
         return Decomposed(super().make_site(name, module), module)
+
+    def after_step(self, step: Step) -> None:
+        super().after_step(step)
+        forget_norms(self)
 
 
 class AdaLoRADoRA(AdaLoRA):
@@ -131,3 +136,13 @@ class AdaLoRADoRA(AdaLoRA):
 
     def triplets(self) -> Sequence[LowRank]:
         return [site.inner for _, site in self.named_sites()]
+
+    def after_step(self, step: Step) -> None:
+        super().after_step(step)
+        forget_norms(self)
+
+
+def forget_norms(adapter: Adapter) -> None:
+    """Parameters are new.  Their version counters do not always tell: torch's fused optimizers do not raise them."""
+    for _, site in adapter.named_sites():
+        site._norm = None

@@ -104,7 +104,7 @@ def _uniform(keys: Tensor, count: int, device: torch.device) -> Tensor:
     return drawn.mul_(keys[:, 1:] | 1)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=32)
 def _mixed_positions(count: int, device: torch.device) -> Tensor:
     """0 .. count-1 through MurmurHash3's 32-bit finalizer, (count,) int32: a fixed table, made once for a device."""
     bits = torch.arange(count, dtype=torch.int32, device=device)

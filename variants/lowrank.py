@@ -140,7 +140,10 @@ def squared_row_norms(
 
     `weight_squared` is the squared row norm of `weight`, which never changes.  Zelenin & Zhuravlyova 2026, sec. 3.
     """
-    cross = (torch.matmul(weight.to(A.dtype), A.mT) * B).sum(2)  # (K, O)
+    # One product for all members; a 16-bit weight is widened a block of rows at a time, never as a whole.
+    blocks = (weight,) if weight.dtype == A.dtype else weight.split(1024)
+    products = torch.cat([A.flatten(0, 1) @ block.to(A.dtype).mT for block in blocks], 1)  # (K*R, O)
+    cross = (products.view(*A.shape[:2], -1).mT * B).sum(2)  # (K, O)
     square = (torch.bmm(B, torch.bmm(A, A.mT)) * B).sum(2)
     return (weight_squared + 2 * cross + square).clamp_min(0)
 
@@ -177,10 +180,11 @@ class LowRankAdapter(Adapter):
         return [a / r**power for a, r in zip(per_member(patterned, self.members, "alpha"), ranks, strict=True)]
 
     def parameter_groups(self) -> list[Group]:
-        """A, E and the head's weights; B with its own rate; biases and magnitudes, which do not decay."""
+        """A, E and the head's weights; B with its own rate; biases, norms and magnitudes, which do not decay."""
+        norms = self.norm_parameters()
         named = [(n.rpartition(".")[2], p) for n, p in self.named_parameters() if p.requires_grad]
-        plain = [p for n, p in named if n in ("bias", "magnitude")]
+        plain = [p for n, p in named if n in ("bias", "magnitude") or id(p) in norms]
         fast = [p for n, p in named if n == "B"]
-        rest = [p for n, p in named if n not in ("bias", "magnitude", "B")]
+        rest = [p for n, p in named if n not in ("bias", "magnitude", "B") and id(p) not in norms]
         groups = [Group(rest), Group(fast, lr_scale=self.settings.lr_ratio), Group(plain, weight_decay=0.0)]
         return [group for group in groups if group.params]

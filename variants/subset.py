@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from variants import initialization
-from variants.base import Adapter, Group, _leaves, _Surgery, key_of, trained_dtype
+from variants.base import Adapted, Adapter, Group, _leaves, _Surgery, key_of, trained_dtype
 from variants.dropout import Draw
 from variants.targets import is_conv1d
 
@@ -56,6 +56,8 @@ class BitFit(Adapter):
         inside_head = {path for name in head for path, _ in _leaves(model, name)}
         names = [n for n, m in model.named_modules() if getattr(m, "bias", None) is not None and n not in inside_head]
         names = [n for n in names if isinstance(model.get_submodule(n).bias, nn.Parameter)]
+        # An nn.MultiheadAttention reads its output layer's tensors without calling it: a site there would never act.
+        names = [n for n in names if not isinstance(model.get_submodule(n.rpartition(".")[0]), nn.MultiheadAttention)]
         if not names:
             raise ValueError(f"bitfit: no module of {type(model).__name__} has a bias to train: choose another method")
         return names
@@ -73,6 +75,7 @@ class FullFineTuning(Adapter):
 
     method = "full"
     packable = False
+    trains_base = True
 
     def choose(self, model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
         return []
@@ -82,6 +85,7 @@ class FullFineTuning(Adapter):
         self._surgery = _Surgery(model)
         self._merged = False
         self._originals: dict[str, nn.Parameter] = {}
+        self._owned: dict[str, nn.Parameter] = {}
         try:
             self._replace_parameters(model, head)
         except BaseException:
@@ -92,7 +96,7 @@ class FullFineTuning(Adapter):
         self._surgery.freeze()
         self._surgery.key_dropout(self.draw)
         in_head = {f"{path}.{key}" for h in head for path, m in _leaves(model, h) for key in dict(m.named_parameters())}
-        self.undecayed: set[str] = set()
+        self._undecayed: set[int] = set()  # ids of the adapter's tensors that are biases or a norm's
         lives: dict[int, nn.Parameter] = {}
         for path, module in list(model.named_modules()):
             for key, old in list(module.named_parameters(recurse=False)):
@@ -100,10 +104,13 @@ class FullFineTuning(Adapter):
                 if id(old) not in lives:
                     lives[id(old)] = self._take(name, old, head=name in in_head, is_norm=isinstance(module, nn.LayerNorm))
                     if key == "bias" or "norm" in type(module).__name__.lower():
-                        self.undecayed.add(name)
+                        self._undecayed.add(id(self._owned[name]))
                 module._parameters[key] = lives[id(old)]
                 self._originals[name] = old
                 self._surgery._undo.append(lambda m=module, k=key, o=old: m._parameters.__setitem__(k, o))
+
+        for path in dict.fromkeys(path for h in head for path, _ in _leaves(model, h)):
+            self._surgery.replace(path, Adapted(model.get_submodule(path), FullPrecision()))
 
     def delta(self, name: str) -> Tensor:
         """(1, O, I): the change of that module's weight."""
@@ -128,6 +135,7 @@ class FullFineTuning(Adapter):
         known = into[holder]._parameters.get(key)
         owned = nn.Parameter(values[None]) if known is None else known
         into[holder].register_parameter(key, owned)
+        self._owned[name] = owned
         live = nn.Parameter(owned.detach()[0])
 
         def hand_over(parameter: nn.Parameter) -> None:
@@ -140,9 +148,8 @@ class FullFineTuning(Adapter):
 
     def parameter_groups(self) -> list[Group]:
         """All tensors; biases and norms do not decay."""
-        named = [(n.partition(".")[2].replace("/.", ".").replace("/", "."), p) for n, p in self.named_parameters()]
-        decayed = [p for n, p in named if n.removeprefix("model.") not in self.undecayed]
-        plain = [p for n, p in named if n.removeprefix("model.") in self.undecayed]
+        decayed = [p for p in self.parameters() if id(p) not in self._undecayed]
+        plain = [p for p in self.parameters() if id(p) in self._undecayed]
         return [g for g in (Group(decayed), Group(plain, weight_decay=0.0)) if g.params]
 
     @property
@@ -157,6 +164,14 @@ class FullFineTuning(Adapter):
 
     def unmerge(self) -> None:
         self._merged = False
+
+
+class FullPrecision(nn.Module):
+    """Runs a module of the head outside autocast, as every other method's head runs."""
+
+    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return base(x.to(base.weight.dtype))
 
 
 class Tensors(nn.Module):

@@ -70,10 +70,12 @@ def by_keyword(model: nn.Module, keyword: str, linears: dict[str, nn.Module], he
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether `pattern` is `name`, its end at a dot, or a regular expression for the whole of it or of its end."""
+    """Whether `pattern` is `name`, its end at a dot, or a regular expression for it or its end (for it alone after "^")."""
     if name == pattern or name.endswith("." + pattern):
         return True
     try:
+        if pattern.startswith("^"):
+            return re.fullmatch(pattern, name) is not None
         return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
     except re.error:
         return False

@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ class Task:
 
     metric: the name of the primary metric. sizes: rows of each split, known before any download, or None.
     read: split -> Examples. measure: (predictions, labels) -> {name: points}. identity: -> hash of the raw data.
-    caption: the sentences that every report of this task must carry.
+    caption: the sentences that every report of this task must carry, captions_by_model: further ones for a model's.
     """
 
     name: str
@@ -120,6 +120,7 @@ class Task:
     selection_split: str = "validation"
     score_split: str = "test"
     caption: tuple[str, ...] = ()
+    captions_by_model: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sizes: Mapping[str, int] | None = None
     data: str | None = None  # name in the catalogue, where it has one
 
