@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,9 +88,10 @@ def compare(
 
     with _progress() as bar:
         bar.say(f"{chosen.title or chosen.name}: loading torch, model and data ...")
-        # libgomp's threads spin for milliseconds when they wait; with any other program on the machine that makes a step
-        # several times slower.  Read when torch is imported.
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+        if _others_compute():
+            # libgomp's threads spin for milliseconds when they wait: a little faster on an idle machine, several times
+            # slower where another program wants the processor.  Read when torch is imported.
+            os.environ.setdefault("GOMP_SPINCOUNT", "2000")
         import torch
 
         from experiments.measure import keep_freed_memory
@@ -203,6 +205,21 @@ def _fair(study: Any) -> str:
         if not other.quick and other.model == study.model and study.task in other.tasks:
             return f"  The fair one of this model and task: rankwise compare {path.stem}"
     return ""
+
+
+def _others_compute() -> bool:
+    """Whether other programs keep more than a third of one processor busy; looked at for a fifth of a second, on Linux."""
+
+    def busy() -> float:
+        user, nice, system, *_ = map(int, Path("/proc/stat").read_text().partition("\n")[0].split()[1:])
+        return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+    try:
+        before, began = busy(), time.perf_counter()
+        time.sleep(0.2)
+        return (busy() - before) / (time.perf_counter() - began) > 1 / 3
+    except (OSError, ValueError):
+        return False
 
 
 def _first_comment(path: Path) -> str:
