@@ -62,7 +62,7 @@ class Training(_Section):
     gradient_checkpointing: bool = False
     """Compute each layer again in the backward pass: less memory, more time, the same result."""
     evaluations_per_epoch: Count = 1
-    """Evaluations on the validation part; the end is always evaluated."""
+    """Evaluations on the validation part, the last at the end; 0: none, a final run is then scored at its end alone."""
     evaluation_batch_size: PositiveInt = 64
     """Rows of one member in one evaluation batch."""
     train_examples: PositiveInt | None = None

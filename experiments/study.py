@@ -179,9 +179,9 @@ class Runner:
         prepared, training = self.prepared[group.task], phase_training(self.study, group.phase)
         rows = len(prepared.data["train"])
         trained = training.total_steps(rows) / training.steps_per_epoch(rows) * rows
-        evaluated = len(training.evaluation_steps(rows)) * len(prepared.data[prepared.task.selection_split])
-        if group.phase == "final":
-            evaluated += len(prepared.data[prepared.task.score_split])
+        splits = self._splits(group.phase, prepared.task)
+        evaluated = sum(len(prepared.data[split]) for split in splits)
+        evaluated += (len(training.evaluation_steps(rows)) - 1) * len(prepared.data[splits[0]])
         return len(group.members) * (trained + evaluated / 3)
 
     def run(self) -> list[dict[str, Any]]:
@@ -264,7 +264,7 @@ class Runner:
         first = runs[0]
         prepared = self.prepared[first.task]
         task = prepared.task
-        splits = (task.selection_split,) if first.phase == "sweep" else (task.selection_split, task.score_split)
+        splits = self._splits(first.phase, task)
         pack = Pack(
             method=first.entry.method,
             settings=first.settings,
@@ -327,6 +327,13 @@ class Runner:
             part = runs[at : at + size]
             if any(self._result(run) is None for run in part):
                 self._run_pack(part, folder / f"part-{at}", index, what, note)
+
+    def _splits(self, phase: str, task: Task) -> tuple[str, ...]:
+        """What a run is evaluated on: a sweep's on the selection split alone, a final one's on the score split too."""
+        if phase == "sweep":
+            return (task.selection_split,)
+        selection = (task.selection_split,) if self.study.training.evaluations_per_epoch else ()
+        return (*selection, task.score_split)
 
     # -- runs -------------------------------------------------------------------------------------------------------
 
