@@ -113,10 +113,17 @@ def compare(
 def report(
     runs: Annotated[Path, typer.Argument(help="A folder of runs.")],
     out: Annotated[Path | None, typer.Option(help="Where to write it.  [default: RUNS/report]")] = None,
+    with_runs: Annotated[bool, typer.Option("--with-runs", help="Copy finished runs, without weights, to OUT.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write the report of a folder of runs: Markdown, figures (SVG, PNG), tables (CSV, LaTeX)."""
+    if with_runs and out is None:
+        raise ValueError("--with-runs copies runs to another folder: name it with --out")
     _report(runs, out, as_json)
+    if with_runs:
+        from reports import results
+
+        results.copy_finished(runs, out)
 
 
 @app.command()

@@ -339,6 +339,24 @@ def load_all(folder: str | Path) -> list[Study]:
     return [_study(name, folder, by_study[name], described) for name in sorted(by_study)]
 
 
+def copy_finished(folder: str | Path, out: str | Path) -> list[Path]:
+    """Copies every finished run, without weights, to out/runs, and study.json beside: what a committed study is."""
+    copied = []
+    for study in load_all(folder):
+        for run in study.runs:
+            if run.result is None:
+                continue
+            target = Path(out) / "runs" / run.config.fingerprint
+            target.mkdir(parents=True, exist_ok=True)
+            for name in ("config.json", "metrics.jsonl", "ranks.jsonl", "result.json"):  # the result last
+                if (run.folder / name).is_file():
+                    write_file(target / name, (run.folder / name).read_bytes())
+            copied.append(target)
+    if (Path(folder) / "study.json").is_file():
+        write_file(Path(out) / "study.json", (Path(folder) / "study.json").read_bytes())
+    return copied
+
+
 def load_run(folder: str | Path) -> Run:
     """One run, finished or not.
 

@@ -208,3 +208,15 @@ def test_write_file_leaves_the_old_one_when_it_fails(tmp_path, monkeypatch):
         results.write_file(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
     assert path.read_text() == "old"
+
+
+def test_committed_runs_are_whole_and_hold_no_weights(study, tmp_path):
+    folder = next(iter(study.runs)).folder.parent
+    done = [run for run in study.runs if run.result is not None]
+    (done[0].folder / "adapter").mkdir(exist_ok=True)
+    (done[0].folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+    results.copy_finished(folder, tmp_path / "kept")
+    again = results.load(tmp_path / "kept")
+    assert [run.result for run in again.runs] == [run.result for run in done]
+    assert again.settings == study.settings
+    assert not list((tmp_path / "kept").rglob("*.safetensors"))
