@@ -110,7 +110,8 @@ class FullFineTuning(Adapter):
                 self._surgery._undo.append(lambda m=module, k=key, o=old: m._parameters.__setitem__(k, o))
 
         for path in dict.fromkeys(path for h in head for path, _ in _leaves(model, h)):
-            self._surgery.replace(path, Adapted(model.get_submodule(path), FullPrecision()))
+            base = model.get_submodule(path)
+            self._surgery.replace(path, Adapted(base, FullPrecision()).train(base.training))
 
     def delta(self, name: str) -> Tensor:
         """(1, O, I): the change of that module's weight."""
