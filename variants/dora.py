@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from variants import native
 from variants.adalora import AdaLoRA
 from variants.base import Adapter, Step, trained_dtype, weight_of
 from variants.lora import LoRA
@@ -50,18 +51,17 @@ class Decomposed(nn.Module):
         return torch.where(norm > 0, self.magnitude / norm.clamp_min(torch.finfo(norm.dtype).tiny), 1.0)
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
-        y = base(x)
-        return Recomposed.apply(self.inner.onto(y, x), self.gain(base), base.bias).reshape(y.shape).to(y.dtype)
-
-    def direction(self, base: nn.Module) -> Tensor:
-        """(K, O, I): W + dW."""
-        return weight_of(base) + self.inner.delta(base)
+        rows = self.inner.rows(x)
+        y = base(rows)
+        gain = self.gain(base)
+        apart = self.inner.onto(y, rows).view(len(gain), -1, y.shape[-1])  # (K, N, O)
+        return Recomposed.apply(apart, gain, base.bias).to(y.dtype).view(*x.shape[:-1], -1)
 
     def delta(self, base: nn.Module) -> Tensor:
-        return self.gain(base)[:, :, None] * self.direction(base) - weight_of(base)
+        return self.gain(base)[:, :, None] * (weight_of(base) + self.inner.delta(base)) - weight_of(base)
 
     def merged(self, base: nn.Module, member: int) -> dict[str, Tensor]:
-        weight = self.gain(base)[member, :, None] * self.direction(base)[member]
+        weight = self.inner.direction(base, member).mul_(self.gain(base)[member, :, None])
         return {"weight": as_stored(base, weight)}
 
     @property
@@ -103,6 +103,9 @@ class Recomposed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor | None, None]:
         t, gain, bias = ctx.saved_tensors
+        if native.usable(t) and gain.dtype == torch.float32:
+            dt, dgain = native.regain(g.to(t.dtype), t, gain, bias)
+            return dt, dgain if ctx.needs_input_grad[1] else None, None
         dgain = None
         if ctx.needs_input_grad[1]:
             dgain = (t.to(g.dtype) * g).sum(1)

@@ -12,9 +12,12 @@ import functools
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from variants import native
 
 
 class Draw:
@@ -26,6 +29,7 @@ class Draw:
         self.micro_batch = 0
         self.calls: Counter[str] = Counter()
         self.rows: int | None = None  # rows of the model's input in this forward: members times batch
+        self.length: int | None = None  # tokens of a sequence, where only its first one is being computed
 
     def begin(self, step: int, micro_batch: int) -> None:
         self.step, self.micro_batch = step, micro_batch
@@ -38,6 +42,23 @@ class Draw:
         where = f"/{self.step}/{self.micro_batch}/{site}/{call}"
         digests = b"".join(hashlib.blake2b(f"{seed}{where}".encode(), digest_size=8).digest() for seed in self.seeds)
         return torch.frombuffer(bytearray(digests), dtype=torch.int32).view(-1, 2)
+
+    def dropping(self, site: str, x: Tensor, rate: float) -> "Dropping":
+        """The draw of the next call of `site`, whose input is x (..., features)."""
+        return Dropping(self.keys(site), rate, x.shape[-1] * (self.length or 1))
+
+    def first_tokens(self, length: int) -> contextlib.AbstractContextManager:
+        """While only the first of each sequence's `length` tokens is computed: it gets the draw it has among all of them."""
+
+        @contextlib.contextmanager
+        def first() -> Iterator[None]:
+            self.length = length
+            try:
+                yield
+            finally:
+                self.length = None
+
+        return first()
 
     def apart(self, site: str, x: Tensor) -> Tensor:
         """The members' rows of an input of `site`, (K, N, features).
@@ -68,14 +89,43 @@ class Draw:
         return contextlib.nullcontext(), again()
 
 
-def keep_mask(keys: Tensor, count: int, rate: float, device: torch.device) -> Tensor:
-    """Which of `count` elements of each member survive, (K, count) bool.
+@dataclass(frozen=True)
+class Dropping:
+    """Which elements of an input (K, N, F) are dropped: the draw's keys, and how positions run over its rows.
 
-    Args:
-        keys: (K, 2) int32, from `Draw.keys`.
-        rate: probability of being dropped, 0 <= rate < 1.
+    keys: (K, 2) int32, from `Draw.keys`.
+    rate: probability of being dropped, 0 < rate < 1.
+    pitch: positions from one row to the next; F, or more where only one row of several is computed.
     """
-    return _uniform(keys, count, device) >= _threshold(rate)
+
+    keys: Tensor
+    rate: float
+    pitch: int
+
+    @property
+    def threshold(self) -> int:
+        return _threshold(self.rate)
+
+    def factor(self, x: Tensor) -> Tensor:
+        """0, or 1/(1 - rate), for each element of x (K, N, F)."""
+        K, N, F = x.shape
+        if x.dtype == torch.float32:
+            # Made in integers as the bits of an fp32 number: on a CPU several times faster than to turn booleans into numbers.
+            factor = self._drawn(N, F, x.device).ge_(self.threshold).mul_(_bits(1 / (1 - self.rate))).view(torch.float32)
+        else:
+            factor = (self._drawn(N, F, x.device) >= self.threshold).to(x.dtype) * (1 / (1 - self.rate))
+        return factor.view(K, N, F)
+
+    def _drawn(self, rows: int, features: int, device: torch.device) -> Tensor:
+        positions = _positions(rows * self.pitch, device)
+        if self.pitch != features:
+            positions = positions.view(rows, self.pitch)[:, :features].reshape(-1)
+        return _uniform(self.keys.to(device), positions)
+
+
+def keep_mask(keys: Tensor, count: int, rate: float, device: torch.device) -> Tensor:
+    """Which of `count` elements of each member survive, (K, count) bool; see `Dropping` for `keys` and `rate`."""
+    return _uniform(keys.to(device), _positions(count, device)) >= _threshold(rate)
 
 
 def drop(x: Tensor, rate: float, draw: Draw, site: str) -> Tensor:
@@ -87,21 +137,38 @@ def drop(x: Tensor, rate: float, draw: Draw, site: str) -> Tensor:
     members = len(draw.seeds)
     if x.shape[0] % members:
         raise ValueError(f"dropout at {site} got {x.shape[0]} rows, which is no multiple of {members} members")
-    drawn = _uniform(draw.keys(site), x.numel() // members, x.device)
-    if x.dtype == torch.float32:
-        # 0 or 1/(1 - rate), made in integers as the bits of an fp32 number: on a CPU several times faster than to turn
-        # booleans into numbers.
-        factor = drawn.ge_(_threshold(rate)).mul_(_bits(1 / (1 - rate))).view(torch.float32)
-    else:
-        factor = (drawn >= _threshold(rate)).to(x.dtype) * (1 / (1 - rate))
-    return x * factor.view(x.shape)
+    rows = x.reshape(members, -1, x.shape[-1])  # (K, N, F)
+    dropping = draw.dropping(site, x, rate)
+    if native.usable(rows):
+        return NativeDrop.apply(rows, dropping).view(x.shape)
+    return (rows * dropping.factor(rows)).view(x.shape)
 
 
-def _uniform(keys: Tensor, count: int, device: torch.device) -> Tensor:
+class NativeDrop(torch.autograd.Function):
+    """x (K, N, F) with elements dropped, in one pass; the backward pass draws again instead of keeping the factors."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, dropping: Dropping) -> Tensor:
+        ctx.dropping = dropping
+        return native.drop(x, dropping)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
+        return native.drop(g, ctx.dropping), None
+
+
+def _uniform(keys: Tensor, positions: Tensor) -> Tensor:
     """(K, count) int32, each equally likely: ((mixed position) xor first key) times the second key made odd."""
-    keys = keys.to(device)
-    drawn = _mixed_positions(1 << max(count - 1, 1).bit_length(), device)[:count] ^ keys[:, :1]
-    return drawn.mul_(keys[:, 1:] | 1)
+    return (positions ^ keys[:, :1]).mul_(keys[:, 1:] | 1)
+
+
+def _threshold(rate: float) -> int:
+    """The least draw that survives."""
+    return min(round(rate * 2**32), 2**32 - 1) - 2**31
+
+
+def _positions(count: int, device: torch.device) -> Tensor:
+    return _mixed_positions(1 << max(count - 1, 1).bit_length(), device)[:count]
 
 
 @functools.lru_cache(maxsize=32)
@@ -112,11 +179,6 @@ def _mixed_positions(count: int, device: torch.device) -> Tensor:
         bits ^= (bits >> shift) & ((1 << (32 - shift)) - 1)
         bits *= multiplier
     return bits
-
-
-def _threshold(rate: float) -> int:
-    """The least draw that survives."""
-    return min(round(rate * 2**32), 2**32 - 1) - 2**31
 
 
 def _bits(number: float) -> int:

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from variants import native
 from variants.base import Adapter, Group, trained_dtype, weight_of
-from variants.dropout import Draw, drop
+from variants.dropout import Draw, Dropping, drop
 from variants.settings import nearest, per_member
 from variants.targets import is_conv1d, matches
 
@@ -54,30 +55,40 @@ class LowRank(nn.Module):
         """What multiplies each slot: s e, zero where a slot does not exist."""
         return self.slots * self.scale[:, None]
 
-    def onto(self, y: Tensor | None, x: Tensor) -> Float[Tensor, "K N O"]:
-        """y + update(x), or the update alone; y (..., O) and x (..., I) hold the members' rows one after the other."""
-        x = self._draw.apart(self.name, x)  # (K, N, I)
-        if self.training:
-            x = drop(x, self.dropout, self._draw, self.name)
+    def onto(self, y: Tensor, x: Tensor) -> Float[Tensor, "rows O"]:
+        """y + update(x), for y (rows, O) that nothing else needs and x (rows, I): the members' rows one after the other."""
+        draw, rate = self._draw, self.dropout if self.training else 0.0
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.A.dtype
-        y = None if y is None else self._draw.apart(self.name, y).to(dtype)
-        return LowRankProduct.apply(y, *(t.to(dtype) for t in (x, self.A, self.B, self.coefficients())))
+        x, y = x.to(dtype), y.to(dtype)
+        if native.usable(x, y) and self.A.dtype == torch.float32:
+            dropping = draw.dropping(self.name, x, rate) if rate and draw.step is not None else None
+            x = nn.functional.dropout(x, rate) if rate and dropping is None else x
+            return NativeProduct.apply(y, x, self.A, self.B, self.coefficients(), dropping)
+        x = drop(x, rate, draw, self.name)
+        apart = (t.view(len(draw.seeds), -1, t.shape[-1]) for t in (y, x))  # (K, N, O) and (K, N, I)
+        return LowRankProduct.apply(*apart, *(t.to(dtype) for t in (self.A, self.B, self.coefficients()))).view(y.shape)
 
-    def update(self, x: Tensor) -> Float[Tensor, "K N O"]:
-        """The change of the output, without the base's own part."""
-        return self.onto(None, x)
+    def rows(self, x: Tensor) -> Float[Tensor, "rows I"]:
+        """The input as rows, the members' one after the other; refused where it is not that."""
+        return self._draw.apart(self.name, x).flatten(0, 1)
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
-        y = base(x)
-        return self.onto(y, x).reshape(y.shape).to(y.dtype)
+        rows = self.rows(x)
+        y = base(rows)
+        return self.onto(y, rows).to(y.dtype).view(*x.shape[:-1], -1)
 
     def delta(self, base: nn.Module) -> Float[Tensor, "K O I"]:
         """The dense change of the weight."""
         return torch.bmm(self.B * self.coefficients()[:, None], self.A)
 
+    def direction(self, base: nn.Module, member: int) -> Float[Tensor, "O I"]:
+        """W + dW of one member, in one product."""
+        A, B = self.A[member], self.B[member] * self.coefficients()[member]
+        return torch.addmm(weight_of(base).to(A.dtype), B, A)
+
     def merged(self, base: nn.Module, member: int) -> dict[str, Tensor]:
-        return {"weight": as_stored(base, weight_of(base) + self.delta(base)[member])}
+        return {"weight": as_stored(base, self.direction(base, member))}
 
     def nominal(self) -> Tensor:
         return self.slots.sum(1).long()
@@ -98,17 +109,16 @@ class LowRank(nn.Module):
 class LowRankProduct(torch.autograd.Function):
     """y + ((x A^T) * c) B^T, with the products of the backward pass in the order in which thin matrices are fast.
 
-    Shapes: y (K, N, O) or None, x (K, N, I), A (K, R, I), B (K, O, R), c (K, R), all of one type.  Autograd's own order
+    Shapes: y (K, N, O), x (K, N, I), A (K, R, I), B (K, O, R), c (K, R), all of one type.  Autograd's own order
     for dB is g^T (x A^T c), a product with R columns; (x A^T c)^T g, with R rows, is the same and several times faster.
     """
 
     @staticmethod
-    def forward(ctx, y: Tensor | None, x: Tensor, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
+    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             z = torch.bmm(x, A.mT)  # (K, N, R)
             ctx.save_for_backward(x, A, B, c, z)
-            scaled = z * c[:, None]
-            return torch.bmm(scaled, B.mT) if y is None else torch.baddbmm(y, scaled, B.mT)
+            return torch.baddbmm(y, z * c[:, None], B.mT)
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -126,6 +136,38 @@ class LowRankProduct(torch.autograd.Function):
         if needs_x:
             dx = torch.bmm(dz, A)  # (K, N, I)
         return g if needs_y else None, dx, dA, dB, dc
+
+
+class NativeProduct(torch.autograd.Function):
+    """y + ((drop(x) A^T) * c) B^T by the compiled passes: dropout is drawn inside them, and y is changed in place.
+
+    Shapes: y (K*N, O) and x (K*N, I) of one type; A (K, R, I), B (K, O, R), c (K, R) in fp32, in which all sums are made.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, c: Tensor, dropping: Dropping | None) -> Tensor:
+        K = len(A)
+        Bt = B.mT.contiguous()  # (K, R, O)
+        z = native.dots(x.view(K, -1, x.shape[1]), A, dropping)  # (K, N, R)
+        scaled = z * c[:, None]
+        native.update_(y.view(K, -1, y.shape[1]), scaled, Bt)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, A, Bt, c, z, scaled)
+        ctx.dropping = dropping
+        return y
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, Bt, c, z, scaled = ctx.saved_tensors
+        needs_y, needs_x, needs_A, needs_B, needs_c, _ = ctx.needs_input_grad
+        rows = g.contiguous().view(len(A), -1, g.shape[1])  # (K, N, O)
+        dB = native.outer(rows, scaled, None, None)[0].mT if needs_B else None  # (K, O, R)
+        dz = native.dots(rows, Bt, None)  # (K, N, R), before c
+        dc = (dz * z).sum(1) if needs_c else None
+        dx = dA = None
+        if needs_A or needs_x:
+            dA, dx = native.outer(x.view(len(A), -1, x.shape[1]), dz * c[:, None], A if needs_x else None, ctx.dropping)
+        return g if needs_y else None, None if dx is None else dx.view(x.shape), dA, dB, dc, None
 
 
 def squared_row_norms(

@@ -1,0 +1,148 @@
+"""The CPU's compiled passes (native.c): built once with the machine's C compiler, and left out where there is none.
+
+Every function here has a plain version elsewhere that says what it computes (lowrank.LowRankProduct, dropout.drop,
+dora.Recomposed), takes over where `usable` says no, and is what the tests compare with.  RANKWISE_NATIVE=0 turns this off.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("native.c")
+# Sums may be reordered so that they vectorize; infinities and NaN keep their meaning, which divergence is found by.
+FLAGS = ["-O3", "-march=native", "-fPIC", "-fopenmp"]
+FLAGS += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
+SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
+
+
+class _Drop(ctypes.Structure):
+    _fields_ = [("keys", ctypes.c_void_p), ("threshold", ctypes.c_int32), ("scale", ctypes.c_float), ("pitch", ctypes.c_int64)]
+
+
+def usable(*tensors: Tensor | None) -> bool:
+    """Whether the compiled passes take these: on the CPU, all of one type of fp32 and bf16."""
+    given = [t for t in tensors if t is not None]
+    kind = given[0].dtype
+    return kind in SUFFIX and all(t.dtype == kind and t.device.type == "cpu" for t in given) and library() is not None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled passes; None where they are turned off or cannot be built, which `reason` then explains."""
+    try:
+        return _load()
+    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+        library.reason = " ".join(str(error).split())[:200]
+        return None
+
+
+library.reason = None
+
+
+def _load() -> ctypes.CDLL:
+    if os.environ.get("RANKWISE_NATIVE", "1") == "0":
+        raise RuntimeError("turned off by RANKWISE_NATIVE=0")
+    if not sys.platform.startswith("linux"):
+        raise RuntimeError(f"not built on {sys.platform}")
+    # torch's own OpenMP, so that there is one pool of threads: a second one would spin against the first.
+    maps = Path("/proc/self/maps").read_text().split()
+    threads = [path for path in dict.fromkeys(maps) if Path(path).name.startswith(("libgomp", "libiomp5"))]
+    if not threads:
+        raise RuntimeError("torch's OpenMP library was not found")
+    ctypes.CDLL(threads[0], mode=ctypes.RTLD_GLOBAL)
+    path = _built()
+    loaded = ctypes.CDLL(str(path))
+    for name in ("drop", "dots", "update", "outer", "regain"):
+        for suffix in SUFFIX.values():
+            getattr(loaded, name + suffix).restype = None
+    return loaded
+
+
+def _built() -> Path:
+    """The shared object for this source and this processor, compiled where it is not there yet."""
+    compiler = os.environ.get("CC", "cc")
+    processor = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith(("flags", "Features"))), "")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
+    parts = [SOURCE.read_text(), " ".join(FLAGS), version, processor, platform.machine()]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankwise" / "native"
+    path = cache / f"{digest}.so"
+    if not path.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            step = {"check": True, "capture_output": True, "text": True, "timeout": 120}
+            subprocess.run([compiler, *FLAGS, "-c", str(SOURCE), "-o", f"{folder}/native.o"], **step)
+            # Linked without -fopenmp: its symbols are torch's, loaded above.
+            subprocess.run([compiler, "-shared", f"{folder}/native.o", "-o", f"{folder}/native.so"], **step)
+            os.replace(f"{folder}/native.so", path)
+    return path
+
+
+def _call(name: str, kind: torch.dtype, *arguments: Tensor | _Drop | int | None) -> None:
+    """Calls a routine; tensors go as addresses, numbers as 64 bits, the number of threads last."""
+    passed = [
+        ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor)
+        else ctypes.byref(a) if isinstance(a, _Drop)
+        else ctypes.c_void_p(None) if a is None
+        else ctypes.c_int64(a)
+        for a in arguments
+    ]  # fmt: skip
+    getattr(library(), name + SUFFIX[kind])(*passed, ctypes.c_int(torch.get_num_threads()))
+
+
+def _structure(dropping: Any) -> _Drop:
+    """A dropout.Dropping, or None, as the compiled passes take it."""
+    if dropping is None:
+        return _Drop(None, 0, 1.0, 0)
+    return _Drop(dropping.keys.data_ptr(), dropping.threshold, 1 / (1 - dropping.rate), dropping.pitch)
+
+
+def drop(x: Tensor, dropping: Any) -> Tensor:
+    """x (K, N, F) with elements dropped; `dropping` is a dropout.Dropping, here and below."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _call("drop", x.dtype, y, x, _structure(dropping), *x.shape)
+    return y
+
+
+def dots(x: Tensor, M: Tensor, dropping: Any) -> Tensor:
+    """(K, N, R) fp32: drop(x) M^T for x (K, N, F), M (K, R, F) fp32."""
+    K, N, F = x.shape
+    z = torch.empty(K, N, M.shape[1])
+    _call("dots", x.dtype, z, x.contiguous(), M.contiguous(), _structure(dropping), K, N, F, M.shape[1])
+    return z
+
+
+def update_(y: Tensor, z: Tensor, M: Tensor) -> None:
+    """y += z M in place, for y (K, N, F) dense, z (K, N, R) and M (K, R, F) fp32."""
+    K, N, F = y.shape
+    _call("update", y.dtype, y, z.contiguous(), M.contiguous(), K, N, F, M.shape[1])
+
+
+def outer(x: Tensor, z: Tensor, M: Tensor | None, dropping: Any) -> tuple[Tensor, Tensor | None]:
+    """(K, R, F) fp32: z^T drop(x); and, where M (K, R, F) is given, z M dropped in the same places (K, N, F)."""
+    K, N, F = x.shape
+    x = x.contiguous()
+    dM, dx = torch.empty(K, z.shape[2], F), None if M is None else torch.empty_like(x)
+    M = None if M is None else M.contiguous()
+    _call("outer", x.dtype, dM, dx, x, z.contiguous(), M, _structure(dropping), K, N, F, z.shape[2])
+    return dM, dx
+
+
+def regain(g: Tensor, t: Tensor, gain: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """g * gain (K, N, F), and the sum over rows of (t - bias) * g (K, F) fp32."""
+    K, N, F = t.shape
+    g, t = g.contiguous(), t.contiguous()
+    dt, dgain = torch.empty_like(t), torch.empty(K, F)
+    _call("regain", t.dtype, dt, dgain, g, t, gain.contiguous(), bias, K, N, F)
+    return dt, dgain
