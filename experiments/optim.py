@@ -1,7 +1,7 @@
 """AdamW for K members at once: each with its own rate, its own step count, its own clipping.
 
 The mathematics is torch.optim.AdamW's (Loshchilov & Hutter 2019, alg. 2); what is added is the leading member axis of
-every parameter.  For one member it is torch's fused step itself.
+every parameter.  The step itself is torch's fused one, member by member.
 """
 
 import math
@@ -35,7 +35,7 @@ class MemberAdamW:
         self.first = [torch.zeros_like(p) for p in self.params]
         self.second = [torch.zeros_like(p) for p in self.params]
         self.taken = torch.zeros_like(learning_rates)  # (K,) steps that each member has taken
-        self._counters = [torch.zeros((), dtype=torch.float32, device=p.device) for p in self.params]
+        self._counters = {p.device: torch.zeros((), dtype=torch.float32, device=p.device) for p in self.params}
 
     @torch.no_grad()
     def gradient_norms(self) -> Tensor:
@@ -53,9 +53,12 @@ class MemberAdamW:
         factor = (limit / (norms + 1e-6)).clamp(max=1.0)
         if bool((factor == 1).all()):
             return
-        for p in self.params:
-            if p.grad is not None:
-                p.grad.mul_(_along_members(factor.to(p.grad.dtype), p))
+        gradients = [p.grad for p in self.params if p.grad is not None]
+        if len(factor) == 1:
+            torch._foreach_mul_(gradients, factor.item())
+            return
+        for gradient in gradients:
+            gradient.mul_(_along_members(factor.to(gradient.dtype), gradient))
 
     @torch.no_grad()
     def step(self, factor: float, taken: Tensor | None = None) -> None:
@@ -64,51 +67,56 @@ class MemberAdamW:
         if not everyone and not bool(taken.any()):
             return
         self.taken += 1 if everyone else taken.to(self.taken)
+        if self._is_fusable():
+            self._step_fused(factor, range(len(self.taken)) if everyone else taken.nonzero()[:, 0].tolist())
+            return
         before = None if everyone else [[t.clone() for t in ts] for ts in (self.params, self.first, self.second)]
-        if self._is_plain():
-            self._step_one(factor)
-        else:
-            self._step_members(factor)
+        self._step_elementwise(factor)
         if before is not None:
             for news, olds in zip((self.params, self.first, self.second), before, strict=True):
                 for new, old in zip(news, olds, strict=True):
                     new[~taken] = old[~taken]
 
-    def _is_plain(self) -> bool:
-        """One member whose rates are one number for each group."""
-        scales = (g.lr_scale for g in self.groups)
-        return len(self.learning_rates) == 1 and all(s.numel() == 1 for s in scales if isinstance(s, Tensor))
+    def _is_fusable(self) -> bool:
+        """The rates of a member are one number for each group."""
+        return all(s.dim() < 2 for s in (g.lr_scale for g in self.groups) if isinstance(s, Tensor))
 
-    def _step_one(self, factor: float) -> None:
-        rate = factor * self.learning_rates.item()
-        done = self.taken.item()  # the step now being taken is counted in it
+    def _step_fused(self, factor: float, members: Sequence[int]) -> None:
+        """torch's fused step over the slices of one member after the other: one pass over the memory, few launches."""
+        rates, done = (factor * self.learning_rates).tolist(), self.taken.tolist()
         at = 0
         for group in self.groups:
             some = [i for i in range(at, at + len(group.params)) if self.params[i].grad is not None]
             at += len(group.params)
             if not some:
                 continue
-            for i in some:
-                self._counters[i].fill_(done)
-            torch._fused_adamw_(
+            scale = torch.as_tensor(group.lr_scale).expand(len(rates)).tolist()
+            whole = [
                 [self.params[i] for i in some],
                 [self.params[i].grad for i in some],
                 [self.first[i] for i in some],
                 [self.second[i] for i in some],
-                [],
-                [self._counters[i] for i in some],
-                lr=rate * float(group.lr_scale),
-                beta1=self.betas[0],
-                beta2=self.betas[1],
-                weight_decay=self.weight_decay * group.weight_decay,
-                eps=self.epsilon,
-                amsgrad=False,
-                maximize=False,
-            )
+            ]
+            slices = [] if len(rates) == 1 else [[tensor.unbind(0) for tensor in tensors] for tensors in whole]
+            for k in members:
+                counter = self._counters[self.params[some[0]].device].fill_(done[k])  # the step being taken is counted in it
+                torch._fused_adamw_(
+                    *(whole if len(rates) == 1 else [[parts[k] for parts in tensors] for tensors in slices]),
+                    [],
+                    [counter] * len(some),
+                    lr=rates[k] * scale[k],
+                    beta1=self.betas[0],
+                    beta2=self.betas[1],
+                    weight_decay=self.weight_decay * group.weight_decay,
+                    eps=self.epsilon,
+                    amsgrad=False,
+                    maximize=False,
+                )
             # The fused step tells no version counter that it wrote, and DoRA keeps its norm for as long as those stand still.
             torch.autograd.graph.increment_version([self.params[i] for i in some])
 
-    def _step_members(self, factor: float) -> None:
+    def _step_elementwise(self, factor: float) -> None:
+        """The same for rates that differ within a member's tensor."""
         beta1, beta2 = self.betas
         steps = self.taken.clamp_min(1)
         at = 0

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from variants import initialization
 from variants.allocation import Sensitivity, cubic_budget, keep_top
@@ -77,6 +78,7 @@ class AdaLoRA(LowRankAdapter):
 
     def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None:
         super()._insert(model, names, head)
+        self.loaded(total_steps=None)
         initial, target = self.totals()
         for start, end in zip(initial, target, strict=True):
             if end > start:
@@ -87,12 +89,12 @@ class AdaLoRA(LowRankAdapter):
                 )
         self.importance = Sensitivity(self._tensors(), self.settings.beta1, self.settings.beta2).to(self.device)
         self._steps_driven = 0
-        self.loaded(total_steps=None)
 
     def loaded(self, total_steps: int | None) -> None:
         """Takes note that the tensors were set from outside, by a start or a file, which is no training."""
         self.total_steps = total_steps
         self._undriven_version = [t.E._version for t in self.triplets()]
+        self._totals: tuple[list[int], list[int]] | None = None  # slots are what a file may change too
 
     def load_state_dict(self, *args, **kwargs):
         result = super().load_state_dict(*args, **kwargs)
@@ -105,24 +107,20 @@ class AdaLoRA(LowRankAdapter):
 
     def totals(self) -> tuple[list[int], list[int]]:
         """For each member, triplets at the start and at the end, over all sites."""
-        initial = torch.stack([t.slots.sum(1) for t in self.triplets()]).sum(0).long().tolist()
-        target = per_member(self.settings.target_rank, self.members, "target_rank")
-        return initial, [rank * len(self.triplets()) for rank in target]
+        if self._totals is None:
+            initial = torch.stack([t.slots.sum(1) for t in self.triplets()]).sum(0).long().tolist()
+            target = per_member(self.settings.target_rank, self.members, "target_rank")
+            self._totals = initial, [rank * len(self.triplets()) for rank in target]
+        return self._totals
 
     def penalty(self, step: Step) -> Tensor:
         """(K,): gamma R(P, Q), eq. (4); in the release's form the mean over all matrices of |M M^T - I|, not squared."""
-        matrices = [m for t in self.triplets() for m in ((t.A, t.slots), (t.B.mT, t.slots))]
-        groups: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        for matrix, slots in matrices:
-            groups.setdefault(tuple(matrix.shape[1:]), []).append((matrix, slots))
-        total = 0.0
-        for group in groups.values():  # matrices of one shape in one product
-            M = torch.cat([matrix for matrix, _ in group])  # (G*K, R, features)
-            gap = M @ M.mT - torch.diag_embed(torch.cat([slots for _, slots in group]))
-            norms = torch.linalg.vector_norm(gap, dim=(1, 2)).view(len(group), self.members)
-            total = total + (norms if self.settings.penalty_form == "release" else norms.square()).sum(0)
-        if self.settings.penalty_form == "release":
-            total = total / len(matrices)
+        triplets = self.triplets()
+        is_paper = self.settings.penalty_form == "paper"
+        slots = [t.slots for t in triplets for _ in "AB"]
+        total = Orthogonality.apply(is_paper, slots, *(m for t in triplets for m in (t.A, t.B.mT)))
+        if not is_paper:
+            total = total / len(slots)
         weight = per_member(self.settings.orthogonality, self.members, "orthogonality")
         return total * torch.tensor(weight, dtype=total.dtype, device=total.device)
 
@@ -163,7 +161,7 @@ class AdaLoRA(LowRankAdapter):
 
     def _allocate(self, step: Step) -> None:
         triplets = self.triplets()
-        slots = torch.cat([t.slots.bool() for t in triplets], 1)  # (K, S)
+        slots = torch.cat([t.slots for t in triplets], 1).bool()  # (K, S)
         kept = keep_top(torch.cat(self.triplet_scores(), 1), slots, self.budget(step))
         for t, keep in zip(triplets, kept.split([t.slots.shape[1] for t in triplets], 1), strict=True):
             t.kept.copy_(keep)
@@ -171,8 +169,8 @@ class AdaLoRA(LowRankAdapter):
 
     def triplet_scores(self) -> list[Tensor]:
         """(K, R) of each site: s(E) + mean of s over the row of A + mean of s over the column of B, eq. (7)."""
-        score = self.importance.score
-        return [score(3 * i + 2) + score(3 * i).mean(2) + score(3 * i + 1).mean(1) for i in range(len(self.triplets()))]
+        scores = self.importance.scores()
+        return [E + A.mean(2) + B.mean(1) for A, B, E in zip(scores[::3], scores[1::3], scores[2::3], strict=True)]
 
     def ranks(self) -> dict[str, Tensor]:
         self.warn_if_undriven()
@@ -190,6 +188,37 @@ class AdaLoRA(LowRankAdapter):
 
     def _tensors(self) -> list[nn.Parameter]:
         return [p for t in self.triplets() for p in (t.A, t.B, t.E)]
+
+
+class Orthogonality(torch.autograd.Function):
+    """(K,): the sum over matrices M (K, R, F) of |M M^T - I|, squared if `is_paper`; I has ones where a slot exists.
+
+    Matrices of one shape are taken in one product.  The gradient, 2 (M M^T - I) M over the norm (or times two, if squared), is
+    made along with the value: both need the same gap.
+    """
+
+    @staticmethod
+    def forward(ctx, is_paper: bool, slots: Sequence[Tensor], *matrices: Tensor) -> Tensor:
+        shapes: dict[torch.Size, list[int]] = {}
+        for index, matrix in enumerate(matrices):
+            shapes.setdefault(matrix.shape, []).append(index)
+        total, ctx.gradients = 0.0, [None] * len(matrices)
+        for indices in shapes.values():
+            M = torch.stack([matrices[i] for i in indices]).flatten(0, 1)  # (G*K, R, F)
+            gap = M @ M.mT
+            gap.diagonal(dim1=1, dim2=2).sub_(torch.stack([slots[i] for i in indices]).flatten(0, 1))
+            norms = torch.linalg.vector_norm(gap, dim=(1, 2))  # (G*K,)
+            factor = 4.0 if is_paper else (2 / norms).masked_fill(norms == 0, 0.0)[:, None, None]
+            gradients = (gap @ M).mul_(factor).unflatten(0, (len(indices), -1))
+            for i, gradient in zip(indices, gradients.unbind(0), strict=True):
+                ctx.gradients[i] = gradient
+            total = total + (norms.square() if is_paper else norms).view(len(indices), -1).sum(0)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(gradient * g[:, None, None] for gradient in ctx.gradients)
 
 
 def check_phases(warmup_steps: int, final_steps: int, total: int) -> None:

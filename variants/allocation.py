@@ -46,35 +46,50 @@ class Sensitivity(nn.Module):
     """
 
     def __init__(self, tensors: Sequence[nn.Parameter], beta1: float, beta2: float):
+        """
+        Args:
+            tensors: (K, ...) each; their elements lie one after the other in the averages, (K, P).
+        """
         super().__init__()
         self.beta1, self.beta2 = beta1, beta2
-        for index, tensor in enumerate(tensors):
-            self.register_buffer(f"smoothed_{index}", torch.zeros_like(tensor))
-            self.register_buffer(f"uncertainty_{index}", torch.zeros_like(tensor))
+        self.shapes = [tensor.shape for tensor in tensors]
+        flat = torch.cat([torch.zeros_like(tensor).flatten(1) for tensor in tensors], 1)
+        self.sizes = [shape[1:].numel() for shape in self.shapes]
+        self.register_buffer("all_smoothed", flat)
+        self.register_buffer("all_uncertainty", flat.clone())
 
     @torch.no_grad()
     def update(self, tensors: Sequence[nn.Parameter], counted: Bool[Tensor, " K"]) -> None:
         """One step.  A tensor without a gradient keeps its averages, and so does a member that is not counted."""
-        active = [index for index, tensor in enumerate(tensors) if tensor.grad is not None]
-        gradients = [tensors[index].grad for index in active]
-        finite = torch.stack([g.flatten(1).sum(1) for g in gradients]).sum(0).isfinite() & counted  # (K,)
-        now = torch._foreach_mul([tensors[index].detach() for index in active], gradients)
-        torch._foreach_abs_(now)
-        for value in now:
-            value.nan_to_num_(0.0, 0.0, 0.0)
-        smoothed = [self.smoothed(index) for index in active]
-        uncertainty = [self.uncertainty(index) for index in active]
-        for value, mean, spread in zip(now, smoothed, uncertainty, strict=True):
-            weight = finite.view(-1, *[1] * (value.dim() - 1)).to(value.dtype)  # 0 for a member that does not count
-            mean.lerp_(value, (1 - self.beta1) * weight)
-            spread.lerp_((value - mean).abs_(), (1 - self.beta2) * weight)
+        active = [tensor for tensor in tensors if tensor.grad is not None]
+        now = torch.cat([(tensor * tensor.grad).flatten(1) for tensor in active], 1).abs_()  # (K, P)
+        finite = now.amax(1).isfinite() & counted  # (K,)
+        now.nan_to_num_(0.0, 0.0, 0.0)
+        smoothed, uncertainty = self.all_smoothed, self.all_uncertainty
+        missing = len(active) < len(tensors)
+        if missing:
+            has = torch.tensor([tensor.grad is not None for tensor in tensors], device=now.device)
+            chosen = has.repeat_interleave(torch.tensor(self.sizes, device=now.device))  # (P,)
+            smoothed, uncertainty = smoothed[:, chosen], uncertainty[:, chosen]
+        weight = finite[:, None].to(now.dtype)  # 0 for a member that does not count
+        smoothed.lerp_(now, (1 - self.beta1) * weight)
+        uncertainty.lerp_(now.sub_(smoothed).abs_(), (1 - self.beta2) * weight)
+        if missing:
+            self.all_smoothed[:, chosen], self.all_uncertainty[:, chosen] = smoothed, uncertainty
+
+    def scores(self) -> list[Tensor]:
+        """s of every element, in the tensors' shapes."""
+        return self._parts(self.all_smoothed * self.all_uncertainty)
 
     def smoothed(self, index: int) -> Tensor:
-        return self.get_buffer(f"smoothed_{index}")
+        return self._parts(self.all_smoothed)[index]
 
     def uncertainty(self, index: int) -> Tensor:
-        return self.get_buffer(f"uncertainty_{index}")
+        return self._parts(self.all_uncertainty)[index]
 
     def score(self, index: int) -> Tensor:
         """s of every element of tensor `index`."""
-        return self.smoothed(index) * self.uncertainty(index)
+        return self.scores()[index]
+
+    def _parts(self, flat: Tensor) -> list[Tensor]:
+        return [part.view(shape) for part, shape in zip(flat.split(self.sizes, 1), self.shapes, strict=True)]
