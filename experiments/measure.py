@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from variants import native
+
 PACKAGES = ("rankwise", "torch", "transformers", "numpy", "tokenizers", "safetensors")
 
 
@@ -103,6 +105,7 @@ def versions() -> dict[str, str]:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
+    found["cpu passes"] = "plain" if native.library() is None else "compiled"
     return found
 
 

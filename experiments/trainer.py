@@ -28,11 +28,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import variants
-from experiments import measure, models, objective
+from experiments import first_token, measure, models, objective
 from experiments.config import Training
 from experiments.optim import MemberAdamW, schedule_factor
 from experiments.tasks.common import Encoded, Task, Undefined, batches, collate, evaluation_batches
-from variants.base import Adapter, Step
+from variants.base import Adapter, CannotMerge, Step
 from variants.settings import Settings, method
 
 
@@ -102,6 +102,7 @@ class Trainer:
         self.model, self.tokenizer, self.info = models.load(pack.model, pack.task, precision, str(pack.device))
         settings = pack.settings.model_dump(exclude_unset=True)
         self.adapter: Adapter = variants.create(pack.method, members=pack.members, seeds=list(pack.seeds), **settings)
+        first_token.only(self.model, self.adapter.draw)
         self.adapter.attach(self.model, pack.targets, head=self.info.heads)
         if training.gradient_checkpointing:
             keyed = {"use_reentrant": False, "context_fn": self.adapter.draw.recompute_contexts}
@@ -244,24 +245,54 @@ class Trainer:
         kept = np.zeros((K, len(encoded.ids) if by_token else len(encoded)), np.float64 if kind == "regression" else np.int64)
         finite = torch.ones(K, dtype=torch.bool, device=pack.device)
         self.model.eval()
-        for rows, length in evaluation_batches(encoded, pack.training.evaluation_batch_size):
-            batch = self._tensors(collate(encoded, rows, length, self.pad))
-            batch.pop("labels")
-            mask = batch["attention_mask"].bool().cpu().numpy()
-            self.adapter.begin(Step(max(self.step, 1), self.total), training=False)
-            with self._autocast():
-                logits = self.model(**self.adapter.prepare({k: v.repeat(K, 1) for k, v in batch.items()})).logits
+        plan = evaluation_batches(encoded, pack.training.evaluation_batch_size)
+        for (rows, length), logits in zip(plan, self._evaluation_logits(encoded, plan), strict=True):
             finite &= logits.isfinite().view(K, -1).all(1)
             found = objective.predictions(kind, logits).view(K, len(rows), *logits.shape[1:-1]).cpu().numpy()
             if by_token:
-                flat = (encoded.offsets[rows][:, None] + np.arange(length))[mask]
-                kept[:, flat] = found[:, mask]
+                mask = np.arange(length) < encoded.lengths[rows][:, None]
+                kept[:, (encoded.offsets[rows][:, None] + np.arange(length))[mask]] = found[:, mask]
             else:
                 kept[:, rows] = found
-            self.progress(K * len(rows) / 3)  # a forward pass alone costs about a third of a step
         offsets = encoded.offsets if by_token else None
         infinite = Undefined("collapsed", "the model's outputs are not finite numbers")
         return [self._score(kept[k], encoded.labels, offsets) if finite[k] else infinite for k in range(K)]
+
+    def _evaluation_logits(self, encoded: Encoded, plan: Sequence[tuple[np.ndarray, int]]) -> Iterator[Tensor]:
+        """For each batch of the plan the logits of every member, (K*N, ...).
+
+        Members cannot share an evaluation as they share a training step, because their activations differ from the first
+        adapted layer on.  On a CPU they are therefore merged into the model's weights one by one, each of which then costs
+        what the bare model costs.  A GPU would wait for the launches of small batches, and a 16-bit weight would round small
+        updates away: there the whole pack is evaluated, its rows repeated.
+        """
+        pack = self.pack
+        if pack.device.type == "cpu" and pack.precision == "fp32" and self.adapter.mergeable:
+            found: list[list[Tensor]] = [[] for _ in plan]
+            try:
+                for member in range(pack.members):
+                    self.adapter.merge(member)
+                    try:
+                        for batch, logits in enumerate(self._forward(encoded, plan, 1)):
+                            found[batch].append(logits)
+                    finally:
+                        self.adapter.unmerge()
+            except CannotMerge:
+                pass
+            else:
+                yield from map(torch.cat, found)
+                return
+        yield from self._forward(encoded, plan, pack.members)
+
+    def _forward(self, encoded: Encoded, plan: Sequence[tuple[np.ndarray, int]], members: int) -> Iterator[Tensor]:
+        """The model's logits for each batch of the plan, its rows repeated for so many members."""
+        for rows, length in plan:
+            batch = self._tensors(collate(encoded, rows, length, self.pad))
+            batch.pop("labels")
+            self.adapter.begin(Step(max(self.step, 1), self.total), training=False)
+            with self._autocast():
+                yield self.model(**self.adapter.prepare({k: v.repeat(members, 1) for k, v in batch.items()})).logits
+            self.progress(members * len(rows) / 3)  # a forward pass alone costs about a third of a step
 
     def _score(self, predicted: np.ndarray, labels: np.ndarray, offsets: np.ndarray | None) -> dict[str, float] | Undefined:
         try:

@@ -24,6 +24,10 @@ class NotPackable(ValueError):
     """This model or method cannot train several members at once; run its members with K = 1."""
 
 
+class CannotMerge(ValueError):
+    """A weight that the adapter changes is also used elsewhere, unchanged."""
+
+
 @dataclass(frozen=True)
 class Step:
     """Where training is.
@@ -319,7 +323,8 @@ class Adapter(nn.Module):
         """Writes one member into the model's own weights, and takes the sites out of the way until `unmerge`.
 
         Raises:
-            ValueError: a weight that is also used elsewhere (tied), a member that does not exist, or merged already.
+            CannotMerge: a weight that is also used elsewhere (tied).
+            ValueError: a member that does not exist, or merged already.
         """
         if not 0 <= member < self.members:
             raise ValueError(f"member = {member}: there are {self.members}, counted from 0")
@@ -333,21 +338,21 @@ class Adapter(nn.Module):
                 old = getattr(module.base, key)
                 shared = places[id(old)] - {f"{name}.base.{key}"}
                 if shared:
-                    raise ValueError(
+                    raise CannotMerge(
                         f"{name}.{key} is tied to {sorted(shared)[0]}: merging would change that too; untie it first"
                     )
                 news.append((old, value))
         for old, value in news:  # only after every check: merged whole or not at all
-            self._surgery.kept.append((old, old.detach().clone()))
-            old.copy_(value)
+            self._surgery.kept.append((old, old.data))
+            old.data = value.to(old.dtype).contiguous()
         for _, module in adapted:
             module.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Restores the weights that `merge` changed, from the kept copies, bit for bit."""
+        """Restores the weights that `merge` changed, which it set aside, bit for bit."""
         for tensor, value in self._surgery.kept:
-            tensor.copy_(value)
+            tensor.data = value
         self._surgery.kept.clear()
         for module in self.model.modules():
             if isinstance(module, Adapted):
@@ -415,7 +420,7 @@ class HeadSite(nn.Module):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def merged(self, base: nn.Module, member: int) -> dict[str, Tensor]:
-        return {key: value[member] for key, value in self.named_parameters()}
+        return {key: value[member].clone() for key, value in self.named_parameters()}
 
 
 def make_head(name: str, module: nn.Module, draw: Draw) -> HeadSite:
@@ -446,7 +451,7 @@ class _Surgery:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.kept: list[tuple[Tensor, Tensor]] = []  # (weight, its copy from before a merge)
+        self.kept: list[tuple[Tensor, Tensor]] = []  # (weight, its values from before a merge)
         self.silenced: list[str] = []  # attention dropout given as a number, which no module draws
         self._undo: list[Any] = []
 

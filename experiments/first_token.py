@@ -1,0 +1,67 @@
+"""A sequence classifier of BERT's family reads the first token of its last layer, so that layer computes no other.
+
+Keys and values of the last layer still come from every token; its query, its attention, its feed-forward block and all
+that an adapter adds to them come from the first alone.  The logits are the same and so is every dropout draw.  It saves
+seven ninths of a layer of BERT's shape: 13 % of the products of a model with 6 layers, 6 % with 12.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from variants.dropout import Draw
+
+# Their heads read hidden_states[:, 0], and their layers have one form.
+FAMILIES = ("BertForSequenceClassification", "RobertaForSequenceClassification", "XLMRobertaForSequenceClassification")
+
+
+def only(model: nn.Module, draw: Draw) -> bool:
+    """Lets the last layer of `model` compute its first token alone, where that gives the same logits; says whether.
+
+    Args:
+        model: in evaluation mode, without an adapter yet.
+        draw: of the adapter that will be attached.
+    """
+    config = getattr(model, "config", None)
+    if type(model).__name__ not in FAMILIES or config._attn_implementation != "sdpa" or config.is_decoder:
+        return False
+    layer = model.base_model.encoder.layer[-1]
+    before = _example(model)
+    layer.forward = functools.partial(_first_token, layer, draw)
+    try:
+        tolerance = 1e-3 if before.dtype in (torch.float32, torch.float64) else 1e-1
+        same = torch.allclose(_example(model), before, rtol=tolerance, atol=tolerance)
+    except (TypeError, AttributeError, RuntimeError, ValueError):  # a layer of another form than the one known here
+        same = False
+    if not same:
+        del layer.forward
+    return same
+
+
+def _first_token(layer: Any, draw: Draw, hidden: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """The layer's output at the first token, (B, 1, H), from hidden (B, L, H)."""
+    attention = layer.attention.self
+    first, mask = hidden[:, :1], None if attention_mask is None else attention_mask[:, :, :1]
+
+    def heads(x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], -1, attention.attention_head_size).transpose(1, 2)  # (B, heads, tokens, size)
+
+    key, value = heads(attention.key(hidden)), heads(attention.value(hidden))
+    with draw.first_tokens(hidden.shape[1]):
+        query = heads(attention.query(first))
+        rate = attention.dropout.p if attention.training else 0.0
+        context = F.scaled_dot_product_attention(query, key, value, mask, rate, scale=attention.scaling)
+        attended = layer.attention.output(context.transpose(1, 2).flatten(2), first)
+        return layer.output(layer.intermediate(attended), attended)
+
+
+@torch.no_grad()
+def _example(model: nn.Module) -> Tensor:
+    """The logits of two short rows, the second one padded."""
+    ids = torch.arange(1, 13, device=model.device).view(2, 6) + model.config.pad_token_id
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    return model(input_ids=ids, attention_mask=mask).logits
