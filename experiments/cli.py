@@ -4,12 +4,14 @@ Exit codes: 0 all completed, 1 some run failed, 2 the user can mend it (one clea
 Settings are checked before torch is imported, so that help and refusals answer within a second.
 """
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -137,6 +139,59 @@ def ranks(
     print(tables.rank_json(path) if as_json else tables.rank_table(path).text())
 
 
+@app.command()
+def bench(
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON to FILE.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for bench.json, bench.md and figures.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Packed throughput, a study, and a Llama shape too.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.  [default: what torch takes]")] = None,
+    cases: Annotated[str | None, typer.Option(help="Only these, as in 'train/dora/*'.")] = None,
+    repetitions: Annotated[int | None, typer.Option(help="Timed rounds, instead of each case's own number.")] = None,
+) -> None:
+    """Time our steps beside PEFT's and beside the frozen model's floor."""
+    from experiments.bench import cases as known
+
+    chosen = known.select(cases, full)
+    known.positive("--threads", threads)
+    known.positive("--repetitions", repetitions)
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ValueError(f"--json {json_file}: the folder {json_file.parent} is not there; make it, or name another")
+    if json_file is not None and json_file.is_dir():
+        raise ValueError(f"--json {json_file}: this is a folder; name a file")
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: this is a file; name a folder")
+    known.check_peft()
+
+    with _progress() as bar, _nothing_kept_if_interrupted():
+        bar.say("bench: loading torch and models ...")
+        if _others_compute():
+            bar.warn("note: another program is computing on this machine; trust the ratios more than the times")
+            os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as in compare
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts memory, tells of every start
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what a study sets on a GPU
+        import torch
+
+        from experiments import measure
+        from experiments.bench.run import Bench
+        from experiments.trainer import write_json
+
+        where = measure.device(device)
+        measure.keep_freed_memory()
+        if threads is not None:
+            torch.set_num_threads(threads)
+        bar.start(len(chosen))
+        found = Bench(known.plan(where.type), where, chosen, repetitions, bar.warn, bar.advance).run()
+        if json_file is not None:
+            write_json(json_file, found)
+    from reports import speed
+
+    print(speed.text(found, shutil.get_terminal_size((120, 24)).columns))
+    if out is not None:
+        print(f"report: {speed.write(found, out)}")
+
+
 @app.command(name="list")
 def list_(as_json: Json = False) -> None:
     """List the methods, models, tasks and studies there are."""
@@ -232,6 +287,16 @@ def _others_compute() -> bool:
 def _first_comment(path: Path) -> str:
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+@contextlib.contextmanager
+def _nothing_kept_if_interrupted() -> Iterator[None]:
+    """Says so; what `main` says of an interrupt is about runs, which are kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing was written")
+        raise SystemExit(130) from None
 
 
 def _complain(text: str) -> None:

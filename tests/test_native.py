@@ -75,6 +75,19 @@ def test_the_same_elements_are_dropped_bit_for_bit(dtype, tokens):
 
 
 @needed
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_the_gain_is_the_plain_one_and_leaves_the_bias_alone(has_bias, dtype, tolerance):
+    K, N, O = 3, 7, 70
+    t, gain, bias = random(K, N, O, seed=0, dtype=dtype), random(K, O, seed=1), random(O, seed=2) if has_bias else None
+    expected = gain[:, None] * t if bias is None else gain[:, None] * (t - bias) + bias
+    narrow, wide = Recomposed.apply(t, gain, bias, True), Recomposed.apply(t, gain, bias)
+    assert narrow.dtype == dtype and wide.dtype == torch.float32
+    torch.testing.assert_close(narrow.float(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(wide, expected, rtol=1e-5, atol=1e-5)
+
+
+@needed
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_the_gain_s_gradients_are_the_plain_ones(has_bias):
     K, N, O = 3, 7, 70

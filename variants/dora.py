@@ -55,7 +55,7 @@ class Decomposed(nn.Module):
         y = base(rows)
         gain = self.gain(base)
         apart = self.inner.onto(y, rows).view(len(gain), -1, y.shape[-1])  # (K, N, O)
-        return Recomposed.apply(apart, gain, base.bias).to(y.dtype).view(*x.shape[:-1], -1)
+        return Recomposed.apply(apart, gain, base.bias, True).to(y.dtype).view(*x.shape[:-1], -1)
 
     def delta(self, base: nn.Module) -> Tensor:
         return self.gain(base)[:, :, None] * (weight_of(base) + self.inner.delta(base)) - weight_of(base)
@@ -88,30 +88,33 @@ class Decomposed(nn.Module):
 class Recomposed(torch.autograd.Function):
     """gain * (t - b) + b for t (K, N, O), gain (K, O) and the frozen bias b (O,) or None, in one pass over t.
 
-    t holds the bias already, which the gain must not scale.
+    t holds the bias already, which the gain must not scale.  The result has the gain's precision, or, if `narrow`, may be
+    rounded to that of t.
     """
 
     @staticmethod
-    def forward(ctx, t: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx, t: Tensor, gain: Tensor, bias: Tensor | None, narrow: bool = False) -> Tensor:
         # The gain stays in its own precision: it lies near 1, where bf16 knows steps of 1/128.
         bias = None if bias is None else bias.to(gain.dtype)
         ctx.save_for_backward(t, gain, bias)
+        if native.usable(t) and gain.dtype == torch.float32 and (narrow or t.dtype == gain.dtype):
+            return native.gain(t, gain, bias)
         factor = gain[:, None]  # (K, 1, O)
         wide = t.to(gain.dtype)
         return wide * factor if bias is None else torch.addcmul((1 - factor) * bias, wide, factor)
 
     @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         t, gain, bias = ctx.saved_tensors
         if native.usable(t) and gain.dtype == torch.float32:
             dt, dgain = native.regain(g.to(t.dtype), t, gain, bias)
-            return dt, dgain if ctx.needs_input_grad[1] else None, None
+            return dt, dgain if ctx.needs_input_grad[1] else None, None, None
         dgain = None
         if ctx.needs_input_grad[1]:
             dgain = (t.to(g.dtype) * g).sum(1)
             if bias is not None:
                 dgain -= g.sum(1) * bias
-        return (g * gain[:, None]).to(t.dtype), dgain, None
+        return (g * gain[:, None]).to(t.dtype), dgain, None, None
 
 
 class DoRA(LoRA):

@@ -215,6 +215,19 @@ void ROUTINE(outer)(float *dM, ELEMENT *dx, const ELEMENT *x, const float *z, co
   }
 }
 
+/* y = (t - bias) * gain + bias; gain (K, F), bias (F,) or NULL */
+void ROUTINE(gain)(ELEMENT *y, const ELEMENT *t, const float *gain, const float *bias, size K, size N, size F, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (size at = 0; at < K * N; at++) {
+    const float *factor = gain + at / N * F;
+    const size start = at * F;
+    if (bias)
+      for (size f = 0; f < F; f++) y[start + f] = STORE((LOAD(t[start + f]) - bias[f]) * factor[f] + bias[f]);
+    else
+      for (size f = 0; f < F; f++) y[start + f] = STORE(LOAD(t[start + f]) * factor[f]);
+  }
+}
+
 /* dt = g * gain and dgain (K, F) = sum over rows of (t - bias) * g; bias (F,) or NULL */
 void ROUTINE(regain)(ELEMENT *dt, float *dgain, const ELEMENT *g, const ELEMENT *t, const float *gain, const float *bias, size K,
                      size N, size F, int threads) {

@@ -62,7 +62,7 @@ def _load() -> ctypes.CDLL:
     ctypes.CDLL(threads[0], mode=ctypes.RTLD_GLOBAL)
     path = _built()
     loaded = ctypes.CDLL(str(path))
-    for name in ("drop", "dots", "update", "outer", "regain"):
+    for name in ("drop", "dots", "update", "outer", "gain", "regain"):
         for suffix in SUFFIX.values():
             getattr(loaded, name + suffix).restype = None
     return loaded
@@ -139,10 +139,20 @@ def outer(x: Tensor, z: Tensor, M: Tensor | None, dropping: Any) -> tuple[Tensor
     return dM, dx
 
 
-def regain(g: Tensor, t: Tensor, gain: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """g * gain (K, N, F), and the sum over rows of (t - bias) * g (K, F) fp32."""
+def gain(t: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    """(t - bias) * factor + bias for t (K, N, F); factor (K, F) and bias (F,) fp32."""
+    K, N, F = t.shape
+    t = t.contiguous()
+    y = torch.empty_like(t)
+    _call("gain", t.dtype, y, t, factor.contiguous(), None if bias is None else bias.contiguous(), K, N, F)
+    return y
+
+
+def regain(g: Tensor, t: Tensor, factor: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """g * factor (K, N, F), and the sum over rows of (t - bias) * g (K, F) fp32."""
     K, N, F = t.shape
     g, t = g.contiguous(), t.contiguous()
     dt, dgain = torch.empty_like(t), torch.empty(K, F)
-    _call("regain", t.dtype, dt, dgain, g, t, gain.contiguous(), bias, K, N, F)
+    bias = None if bias is None else bias.contiguous()
+    _call("regain", t.dtype, dt, dgain, g, t, factor.contiguous(), bias, K, N, F)
     return dt, dgain

@@ -1,0 +1,326 @@
+"""The speed of our steps beside PEFT's and beside the frozen model's floor: tables and a plot of what `rankwise bench` wrote.
+
+Only the JSON file is read here, nothing is measured.  Seconds are per member and step (of an evaluation: per member and
+batch); a ratio is PEFT's seconds over ours, the tax ours over the floor's, the ceiling PEFT's over the floor's: what a
+method that cost nothing at all would reach.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reports import figures
+from reports.results import write_file
+from reports.tables import Table, bytes_text, escape_markdown, seconds_text
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of medians, and the quartiles of the rounds' own ratios."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}" + ("" if self.low is None else f" [{self.low:.2f}, {self.high:.2f}]")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What `rankwise bench --json` wrote.
+
+    Raises:
+        ValueError: the file is no JSON, or not of this schema.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: no JSON: {error}") from None
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        schema = found.get("schema") if isinstance(found, dict) else None
+        raise ValueError(f"{path}: schema {schema} where {SCHEMA} is known: give a file of `rankwise bench --json`")
+    return found
+
+
+def text(bench: dict[str, Any], width: int = 120) -> str:
+    """Every table with its notes, for a terminal."""
+    return "\n".join(table.text(width) for table in tables(bench))
+
+
+def write(bench: dict[str, Any], folder: Path) -> Path:
+    """bench.json, figures/throughput.svg and .png where there is throughput, and bench.md; the path of the last."""
+    write_file(folder / "bench.json", json.dumps(bench, indent=1, allow_nan=False) + "\n")
+    drawing = throughput_plot(bench)
+    if drawing is not None:
+        figures.save(drawing, folder / "figures")
+    else:
+        for suffix in ("svg", "png"):  # of an earlier bench, which this page would not be about
+            (folder / "figures" / f"throughput.{suffix}").unlink(missing_ok=True)
+    path = folder / "bench.md"
+    write_file(path, markdown(bench, drawing))
+    return path
+
+
+def markdown(bench: dict[str, Any], drawing: figures.Drawing | None = None) -> str:
+    parts = ["# Speed beside PEFT and beside the floor\n"]
+    for table in tables(bench):
+        notes = "".join(f"- {escape_markdown(sentence)}\n" for sentence in table.caption)
+        parts.append(f"## {escape_markdown(table.title)}\n\n{table.markdown()}" + (f"\n{notes}" if notes else ""))
+    if drawing is not None:
+        parts.append(f"![{drawing.alt}](figures/{drawing.name}.svg)\n")
+    return "\n".join(parts)
+
+
+def tables(bench: dict[str, Any]) -> list[Table]:
+    """Steps, allocator, throughput, study; those of which anything was measured."""
+    found = (steps(bench), allocator(bench), throughput(bench), study(bench))
+    return [table for table in found if table is not None]
+
+
+# -- steps -------------------------------------------------------------------------------------------------------------
+
+
+def steps(bench: dict[str, Any]) -> Table | None:
+    """A row a case, with its targets."""
+    if not bench["rows"]:
+        return None
+    columns = ("case", "ours ms", "PEFT ms", "ratio", "target ratio", "ratio met", "ceiling", "floor ms", "improved floor ms")
+    columns += ("tax", "target tax", "tax met", "ours MB", "PEFT MB")
+    with_memory = any(row["target_memory_ratio"] is not None for row in bench["rows"])
+    columns += ("target memory", "memory met") if with_memory else ()
+    rows = []
+    for row in bench["rows"]:
+        memory = _over(row["peak_memory_bytes"], row["peft_peak_memory_bytes"])
+        cells = (
+            row["case"],
+            _milliseconds(row["seconds"]),
+            _milliseconds(row["peft_seconds"]),
+            _ratio(row["ratio"], row["ratio_spread"]),
+            _at(">=", row["target_ratio"]),
+            _met(row["ratio"], row["target_ratio"], at_least=True),
+            _over(row["peft_seconds"], row["floor_seconds"]),
+            _milliseconds(row["floor_seconds"]),
+            _milliseconds(row["improved_floor_seconds"]),
+            _ratio(row["tax"], row["tax_spread"]),
+            _at("<=", row["target_tax"]),
+            _met(row["tax"], row["target_tax"], at_least=False),
+            _megabytes(row["peak_memory_bytes"]),
+            _megabytes(row["peft_peak_memory_bytes"]),
+        )
+        if with_memory:
+            cells += (_at("<=", row["target_memory_ratio"]), _met(memory, row["target_memory_ratio"], at_least=False))
+        rows.append(cells)
+    return Table("steps", f"Time and memory per member and step, {_place(bench)}", columns, tuple(rows), tuple(_notes(bench)))
+
+
+def _notes(bench: dict[str, Any]) -> list[str]:
+    """What must be known to read the table, and what was found on the way."""
+    recipe, rows = bench["recipe"], bench["rows"]
+    adalora = recipe["adalora"]
+    notes = [
+        f"Medians of {_range(row['repetitions'] for row in rows)} rounds, in brackets quartiles over rounds; every arm in turn "
+        "in one process. ratio = PEFT / ours, ceiling = PEFT / "
+        "floor (an adapter that costs nothing), tax = ours / floor. A pack's time and memory are divided by its members.",
+        "Floor: the frozen model alone, forward and backward through activations, in "
+        + f"{rows[0]['floor_precision']}; the improved floor is the same on the model as our trainer runs it.",
+        f"Recipe of every arm: rank {recipe['rank']}, AdaLoRA {adalora['initial_rank']} to {adalora['target_rank']} with an "
+        f"allocation every {adalora['interval']} step(s), orthogonality {adalora['orthogonality']}; LoRA dropout "
+        f"{recipe['lora_dropout']}, attention dropout {recipe['attention_dropout']:g}; clip {recipe['clip']:g}; "
+        f"{recipe['tokens']}; {recipe['data']}; {recipe['memory']}.",
+        "Memory: an arm's own tensors and the most that one step adds to them.",
+    ]
+    for name, tried in bench["peft_precisions"].items():
+        times = ", ".join(f"{precision} {_ms(seconds)}" for precision, seconds in tried.items())
+        notes.append(f"PEFT's precisions on {name}, a training step of LoRA: {times}.")
+    for row in rows:
+        if row["peft_cached_seconds"] is not None:
+            ratio = row["peft_cached_seconds"] / row["seconds"]
+            notes.append(
+                f"{row['case']} with PEFT's optional DoraCaching, which is off by default: {_ms(row['peft_cached_seconds'])}, "
+                f"a ratio of {ratio:.2f}."
+            )
+    shares = _floor_shares(rows)
+    if shares:
+        rate = bench["machine"]["matrix_product_gflops"]
+        rates = ", ".join(f"{name} {value:,.0f} GFLOP/s" for name, value in rate.items())
+        notes.append(f"Share of the machine's matrix-product rate ({rates}) that floor / improved floor reach: {shares}.")
+    return notes
+
+
+def _range(numbers: Iterable[int]) -> str:
+    low, high = min(found := list(numbers)), max(found)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _floor_shares(rows: Sequence[dict[str, Any]]) -> str:
+    """One entry for the rows that share a floor: those that differ in the method alone."""
+    found: dict[str, str] = {}
+    for row in rows:
+        name = "/".join(part for part in row["case"].split("/") if part not in figures.METHOD_COLOURS)
+        share, improved = row["floor_rate_share"], row["improved_floor_rate_share"]
+        if share is not None:
+            found[name] = f"{name} {share:.0%}" + ("" if improved is None else f" / {improved:.0%}")
+    return ", ".join(found.values())
+
+
+# -- allocator, throughput, study ------------------------------------------------------------------------------------
+
+
+def allocator(bench: dict[str, Any]) -> Table | None:
+    """AdaLoRA's bookkeeping after each step."""
+    if not bench["allocator"]:
+        return None
+    rows = tuple(
+        (
+            row["case"],
+            _milliseconds(row["seconds"]),
+            _percent(row["share"]),
+            "-" if row["target_share"] is None else f"<= {row['target_share']:.0%}",
+            _met(row["share"], row["target_share"], at_least=False),
+            _milliseconds(row["peft_seconds"]),
+            _percent(row["peft_share"]),
+        )
+        for row in bench["allocator"]
+    )
+    columns = ("case", "ours ms", "share of step", "target", "met", "PEFT ms", "PEFT share of step")
+    return Table("allocator", f"The allocator, per member and step, {_place(bench)}", columns, rows, ())
+
+
+def throughput(bench: dict[str, Any]) -> Table | None:
+    """Runs per minute in packs of K."""
+    rows = bench["throughput"]
+    if not rows:
+        return None
+    cells = tuple(
+        (
+            row["method"],
+            row["members"],
+            row["runs_per_minute"],
+            row["peft_runs_per_minute"],
+            _over(row["runs_per_minute"], row["peft_runs_per_minute"]),
+        )
+        for row in rows
+    )
+    caption = [
+        f"Computed from measured steps: a run is {rows[0]['steps_per_run']} steps and {rows[0]['evaluated_per_run']:,} rows "
+        "evaluated, one epoch of STS-B at batch 32, for both sides.",
+        *(f"{row['case']}: {row['note']}." for row in rows if row["note"]),
+    ]
+    columns = ("method", "K", "ours runs per minute", "PEFT runs per minute", "ratio")
+    return Table("throughput", f"Packed throughput, {_place(bench)}", columns, cells, tuple(caption))
+
+
+def study(bench: dict[str, Any]) -> Table | None:
+    """A small study, really run."""
+    one = bench["study"]
+    if one is None:
+        return None
+    columns = ("study", "runs", "ours", "PEFT", "ratio", "target", "met")
+    row = (
+        f"{one['method']}, {one['task']}",
+        one["runs"],
+        seconds_text(one["seconds"]),
+        seconds_text(one["peft_seconds"]),
+        one["ratio"],
+        _at(">=", one["target_ratio"]),
+        _met(one["ratio"], one["target_ratio"], at_least=True),
+    )
+    caption = [
+        f"{one['sweep_runs']} runs of a sweep and {one['final_runs']} final ones, {one['train_rows']} rows trained and "
+        f"{one['evaluated_rows']} evaluated on each split; ours in packs of {one['pack']}, everything from reading the tokens "
+        "to result.json.",
+        f"PEFT, run by run: {one['peft_runs_made']} runs really made, half of either kind, in {one['peft_precision']}; "
+        "their mean times all runs.",
+    ]
+    if one["failed_runs"]:
+        caption.append(f"{one['failed_runs']} of our runs failed.")
+    return Table("study", f"A small study, {_place(bench)}", columns, (row,), tuple(caption))
+
+
+def throughput_plot(bench: dict[str, Any]) -> figures.Drawing | None:
+    """Runs per minute against K, a line a method; PEFT's one run at a time as level dashes in the method's colour."""
+    rows = [row for row in bench["throughput"] if row["runs_per_minute"] is not None]
+    if not rows:
+        return None
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    with figures._style():
+        figure, (ax,) = figures._panels(1, 1, (7.4, 4.4))
+        for method in methods:
+            points = [(row["members"], row["runs_per_minute"]) for row in rows if row["method"] == method]
+            style = {"color": figures.colour(method)}
+            marker = figures.MARKERS.get(method, "o")
+            ax.plot(*zip(*sorted(points), strict=True), label=method, marker=marker, markersize=6, **style)
+            peft = [row["peft_runs_per_minute"] for row in rows if row["method"] == method and row["peft_runs_per_minute"]]
+            if peft:
+                ax.axhline(sum(peft) / len(peft), linestyle=(0, (4, 2.5)), linewidth=1.1, label=f"PEFT, {method}", **style)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        packs = sorted({row["members"] for row in rows})
+        ax.set_xticks(packs, [str(k) for k in packs])
+        low, high = ax.get_ylim()
+        marks = [m * 10**e for e in range(-4, 7) for m in (1, 2, 5) if low <= m * 10**e <= high]
+        ax.set_yticks(marks, [f"{mark:g}" for mark in marks])
+        ax.minorticks_off()
+        ax.set_xlabel("members that train together (K)")
+        ax.set_ylabel("runs per minute")
+        figure.legend(loc="outside lower center", ncols=4)
+        title = f"Runs per minute against the size of a pack, {bench['machine']['device_name']}"
+        figures._title(figure, title)
+    return figures.Drawing("throughput", title, f"Runs per minute over K for {', '.join(methods)}, PEFT beside them.", figure)
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def _place(bench: dict[str, Any]) -> str:
+    """Where, with what, from which commit."""
+    machine = bench["machine"]
+    threads = machine["threads"]
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "peft") if name in machine["versions"])
+    commit = f", commit {machine['commit'][:12]}" + (" with changes" if machine["dirty"] else "") if machine["commit"] else ""
+    return (
+        f"{machine['device_name']}, {threads} thread{'s' if threads != 1 else ''}, {bytes_text(machine['memory_bytes'])}, "
+        f"{machine['precision']}, {versions}{commit}"
+    )
+
+
+def _milliseconds(seconds: float | None) -> str | None:
+    """Three digits that count, and no fraction from 1000 on."""
+    if seconds is None:
+        return None
+    return f"{1000 * seconds:#.3g}".rstrip(".") if 1000 * seconds < 999.5 else f"{1000 * seconds:,.0f}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{_milliseconds(seconds)} ms"
+
+
+def _megabytes(number: float | None) -> str | None:
+    return None if number is None else f"{number / 1e6:,.0f}" if number >= 1e7 else f"{number / 1e6:.1f}"
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.1%}"
+
+
+def _over(above: float | None, below: float | None) -> float | None:
+    return None if above is None or below is None else above / below
+
+
+def _ratio(value: float | None, spread: Sequence[float] | None) -> Ratio | None:
+    return None if value is None else Ratio(value, *(spread or (None, None)))
+
+
+def _at(rule: str, target: float | None) -> str | None:
+    return None if target is None else f"{rule} {target:.2f}"
+
+
+def _met(value: float | None, target: float | None, at_least: bool) -> str | None:
+    """Whether the number itself, not its printed form, keeps to the target."""
+    if value is None or target is None:
+        return None
+    return "yes" if (value >= target if at_least else value <= target) else "NO"

@@ -1,0 +1,64 @@
+"""The thousand-run study: it has a thousand runs, and a slice of it runs packed from end to end."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments import checks, config
+from experiments.catalogue import Unavailable, fetch
+from experiments.study import Runner, groups
+from reports import page, tables
+from reports.results import load
+
+STUDY = config.read(Path("thousand"))
+
+
+def test_it_is_a_thousand_runs_of_equal_sweeps():
+    checks.check(STUDY)
+    found = groups(STUDY, 32)
+    assert sum(len(group.members) for group in found) == 1000
+    sweeps = {(g.entry.label, g.task): 0 for g in found}
+    for group in found:
+        sweeps[group.entry.label, group.task] += len(group.members) if group.phase == "sweep" else 0
+    assert set(sweeps.values()) == {80} and len(sweeps) == 10
+    assert all(len(group.members) > 1 for group in found)
+
+
+@pytest.mark.network
+@pytest.mark.slow
+@pytest.mark.parametrize("task", STUDY.tasks)
+def test_a_slice_runs_packed_from_end_to_end(tmp_path, task):
+    """Every method, two rates, two seeds, a few steps: sweep, choice, final runs, report."""
+    try:
+        fetch(STUDY.model), fetch(task)
+    except Unavailable as error:
+        pytest.skip(str(error))
+    entries = [entry.model_copy(update={"learning_rates": entry.learning_rates[3:5]}) for entry in STUDY.methods]
+    small = {"max_steps": 4, "batch_size": 8, "train_examples": 64, "evaluation_examples": 48}
+    study = STUDY.model_copy(
+        update={
+            "tasks": [task],
+            "seeds": [0, 1, 2],
+            "methods": entries,
+            "sweep": STUDY.sweep.model_copy(update={"seeds": [0, 1]}),
+            "training": STUDY.training.model_copy(update=small),
+        }
+    )
+    runner = Runner(study, tmp_path / "runs", device="cpu")
+    runner.prepare()
+    results = runner.run()
+    assert len(results) == len(entries) * (2 * 2 + 3)
+    assert [r["status"] for r in results] == ["completed"] * len(results)
+    assert {(r["phase"], r["pack_size"]) for r in results} == {("sweep", 4), ("final", 3)}
+    for label in {r["setting"] for r in results}:
+        mine = [r for r in results if r["setting"] == label]
+        sweep: dict[float, float] = {}
+        for r in mine:
+            if r["phase"] == "sweep":
+                sweep[r["learning_rate"]] = sweep.get(r["learning_rate"], 0) + r["selection_score"]
+        best = max(sorted(sweep), key=sweep.get)
+        assert {r["learning_rate"] for r in mine if r["phase"] == "final"} == {best}
+        assert len({r["final_train_loss"] for r in mine if r["phase"] == "final"}) == 3  # the members are not one another
+    text = page.write(tmp_path / "runs", tmp_path / "report").read_text()
+    assert all(entry.label in text for entry in entries)
+    assert tables.comparison(load(tmp_path / "runs")).rows
