@@ -102,6 +102,7 @@ def compare(
         keep_freed_memory()
         if threads is not None:
             torch.set_num_threads(threads)
+        _tell_of_plain_passes(bar)
         runner = Runner(chosen, folder, device, say=bar.warn, progress=bar.advance, retry_failed=retry_failed)
         runner.prepare()
         bar.start(runner.work())
@@ -181,6 +182,7 @@ def bench(
         measure.keep_freed_memory()
         if threads is not None:
             torch.set_num_threads(threads)
+        _tell_of_plain_passes(bar)
         bar.start(len(chosen))
         found = Bench(known.plan(where.type), where, chosen, repetitions, bar.warn, bar.advance).run()
         if json_file is not None:
@@ -190,6 +192,8 @@ def bench(
     print(speed.text(found, shutil.get_terminal_size((120, 24)).columns))
     if out is not None:
         print(f"report: {speed.write(found, out)}")
+    if found["failures"]:
+        raise typer.Exit(1)
 
 
 @app.command(name="list")
@@ -282,6 +286,14 @@ def _others_compute() -> bool:
         return (busy() - before) / (time.perf_counter() - began) > 1 / 3
     except (OSError, ValueError):
         return False
+
+
+def _tell_of_plain_passes(bar: "_progress") -> None:
+    """Nothing is slower without a word."""
+    from variants import native
+
+    if native.library() is None:
+        bar.warn(f"note: without the compiled passes steps on the CPU take longer: {native.library.reason}")
 
 
 def _first_comment(path: Path) -> str:

@@ -32,6 +32,7 @@ from experiments import first_token, measure, models, objective
 from experiments.config import Training
 from experiments.optim import MemberAdamW, schedule_factor
 from experiments.tasks.common import Encoded, Task, Undefined, batches, collate, evaluation_batches
+from variants import native
 from variants.base import Adapter, CannotMerge, Step
 from variants.settings import Settings, method
 
@@ -271,8 +272,8 @@ class Trainer:
             found: list[list[Tensor]] = [[] for _ in plan]
             try:
                 for member in range(pack.members):
-                    self.adapter.merge(member)
                     try:
+                        self.adapter.merge(member)
                         for batch, logits in enumerate(self._forward(encoded, plan, 1)):
                             found[batch].append(logits)
                     finally:
@@ -291,7 +292,8 @@ class Trainer:
             batch.pop("labels")
             self.adapter.begin(Step(max(self.step, 1), self.total), training=False)
             with self._autocast():
-                yield self.model(**self.adapter.prepare({k: v.repeat(members, 1) for k, v in batch.items()})).logits
+                logits = self.model(**self.adapter.prepare({k: v.repeat(members, 1) for k, v in batch.items()})).logits
+            yield logits
             self.progress(members * len(rows) / 3)  # a forward pass alone costs about a third of a step
 
     def _score(self, predicted: np.ndarray, labels: np.ndarray, offsets: np.ndarray | None) -> dict[str, float] | Undefined:
@@ -396,6 +398,7 @@ class Trainer:
             "pack": self.pack.identity(),
             "silent": self.silent,
             "threads": torch.get_num_threads(),
+            "compiled": native.library() is not None,
             "logs": [[(f / n).stat().st_size for n in ("metrics.jsonl", "ranks.jsonl")] for f in self.logs],
         }
         with replacing(self.checkpoint) as path:
@@ -431,6 +434,13 @@ class Trainer:
             warnings.warn(
                 f"this run was begun with {facts['threads']} threads and goes on with {torch.get_num_threads()}: it ends equal "
                 f"to rounding, not to the bit",
+                stacklevel=2,
+            )
+        if facts.get("compiled") != (native.library() is not None):
+            words = ("without", "with") if facts.get("compiled") is False else ("with", "without")
+            warnings.warn(
+                f"this run was begun {words[0]} the compiled passes and goes on {words[1]} them: it ends equal to rounding, "
+                f"not to the bit",
                 stacklevel=2,
             )
         for pair, lengths in zip(files, facts["logs"], strict=True):

@@ -133,15 +133,35 @@ def _notes(bench: dict[str, Any]) -> list[str]:
         f"{recipe['tokens']}; {recipe['data']}; {recipe['memory']}.",
         "Memory: an arm's own tensors and the most that one step adds to them.",
     ]
+    for failure in bench.get("failures", []):
+        notes.append(f"Failed: {', '.join(failure['cases'])}: {failure['error']}.")
     for name, tried in bench["peft_precisions"].items():
         times = ", ".join(f"{precision} {_ms(seconds)}" for precision, seconds in tried.items())
         notes.append(f"PEFT's precisions on {name}, a training step of LoRA: {times}.")
+    if any(row.get("peft_merged_seconds") for row in rows):
+        notes.append(
+            "Evaluation: on a CPU in fp32 ours merges each member into the weights (one merge an evaluation of several "
+            "batches); elsewhere it computes DoRA's norm once an evaluation. PEFT is timed as its forward pass is in evaluation"
+            " mode; below is what it takes when its user merges and unmerges by hand around the same batches."
+        )
+    merged = [
+        f"{row['case']} {_ms(row['peft_merged_seconds'])}, {row['peft_merged_seconds'] / row['seconds']:.2f}"
+        for row in rows
+        if row.get("peft_merged_seconds")
+    ]
+    if merged:
+        notes.append("PEFT merged by hand, and the ratio to ours then: " + "; ".join(merged) + ".")
+    if any("train/dora" in row["case"] for row in rows):
+        notes.append(
+            "PEFT's DoRA multiplies by the frozen weight twice in a training step with dropout, as here, and once without; "
+            "a part of train/dora's ratio comes from that."
+        )
     for row in rows:
         if row["peft_cached_seconds"] is not None:
             ratio = row["peft_cached_seconds"] / row["seconds"]
             notes.append(
-                f"{row['case']} with PEFT's optional DoraCaching, which is off by default: {_ms(row['peft_cached_seconds'])}, "
-                f"a ratio of {ratio:.2f}."
+                f"{row['case']} with PEFT's optional DoraCaching, off by default, warm here: "
+                f"{_ms(row['peft_cached_seconds'])}, a ratio of {ratio:.2f}."
             )
     shares = _floor_shares(rows)
     if shares:
@@ -280,7 +300,8 @@ def _place(bench: dict[str, Any]) -> str:
     """Where, with what, from which commit."""
     machine = bench["machine"]
     threads = machine["threads"]
-    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "peft") if name in machine["versions"])
+    named = ("torch", "peft", "cpu passes")
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in named if name in machine["versions"])
     commit = f", commit {machine['commit'][:12]}" + (" with changes" if machine["dirty"] else "") if machine["commit"] else ""
     return (
         f"{machine['device_name']}, {threads} thread{'s' if threads != 1 else ''}, {bytes_text(machine['memory_bytes'])}, "

@@ -135,6 +135,54 @@ def test_infinities_and_nan_stay_what_they_are():
     assert y[0, 0].isinf().all() and y[0, 1].isnan().all()
 
 
+@needed
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_sums_are_fp32_whatever_torch_takes_by_default(default):
+    x, A, z = random(2, 5, 24, seed=0), random(2, 3, 24, seed=1), random(2, 5, 3, seed=2)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        found = [native.dots(x, A, None), *native.outer(x, z, A, None), *native.regain(x, x, A[:, 0], None)]
+    finally:
+        torch.set_default_dtype(before)
+    expected = [x @ A.mT, z.mT @ x, z @ A, x * A[:, :1], (x * x).sum(1)]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@needed
+def test_what_a_hook_kept_of_the_base_s_output_is_left_alone():
+    base = torch.nn.Linear(6, 5)
+    kept = []
+    base.register_forward_hook(lambda module, args, output: kept.append(output))
+    model = torch.nn.Sequential(base)
+    adapter = variants.create("lora", rank=2).attach(model, ["0"])
+    fill(adapter)
+    x = random(3, 6, seed=0)
+    changed = model(x)
+    assert torch.equal(kept[0], x @ base.weight.T + base.bias) or torch.allclose(kept[0], base(x))
+    assert not torch.allclose(changed, kept[0])
+
+
+@needed
+def test_a_cut_off_file_in_the_cache_is_compiled_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "rankwise" / "native"
+    folder.mkdir(parents=True, mode=0o700)
+    built = native._built(folder)
+    built.write_bytes(b"cut")
+    assert native.library.__wrapped__() is not None and built.stat().st_size > 1000
+
+
+@needed
+def test_a_cache_that_others_may_write_to_is_not_trusted(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "rankwise" / "native"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert native.library.__wrapped__() is None and "not this user's alone" in native.library.reason
+
+
 PROGRAM = """
 import torch, variants
 from tests.tiny import tiny

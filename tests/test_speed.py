@@ -125,7 +125,7 @@ def test_notes_say_precisions_cache_and_the_floors_share(bench):
     notes = "\n".join(speed.steps(bench).caption)
     assert notes.startswith("Medians of 3 to 7 rounds")
     assert "MiniLM 32 x 32, a training step of LoRA: fp32 500 ms, bf16 weights 250 ms." in notes
-    assert "eval/dora/k1 with PEFT's optional DoraCaching, which is off by default: 6.00 ms, a ratio of 1.50" in notes
+    assert "eval/dora/k1 with PEFT's optional DoraCaching, off by default, warm here: 6.00 ms, a ratio of 1.50" in notes
     assert "(fp32 100 GFLOP/s, bf16 1,234 GFLOP/s)" in notes and "train/k1 55% / 66%, eval/k1 40%." in notes
 
 

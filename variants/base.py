@@ -341,17 +341,21 @@ class Adapter(nn.Module):
                     raise CannotMerge(
                         f"{name}.{key} is tied to {sorted(shared)[0]}: merging would change that too; untie it first"
                     )
-                news.append((old, value))
-        for old, value in news:  # only after every check: merged whole or not at all
-            self._surgery.kept.append((old, old.data))
-            old.data = value.to(old.dtype).contiguous()
-        for _, module in adapted:
-            module.merged = True
+                news.append((old, value.to(old.dtype).contiguous()))
+        try:  # only after every check: merged whole or not at all
+            for old, value in news:
+                self._surgery.kept.append((old, old.data))
+                old.data = value
+            for _, module in adapted:
+                module.merged = True
+        except BaseException:  # an interrupt
+            self.unmerge()
+            raise
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Restores the weights that `merge` changed, which it set aside, bit for bit."""
-        for tensor, value in self._surgery.kept:
+        for tensor, value in reversed(self._surgery.kept):
             tensor.data = value
         self._surgery.kept.clear()
         for module in self.model.modules():

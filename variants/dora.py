@@ -13,12 +13,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from variants import native
 from variants.adalora import AdaLoRA
 from variants.base import Adapter, Step, trained_dtype, weight_of
 from variants.lora import LoRA
-from variants.lowrank import LowRank, as_stored, squared_row_norms
+from variants.lowrank import LowRank, as_stored, base_output, squared_row_norms
 
 
 class Decomposed(nn.Module):
@@ -52,7 +53,7 @@ class Decomposed(nn.Module):
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         rows = self.inner.rows(x)
-        y = base(rows)
+        y = base_output(base, rows)
         gain = self.gain(base)
         apart = self.inner.onto(y, rows).view(len(gain), -1, y.shape[-1])  # (K, N, O)
         return Recomposed.apply(apart, gain, base.bias, True).to(y.dtype).view(*x.shape[:-1], -1)
@@ -104,10 +105,11 @@ class Recomposed(torch.autograd.Function):
         return wide * factor if bias is None else torch.addcmul((1 - factor) * bias, wide, factor)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         t, gain, bias = ctx.saved_tensors
-        if native.usable(t) and gain.dtype == torch.float32:
-            dt, dgain = native.regain(g.to(t.dtype), t, gain, bias)
+        if native.usable(t, g) and gain.dtype == torch.float32:
+            dt, dgain = native.regain(g, t, gain, bias)
             return dt, dgain if ctx.needs_input_grad[1] else None, None, None
         dgain = None
         if ctx.needs_input_grad[1]:

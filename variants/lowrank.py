@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from variants import native
 from variants.base import Adapter, Group, trained_dtype, weight_of
@@ -60,7 +61,7 @@ class LowRank(nn.Module):
         draw, rate = self._draw, self.dropout if self.training else 0.0
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.A.dtype
-        x, y = x.to(dtype), y.to(dtype)
+        x, y = x.to(dtype), y.to(dtype).contiguous()
         if native.usable(x, y) and self.A.dtype == torch.float32:
             dropping = draw.dropping(self.name, x, rate) if rate and draw.step is not None else None
             x = nn.functional.dropout(x, rate) if rate and dropping is None else x
@@ -75,7 +76,7 @@ class LowRank(nn.Module):
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         rows = self.rows(x)
-        y = base(rows)
+        y = base_output(base, rows)
         return self.onto(y, rows).to(y.dtype).view(*x.shape[:-1], -1)
 
     def delta(self, base: nn.Module) -> Float[Tensor, "K O I"]:
@@ -104,6 +105,12 @@ class LowRank(nn.Module):
         """Zeros where no slot exists, which is what a start and a step leave there."""
         self.A *= self.slots[:, :, None]
         self.B *= self.slots[:, None]
+
+
+def base_output(base: nn.Module, rows: Tensor) -> Tensor:
+    """The frozen module's output, to be changed in place: a copy where a hook of somebody's may have kept it."""
+    y = base(rows)
+    return y.clone() if base._forward_hooks else y
 
 
 class LowRankProduct(torch.autograd.Function):
@@ -157,6 +164,7 @@ class NativeProduct(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         x, A, Bt, c, z, scaled = ctx.saved_tensors
         needs_y, needs_x, needs_A, needs_B, needs_c, _ = ctx.needs_input_grad

@@ -4,14 +4,18 @@ Every function here has a plain version elsewhere that says what it computes (lo
 dora.Recomposed), takes over where `usable` says no, and is what the tests compare with.  RANKWISE_NATIVE=0 turns this off.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import shlex
+import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ SOURCE = Path(__file__).with_name("native.c")
 # Sums may be reordered so that they vectorize; infinities and NaN keep their meaning, which divergence is found by.
 FLAGS = ["-O3", "-march=native", "-fPIC", "-fopenmp"]
 FLAGS += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
+WIDE = {"dtype": torch.float32, "device": "cpu"}  # of every sum, whatever the process's defaults are
 SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
 
 
@@ -38,11 +43,12 @@ def usable(*tensors: Tensor | None) -> bool:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled passes; None where they are turned off or cannot be built, which `reason` then explains."""
+    """The compiled passes; None where they are turned off or cannot be built, which `library.reason` then explains."""
     try:
         return _load()
-    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
-        library.reason = " ".join(str(error).split())[:200]
+    except (OSError, ValueError, subprocess.SubprocessError, RuntimeError) as error:
+        words = f"{error} {getattr(error, 'stderr', None) or ''}"
+        library.reason = " ".join(words.split())[:300]
         return None
 
 
@@ -55,36 +61,61 @@ def _load() -> ctypes.CDLL:
     if not sys.platform.startswith("linux"):
         raise RuntimeError(f"not built on {sys.platform}")
     # torch's own OpenMP, so that there is one pool of threads: a second one would spin against the first.
-    maps = Path("/proc/self/maps").read_text().split()
-    threads = [path for path in dict.fromkeys(maps) if Path(path).name.startswith(("libgomp", "libiomp5"))]
+    mapped = [line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line]
+    threads = [path for path in dict.fromkeys(mapped) if Path(path).name.startswith(("libgomp", "libiomp5"))]
     if not threads:
         raise RuntimeError("torch's OpenMP library was not found")
-    ctypes.CDLL(threads[0], mode=ctypes.RTLD_GLOBAL)
-    path = _built()
-    loaded = ctypes.CDLL(str(path))
+    ctypes.CDLL(min(threads, key=lambda path: "torch" not in Path(path).parts), mode=ctypes.RTLD_GLOBAL)
+    with _folder() as folder:
+        path = _built(folder)
+        try:
+            loaded = ctypes.CDLL(str(path))
+        except OSError:  # cut off by a full disk or a power failure
+            path.unlink()
+            loaded = ctypes.CDLL(str(_built(folder)))
     for name in ("drop", "dots", "update", "outer", "gain", "regain"):
         for suffix in SUFFIX.values():
             getattr(loaded, name + suffix).restype = None
     return loaded
 
 
-def _built() -> Path:
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """Where the compiled passes are kept: the user's cache, or, where it cannot be written to, a folder for this process.
+
+    Raises:
+        RuntimeError: others may write to the cache, so that what lies there is not to be trusted.
+    """
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankwise" / "native"
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        usable_cache = os.access(cache, os.W_OK)
+    except (OSError, RuntimeError):  # read-only, or no home at all
+        usable_cache = False
+    if not usable_cache:
+        with tempfile.TemporaryDirectory(prefix="rankwise-native-") as folder:
+            yield Path(folder)
+        return
+    facts = cache.stat()
+    if facts.st_uid != os.getuid() or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise RuntimeError(f"{cache} is not this user's alone to write to: chmod go-w it")
+    yield cache
+
+
+def _built(folder: Path) -> Path:
     """The shared object for this source and this processor, compiled where it is not there yet."""
-    compiler = os.environ.get("CC", "cc")
+    compiler = shlex.split(os.environ.get("CC") or "cc")
     processor = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith(("flags", "Features"))), "")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
+    step = {"check": True, "capture_output": True, "text": True, "timeout": 120}
+    version = subprocess.run([*compiler, "--version"], **step).stdout
     parts = [SOURCE.read_text(), " ".join(FLAGS), version, processor, platform.machine()]
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankwise" / "native"
-    path = cache / f"{digest}.so"
+    path = folder / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if not path.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            step = {"check": True, "capture_output": True, "text": True, "timeout": 120}
-            subprocess.run([compiler, *FLAGS, "-c", str(SOURCE), "-o", f"{folder}/native.o"], **step)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            subprocess.run([*compiler, *FLAGS, "-c", str(SOURCE), "-o", f"{scratch}/native.o"], **step)
             # Linked without -fopenmp: its symbols are torch's, loaded above.
-            subprocess.run([compiler, "-shared", f"{folder}/native.o", "-o", f"{folder}/native.so"], **step)
-            os.replace(f"{folder}/native.so", path)
+            subprocess.run([*compiler, "-shared", f"{scratch}/native.o", "-o", f"{scratch}/native.so"], **step)
+            os.replace(f"{scratch}/native.so", path)
     return path
 
 
@@ -118,7 +149,7 @@ def drop(x: Tensor, dropping: Any) -> Tensor:
 def dots(x: Tensor, M: Tensor, dropping: Any) -> Tensor:
     """(K, N, R) fp32: drop(x) M^T for x (K, N, F), M (K, R, F) fp32."""
     K, N, F = x.shape
-    z = torch.empty(K, N, M.shape[1])
+    z = torch.empty(K, N, M.shape[1], **WIDE)
     _call("dots", x.dtype, z, x.contiguous(), M.contiguous(), _structure(dropping), K, N, F, M.shape[1])
     return z
 
@@ -133,7 +164,7 @@ def outer(x: Tensor, z: Tensor, M: Tensor | None, dropping: Any) -> tuple[Tensor
     """(K, R, F) fp32: z^T drop(x); and, where M (K, R, F) is given, z M dropped in the same places (K, N, F)."""
     K, N, F = x.shape
     x = x.contiguous()
-    dM, dx = torch.empty(K, z.shape[2], F), None if M is None else torch.empty_like(x)
+    dM, dx = torch.empty(K, z.shape[2], F, **WIDE), None if M is None else torch.empty_like(x)
     M = None if M is None else M.contiguous()
     _call("outer", x.dtype, dM, dx, x, z.contiguous(), M, _structure(dropping), K, N, F, z.shape[2])
     return dM, dx
@@ -152,7 +183,7 @@ def regain(g: Tensor, t: Tensor, factor: Tensor, bias: Tensor | None) -> tuple[T
     """g * factor (K, N, F), and the sum over rows of (t - bias) * g (K, F) fp32."""
     K, N, F = t.shape
     g, t = g.contiguous(), t.contiguous()
-    dt, dgain = torch.empty_like(t), torch.empty(K, F)
+    dt, dgain = torch.empty_like(t), torch.empty(K, F, **WIDE)
     bias = None if bias is None else bias.contiguous()
     _call("regain", t.dtype, dt, dgain, g, t, factor.contiguous(), bias, K, N, F)
     return dt, dgain

@@ -187,6 +187,13 @@ class Peft:
             with self._autocast():
                 self.model(**self.evaluated[i % len(self.evaluated)])
 
+    @torch.no_grad()
+    def evaluate_merged(self) -> None:
+        """With the adapter merged into the weights first and taken out again afterwards, as a careful user may do by hand."""
+        self.model.merge_adapter()
+        self.evaluate()
+        self.model.unmerge_adapter()
+
     def evaluate_cached(self) -> None:
         """With PEFT's optional cache of DoRA's dense product and norm, which it never uses unless told to."""
         from peft.helpers import DoraCaching

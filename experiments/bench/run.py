@@ -1,10 +1,11 @@
 """The rows of the JSON: which arms run beside each other, and what is made of their times."""
 
+import contextlib
 import gc
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from experiments.bench.cases import PEFT_METHODS, RECIPE, TARGETS, Case, Plan, o
 from experiments.bench.workloads import PRECISIONS, Arms, EncoderArms, LinearArms, llama
 
 SCHEMA = 1
+OF_PEFT = ("peft", "cached", "merged")  # arms that train or evaluate one member
 CLOSE = 1.3  # PEFT's precisions within this factor of its best are timed for every method
-HOPELESS = 2.0  # one that is slower by this factor is given up after its first step
+HOPELESS = 2.0  # one that is slower by this factor is given up after its second step
 
 
 class Bench:
@@ -43,7 +45,7 @@ class Bench:
         self.plan, self.chosen, self.repetitions, self.say, self.progress = plan, list(chosen), repetitions, say, progress
         self.device, self.precision = device, measure.precision("auto", device)
         self.targets = TARGETS[device.type]
-        self.found: dict[str, Any] = {"rows": [], "allocator": [], "throughput": [], "study": None}
+        self.found: dict[str, Any] = {"rows": [], "allocator": [], "throughput": [], "study": None, "failures": []}
         self.peft_precisions: dict[str, dict[str, float]] = {}  # workload -> precision -> seconds of a step
 
     def run(self) -> dict[str, Any]:
@@ -54,18 +56,22 @@ class Bench:
             for shape in self.plan.shapes:
                 rows, allocator = of_group(self.chosen, "encoder", shape.name), of_group(self.chosen, "allocator", shape.name)
                 if rows or allocator:
-                    self._measure(EncoderArms(self.setup, self.plan.model, shape), rows, allocator)
+                    with self._going_on(rows or allocator):
+                        self._measure(EncoderArms(self.setup, self.plan.model, shape), rows, allocator)
             if rows := of_group(self.chosen, "linear"):
-                self._measure(LinearArms(self.setup, self.plan.linear, self.plan.features), rows)
+                with self._going_on(rows):
+                    self._measure(LinearArms(self.setup, self.plan.linear, self.plan.features), rows)
             if rows := of_group(self.chosen, "llama"):
                 shape = self.plan.llama_shape
-                with llama(self.plan.llama, Path(scratch), self.precision, 2 * shape.length) as model:
+                with self._going_on(rows), llama(self.plan.llama, Path(scratch), self.precision, 2 * shape.length) as model:
                     self._measure(EncoderArms(self.setup, model, shape), rows)
             self._clean()
             for case in of_group(self.chosen, "throughput"):
-                self.found["throughput"].append(self._throughput(case))
-            if of_group(self.chosen, "study"):
-                self._study()
+                with self._going_on([case]):
+                    self.found["throughput"].append(self._throughput(case))
+            if cases := of_group(self.chosen, "study"):
+                with self._going_on(cases):
+                    self._study()
         return {
             "schema": SCHEMA,
             "machine": self.machine,
@@ -73,6 +79,17 @@ class Bench:
             "peft_precisions": self.peft_precisions,
             **self.found,
         }
+
+    @contextlib.contextmanager
+    def _going_on(self, cases: Sequence[Case]) -> Iterator[None]:
+        """What fails, for want of memory above all, is said, written down, and does not cost what was measured before."""
+        try:
+            yield
+        except Exception as error:
+            line = (str(error).splitlines() or [""])[0][:200]
+            self.found["failures"].append({"cases": [case.name for case in cases], "error": f"{type(error).__name__}: {line}"})
+            self.say(f"{cases[0].name} and what is measured with it failed: {type(error).__name__}: {line}")
+        self._clean()
 
     # -- steps and evaluations ---------------------------------------------------------------------------------------
 
@@ -92,19 +109,21 @@ class Bench:
             steps["ours", method] = _step(arms.ours(method), phase)
             for precision in precisions if method in PEFT_METHODS else ():
                 steps["peft", method, precision] = _step(arms.peft(method, precision), phase)
+                if phase == "eval":
+                    steps["merged", method, precision] = arms.peft(method, precision).evaluate_merged
                 if (phase, method) == ("eval", "dora"):
                     steps["cached", method, precision] = arms.cached_peft(method, precision).evaluate_cached
         steps["floor",] = _step(arms.floor, phase)
         if arms.improved_floor is not None:
             steps["improved floor",] = _step(arms.improved_floor, phase)
-        repeat = {key: arms.shape.peft_repeat for key in steps if key[0] in ("peft", "cached")}
+        repeat = {key: arms.shape.peft_repeat for key in steps if key[0] in OF_PEFT}
         what = f"{cases[0].name} and {len(cases) - 1} more" if len(cases) > 1 else cases[0].name
         shape = arms.shape
         rounds = self.repetitions or (phase == "eval" and shape.evaluation_repetitions) or shape.repetitions
         done = lambda share: self.progress(what, share * len(cases))  # noqa: E731
         times = timing.interleave(steps, self.device, rounds, shape.warmup, repeat, done)
         for key, taken in times.items():  # seconds per member and batch; PEFT trains one member
-            members = 1 if key[0] in ("peft", "cached") else arms.members
+            members = 1 if key[0] in OF_PEFT else arms.members
             times[key] = [t / members / arms.batches[phase] for t in taken]
         flops = arms.floor_flops(phase) / arms.members
         rows = [self._row(arms, phase, method, name, times, flops) for method, name in methods.items()]
@@ -117,7 +136,7 @@ class Bench:
             of_method = [key for key in times if key[:2] == (kind, method)]
             return min(of_method, key=lambda key: statistics.median(times[key]), default=None)
 
-        peft, cached = best("peft"), best("cached")
+        peft, cached, merged = best("peft"), best("cached"), best("merged")
         ours, theirs, floor, improved = (times.get(key) for key in (("ours", method), peft, ("floor",), ("improved floor",)))
         memory = self._memory(_step(arms.ours(method), phase), arms.ours(method))
         peft_memory = None
@@ -137,6 +156,7 @@ class Bench:
             "pack_peak_memory_bytes": memory,
             "improved_floor_seconds": _median(improved),
             "peft_cached_seconds": None if cached is None else statistics.median(times[cached]),
+            "peft_merged_seconds": None if merged is None else statistics.median(times[merged]),
             "spread": timing.quartiles(ours),
             "peft_spread": None if theirs is None else timing.quartiles(theirs),
             "floor_spread": timing.quartiles(floor),
@@ -167,6 +187,7 @@ class Bench:
             with timing.undisturbed():
                 for precision in PRECISIONS:
                     step = arms.peft("lora", precision).train
+                    timing.seconds(step, self.device)  # the first step also makes what later ones keep
                     firsts.append(timing.seconds(step, self.device))
                     tried[precision] = firsts[-1]
                     if firsts[-1] <= HOPELESS * min(firsts):
