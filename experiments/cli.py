@@ -143,7 +143,7 @@ def ranks(
 @app.command()
 def bench(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON to FILE.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for bench.json, bench.md and figures.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for bench.json, bench.md and figures.")] = Path("runs/bench"),
     full: Annotated[bool, typer.Option("--full", help="Packed throughput, a study, and a Llama shape too.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads.  [default: what torch takes]")] = None,
@@ -160,7 +160,7 @@ def bench(
         raise ValueError(f"--json {json_file}: the folder {json_file.parent} is not there; make it, or name another")
     if json_file is not None and json_file.is_dir():
         raise ValueError(f"--json {json_file}: this is a folder; name a file")
-    if out is not None and out.exists() and not out.is_dir():
+    if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: this is a file; name a folder")
     known.check_peft()
 
@@ -190,8 +190,7 @@ def bench(
     from reports import speed
 
     print(speed.text(found, shutil.get_terminal_size((120, 24)).columns))
-    if out is not None:
-        print(f"report: {speed.write(found, out)}")
+    print(f"report: {speed.write(found, out)}")
     if found["failures"]:
         raise typer.Exit(1)
 

@@ -78,8 +78,9 @@ class MemberAdamW:
                     new[~taken] = old[~taken]
 
     def _is_fusable(self) -> bool:
-        """The rates of a member are one number for each group."""
-        return all(s.dim() < 2 for s in (g.lr_scale for g in self.groups) if isinstance(s, Tensor))
+        """The rates of a member are one number for each group; and one call a member is cheap, as it is not on a GPU."""
+        plain = all(s.dim() < 2 for s in (g.lr_scale for g in self.groups) if isinstance(s, Tensor))
+        return plain and (len(self.taken) == 1 or self.learning_rates.device.type == "cpu")
 
     def _step_fused(self, factor: float, members: Sequence[int]) -> None:
         """torch's fused step over the slices of one member after the other: one pass over the memory, few launches."""
@@ -116,24 +117,34 @@ class MemberAdamW:
             torch.autograd.graph.increment_version([self.params[i] for i in some])
 
     def _step_elementwise(self, factor: float) -> None:
-        """The same for rates that differ within a member's tensor."""
+        """The same for all members at once, also for rates that differ within a member's tensor."""
         beta1, beta2 = self.betas
         steps = self.taken.clamp_min(1)
+        correction1, root2 = 1 - beta1**steps, (1 - beta2**steps).sqrt()  # (K,)
         at = 0
         for group in self.groups:
-            for p, m, v in zip(group.params, self.first[at:], self.second[at:], strict=False):
-                if p.grad is None:
-                    continue
-                scale = torch.as_tensor(group.lr_scale, dtype=self.learning_rates.dtype, device=p.device)  # () or (K, ...)
-                rates = _along_members(self.learning_rates, scale) if scale.dim() else self.learning_rates
-                rate = _along_members((factor * rates * scale).to(p.dtype), p)
-                correction1 = _along_members((1 - beta1**steps).to(p.dtype), p)
-                correction2 = _along_members((1 - beta2**steps).to(p.dtype), p)
-                p.mul_(1 - rate * (self.weight_decay * group.weight_decay))
-                m.lerp_(p.grad, 1 - beta1)
-                v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-                p.sub_(rate / correction1 * m / ((v / correction2).sqrt_().add_(self.epsilon)))
+            some = [i for i in range(at, at + len(group.params)) if self.params[i].grad is not None]
             at += len(group.params)
+            if not some:
+                continue
+            params, first, second = ([tensors[i] for i in some] for tensors in (self.params, self.first, self.second))
+            gradients = [p.grad for p in params]
+            torch._foreach_lerp_(first, gradients, 1 - beta1)
+            torch._foreach_mul_(second, beta2)
+            torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+            spread = torch._foreach_sqrt(second)
+            for p, s in zip(params, spread, strict=True):
+                s.div_(_along_members(root2.to(p.dtype), p))
+            torch._foreach_add_(spread, self.epsilon)
+            change = torch._foreach_div(first, spread)
+            scale = torch.as_tensor(group.lr_scale, dtype=self.learning_rates.dtype, device=params[0].device)  # () or (K, ...)
+            rates = factor * (_along_members(self.learning_rates, scale) if scale.dim() else self.learning_rates) * scale
+            for p, c in zip(params, change, strict=True):
+                rate = _along_members(rates, p)
+                if group.weight_decay:
+                    p.mul_((1 - rate * (self.weight_decay * group.weight_decay)).to(p.dtype))
+                c.mul_((rate / _along_members(correction1, p)).to(p.dtype))
+            torch._foreach_sub_(params, change)
 
     def zero_grad(self) -> None:
         for p in self.params:

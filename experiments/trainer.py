@@ -246,8 +246,7 @@ class Trainer:
         kept = np.zeros((K, len(encoded.ids) if by_token else len(encoded)), np.float64 if kind == "regression" else np.int64)
         finite = torch.ones(K, dtype=torch.bool, device=pack.device)
         self.model.eval()
-        plan = evaluation_batches(encoded, pack.training.evaluation_batch_size)
-        for (rows, length), logits in zip(plan, self._evaluation_logits(encoded, plan), strict=True):
+        for rows, length, logits in self._evaluation_logits(encoded):
             finite &= logits.isfinite().view(K, -1).all(1)
             found = objective.predictions(kind, logits).view(K, len(rows), *logits.shape[1:-1]).cpu().numpy()
             if by_token:
@@ -259,42 +258,44 @@ class Trainer:
         infinite = Undefined("collapsed", "the model's outputs are not finite numbers")
         return [self._score(kept[k], encoded.labels, offsets) if finite[k] else infinite for k in range(K)]
 
-    def _evaluation_logits(self, encoded: Encoded, plan: Sequence[tuple[np.ndarray, int]]) -> Iterator[Tensor]:
-        """For each batch of the plan the logits of every member, (K*N, ...).
+    def _evaluation_logits(self, encoded: Encoded) -> Iterator[tuple[np.ndarray, int, Tensor]]:
+        """For each batch its rows, their length, and the logits of every member, (K*N, ...).
 
         Members cannot share an evaluation as they share a training step, because their activations differ from the first
         adapted layer on.  On a CPU they are therefore merged into the model's weights one by one, each of which then costs
         what the bare model costs.  A GPU would wait for the launches of small batches, and a 16-bit weight would round small
         updates away: there the whole pack is evaluated, its rows repeated.
         """
-        pack = self.pack
+        pack, size = self.pack, self.pack.training.evaluation_batch_size
         if pack.device.type == "cpu" and pack.precision == "fp32" and self.adapter.mergeable:
+            # Up to 256 rows at once, never more than a packed evaluation would have: small batches are slower a row.
+            plan = evaluation_batches(encoded, max(size, min(size * pack.members, 256)))
             found: list[list[Tensor]] = [[] for _ in plan]
             try:
                 for member in range(pack.members):
                     try:
                         self.adapter.merge(member)
-                        for batch, logits in enumerate(self._forward(encoded, plan, 1)):
-                            found[batch].append(logits)
+                        for batch, (rows, length) in enumerate(plan):
+                            found[batch].append(self._logits(encoded, rows, length, 1))
                     finally:
                         self.adapter.unmerge()
             except CannotMerge:
                 pass
             else:
-                yield from map(torch.cat, found)
+                yield from ((rows, length, torch.cat(parts)) for (rows, length), parts in zip(plan, found, strict=True))
                 return
-        yield from self._forward(encoded, plan, pack.members)
+        for rows, length in evaluation_batches(encoded, size):
+            yield rows, length, self._logits(encoded, rows, length, pack.members)
 
-    def _forward(self, encoded: Encoded, plan: Sequence[tuple[np.ndarray, int]], members: int) -> Iterator[Tensor]:
-        """The model's logits for each batch of the plan, its rows repeated for so many members."""
-        for rows, length in plan:
-            batch = self._tensors(collate(encoded, rows, length, self.pad))
-            batch.pop("labels")
-            self.adapter.begin(Step(max(self.step, 1), self.total), training=False)
-            with self._autocast():
-                logits = self.model(**self.adapter.prepare({k: v.repeat(members, 1) for k, v in batch.items()})).logits
-            yield logits
-            self.progress(members * len(rows) / 3)  # a forward pass alone costs about a third of a step
+    def _logits(self, encoded: Encoded, rows: np.ndarray, length: int, members: int) -> Tensor:
+        """The model's logits for a batch, its rows repeated for so many members."""
+        batch = self._tensors(collate(encoded, rows, length, self.pad))
+        batch.pop("labels")
+        self.adapter.begin(Step(max(self.step, 1), self.total), training=False)
+        with self._autocast():
+            logits = self.model(**self.adapter.prepare({k: v.repeat(members, 1) for k, v in batch.items()})).logits
+        self.progress(members * len(rows) / 3)  # a forward pass alone costs about a third of a step
+        return logits
 
     def _score(self, predicted: np.ndarray, labels: np.ndarray, offsets: np.ndarray | None) -> dict[str, float] | Undefined:
         try:

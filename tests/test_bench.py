@@ -349,10 +349,10 @@ def test_cases_are_picked_by_pattern():
 
 
 @pytest.fixture
-def bench_of(monkeypatch, measured):
+def bench_of(monkeypatch, measured, tmp_path):
     """The command in this process, on what was measured here, or what `end` does instead."""
 
-    def call(json_file, out=None, end=lambda: None):
+    def call(json_file, out=tmp_path / "out", end=lambda: None):
         def measure_nothing(bench):
             end()
             return measured[0]

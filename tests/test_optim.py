@@ -229,3 +229,16 @@ def test_warm_up_rises_in_equal_steps_to_one_and_the_fall_starts_there(schedule)
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_a_run_that_is_all_warm_up_has_rates(schedule):
     assert factors(schedule, total=3, warmup=3) == pytest.approx([1 / 3, 2 / 3, 1])
+
+
+def test_all_members_at_once_is_each_member_s_fused_step(monkeypatch):
+    """What a GPU takes for a pack, where a call for each member would cost more than it saves."""
+    found = []
+    for fusable in (True, False):
+        with monkeypatch.context() as patch:
+            if not fusable:
+                patch.setattr(MemberAdamW, "_is_fusable", lambda self: False)
+            optimizer, params = ours([0, 1, 2], [1e-2, 3e-3, 1e-3], 0.1)
+            found.append([*(p.detach().clone() for p in params), *optimizer.first, *optimizer.second])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)

@@ -23,7 +23,7 @@ from experiments.bench.workloads import POOL, random_rows
 from experiments.trainer import write_json
 from variants import native
 
-METHODS = ("lora", "adalora", "dora")
+METHODS = ("lora", "dora")
 # What is taken out, and how: each is in force while an arm is made and whenever it runs.
 CHANGES: dict[str, Callable[[], Any]] = {
     "nothing": contextlib.nullcontext,
@@ -32,6 +32,7 @@ CHANGES: dict[str, Callable[[], Any]] = {
     "merged evaluation": lambda: mock.patch("variants.base.Adapter.mergeable", False),
     "fused AdamW": lambda: mock.patch("experiments.optim.MemberAdamW._is_fusable", lambda self: False),
 }
+UNUSED = {"train": {"merged evaluation"}, "eval": {"compiled passes", "fused AdamW"}}  # what a phase does not have
 
 
 def measured(shape: Shape, method: str, setup: Setup, rounds: int) -> Iterator[dict[str, Any]]:
@@ -50,7 +51,8 @@ def measured(shape: Shape, method: str, setup: Setup, rounds: int) -> Iterator[d
         return step
 
     for phase, batches in (("train", 1), ("eval", shape.evaluation_batches)):
-        times = timing.interleave({name: without(name, phase) for name in CHANGES}, setup.device, rounds)
+        names = [name for name in CHANGES if name not in UNUSED[phase]]
+        times = timing.interleave({name: without(name, phase) for name in names}, setup.device, rounds)
         whole = times["nothing"]
         for name, taken in times.items():
             yield {
@@ -65,14 +67,15 @@ def measured(shape: Shape, method: str, setup: Setup, rounds: int) -> Iterator[d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="write the rows there too")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shapes", nargs="*", choices=[shape.name for shape in SHAPES], default=[s.name for s in SHAPES])
     chosen = parser.parse_args()
     measure.keep_freed_memory()
     device = torch.device("cpu")
     precision = measure.precision("auto", device)
     found = {"machine": machine(device, precision, ((1024, 1024, 1024),)), "rows": []}
     with tempfile.TemporaryDirectory() as scratch:
-        for shape in SHAPES:
+        for shape in [shape for shape in SHAPES if shape.name in chosen.shapes]:
             for method in METHODS:
                 for row in measured(shape, method, Setup(device, precision, Path(scratch)), chosen.rounds):
                     low, high = row["slower_spread"]

@@ -129,7 +129,7 @@ def plan(device: str) -> Plan:
         linear=Shape("", 1, 64, 1, repetitions=30, warmup=2, evaluation_batches=8, evaluation_repetitions=15),
         features=2048,
         llama=LLAMA[device],
-        llama_shape=Shape("k1", 1, 8, 128, repetitions=5, warmup=2),
+        llama_shape=Shape("k1", 1, 8, 128, repetitions=5, warmup=2, evaluation_batches=8, evaluation_repetitions=3),
         throughput=Shape("run", 1, 32, 16, repetitions=2, peft_repeat=3),
         packs=(1, 4, 16, 64),
         steps_per_run=180,
