@@ -103,8 +103,8 @@ class Plan:
 
 
 SHAPES = (
-    Shape("k1", 1, 32, 32, repetitions=7, warmup=2, evaluation_batches=8, evaluation_repetitions=4),
-    Shape("k16", 16, 32, 16, repetitions=3, evaluation_batches=4, peft_repeat=3),
+    Shape("k1", 1, 32, 32, repetitions=7, warmup=2, evaluation_batches=8, evaluation_repetitions=3),
+    Shape("k16", 16, 32, 16, repetitions=3, evaluation_batches=4, evaluation_repetitions=2, peft_repeat=3),
 )
 LLAMA = {
     "cpu": LlamaSize(hidden=512, layers=4, heads=8, kv_heads=4, feed_forward=1408),

@@ -20,7 +20,7 @@ from experiments.bench.workloads import PRECISIONS, Arms, EncoderArms, LinearArm
 SCHEMA = 1
 OF_PEFT = ("peft", "cached", "merged")  # arms that train or evaluate one member
 CLOSE = 1.3  # PEFT's precisions within this factor of its best are timed for every method
-HOPELESS = 2.0  # one that is slower by this factor is given up after its second step
+HOPELESS = 2.0  # one that is slower by this factor is given up after its second step, by its square after its first
 
 
 class Bench:
@@ -121,7 +121,8 @@ class Bench:
         shape = arms.shape
         rounds = self.repetitions or (phase == "eval" and shape.evaluation_repetitions) or shape.repetitions
         done = lambda share: self.progress(what, share * len(cases))  # noqa: E731
-        times = timing.interleave(steps, self.device, rounds, shape.warmup, repeat, done)
+        warmup = 1 if phase == "eval" else shape.warmup  # an evaluation is several batches
+        times = timing.interleave(steps, self.device, rounds, warmup, repeat, done)
         for key, taken in times.items():  # seconds per member and batch; PEFT trains one member
             members = 1 if key[0] in OF_PEFT else arms.members
             times[key] = [t / members / arms.batches[phase] for t in taken]
@@ -187,8 +188,9 @@ class Bench:
             with timing.undisturbed():
                 for precision in PRECISIONS:
                     step = arms.peft("lora", precision).train
-                    timing.seconds(step, self.device)  # the first step also makes what later ones keep
-                    firsts.append(timing.seconds(step, self.device))
+                    cold = timing.seconds(step, self.device)  # the first step also makes what later ones keep
+                    far_off = bool(firsts) and cold > HOPELESS**2 * min(firsts)
+                    firsts.append(cold if far_off else timing.seconds(step, self.device))
                     tried[precision] = firsts[-1]
                     if firsts[-1] <= HOPELESS * min(firsts):
                         tried[precision] = statistics.median(timing.seconds(step, self.device) for _ in range(3))
