@@ -62,7 +62,7 @@ def keep_freed_memory() -> None:
     """Lets glibc keep what torch frees, for the next tensor, instead of returning it to the system.
 
     A step makes and frees hundreds of tensors of megabytes; by default each is mapped anew and its pages cleared one by
-    one, which costs a tenth to a fifth of a step on a CPU.  Nothing happens where the C library is another.
+    one, which is a good part of a step on a CPU.  Nothing happens where the C library is another.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)

@@ -68,7 +68,7 @@ def load(model_id: str, task: Any, precision: str = "fp32", device: str = "cpu")
     wanted: dict[str, Any] = {"num_labels": task.num_labels}
     if not token_classes:
         wanted["problem_type"] = "regression" if task.kind == "regression" else "single_label_classification"
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(HEAD_SEED)
         try:
             tokenizer = _tokenizer(folder, with_words=token_classes)
@@ -216,7 +216,7 @@ def tiny(
         )
     token_classes = kind == "token-classification"
     auto = transformers.AutoModelForTokenClassification if token_classes else transformers.AutoModelForSequenceClassification
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = auto.from_config(config)
         for parameter in model.parameters():  # biases and norms too: zeros and ones hide mistakes
@@ -281,7 +281,7 @@ def _device(device: str) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No load report, no progress bar, no advice from transformers, for the time being."""
     from transformers.utils import logging
 

@@ -193,7 +193,7 @@ class Trainer:
             self.optimizer.clip(norms, pack.training.clip)
         state = Step(self.step, self.total, None if bool(taken.all()) else taken)
         adapter.before_step(state)
-        self.optimizer.step(schedule_factor(pack.training.schedule, self.step, self.total, self.warmup), taken)
+        self.optimizer.step(schedule_factor(pack.training.schedule, self.step, self.total, self.warmup), state.taken)
         adapter.after_step(state)
         self.optimizer.zero_grad()
         self.alive &= self.skipped <= pack.training.max_skipped_steps
@@ -266,26 +266,29 @@ class Trainer:
         what the bare model costs.  A GPU would wait for the launches of small batches, and a 16-bit weight would round small
         updates away: there the whole pack is evaluated, its rows repeated.
         """
-        pack, size = self.pack, self.pack.training.evaluation_batch_size
+        pack = self.pack
         if pack.device.type == "cpu" and pack.precision == "fp32" and self.adapter.mergeable:
-            # Up to 256 rows at once, never more than a packed evaluation would have: small batches are slower a row.
-            plan = evaluation_batches(encoded, max(size, min(size * pack.members, 256)))
-            found: list[list[Tensor]] = [[] for _ in plan]
-            try:
-                for member in range(pack.members):
-                    try:
-                        self.adapter.merge(member)
-                        for batch, (rows, length) in enumerate(plan):
-                            found[batch].append(self._logits(encoded, rows, length, 1))
-                    finally:
-                        self.adapter.unmerge()
-            except CannotMerge:
-                pass
-            else:
-                yield from ((rows, length, torch.cat(parts)) for (rows, length), parts in zip(plan, found, strict=True))
+            with contextlib.suppress(CannotMerge):  # raised before anything has been yielded
+                yield from self._merged_logits(encoded)
                 return
-        for rows, length in evaluation_batches(encoded, size):
+        for rows, length in evaluation_batches(encoded, pack.training.evaluation_batch_size):
             yield rows, length, self._logits(encoded, rows, length, pack.members)
+
+    def _merged_logits(self, encoded: Encoded) -> Iterator[tuple[np.ndarray, int, Tensor]]:
+        """The same with each member in turn merged into the model."""
+        size, members = self.pack.training.evaluation_batch_size, self.pack.members
+        # Up to 256 rows at once, never more than a packed evaluation would have: small batches are slower a row.
+        plan = evaluation_batches(encoded, max(size, min(size * members, 256)))
+        found: list[list[Tensor]] = [[] for _ in plan]
+        for member in range(members):
+            try:
+                self.adapter.merge(member)
+                for parts, (rows, length) in zip(found, plan, strict=True):
+                    parts.append(self._logits(encoded, rows, length, 1))
+            finally:
+                self.adapter.unmerge()
+        for parts, (rows, length) in zip(found, plan, strict=True):
+            yield rows, length, torch.cat(parts)
 
     def _logits(self, encoded: Encoded, rows: np.ndarray, length: int, members: int) -> Tensor:
         """The model's logits for a batch, its rows repeated for so many members."""

@@ -90,7 +90,7 @@ def draw_all(study: Study) -> list[Drawing]:
 def save(drawing: Drawing, folder: Path) -> tuple[Path, Path]:
     """`<name>.svg` and `<name>.png`, each whole or not at all; no date and no program's version in them."""
     paths = folder / f"{drawing.name}.svg", folder / f"{drawing.name}.png"
-    with _style():
+    with house_style():
         for path, metadata in zip(paths, ({"Date": None, "Creator": None}, {"Software": None}), strict=True):
             out = io.BytesIO()
             drawing.figure.savefig(out, format=path.suffix[1:], dpi=160, metadata=metadata)
@@ -128,9 +128,9 @@ def rank_map(study: Study) -> Drawing | None:
     rows = -(-len(arms) // columns)
     margin = 0.25 + 0.075 * max(map(len, [*kinds, *(labels[site] for site in others)]))
     height = cell * 0.78 * (len(kinds) + len(others)) + 0.75
-    with _style():
+    with house_style():
         size = (columns * (wide * cell + 0.55) + margin + 0.9, rows * height + 0.8)
-        figure, axes = _panels(rows, columns, size, sharey=True)
+        figure, axes = panels(rows, columns, size, sharey=True)
         for ax, arm, found in zip(axes, arms, ranks, strict=False):
             _rank_panel(ax, found, layers, kinds, others, labels, top, small=wide > 16)
             n = len(arm.completed)
@@ -147,7 +147,7 @@ def rank_map(study: Study) -> Drawing | None:
         n = len(arms[0].completed)
         seeds = f"mean of {n} seeds" if n > 1 else "one seed"
         title = f"Active rank of each layer and module after training, {_of(study)} ({seeds})"
-        _title(figure, title)
+        title_above(figure, title)
     alt = f"Heat-map of ranks, {len(kinds)} kinds of modules by {len(layers)} layers, for {', '.join(_names(arms))}."
     return Drawing("rank-map", title, alt, figure)
 
@@ -207,8 +207,8 @@ def budget(study: Study) -> Drawing | None:
         return None
     columns = min(len(arms), 2)
     rows = -(-len(arms) // columns)
-    with _style():
-        figure, axes = _panels(rows, columns, (9.6 if columns == 2 else 6.4, 3.1 * rows + 0.5), sharey=True)
+    with house_style():
+        figure, axes = panels(rows, columns, (9.6 if columns == 2 else 6.4, 3.1 * rows + 0.5), sharey=True)
         for ax, arm in zip(axes, arms, strict=False):
             for i, run in enumerate(histories[arm]):
                 steps = [row.step for row in run]
@@ -234,7 +234,7 @@ def budget(study: Study) -> Drawing | None:
         for ax in axes[len(arms) :]:
             ax.set_axis_off()
         title = f"Rank budget over time against its schedule, {_of(study)} ({_seeds(arms)})"
-        _title(figure, title)
+        title_above(figure, title)
     return Drawing("budget", title, f"Active ranks fall with the schedule for {', '.join(_names(arms))}.", figure)
 
 
@@ -250,8 +250,8 @@ def ranks_over_time(study: Study) -> Drawing | None:
     colours = {kind: KIND_COLOURS[i % len(KIND_COLOURS)] for i, kind in enumerate(kinds)}
     columns = min(len(arms), 2)
     rows = -(-len(arms) // columns)
-    with _style():
-        figure, axes = _panels(rows, columns, (9.6 if columns == 2 else 7.0, 3.3 * rows + 0.5), sharey=True)
+    with house_style():
+        figure, axes = panels(rows, columns, (9.6 if columns == 2 else 7.0, 3.3 * rows + 0.5), sharey=True)
         for ax, arm in zip(axes, arms, strict=False):
             ends = []
             for kind in kinds:
@@ -272,7 +272,7 @@ def ranks_over_time(study: Study) -> Drawing | None:
         for ax in axes[len(arms) :]:
             ax.set_axis_off()
         title = f"Active rank of each kind of module over time, {_of(study)} ({_seeds(arms)})"
-        _title(figure, title)
+        title_above(figure, title)
     return Drawing("ranks-over-time", title, f"Mean rank of {', '.join(kinds)} while training.", figure)
 
 
@@ -316,8 +316,8 @@ def learning_curves(study: Study) -> Drawing | None:
         return None
     result = next(iter(study.results()))
     split = _evaluated_split(arms, result)
-    with _style():
-        figure, (left, right) = _panels(1, 2, (9.8, 4.1), sharex=True)
+    with house_style():
+        figure, (left, right) = panels(1, 2, (9.8, 4.1), sharex=True)
         for arm, line in _lines(arms):
             runs = arm.of("completed")
             steps, losses = _binned([(row.step, row.loss) for row in run.train if row.loss is not None] for run in runs)
@@ -349,7 +349,7 @@ def learning_curves(study: Study) -> Drawing | None:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 6))
         band = "; band: lowest to highest seed" if any(len(arm.completed) > 1 for arm in arms) else ""
         title = f"Learning curves, {_of(study)} ({_seeds(arms)}{band})"
-        _title(figure, title)
+        title_above(figure, title)
     return Drawing("learning-curves", title, f"Loss and {result.metric} over steps for {', '.join(_names(arms))}.", figure)
 
 
@@ -391,8 +391,8 @@ def rates(study: Study) -> Drawing | None:
     if not any(rate_score(runs) is not None for arm in arms for runs in arm.grid.values()):
         return None
     result = next(iter(study.results()))
-    with _style():
-        figure, (ax,) = _panels(1, 1, (8.2, 4.4))
+    with house_style():
+        figure, (ax,) = panels(1, 1, (8.2, 4.4))
         ax.set_xscale("log")
         scores = {arm: {rate: rate_score(runs) for rate, runs in arm.grid.items()} for arm in arms}
         floor = _show_near_best(ax, [s for found in scores.values() for s in found.values() if s is not None])
@@ -425,7 +425,7 @@ def rates(study: Study) -> Drawing | None:
         figure.legend(loc="outside lower center", ncols=min(len(arms), 6))
         marks = "filled: best" + (", x: failed" if failed else "")
         title = f"Score against learning rate, {_of(study)} ({marks})"
-        _title(figure, title)
+        title_above(figure, title)
     return Drawing("rates", title, f"Selection score over learning rates for {', '.join(_names(arms))}.", figure)
 
 
@@ -437,14 +437,14 @@ def _lost(runs: Sequence[Run], score: float | None) -> bool:
 
 
 @contextmanager
-def _style():
+def house_style():
     from matplotlib import rc_context, rcParamsDefault
 
     with rc_context({**{k: v for k, v in rcParamsDefault.items() if k != "backend"}, **STYLE}):
         yield
 
 
-def _panels(rows: int, columns: int, size: tuple[float, float], **share: bool) -> tuple["Figure", np.ndarray]:
+def panels(rows: int, columns: int, size: tuple[float, float], **share: bool) -> tuple["Figure", np.ndarray]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -454,7 +454,7 @@ def _panels(rows: int, columns: int, size: tuple[float, float], **share: bool) -
     return figure, axes
 
 
-def _title(figure: "Figure", title: str) -> None:
+def title_above(figure: "Figure", title: str) -> None:
     """Left-aligned, broken where the figure is narrower than the title."""
     width = int(figure.get_figwidth() * 13.2)
     figure.suptitle("\n".join(textwrap.wrap(title, width)), x=0.012, ha="left", fontweight="bold", color=INK)

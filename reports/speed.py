@@ -270,8 +270,8 @@ def throughput_plot(bench: dict[str, Any]) -> figures.Drawing | None:
     if not rows:
         return None
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    with figures._style():
-        figure, (ax,) = figures._panels(1, 1, (7.4, 4.4))
+    with figures.house_style():
+        figure, (ax,) = figures.panels(1, 1, (7.4, 4.4))
         for method in methods:
             points = [(row["members"], row["runs_per_minute"]) for row in rows if row["method"] == method]
             style = {"color": figures.colour(method)}
@@ -292,7 +292,7 @@ def throughput_plot(bench: dict[str, Any]) -> figures.Drawing | None:
         ax.set_ylabel("runs per minute")
         figure.legend(loc="outside lower center", ncols=4)
         title = f"Runs per minute against the size of a pack, {bench['machine']['device_name']}"
-        figures._title(figure, title)
+        figures.title_above(figure, title)
     return figures.Drawing("throughput", title, f"Runs per minute over K for {', '.join(methods)}, PEFT beside them.", figure)
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from experiments import cli
-from experiments.bench import cases, run, throughput, timing
-from experiments.bench.arms import Floor, Setup
+from experiments.bench import ablation, cases, run, throughput, timing
+from experiments.bench.arms import Floor, Ours, Setup
 from experiments.bench.cases import PEFT_METHODS, LlamaSize, Plan, Shape, StudySize
 from experiments.bench.workloads import EncoderArms, LinearArms, plain
 from tests import small_world
@@ -397,3 +397,31 @@ def test_write_that_is_cut_off_leaves_the_old_file(tmp_path, bench_of, monkeypat
 def test_extra_names_the_version_that_is_checked():
     assert f'bench = ["peft=={cases.PEFT_VERSION}"]' in (ROOT / "pyproject.toml").read_text()
     assert f"peft=={cases.PEFT_VERSION}" in (ROOT / "constraints.txt").read_text().split()
+
+
+def test_a_case_that_fails_is_written_down_and_the_others_go_on(model, monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("too large\nfor this machine")
+
+    monkeypatch.setattr(run.throughput, "measure_case", too_large)
+    chosen = [case for case in cases.select(None, full=True) if case.name in ("throughput/lora/k1", "linear/train/lora")]
+    found = run.Bench(tiny_plan(model), CPU, chosen).run()
+    assert found["failures"] == [{"cases": ["throughput/lora/k1"], "error": "OutOfMemoryError: too large"}]
+    assert [row["case"] for row in found["rows"]] == ["linear/train/lora"]
+
+
+def test_an_ablation_takes_out_what_it_says(model, setup, monkeypatch):
+    monkeypatch.setattr(ablation, "MINILM", model)
+    made = []
+    monkeypatch.setattr(ablation, "Ours", lambda *args: made.append(Ours(*args)) or made[-1])
+    rows = list(ablation.measured(K1, "lora", setup, 1))
+    assert [(r["case"].partition("/")[0], r["without"]) for r in rows] == [
+        *(("train", name) for name in ("nothing", "compiled passes", "first token only", "fused AdamW")),
+        *(("eval", name) for name in ("nothing", "first token only", "merged evaluation")),
+    ]
+    names = list(ablation.CHANGES)
+    first = ["forward" in vars(arm.trainer.model.bert.encoder.layer[-1]) for arm in made]
+    assert [name for name, used in zip(names, first, strict=True) if not used] == ["first token only"]
+    with ablation.CHANGES["merged evaluation"]():
+        assert not made[0].trainer.adapter.mergeable
+    assert made[0].trainer.adapter.mergeable

@@ -214,3 +214,25 @@ def test_a_member_that_does_not_exist_is_not_merged():
     adapter.merge(1)
     with pytest.raises(ValueError, match="merged already"):
         adapter.merge(0)
+
+
+def test_an_interrupted_merge_leaves_the_model_as_it_was():
+    class Interrupting(list):
+        def append(self, item):
+            if len(self) == 3:
+                raise KeyboardInterrupt
+            super().append(item)
+
+    model = tiny("bert")
+    adapter = variants.create("lora", rank=2).attach(model)
+    fill(adapter)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    adapter._surgery.kept = Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        adapter.merge()
+    assert not adapter.is_merged and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    adapter._surgery.kept = []
+    adapter.merge()
+    adapter.detach()
+    assert all(torch.equal(value, before[name]) for name, value in tiny("bert").state_dict().items() if name in before)
+    assert all(torch.equal(v, tiny("bert").state_dict()[n]) for n, v in model.state_dict().items())

@@ -16,6 +16,8 @@ from experiments.trainer import Trainer
 from tests import small_world
 from tests.loop import Loop
 from tests.small_world import ALL_METHODS
+from variants import native
+from variants.base import CannotMerge
 from variants.settings import method as method_named
 
 PACKABLE = [m for m in ALL_METHODS if method_named(m).load().packable]
@@ -140,6 +142,36 @@ def test_a_run_that_was_cut_off_in_its_last_evaluation_does_not_train_again(mode
     monkeypatch.setattr(again, "train_step", lambda: pytest.fail("it trained again"))
     assert again.run()[0].metrics.keys() == {"validation", "test"}
     assert len(lines(again, kind="evaluation")) == 4
+
+
+@pytest.mark.parametrize("method", PACKABLE)
+def test_an_evaluation_merged_member_by_member_is_that_of_the_pack(model, tmp_path, monkeypatch, method):
+    trainer, _ = small_world.trained(small_world.pack(model, method, seeds=(0, 1, 5)), tmp_path)
+    merge, merged = trainer.adapter.merge, []
+    monkeypatch.setattr(trainer.adapter, "merge", lambda member: (merged.append(member), merge(member)))
+    found = trainer.evaluate("test")
+    assert merged == [0, 1, 2] and not trainer.adapter.is_merged
+
+    def tied(member: int) -> None:
+        if member:
+            raise CannotMerge("a weight is tied")
+        merge(member)
+
+    monkeypatch.setattr(trainer.adapter, "merge", tied)
+    together = trainer.evaluate("test")
+    assert not trainer.adapter.is_merged
+    for one, other in zip(found, together, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    assert len({metrics["pearson"] for metrics in found}) == 3
+
+
+@pytest.mark.skipif(native.library() is None, reason="no compiled passes here")
+def test_a_run_that_goes_on_without_the_compiled_passes_says_so(model, tmp_path, monkeypatch):
+    pack = small_world.pack(model)
+    cut_off(pack, tmp_path)
+    monkeypatch.setattr(native, "library", lambda: None)
+    with pytest.warns(UserWarning, match="begun with the compiled passes and goes on without them"):
+        small_world.trained(pack, tmp_path)
 
 
 def test_a_resumed_adalora_gives_no_false_warning(model, tmp_path, recwarn):

@@ -48,18 +48,14 @@ class Draw:
         """The draw of the next call of `site`, whose input is x (..., features)."""
         return Dropping(self.keys(site), rate, x.shape[-1] * (self.length or 1))
 
-    def first_tokens(self, length: int) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def first_tokens(self, length: int) -> Iterator[None]:
         """While only the first of each sequence's `length` tokens is computed: it gets the draw it has among all of them."""
-
-        @contextlib.contextmanager
-        def first() -> Iterator[None]:
-            self.length = length
-            try:
-                yield
-            finally:
-                self.length = None
-
-        return first()
+        self.length = length
+        try:
+            yield
+        finally:
+            self.length = None
 
     def apart(self, site: str, x: Tensor) -> Tensor:
         """The members' rows of an input of `site`, (K, N, features).
@@ -105,7 +101,8 @@ class Dropping:
 
     @property
     def threshold(self) -> int:
-        return _threshold(self.rate)
+        """The least draw that survives."""
+        return min(round(self.rate * 2**32), 2**32 - 1) - 2**31
 
     def factor(self, x: Tensor) -> Tensor:
         """0, or 1/(1 - rate), for each element of x (K, N, F); in fp32 for 16-bit x, in which 1/0.9 is off by 0.15 %."""
@@ -118,15 +115,18 @@ class Dropping:
         return factor.view(K, N, F)
 
     def _drawn(self, rows: int, features: int, device: torch.device) -> Tensor:
-        positions = _positions(rows * self.pitch, device)
+        """(K, rows * features) int32, each equally likely: ((mixed position) xor first key) times the second key made odd."""
+        keys, count = self.keys.to(device), rows * self.pitch
+        positions = _mixed_positions(1 << max(count - 1, 1).bit_length(), device)[:count]
         if self.pitch != features:
             positions = positions.view(rows, self.pitch)[:, :features].reshape(-1)
-        return _uniform(self.keys.to(device), positions)
+        return (positions ^ keys[:, :1]).mul_(keys[:, 1:] | 1)
 
 
 def keep_mask(keys: Tensor, count: int, rate: float, device: torch.device) -> Tensor:
     """Which of `count` elements of each member survive, (K, count) bool; see `Dropping` for `keys` and `rate`."""
-    return _uniform(keys.to(device), _positions(count, device)) >= _threshold(rate)
+    dropping = Dropping(keys, rate, count)
+    return dropping._drawn(1, count, device) >= dropping.threshold
 
 
 def drop(x: Tensor, rate: float, draw: Draw, site: str) -> Tensor:
@@ -157,20 +157,6 @@ class NativeDrop(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
         return native.drop(g, ctx.dropping), None
-
-
-def _uniform(keys: Tensor, positions: Tensor) -> Tensor:
-    """(K, count) int32, each equally likely: ((mixed position) xor first key) times the second key made odd."""
-    return (positions ^ keys[:, :1]).mul_(keys[:, 1:] | 1)
-
-
-def _threshold(rate: float) -> int:
-    """The least draw that survives."""
-    return min(round(rate * 2**32), 2**32 - 1) - 2**31
-
-
-def _positions(count: int, device: torch.device) -> Tensor:
-    return _mixed_positions(1 << max(count - 1, 1).bit_length(), device)[:count]
 
 
 @functools.lru_cache(maxsize=32)

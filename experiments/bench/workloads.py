@@ -174,7 +174,7 @@ def llama(size: LlamaSize, scratch: Path, precision: str, positions: int) -> Ite
     )
     with tempfile.TemporaryDirectory(dir=scratch) as parent:
         folder = str(Path(parent) / "Llama shape")
-        with models._quiet(), torch.random.fork_rng(devices=[]):
+        with models.quiet(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             model = transformers.AutoModel.from_config(config, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
             model.save_pretrained(folder)
