@@ -145,6 +145,7 @@ def test_every_task_is_complete():
         assert task.name == name and task.licence and (task.caption or task.captions_by_model)
         assert set(task.sizes) == set(task.splits) >= {"train", task.selection_split, task.score_split}
         assert task.selection_split == "validation" and task.score_split in ("test", "dev")
+        assert {task.train_split, task.official_train_split, task.dev_split} <= set(task.splits)
         assert task.kind != "classification" or len(task.label_names) == task.num_labels
     assert (
         "zero-shot cosine Spearman 0.820"
@@ -152,8 +153,18 @@ def test_every_task_is_complete():
     )
     assert sum(tasks.get("reuters-r8").sizes.values()) == 5485 + 2189
     assert sum(tasks.get("sarcasm").sizes.values()) == 28498
-    assert tasks.get("glue/rte").sizes == {"train": 2241, "validation": 249, "dev": 277}
+    assert tasks.get("glue/rte").sizes == {"train": 2241, "validation": 249, "dev": 277, "official-train": 2490}
     assert "dev" in tasks.get("glue/mnli").caption[0] and tasks.get("glue/mnli").sizes["validation"] == 5000
+
+
+def test_only_the_hub_s_tasks_keep_training_rows_out_of_their_usual_training_part():
+    for name in tasks.names():
+        task = tasks.get(name)
+        from_hub = name.startswith("glue/") and name != "glue/stsb"
+        wanted = ("official-train", "dev") if from_hub else ("train", "validation")
+        assert (task.train_split, (task.official_train_split, task.dev_split)) == ("train", wanted)
+        if from_hub:
+            assert task.sizes["official-train"] == task.sizes["train"] + task.sizes["validation"]
 
 
 def test_r8_validation_is_carved_out_of_training_by_topic_and_the_same_each_time(tmp_path, monkeypatch):
@@ -212,7 +223,9 @@ def test_glue_task_chooses_on_a_part_of_training_and_scores_the_development_part
     fake_hub(monkeypatch, {"train": hub_mrpc(3668), "validation": hub_mrpc(408)})
     task = tasks.get("glue/mrpc")
     parts = task.load()
-    assert {split: len(part) for split, part in parts.items()} == {"train": 3301, "validation": 367, "dev": 408}
+    sizes = {"train": 3301, "validation": 367, "dev": 408, "official-train": 3668}
+    assert {split: len(part) for split, part in parts.items()} == sizes
+    assert parts[task.official_train_split].first == hub_mrpc(3668)["sentence1"] and task.dev_split == "dev"
     assert not set(parts["train"].first) & set(parts["validation"].first) and parts["dev"].second == ["b"] * 408
     before = task.data_hash()
     fake_hub(monkeypatch, {"train": hub_mrpc(3668), "validation": hub_mrpc(407)})
@@ -323,6 +336,20 @@ def test_tokens_are_made_once_and_kept_by_content(tmp_path, monkeypatch, cache):
     task.encode(tokenizer, "train", 24)
     assert len(list(cache.rglob("*.npz"))) == 5
     assert all(path.suffix == ".npz" for path in cache.rglob("*") if path.is_file())
+
+
+def test_all_official_training_rows_can_be_encoded_and_leave_the_other_tokens_as_they_were(monkeypatch, cache):
+    fake_hub(monkeypatch, {"train": hub_mrpc(30), "validation": hub_mrpc(6)})
+    task, tokenizer = replace(tasks.get("glue/mrpc"), sizes=None), models.tiny_tokenizer()
+    train = task.encode(tokenizer, task.train_split, 16)
+    whole = task.encode(tokenizer, task.official_train_split, 16)
+    assert (len(train), len(whole)) == (27, 30) and whole.labels.tolist() == hub_mrpc(30)["label"]
+    kept = [
+        row
+        for row, text in enumerate(task.load(["official-train"])["official-train"].first)
+        if text in set(task.load(["train"])["train"].first)
+    ]
+    assert whole.select(kept).ids.tolist() == train.ids.tolist()
 
 
 def test_damaged_tokens_are_made_anew(tmp_path, monkeypatch, cache):

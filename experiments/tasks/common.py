@@ -104,6 +104,9 @@ class Task:
 
     metric: the name of the primary metric. sizes: rows of each split, known before any download, or None.
     read: split -> Examples. measure: (predictions, labels) -> {name: points}. identity: -> hash of the raw data.
+    train_split, selection_split, score_split: trained on, chosen on, reported. official_train_split: every row that the
+    data set's authors gave for training, nothing kept out; dev_split: their development part. Papers that report the
+    best epoch on the development part use these two.
     caption: the sentences that every report of this task must carry, captions_by_model: further ones for a model's.
     """
 
@@ -117,8 +120,11 @@ class Task:
     identity: Callable[[], str]
     label_names: tuple[str, ...] = ()
     splits: tuple[str, ...] = ("train", "validation", "test")
+    train_split: str = "train"
+    official_train_split: str = "train"
     selection_split: str = "validation"
     score_split: str = "test"
+    dev_split: str = "validation"
     caption: tuple[str, ...] = ()
     captions_by_model: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sizes: Mapping[str, int] | None = None
