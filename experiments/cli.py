@@ -103,7 +103,7 @@ def compare(
         if threads is not None:
             torch.set_num_threads(threads)
         _tell_of_plain_passes(bar)
-        runner = Runner(chosen, folder, device, say=bar.warn, progress=bar.advance, retry_failed=retry_failed)
+        runner = Runner(chosen, folder, device, say=bar.warn, bar.advance, retry_failed, bar.more)
         runner.prepare()
         bar.start(runner.work())
         results = runner.run()
@@ -363,6 +363,10 @@ class _progress:
     def advance(self, what: str, rows: float) -> None:
         if self.bar is not None:
             self.bar.update(self.task, description=what, advance=rows)
+
+    def more(self, rows: float) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, total=self.bar.tasks[self.task].total + rows)
 
 
 if __name__ == "__main__":

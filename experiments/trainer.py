@@ -52,6 +52,7 @@ class Pack:
     splits: tuple[str, ...]  # evaluated at the end; the first is also evaluated along the way
     device: torch.device
     precision: str
+    best_epoch: bool = False  # the first split's best evaluation is what counts, not the last
 
     @property
     def members(self) -> int:
@@ -61,7 +62,7 @@ class Pack:
         """Everything that a checkpoint must agree with to be this pack's."""
         settings, training = self.settings.model_dump(mode="json"), self.training.model_dump(mode="json", exclude={"log_every"})
         parts = [self.method, settings, self.targets, self.task.name, self.model, training, self.seeds, self.learning_rates]
-        return json.dumps([*parts, self.splits, self.device.type, self.precision])
+        return json.dumps([*parts, self.splits, self.device.type, self.precision, *(["best epoch"] if self.best_epoch else [])])
 
 
 @dataclass
@@ -322,6 +323,9 @@ class Trainer:
                         outcomes[member].error, outcomes[member].detail = metrics.error, metrics.detail
                     else:
                         outcomes[member].metrics[split] = metrics
+        scored = [self.step] * self.pack.members
+        if self.pack.best_epoch:
+            scored = [self._take_best_epoch(member, outcome) for member, outcome in enumerate(outcomes)]
         peak = self.memory.read()
         peak = None if peak is None or self.peak is None else max(peak, self.peak)
         self.peak = peak
@@ -334,6 +338,7 @@ class Trainer:
                 "total_steps": self.total,
                 "epochs": round(self.step / self.per_epoch, 4),
                 "skipped_steps": int(self.skipped[member]),
+                "scored_step": scored[member],
                 "tokens_per_second": self.tokens / self.training_seconds if self.training_seconds else 0.0,
                 "peak_memory_bytes": peak if self.pack.members == 1 else None,
                 "pack_peak_memory_bytes": peak,
@@ -349,6 +354,21 @@ class Trainer:
                 else f"dropout inside the attention is off ({len(self.silent)} places): a fused kernel cannot draw it by key",
             }
         return outcomes
+
+    def _take_best_epoch(self, member: int, outcome: Outcome) -> int:
+        """Gives a member the metrics of its best evaluation, the first of equal ones; the step of that evaluation.
+
+        They are read from its own metrics.jsonl, so that a run that was cut off has those before the cut too.
+        """
+        split, metric = self.pack.splits[0], self.pack.task.metric
+        lines = [json.loads(line) for line in (self.logs[member] / "metrics.jsonl").read_text().splitlines()]
+        found = [x for x in lines if x["kind"] == "evaluation" and x["split"] == split and metric in x["metrics"]]
+        if not found or outcome.error == "diverged":
+            return self.step
+        best = max(found, key=lambda line: line["metrics"][metric])
+        outcome.error = outcome.detail = None  # where only the last epoch has no value, the best one still has
+        outcome.metrics[split] = best["metrics"]
+        return best["step"]
 
     # -- what is written down ------------------------------------------------------------------------------------------
 
