@@ -486,7 +486,7 @@ class Runner:
     def _splits(self, phase: str, task: Task) -> tuple[str, ...]:
         """What a run is evaluated on: a sweep's on the selection split alone, a final one's on the score split too."""
         if self.study.protocol == "best-dev-epoch":
-            return (task.dev_split,)
+            return (task.dev_split, *task.extra_dev_splits)
         if phase == "sweep":
             return (task.selection_split,)
         selection = (task.selection_split,) if self.study.training.evaluations_per_epoch else ()
@@ -498,7 +498,7 @@ class Runner:
 
     def _evaluated(self, task: Task) -> list[str]:
         if self.study.protocol == "best-dev-epoch":
-            return [task.dev_split]
+            return [task.dev_split, *task.extra_dev_splits]
         return [task.selection_split, task.score_split]
 
     # -- runs -------------------------------------------------------------------------------------------------------
@@ -614,6 +614,8 @@ class Runner:
             "selection_split": selection,
             "score": None if failed else scores.get(split),
             "split": split,
+            "score_standard_error": None if failed else outcome.standard_errors.get(split),
+            "score_rows": None if failed else outcome.rows.get(split),
             "metrics": outcome.metrics,
             **{k: v for k, v in (outcome.facts or NO_FACTS).items() if k not in empty},
             "pack_size": size,

@@ -67,11 +67,16 @@ class Pack:
 
 @dataclass
 class Outcome:
-    """What became of one member."""
+    """What became of one member.
+
+    By split: metrics, the standard error of the primary metric (points), and the number of rows scored.
+    """
 
     error: str | None = None
     detail: str | None = None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    standard_errors: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -145,8 +150,9 @@ class Trainer:
                 self._log_step()
                 self._log_ranks()
             if self.step in self.evaluate_after and self.step < self.total and bool(self.alive.any()):
-                for member, metrics in enumerate(self.evaluate(self.pack.splits[0])):
-                    self._log_evaluation(member, self.pack.splits[0], metrics)
+                for split in self.pack.splits if self.pack.best_epoch else self.pack.splits[:1]:
+                    for member, metrics in enumerate(self.evaluate(split)):
+                        self._log_evaluation(member, split, metrics)
             now = time.perf_counter()
             self.seconds += now - began
             began = now
@@ -238,9 +244,15 @@ class Trainer:
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def evaluate(self, split: str) -> list[dict[str, float] | Undefined]:
         """Each member's metrics on a split, in points, or why they have no value."""
+        encoded = self.data[split]
+        found = self.predictions(split)
+        return [one if isinstance(one, Undefined) else self._score(one, encoded.labels, encoded.token_offsets) for one in found]
+
+    @torch.no_grad()
+    def predictions(self, split: str) -> list[np.ndarray | Undefined]:
+        """Each member's predictions for a split, in the order of its rows, as `Task.metrics` takes them."""
         pack, encoded = self.pack, self.data[split]
         K, kind = pack.members, pack.task.kind
         by_token = kind == "token-classification"
@@ -255,9 +267,8 @@ class Trainer:
                 kept[:, (encoded.offsets[rows][:, None] + np.arange(length))[mask]] = found[:, mask]
             else:
                 kept[:, rows] = found
-        offsets = encoded.offsets if by_token else None
         infinite = Undefined("collapsed", "the model's outputs are not finite numbers")
-        return [self._score(kept[k], encoded.labels, offsets) if finite[k] else infinite for k in range(K)]
+        return [kept[k] if finite[k] else infinite for k in range(K)]
 
     def _evaluation_logits(self, encoded: Encoded) -> Iterator[tuple[np.ndarray, int, Tensor]]:
         """For each batch its rows, their length, and the logits of every member, (K*N, ...).
@@ -315,14 +326,9 @@ class Trainer:
                 outcome.detail = f"{int(self.skipped[member])} steps with a non-finite loss or gradient by step {self.step}"
         if bool(self.alive.any()):
             for split in self.pack.splits:
-                for member, metrics in enumerate(self.evaluate(split)):
-                    if outcomes[member].error == "diverged":
-                        continue
-                    self._log_evaluation(member, split, metrics)
-                    if isinstance(metrics, Undefined):
-                        outcomes[member].error, outcomes[member].detail = metrics.error, metrics.detail
-                    else:
-                        outcomes[member].metrics[split] = metrics
+                for member, predicted in enumerate(self.predictions(split)):
+                    if outcomes[member].error != "diverged":
+                        self._conclude(outcomes[member], member, split, predicted)
         scored = [self.step] * self.pack.members
         if self.pack.best_epoch:
             scored = [self._take_best_epoch(member, outcome) for member, outcome in enumerate(outcomes)]
@@ -365,10 +371,23 @@ class Trainer:
         found = [x for x in lines if x["kind"] == "evaluation" and x["split"] == split and metric in x["metrics"]]
         if not found or outcome.error == "diverged":
             return self.step
-        best = max(found, key=lambda line: line["metrics"][metric])
+        best = max(found, key=lambda line: line["metrics"][metric])["step"]
         outcome.error = outcome.detail = None  # where only the last epoch has no value, the best one still has
-        outcome.metrics[split] = best["metrics"]
-        return best["step"]
+        outcome.metrics = {x["split"]: x["metrics"] for x in lines if x["kind"] == "evaluation" and x["step"] == best}
+        return best
+
+    def _conclude(self, outcome: Outcome, member: int, split: str, predicted: np.ndarray | Undefined) -> None:
+        """Adds what a member reached on a split to its outcome, and to its log."""
+        encoded = self.data[split]
+        truth = encoded.labels, encoded.token_offsets
+        metrics = predicted if isinstance(predicted, Undefined) else self._score(predicted, *truth)
+        self._log_evaluation(member, split, metrics)
+        if isinstance(metrics, Undefined):
+            outcome.error, outcome.detail = metrics.error, metrics.detail
+        else:
+            outcome.metrics[split] = metrics
+            outcome.standard_errors[split] = self.pack.task.standard_error(predicted, *truth)
+            outcome.rows[split] = len(encoded)
 
     # -- what is written down ------------------------------------------------------------------------------------------
 

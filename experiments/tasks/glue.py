@@ -26,6 +26,8 @@ from experiments.tasks.common import (
     lines_of,
     malformed,
     matthews,
+    resampled_correlations,
+    resampled_matthews,
 )
 
 HUB = "nyu-mll/glue"
@@ -163,9 +165,11 @@ def _task(name: str) -> Task:
         official_train_split=OFFICIAL_TRAIN,
         score_split="dev",
         dev_split="dev",
+        extra_dev_splits=("dev-mismatched",) if name == "mnli" else (),
         sizes=sizes,
         read=functools.partial(read, name),
         measure=measure,
+        resampled=resampled_matthews if metric == "matthews" else None,
         identity=functools.partial(hub_identity, name),
         caption=(
             f"The test labels of {name.upper()} are hidden: {size} of the {num_train} training examples (each class by "
@@ -186,6 +190,7 @@ TASKS = (
         sizes={"train": 5749, "validation": 1500, "test": 1379},
         read=read_stsb,
         measure=correlations,
+        resampled=resampled_correlations,
         identity=lambda: catalogue.content_hash("glue/stsb"),
         captions_by_model={
             "sentence-transformers/all-MiniLM-L6-v2": (
