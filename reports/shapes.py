@@ -157,10 +157,8 @@ class Trained(BaseModel):
             raise ValueError(f'"{self.method}" {rule}; targets are "all" or names of {", ".join(known.matrices)}')
         for name in self.targets if isinstance(self.targets, list) else ():
             if name not in known.matrices:
-                there = ", ".join(known.matrices)
-                raise ValueError(
-                    f'target "{name}" is no matrix of {self.shape}{nearest(name, known.matrices)}; there are: {there}'
-                )
+                close, there = nearest(name, known.matrices), ", ".join(known.matrices)
+                raise ValueError(f'target "{name}" is no matrix of {self.shape}{close}; there are: {there}')
         if isinstance(self.targets, list) and (not self.targets or len(set(self.targets)) < len(self.targets)):
             raise ValueError(f"targets = {self.targets}: name at least one matrix, and each once")
         if self.layers is not None and self.layers > known.layers:
