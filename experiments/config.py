@@ -370,6 +370,8 @@ def _contradictions(study: Study) -> list[str]:
         given = ", ".join(f"{k} {v}" for k, v in numbers.items())
         faults.append(f"methods have unequal numbers of learning rates ({given}): give each as many, or set quick = true")
     faults += _budget_faults(study.budget)
+    if study.protocol == "best-dev-epoch" and study.training.evaluations_per_epoch == 0:
+        faults.append('training.evaluations_per_epoch = 0: protocol = "best-dev-epoch" scores every epoch, so give at least 1')
     sweep = study.sweep
     if sweep is not None and sweep.trials is not None and sweep.trials < max(numbers.values()):
         faults.append(

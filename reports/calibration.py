@@ -176,8 +176,8 @@ def text(found: dict) -> str:
         "# Calibration of the verdicts",
         "",
         f"{design['families']:,} families of {design['comparisons']} comparisons, {design['seeds']} seeds an arm, drawn from "
-        f"{found['runs']} runs of the study `{found['study']}`: all arms are the same method with seeds of their own, the first "
-        f"{design['sweep_seeds']} of which choose the rate.",
+        f"{found['runs']} runs of the study `{found['study']}`: all arms are the same method with seeds of their own, of which "
+        f"the first {design['sweep_seeds']} choose the rate.",
         "",
         "| | count | share | 95 % lower bound | 95 % upper bound |",
         "| :-- | --: | --: | --: | --: |",
