@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-TARGETS = ["query", "value"]  # what LoRA adapts in nearly all of its experiments (sec. 4.2), and DoRA's sec. 3.2 looks at
+TARGETS = ["query", "value"]  # what LoRA adapts in most of its experiments, and DoRA's sec. 3.2 looks at
 ALPHA = 16  # one alpha for every rank, as LoRA has it (sec. 4.1), so that the scale of rank 64 is an eighth of rank 8's
 RATE, FULL_RATE = 1e-3, 5e-5  # those of the quick look (studies/default.toml)
 SNAPSHOTS = 4  # Liu et al. 2024, sec. 3.2: three along the way and the last
@@ -76,6 +76,9 @@ def amplification(weight: np.ndarray, update: np.ndarray, rank: int, random: np.
 
     |U^T W V|_F with U (O, rank) and V (I, rank) the top left and right singular vectors of the update, of the weight and
     of `random` (O, I); the norms; and the factor |dW|_F / |U^T W V|_F with the update's own U and V.
+
+    Raises:
+        ValueError: the update is zero, so that it has no directions, or the weight has nothing in them.
     """
 
     def inside(matrix: np.ndarray) -> float:
@@ -83,8 +86,8 @@ def amplification(weight: np.ndarray, update: np.ndarray, rank: int, random: np.
         return float(np.linalg.norm(U[:, :rank].T @ weight @ Vt[:rank].T))
 
     of_update, update_norm = inside(update), float(np.linalg.norm(update))
-    if not of_update:
-        raise ValueError("dW is zero, so that it amplifies nothing: train for more steps")
+    if not update_norm or not of_update:
+        raise ValueError("dW, or W in dW's directions, is zero, so that nothing is amplified: train for more steps")
     return {
         "of_update": of_update,
         "of_weight": inside(weight),
@@ -271,8 +274,9 @@ def write(chosen: argparse.Namespace, runner: "Runner", found: Mapping[str, Any]
 def subspace(chosen: argparse.Namespace) -> None:
     """Trains LoRA at every rank with one seed, and at the greatest with the next seed too, and compares their subspaces.
 
-    subspace.npz holds float16 grids (sites, R1, R2) for each pair p: "learned-p" of A, "start-p" of A before training,
-    "update-p" of dW; and "gaussian" (R, R) of two random matrices.
+    subspace.npz holds float16 grids (sites, R1, R2): "A/p" of the learned A, "start/p" of A before training, "dW/p" of the
+    update, for each pair p: "nested" (the two greatest ranks, one seed), "ranks" (the same, two seeds) and "seeds" (the
+    greatest rank, two seeds); and "gaussian" (R, R) of two random matrices.
     """
     ranks = sorted(set(chosen.ranks))
     if len(ranks) < 2 or ranks[0] < 1:
@@ -286,33 +290,33 @@ def subspace(chosen: argparse.Namespace) -> None:
 
     members = [*((rank, chosen.seed) for rank in ranks), (top, chosen.seed + 1)]
     same, other = len(ranks) - 1, len(ranks)  # the members of the greatest rank
-    pairs = [(k, which) for k in range(same) for which in (same, other)] + [(same, other)]
-    found: dict[str, list[dict[str, np.ndarray]]] = {kind: [{} for _ in members] for kind in ("start", "learned", "update")}
+    pairs = {"nested": (same - 1, same), "ranks": (same - 1, other), "seeds": (same, other)}
+    found: dict[str, list[dict[str, np.ndarray]]] = {of: [{} for _ in members] for of in ("start", "A", "dW")}
     amplified, ends = [], [None for _ in members]
     random = np.random.default_rng(chosen.seed)
     noise = {name: random.standard_normal(weight.shape) for name, weight in weights.items()}
     for trainer, which in trainers(runner, "lora", [s for _, s in members], rank=[r for r, _ in members]):
         sites = dict(trainer.adapter.named_sites())
 
-        def keep(kind: str, which: list[int] = which, sites: dict[str, Any] = sites) -> None:
+        def keep(of: str, which: list[int] = which, sites: dict[str, Any] = sites) -> None:
             for at, k in enumerate(which):
-                found[kind][k] = {name: directions(float64(site.A[at, : members[k][0]])) for name, site in sites.items()}
+                found[of][k] = {name: directions(float64(site.A[at, : members[k][0]])) for name, site in sites.items()}
 
         keep("start")
         for k, score in zip(which, train(trainer), strict=True):
             ends[k] = score
-        keep("learned")
+        keep("A")
         for name, weight in weights.items():
             for k, update in zip(which, float64(trainer.adapter.delta(name)), strict=True):
                 rank, seed = members[k]
-                found["update"][k][name] = directions(update)[:, :rank]
+                found["dW"][k][name] = directions(update)[:, :rank]
                 row = amplification(weight, update, rank, noise[name])
                 amplified.append({"site": name, "rank": rank, "seed": seed, **row})
 
     grids = {
-        f"{kind}-{p}": np.stack([phi(of[a][name], of[b][name]) for name in weights])
-        for kind, of in found.items()
-        for p, (a, b) in enumerate(pairs)
+        f"{of}/{pair}": np.stack([phi(subspaces[a][name], subspaces[b][name]) for name in weights])
+        for of, subspaces in found.items()
+        for pair, (a, b) in pairs.items()
     }
     width = next(iter(weights.values())).shape[1]
     grids["gaussian"] = phi(*(directions(random.standard_normal((top, width))) for _ in range(2)))
@@ -322,7 +326,7 @@ def subspace(chosen: argparse.Namespace) -> None:
         "members": [{"rank": r, "seed": s, "score": end} for (r, s), end in zip(members, ends, strict=True)],
         "sites": [{"name": name, "in_features": weight.shape[1]} for name, weight in weights.items()],
         "gaussian_width": width,
-        "pairs": [{"first": a, "second": b} for a, b in pairs],
+        "pairs": pairs,
         "amplification": amplified,
     }
     write(chosen, runner, numbers, {"subspace.npz": archive.getvalue()})
@@ -375,7 +379,7 @@ def parser() -> argparse.ArgumentParser:
         add("--task", default="glue/stsb", help="a task (default: %(default)s)")
         add("--examples", type=int, default=800, help="train on so many (default: %(default)s)")
         add("--steps", type=int, default=100, help="of the optimizer (default: %(default)s)")
-        add("--batch-size", type=int, default=16, help="rows of a step (default: %(default)s)")
+        add("--batch-size", type=int, default=8, help="rows of a step (default: %(default)s)")
         add("--max-length", type=int, default=128, help="tokens at which an input is cut (default: %(default)s)")
         add("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
         add("--rate", type=float, default=RATE, help="learning rate of LoRA and DoRA (default: %(default)s)")
