@@ -18,6 +18,7 @@ from experiments import analysis
 from experiments.tasks.common import shuffled
 from experiments.trainer import Trainer
 from reports import analysis as report
+from reports.tables import escape_markdown
 from tests import small_world
 from tests.test_cli import ROOT
 from tests.tiny import tiny
@@ -495,3 +496,19 @@ def test_files_that_do_not_belong_together_are_refused(world, tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert "no JSON" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["subspace.json", "subspace.npz"]
+
+
+def test_the_committed_tables_are_those_of_the_committed_numbers():
+    folder = ROOT / "reports" / "studies" / "analyses"
+    found = report.read(folder)
+    tables = [
+        report.overlaps(found["subspace"]),
+        report.amplifications(found["subspace"]),
+        report.correlations(found["magnitude"]),
+    ]
+    page = (folder / "analysis.md").read_text()
+    for table in tables:
+        assert table.markdown() in page
+        assert (folder / "tables" / f"{table.name}.tex").read_text() == table.latex()
+    for sentence in (*report.subspace_sentences(found["subspace"]), *report.magnitude_sentences(found["magnitude"])):
+        assert escape_markdown(sentence) in page
