@@ -4,13 +4,10 @@ It is made from numbers and settings alone: no text of a corpus and no traceback
 or not at all, report.md last, so that it never links to what is not there. The same runs give the same bytes.
 """
 
-import json
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from reports import figures, tables
+from reports import facts, figures, tables
 from reports.results import Study, load_all, write_file
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -27,7 +24,7 @@ def write(source: str | Path | Study, out_folder: str | Path) -> Path:
     studies = [source] if isinstance(source, Study) else load_all(source)
     parts = [part for study in studies for part in study.parts()]
     several = len(parts) > 1
-    sections = [_section(part, out, _slug(part) + "-" if several else "") for part in parts]
+    sections = [_section(part, out, facts.slug(part) + "-" if several else "") for part in parts]
     text = _environment().get_template("report.md.jinja").render(parts=sections)
     path = out / "report.md"
     write_file(path, _tidy(text))
@@ -49,7 +46,7 @@ def _section(study: Study, out: Path, prefix: str) -> dict:
         figures.save(drawing, out / "figures")
     return {
         "study": study,
-        "counts": _counts(run.status for run in study.runs),
+        "counts": facts.counts(study),
         "alarms": tables.alarms(study),
         "notes": tables.task_caption(study),
         "comparison": comparison,
@@ -57,99 +54,16 @@ def _section(study: Study, out: Path, prefix: str) -> dict:
         "ranks": ranks,
         "figures": drawings,
         "tables": written,
-        "troubles": _troubles(study),
-        "facts": _facts(study),
-        "settings": _settings(study),
-        "training": _training(study),
+        "troubles": facts.troubles(study),
+        "places": facts.places(study),
+        "settings": facts.settings(study),
+        "training": facts.training(study),
     }
 
 
-def _counts(statuses: Iterable[str]) -> str:
-    count = Counter(statuses)
-    total = sum(count.values())
-    return f"{total} run{'s' if total > 1 else ''}: " + ", ".join(f"{count[name]} {name}" for name in sorted(count))
-
-
-def _troubles(study: Study) -> list[str]:
-    lines = []
-    for run in study.runs:
-        c = run.config
-        name = f"{c.setting}, {c.phase}, rate {tables.rate_text(c.learning_rate)}, seed {c.seed}"
-        if run.result and run.result.status == "failed":
-            after = f" after {run.result.steps:,} steps" if run.result.steps else ""
-            lines.append(f"{name}: failed{after}: {tables.error_text(run.result.error)}")
-        elif run.result is None:
-            last = run.train[-1].step if run.train else 0
-            lines.append(f"{name}: unfinished, {last:,} steps written; the same `rankwise compare` goes on with it")
-        elif run.result.skipped_steps:
-            lines.append(f"{name}: completed, {run.result.skipped_steps} steps skipped (not finite)")
-        lines += run.notes
-    return lines
-
-
-def _facts(study: Study) -> list[tuple[str, str]]:
-    """Where and with what the runs were made; every value that occurs, with its count where there are several."""
-    configs = [run.config for run in study.runs]
-    results = study.results()
-    names = dict.fromkeys(name for config in configs for name in config.versions)
-    versions = "; ".join(f"{name} {_each(c.versions.get(name) for c in configs)}" for name in names)
-    commits = [f"{(c.commit or 'unknown')[:12]}{' with changes' if c.dirty else ''}" for c in configs]
-    devices = [f"{c.device} ({c.device_name})" if c.device_name else c.device for c in configs]
-    facts = [
-        ("Commit", _each(commits)),
-        ("Versions", versions),
-        ("Device", _each(devices)),
-        ("Threads", _each(c.threads for c in configs)),
-        ("Precision of the frozen weights", _each(c.precision for c in configs)),
-        ("Runs trained together in a pack", _each(r.pack_size for r in results)),
-        ("Packing", _each(r.packing_note for r in results if r.packing_note)),
-        ("Dropout", _each(r.dropout_note for r in results if r.dropout_note)),
-    ]
-    return [(label, values) for label, values in facts if values]
-
-
-def _each(values: Iterable[object]) -> str:
-    count = Counter("unknown" if value is None else str(value) for value in values)
-    if len(count) == 1:
-        return escape(next(iter(count)))
-    return ", ".join(escape(f"{value} ({n} runs)") for value, n in sorted(count.items()))
-
-
-def _settings(study: Study) -> list[list[str]]:
-    rows = []
-    for arm in study.arms:
-        config = next(run.config for run in (*arm.final, *(r for runs in arm.grid.values() for r in runs)))
-        targets = config.targets if isinstance(config.targets, str) else _json(config.targets) if config.targets else "-"
-        sites = f" ({len(config.targets_resolved)} sites)" if config.targets_resolved else ""
-        rows.append([escape(arm.setting), escape(arm.method), escape(targets + sites), _code(config.method_settings)])
-    return rows
-
-
-def _training(study: Study) -> list[tuple[str, str]]:
-    """The training settings of each phase; more than one line of a phase says that its runs differ."""
-    found: dict[tuple[str, str], None] = {}
-    for run in sorted(study.runs, key=lambda run: run.config.phase):
-        if run.config.training:
-            found[run.config.phase, _code(run.config.training)] = None
-    return list(found)
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, sort_keys=True, allow_nan=False)
-
-
-def _code(value: dict) -> str:
+def _code(text: str) -> str:
     """Settings as a code span; a bar would end a table's cell."""
-    return "`" + _json(value).replace("|", "\\|").replace("`", "'") + "`" if value else "-"
-
-
-def escape(text: object) -> str:
-    return tables.escape_markdown(str(text))
-
-
-def _slug(study: Study) -> str:
-    words = "-".join((study.name, study.task, study.model.split("/")[-1]))
-    return "".join(char if char.isalnum() else "-" for char in words).lower()
+    return "`" + text.replace("|", "\\|").replace("`", "'") + "`" if text else "-"
 
 
 def _tidy(text: str) -> str:
@@ -167,5 +81,6 @@ def _environment():
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
-    environment.filters["md"] = escape
+    environment.filters["md"] = tables.escape_markdown
+    environment.filters["code"] = _code
     return environment
