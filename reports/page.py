@@ -4,17 +4,26 @@ It is made from numbers and settings alone: no text of a corpus and no traceback
 or not at all, report.md last, so that it never links to what is not there. The same runs give the same bytes.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from reports import facts, figures, tables
+from reports import facts, figures, html, tables
 from reports.results import Study, load_all, write_file
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write(source: str | Path | Study, out_folder: str | Path) -> Path:
+def write(
+    source: str | Path | Study,
+    out_folder: str | Path,
+    beside: tables.Table | None = None,
+    commands: Mapping[str, str] | None = None,
+) -> Path:
     """Write the report of a study, or of every study of a folder, into `out_folder`; the path of report.md.
+
+    beside: a paper's numbers against ours, shown in a section of its own.
+    commands: study -> the command that runs the full protocol of a quick one.
 
     Raises:
         ValueError: the folder holds no runs, or a file of a run is cut off or foreign.
@@ -25,7 +34,10 @@ def write(source: str | Path | Study, out_folder: str | Path) -> Path:
     parts = [part for study in studies for part in study.parts()]
     several = len(parts) > 1
     sections = [_section(part, out, facts.slug(part) + "-" if several else "") for part in parts]
-    text = _environment().get_template("report.md.jinja").render(parts=sections)
+    for section in sections:
+        section["command"] = (commands or {}).get(section["study"].name)
+    write_file(out / "report.html", html.render(sections, beside))
+    text = _environment().get_template("report.md.jinja").render(parts=sections, beside=beside)
     path = out / "report.md"
     write_file(path, _tidy(text))
     return path
@@ -49,6 +61,8 @@ def _section(study: Study, out: Path, prefix: str) -> dict:
         "counts": facts.counts(study),
         "alarms": tables.alarms(study),
         "notes": tables.task_caption(study),
+        "verdicts": [],
+        "warnings": [],
         "comparison": comparison,
         "rates": rates,
         "ranks": ranks,
