@@ -158,7 +158,7 @@ def score_against_parameters(study: Study) -> Chart | None:
         [s.high for _, _, s in found if s.high is not None],
     )}  # fmt: skip
     counts = [count for _, count, _ in found]
-    x = alt.X("parameters:Q", title="active parameters, the head's included (log scale)",
+    x = alt.X("parameters:Q", title="active parameters, head included (log)",
               scale=alt.Scale(type="log", domain=[min(counts) / 1.6, max(counts) * 1.6], nice=False),
               axis=alt.Axis(format="~s", tickCount=6, labelOverlap=True, labelFlush=False, grid=False))  # fmt: skip
     tooltip = _tooltip("setting", "text", "parameters", "n")
@@ -234,7 +234,7 @@ def rate_curves(study: Study) -> Chart | None:
                 level = sum(row["rate"] == rate for row in failures)
                 failures.append({"setting": arm.setting, "rate": rate, "foot": HEIGHT - 8 - 15 * level, "outcome": "failed"})
     tried = sorted({rate for arm in arms for rate in arm.grid})
-    x = alt.X("rate:Q", title="learning rate (log scale)",
+    x = alt.X("rate:Q", title="learning rate (log)",
               scale=alt.Scale(type="log", domain=[tried[0] / 1.5, tried[-1] * 1.5], nice=False),
               axis=alt.Axis(values=tried, format="~e", labelOverlap=True, grid=False))  # fmt: skip
     result = study.results()[0]
@@ -336,12 +336,12 @@ def rank_map(study: Study) -> RankChart | None:
     )  # fmt: skip
     shade = alt.Color("rank:Q", scale=alt.Scale(domain=[0, top], scheme="yellowgreenblue"),
                       legend=alt.Legend(title="active rank", orient="bottom", gradientLength=180, titleFontWeight="normal",
-                                        titleFontSize=12, titleOrient="left", tickCount=4))  # fmt: skip
+                                        titleFontSize=12, titleOrient="top", values=[0, top / 2, top]))  # fmt: skip
     letters = alt.condition(ENOUGH_CONTRAST, alt.value("white"), alt.value(INK))
     room = f"width / {len(layers)}"
     drawing = alt.layer(
         base.mark_rect(stroke="white", strokeWidth=1.5).encode(color=shade),
-        base.mark_text(fontSize=alt.expr(f"min(13, {room} / 2.2)"), opacity=alt.expr(f"{room} < 14 ? 0 : 1")).encode(
+        base.mark_text(fontSize=alt.expr(f"min(12.5, {room} / 2.6)"), opacity=alt.expr(f"{room} < 14 ? 0 : 1")).encode(
             text="text:N", color=letters
         ),
     ).add_params(*chosen)

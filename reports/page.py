@@ -1,4 +1,4 @@
-"""The report of a folder of runs: report.md with its figures (SVG, PNG) and tables (CSV, LaTeX) beside it.
+"""The report of a folder of runs: report.md with its figures (SVG, PNG) and tables (CSV, LaTeX) beside it, and report.html.
 
 It is made from numbers and settings alone: no text of a corpus and no traceback reaches it. Every file is written whole
 or not at all, report.md last, so that it never links to what is not there. The same runs give the same bytes.
@@ -32,10 +32,14 @@ def write(
     out = Path(out_folder)
     studies = [source] if isinstance(source, Study) else load_all(source)
     parts = [part for study in studies for part in study.parts()]
-    several = len(parts) > 1
-    sections = [_section(part, out, facts.slug(part) + "-" if several else "") for part in parts]
-    for section in sections:
-        section["command"] = (commands or {}).get(section["study"].name)
+    sections = [section(part, (commands or {}).get(part.name)) for part in parts]
+    for entry in sections:
+        prefix = facts.slug(entry["study"]) + "-" if len(parts) > 1 else ""
+        named = (entry["comparison"], entry["rates"], entry["ranks"], tables.every_run(entry["study"]))
+        entry["tables"] = [_write_table(table, out / "tables", prefix) for table in named if table is not None]
+        entry["figures"] = _write_figures(entry["study"], out / "figures", prefix)
+    if beside is not None:
+        _write_table(beside, out / "tables")
     write_file(out / "report.html", html.render(sections, beside))
     text = _environment().get_template("report.md.jinja").render(parts=sections, beside=beside)
     path = out / "report.md"
@@ -43,36 +47,39 @@ def write(
     return path
 
 
-def _section(study: Study, out: Path, prefix: str) -> dict:
-    """Everything that the template says of one part; its figures and tables are written on the way."""
-    comparison, rates, ranks = tables.comparison(study), tables.rate_sweep(study), tables.ranks(study)
-    written = []
-    for table in (comparison, rates, ranks, tables.every_run(study)):
-        if table is not None:
-            table = replace(table, name=prefix + table.name)
-            write_file(out / "tables" / f"{table.name}.csv", table.csv())
-            write_file(out / "tables" / f"{table.name}.tex", table.latex())
-            written.append(table.name)
-    drawings = [replace(drawing, name=prefix + drawing.name) for drawing in figures.draw_all(study)]
-    for drawing in drawings:
-        figures.save(drawing, out / "figures")
+def section(study: Study, command: str | None = None) -> dict:
+    """What both pages say of one part; `command` runs the full protocol of a quick study."""
     return {
         "study": study,
+        "command": command if study.quick else None,
         "counts": facts.counts(study),
         "alarms": tables.alarms(study),
         "notes": tables.task_caption(study),
         "verdicts": [],
         "warnings": [],
-        "comparison": comparison,
-        "rates": rates,
-        "ranks": ranks,
-        "figures": drawings,
-        "tables": written,
+        "comparison": tables.comparison(study),
+        "rates": tables.rate_sweep(study),
+        "ranks": tables.ranks(study),
         "troubles": facts.troubles(study),
         "places": facts.places(study),
         "settings": facts.settings(study),
         "training": facts.training(study),
     }
+
+
+def _write_table(table: tables.Table, folder: Path, prefix: str = "") -> str:
+    """CSV and LaTeX; the name of the files."""
+    table = replace(table, name=prefix + table.name)
+    write_file(folder / f"{table.name}.csv", table.csv())
+    write_file(folder / f"{table.name}.tex", table.latex())
+    return table.name
+
+
+def _write_figures(study: Study, folder: Path, prefix: str) -> list[figures.Drawing]:
+    drawings = [replace(drawing, name=prefix + drawing.name) for drawing in figures.draw_all(study)]
+    for drawing in drawings:
+        figures.save(drawing, folder)
+    return drawings
 
 
 def _code(text: str) -> str:
