@@ -103,10 +103,10 @@ def differences(study: Study, verdicts: Sequence["Verdict"]) -> Chart | None:
         lows, highs = ([x for x in ends if x is not None] for ends in zip(*((v.low, v.high) for v in against), strict=True))
         y = alt.Y("setting:N", sort=names, title=None, axis=alt.Axis(labelLimit=150, grid=False, ticks=False, domain=False))
         tint = _colour_scale([arms[name] for name in names], legend=False)
-        base = alt.Chart(alt.Data(values=data)).encode(y=y, color=tint, tooltip=_tooltip("setting", "text", "verdict", "n"))
+        base = alt.Chart(alt.NamedData("rows")).encode(y=y, color=tint, tooltip=_tooltip("setting", "text", "verdict", "n"))
         x = {"title": f"difference to {reference}, points", "scale": _near([*(v.mean for v in against), 0.0], lows, highs),
              "axis": alt.Axis(tickCount=6, labelOverlap=True)}  # fmt: skip
-        zero = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(color=INK, strokeWidth=1).encode(x=alt.X("zero:Q", **x))
+        zero = alt.Chart(alt.NamedData("zero")).mark_rule(color=INK, strokeWidth=1).encode(x=alt.X("zero:Q", **x))
         shape = _shape_scale([arms[name] for name in names], legend=False)
         points = base.transform_filter("!datum.below").mark_point(size=90, filled=True, opacity=1)
         layers = [zero, points.encode(x=alt.X("shown:Q", **x), shape=shape)]
@@ -118,7 +118,7 @@ def differences(study: Study, verdicts: Sequence["Verdict"]) -> Chart | None:
             layers.append(below.mark_point(shape="triangle-left", size=90, filled=True, opacity=1))
             layers.append(below.mark_text(align="left", dx=10).encode(text="text:N", color=alt.value(INK)))
         words = "; ".join(f"{v.setting} {Difference(v.mean, v.low, v.high, None, v.n)}" for v in against)
-        specification = _specification(alt.layer(*layers), height=30 * len(names))
+        specification = _specification(alt.layer(*layers), 30 * len(names), rows=data, zero=[{"zero": 0}])
         panels.append(Panel(f"Against {reference}", f"Differences to {reference} in points: {words}.", specification))
     if not panels:
         return None
@@ -177,7 +177,7 @@ def score_against_parameters(study: Study) -> Chart | None:
             below = base.transform_filter("datum.below").encode(y=alt.Y("shown:Q", **y), color=_colour_scale(arms))
             layers.append(below.mark_point(shape="triangle-down", size=95, filled=True, opacity=1, xOffset=offset))
             layers.append(below.mark_text(dy=-14, xOffset=offset).encode(text="text:N", color=alt.value(INK)))
-    specification = _specification(alt.layer(*layers, data=alt.Data(values=data)), height=HEIGHT)
+    specification = _specification(alt.layer(*layers, data=alt.NamedData("rows")), HEIGHT, rows=data)
     caption = [f"Means over seeds of the final runs, with their 95 % t interval{_none_for_one(arms)}."]
     if any(aside):
         caption.append("Settings with nearly the same number of parameters stand side by side.")
@@ -239,7 +239,7 @@ def rate_curves(study: Study) -> Chart | None:
               axis=alt.Axis(values=tried, format="~e", labelOverlap=True, grid=False))  # fmt: skip
     result = study.results()[0]
     y = alt.Y("shown:Q", title=f"{study.metric} on the {result.selection_split} split", scale=_near(known))
-    base = alt.Chart(alt.Data(values=points)).encode(x=x, y=y, color=_colour_scale(arms))
+    base = alt.Chart(alt.NamedData("rows")).encode(x=x, y=y, color=_colour_scale(arms))
     tooltip = [*_tooltip("setting"), alt.Tooltip("rate:Q", format="~e"), alt.Tooltip("score:Q", format=".2f"), *_tooltip("n")]
     dash = alt.StrokeDash("turn:O", scale=alt.Scale(domain=list(range(len(DASHES))), range=list(DASHES)), legend=None)
     shapes = _shape_scale(arms)
@@ -255,10 +255,10 @@ def rate_curves(study: Study) -> Chart | None:
         numbers = base.transform_filter("datum.below").mark_text(dy=-13)
         layers.append(numbers.encode(text=alt.Text("score:Q", format=".0f")))
     if failures:
-        lost = alt.Chart(alt.Data(values=failures)).encode(x=x, y=alt.Y("foot:Q", scale=None), color=_colour_scale(arms))
+        lost = alt.Chart(alt.NamedData("lost")).encode(x=x, y=alt.Y("foot:Q", scale=None), color=_colour_scale(arms))
         layers.append(lost.mark_point(shape=CROSS, size=60, filled=True, opacity=1).encode(tooltip=_tooltip(
             "setting", "rate", "outcome")))  # fmt: skip
-    specification = _specification(alt.layer(*layers), height=HEIGHT)
+    specification = _specification(alt.layer(*layers), HEIGHT, rows=points, lost=failures)
     caption = ["Mean selection score of each rate that was tried; filled: the best, which the final runs use."]
     if failures:
         caption.append("A cross at the foot: every run at that rate failed.")
@@ -318,7 +318,7 @@ def rank_map(study: Study) -> RankChart | None:
     chosen = [alt.param(name="chosen_setting", value=start), alt.param(name="chosen_seed", value=-1),
               alt.param(name="chosen_state", value=len(choices[start].steps) - 1)]  # fmt: skip
     base = (
-        alt.Chart(alt.Data(values=data))
+        alt.Chart(alt.NamedData("rows"))
         .transform_filter(
             "datum.m === chosen_setting && (datum.s < 0 || chosen_seed < 0 || datum.s === chosen_seed)"
         )
@@ -345,7 +345,7 @@ def rank_map(study: Study) -> RankChart | None:
             text="text:N", color=letters
         ),
     ).add_params(*chosen)
-    specification = _specification(drawing, height=32 * len(kinds))
+    specification = _specification(drawing, 32 * len(kinds), rows=data)
     ends = ", ".join(f"{c.setting} {decimal(sum(t[-1] for t in c.totals) / len(c.totals))}" for c in choices)
     words = (
         f"Heat map of active ranks, {len(kinds)} kinds of modules by {len(layers)} layers. Total after training, mean over "
@@ -390,7 +390,7 @@ def budget(study: Study) -> Chart | None:
         if any(row["live"] not in (None, row["active"]) for row in rows):
             live = base.mark_line(interpolate="step-after", color=FAINT, strokeWidth=1)
             layers.insert(1, live.encode(y=alt.Y("live:Q", **label)))
-        specification = _specification(alt.layer(*layers, data=alt.Data(values=rows)), height=200)
+        specification = _specification(alt.layer(*layers, data=alt.NamedData("rows")), 200, rows=rows)
         first, last = rows[0], rows[-1]
         words = f"{arm.setting}: active ranks from {decimal(first['active'])} at step {first['step']:,} to " + (
             f"{decimal(last['active'])} at step {last['step']:,}; the schedule ends at {last['schedule']:,}."
@@ -457,11 +457,15 @@ def _thinned(steps: Sequence[int], most: int) -> list[int]:
 # --- what they share -----------------------------------------------------------------------------------------------
 
 
-def _specification(chart, **size) -> dict:
-    """As wide as its place on the page; the page's one configuration is given when it is drawn."""
-    specification = chart.properties(width="container", autosize={"type": "fit-x", "contains": "padding"}, **size).to_dict()
+def _specification(chart, height: int, **datasets: list[dict]) -> dict:
+    """As wide as its place on the page; the page's one configuration is given when it is drawn.
+
+    The data are put in afterwards, by the names that the chart gives them: Altair would look at each number.
+    """
+    sized = chart.properties(width="container", height=height, autosize={"type": "fit-x", "contains": "padding"})
+    specification = sized.to_dict()
     del specification["$schema"], specification["config"]
-    return specification
+    return specification | {"datasets": {name: rows for name, rows in datasets.items() if rows}}
 
 
 def _colour_scale(arms: Sequence[Arm], legend: bool = True):

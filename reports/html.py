@@ -9,6 +9,7 @@ same bytes.
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 from reports import charts
@@ -34,7 +35,6 @@ class Shown:
 def render(sections: Sequence[dict], beside: Table | None = None) -> str:
     """The page of these sections, in their order; `beside` is the table of a paper's numbers against ours."""
     from markupsafe import Markup
-    from vl_convert import javascript_bundle
 
     studies = list(dict.fromkeys(section["study"].title for section in sections))
     template = _environment().get_template("report.html.jinja")
@@ -44,7 +44,7 @@ def render(sections: Sequence[dict], beside: Table | None = None) -> str:
         beside=beside,
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
-        bundle=Markup(_inline(javascript_bundle())),
+        bundle=Markup(_bundle()),
         config=charts.CONFIG,
     )
 
@@ -112,9 +112,12 @@ def words(text: object) -> str:
     return re.sub(r"(?<![\w.])-(?=\d)", "\u2212", str(text).replace("+-", "\u00b1"))
 
 
-def _inline(script: str) -> str:
-    """A script that no word of its own can end early."""
-    return re.sub(r"</(?=script)|<!--", lambda found: "\\x3c" + found[0][1:], script, flags=re.IGNORECASE)
+@cache
+def _bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, which no word of its own can end early."""
+    from vl_convert import javascript_bundle
+
+    return re.sub(r"</(?=script)|<!--", lambda found: "\\x3c" + found[0][1:], javascript_bundle(), flags=re.IGNORECASE)
 
 
 def _environment():
