@@ -120,7 +120,7 @@ def report(
     with_runs: Annotated[bool, typer.Option("--with-runs", help="Copy finished runs, without weights, to OUT.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the report of a folder of runs: Markdown, figures (SVG, PNG), tables (CSV, LaTeX)."""
+    """Write the report of a folder of runs: a page (HTML), Markdown, figures (SVG, PNG), tables (CSV, LaTeX)."""
     if with_runs and out is None:
         raise ValueError("--with-runs copies runs to another folder: name it with --out")
     _report(runs, out, as_json)
@@ -274,6 +274,7 @@ def _report(runs: Path, out: Path | None, as_json: bool) -> None:
             fair = f"  The full protocol: {commands[study.name]}" if study.name in commands else ""
             print(f"{study.name} is a quick look, no fair comparison.{fair}")
     print(f"report: {written}")
+    print(f"page: {written.with_suffix('.html')}")
 
 
 def _fair(study: Any) -> str | None:

@@ -6,19 +6,17 @@ for who cannot see it and a table of its numbers. Altair is imported when the fi
 of a specification, never a part of one of its expressions.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from reports.figures import FAINT, INK, colour, floor_of, turns
 from reports.ranks import module_labels, site_order, split_site
 from reports.results import Arm, RankStep, Run, Study, best_rate, rate_score
 from reports.statistics import summary
-from reports.tables import Difference, Estimate, Table, decimal, mean_ranks, parameters, ranks, rate_sweep, rate_text
-
-if TYPE_CHECKING:
-    from reports.verdicts import Verdict
+from reports.tables import Difference, Estimate, Table, decimal, mean_ranks, parameters, rate_text, verdict_table
+from reports.verdicts import Verdict
 
 MOST_STATES = 40  # of one rank history: more than a hand can choose with a slider
 MOST_NUMBERS = 120_000  # ranks in one map: 0.3 MB of a page
@@ -79,55 +77,55 @@ class Choice:
     totals: tuple[tuple[int, ...], ...]
 
 
+def words(text: object) -> str:
+    """Plus-minus and the minus sign of negative numbers as they are printed."""
+    return re.sub(r"(?<![\w.])-(?=\d)", "\u2212", str(text).replace("+-", "\u00b1"))
+
+
 # --- scores --------------------------------------------------------------------------------------------------------
 
 
-def differences(study: Study, verdicts: Sequence["Verdict"]) -> Chart | None:
-    """Each setting's paired difference to each reference, with its interval, a panel a reference."""
+def differences(study: Study, verdicts: Sequence[Verdict]) -> Chart | None:
+    """Each setting's paired difference to the reference, with its interval."""
     import altair as alt
 
-    arms = {arm.setting: arm for arm in study.arms}
-    known = [verdict for verdict in verdicts if verdict.mean is not None and verdict.setting in arms]
-    panels, rows, outside = [], [], False
-    for reference in dict.fromkeys(verdict.reference for verdict in known):
-        against = [verdict for verdict in known if verdict.reference == reference]
-        floor = floor_of([*(verdict.mean for verdict in against), 0.0])
-        data = []
-        for v in against:
-            estimate = Difference(v.mean, v.low, v.high, None, v.n)
-            outside = outside or v.mean < floor
-            rows.append((v.setting, reference, v.n, estimate, v.kind))
-            data.append({"setting": v.setting, "shown": max(v.mean, floor), "low": v.low, "high": v.high,
-                         "text": str(estimate), "verdict": v.kind, "n": v.n, "below": v.mean < floor})  # fmt: skip
-        names = [v.setting for v in against]
-        lows, highs = ([x for x in ends if x is not None] for ends in zip(*((v.low, v.high) for v in against), strict=True))
-        y = alt.Y("setting:N", sort=names, title=None, axis=alt.Axis(labelLimit=150, grid=False, ticks=False, domain=False))
-        tint = _colour_scale([arms[name] for name in names], legend=False)
-        base = alt.Chart(alt.NamedData("rows")).encode(y=y, color=tint, tooltip=_tooltip("setting", "text", "verdict", "n"))
-        x = {"title": f"difference to {reference}, points", "scale": _near([*(v.mean for v in against), 0.0], lows, highs),
-             "axis": alt.Axis(tickCount=6, labelOverlap=True)}  # fmt: skip
-        zero = alt.Chart(alt.NamedData("zero")).mark_rule(color=INK, strokeWidth=1).encode(x=alt.X("zero:Q", **x))
-        shape = _shape_scale([arms[name] for name in names], legend=False)
-        points = base.transform_filter("!datum.below").mark_point(size=90, filled=True, opacity=1)
-        layers = [zero, points.encode(x=alt.X("shown:Q", **x), shape=shape)]
-        if lows:
-            ranges = base.transform_filter("isValid(datum.low) && !datum.below").mark_rule(strokeWidth=2.5, clip=True)
-            layers.insert(1, ranges.encode(x=alt.X("low:Q", **x), x2="high:Q"))
-        if any(row["below"] for row in data):
-            below = base.transform_filter("datum.below").encode(x=alt.X("shown:Q", **x))
-            layers.append(below.mark_point(shape="triangle-left", size=90, filled=True, opacity=1))
-            layers.append(below.mark_text(align="left", dx=10).encode(text="text:N", color=alt.value(INK)))
-        words = "; ".join(f"{v.setting} {Difference(v.mean, v.low, v.high, None, v.n)}" for v in against)
-        specification = _specification(alt.layer(*layers), 30 * len(names), rows=data, zero=[{"zero": 0}])
-        panels.append(Panel(f"Against {reference}", f"Differences to {reference} in points: {words}.", specification))
-    if not panels:
+    known = [verdict for verdict in verdicts if verdict.mean is not None]
+    if not known:
         return None
+    by_setting = {arm.setting: arm for arm in study.arms}
+    arms = [by_setting[verdict.setting] for verdict in known]
+    names = [arm.setting for arm in arms]
+    reference = known[0].reference
+    floor = floor_of([*(v.mean for v in known), 0.0])
+    shown = [Difference(v.mean, v.low, v.high, None, v.n) for v in known]
+    rows = [
+        {"setting": v.setting, "shown": max(v.mean, floor), "low": v.low, "high": v.high, "text": words(difference),
+         "verdict": v.kind, "n": v.n, "below": v.mean < floor}
+        for v, difference in zip(known, shown, strict=True)
+    ]  # fmt: skip
+    lows, highs = [v.low for v in known if v.low is not None], [v.high for v in known if v.high is not None]
+    x = {"title": f"difference to {reference}, points", "scale": _near([*(v.mean for v in known), 0.0], lows, highs),
+         "axis": alt.Axis(tickCount=6, labelOverlap=True)}  # fmt: skip
+    y = alt.Y("setting:N", sort=names, title=None, axis=alt.Axis(labelLimit=150, grid=False, ticks=False, domain=False))
+    base = alt.Chart(alt.NamedData("rows")).encode(
+        y=y, color=_colour_scale(arms, legend=False), tooltip=_tooltip("setting", "text", "verdict", "n")
+    )
+    zero = alt.Chart(alt.NamedData("zero")).mark_rule(color=INK, strokeWidth=1).encode(x=alt.X("zero:Q", **x))
+    points = base.transform_filter("!datum.below").mark_point(size=90, filled=True, opacity=1)
+    layers = [zero, points.encode(x=alt.X("shown:Q", **x), shape=_shape_scale(arms, legend=False))]
+    if lows:
+        ranges = base.transform_filter("isValid(datum.low) && !datum.below").mark_rule(strokeWidth=2.5, clip=True)
+        layers.insert(1, ranges.encode(x=alt.X("low:Q", **x), x2="high:Q"))
     caption = ["Paired by seed; the line is the 95 % interval of the mean difference; right of zero is better."]
-    if outside:
+    if any(row["below"] for row in rows):
+        below = base.transform_filter("datum.below").encode(x=alt.X("shown:Q", **x))
+        layers.append(below.mark_point(shape="triangle-left", size=90, filled=True, opacity=1))
+        layers.append(below.mark_text(align="left", dx=10).encode(text="text:N", color=alt.value(INK)))
         caption.append("An arrow at the left edge: the difference lies outside, and is written beside it.")
-    columns = ("setting", "reference", "n", "difference", "status")
-    table = Table("differences", "Differences to the reference", columns, tuple(rows), (), text_columns=2)
-    return Chart("differences", "Difference to the reference", tuple(caption), tuple(panels), table)
+    specification = _specification(alt.layer(*layers), 30 * len(names), rows=rows, zero=[{"zero": 0}])
+    told = "; ".join(f"{name} {difference}" for name, difference in zip(names, shown, strict=True))
+    panel = Panel("", f"Differences to {reference} in points: {told}.", specification)
+    return Chart("differences", f"Difference to {reference}", tuple(caption), (panel,), verdict_table(study))
 
 
 def score_against_parameters(study: Study) -> Chart | None:
@@ -148,7 +146,7 @@ def score_against_parameters(study: Study) -> Chart | None:
     aside = _side_by_side([count for _, count, _ in found])
     data = [
         {"setting": arm.setting, "parameters": count, "shown": max(s.mean, floor), "low": s.low, "high": s.high, "n": s.n,
-         "text": str(s).replace("+-", "\u00b1"), "below": s.mean < floor, "aside": offset, "turn": turn}
+         "text": words(s), "below": s.mean < floor, "aside": offset, "turn": turn}
         for (arm, count, s), offset, turn in zip(found, aside, turns(arms), strict=True)
     ]  # fmt: skip
     split, metric = study.results()[0].split, study.metric
@@ -183,11 +181,11 @@ def score_against_parameters(study: Study) -> Chart | None:
         caption.append("Settings with nearly the same number of parameters stand side by side.")
     if any(row["below"] for row in data):
         caption.append(f"The axis is cut below {floor:.0f}: an arrow at the foot is a score below, which is written there.")
-    words = "; ".join(f"{arm.setting} {score} with {count:,} parameters" for arm, count, score in found)
+    told = "; ".join(f"{arm.setting} {score} with {count:,} parameters" for arm, count, score in found)
     columns = ("setting", "n", "active and head parameters", f"{split} score ({metric})")
     rows = tuple((arm.setting, score.n, count, score) for arm, count, score in found)
     table = Table("score-parameters", "Score and parameters", columns, rows, ())
-    panel = Panel("", f"Score against active parameters: {words}.", specification)
+    panel = Panel("", f"Score against active parameters: {told}.", specification)
     return Chart("score-parameters", "Score against active parameters", tuple(caption), (panel,), table)
 
 
@@ -211,7 +209,7 @@ def _side_by_side(counts: Sequence[int], near: float = 1.25, gap: int = 12) -> l
     return aside
 
 
-def rate_curves(study: Study) -> Chart | None:
+def rate_curves(study: Study, table: Table | None) -> Chart | None:
     """Selection score against learning rate; the best filled, failures and what lies far below at the foot."""
     import altair as alt
 
@@ -264,19 +262,19 @@ def rate_curves(study: Study) -> Chart | None:
         caption.append("A cross at the foot: every run at that rate failed.")
     if any(row["below"] for row in points):
         caption.append(f"The axis is cut below {floor:.0f}: what lies there stands at the foot, with its score.")
-    words = "; ".join(
+    told = "; ".join(
         f"{arm.setting} {best.score:.2f} at {rate_text(best.rate)}{', the edge of its grid' if best.at_edge else ''}"
         for arm in arms
         if (best := best_rate(arm))
     )
-    panel = Panel("", f"Selection score against learning rate. Best: {words}.", specification)
-    return Chart("rates", "Score against learning rate", tuple(caption), (panel,), rate_sweep(study))
+    panel = Panel("", f"Selection score against learning rate. Best: {told}.", specification)
+    return Chart("rates", "Score against learning rate", tuple(caption), (panel,), table)
 
 
 # --- ranks ---------------------------------------------------------------------------------------------------------
 
 
-def rank_map(study: Study) -> RankChart | None:
+def rank_map(study: Study, table: Table | None) -> RankChart | None:
     """Layer x module, the active rank in each cell, of one setting, seed and training step at a time."""
     import altair as alt
 
@@ -356,7 +354,7 @@ def rank_map(study: Study) -> RankChart | None:
         caption.append(f"The slider holds at most {most} states of a history: {', '.join(thinned)} recorded steps.")
     panel = Panel("", words, specification, widest=240 + 76 * max(len(layers), 4))
     title = "Active rank of each layer and module"
-    return RankChart("rank-map", title, tuple(caption), (panel,), ranks(study), tuple(choices), start)
+    return RankChart("rank-map", title, tuple(caption), (panel,), table, tuple(choices), start)
 
 
 def budget(study: Study) -> Chart | None:

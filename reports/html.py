@@ -32,16 +32,23 @@ class Shown:
     colour: str | None = None  # of the method, where the cell names a setting
 
 
-def render(sections: Sequence[dict], beside: Table | None = None) -> str:
-    """The page of these sections, in their order; `beside` is the table of a paper's numbers against ours."""
+def render(parts: Sequence[dict], over_tasks: Sequence[Table] = (), beside: Table | None = None) -> str:
+    """The page of these parts (`page.section`), in their order.
+
+    over_tasks: what is said of all tasks of a study together.
+    beside: a paper's numbers against ours.
+    """
     from markupsafe import Markup
 
-    studies = list(dict.fromkeys(section["study"].title for section in sections))
+    titles = list(dict.fromkeys(part["study"].title for part in parts))
+    drawn = [{**part, **_figures(part)} for part in parts]
     template = _environment().get_template("report.html.jinja")
     return template.render(
-        title=studies[0] if len(studies) == 1 else f"{len(studies)} studies",
-        parts=[{**section, **_figures(section)} for section in sections],
+        title=titles[0] if len(titles) == 1 else f"{len(titles)} studies",
+        parts=drawn,
+        over_tasks=over_tasks,
         beside=beside,
+        colours={setting: tint for part in drawn for setting, tint in part["colours"].items()},
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
         bundle=Markup(_bundle()),
@@ -49,13 +56,13 @@ def render(sections: Sequence[dict], beside: Table | None = None) -> str:
     )
 
 
-def _figures(section: dict) -> dict:
+def _figures(part: dict) -> dict:
     """The charts of a part, and the colour of each of its settings."""
-    study: Study = section["study"]
-    scores = [charts.score_against_parameters(study), charts.rate_curves(study)]
-    found = charts.rank_map(study)
+    study: Study = part["study"]
+    scores = [charts.score_against_parameters(study), charts.rate_curves(study, part["rates"])]
+    found = charts.rank_map(study, part["ranks"])
     return {
-        "differences": charts.differences(study, section["verdicts"]),
+        "differences": charts.differences(study, part["verdicts"]),
         "scores": [chart for chart in scores if chart is not None],
         "rank_map": found,
         "choices": [asdict(choice) for choice in found.choices] if found else [],
@@ -71,7 +78,7 @@ def shown(table: Table, colours: dict[str, str]) -> list[list[Shown]]:
     return [
         [
             Shown(
-                words(text),
+                charts.words(text),
                 sort_key(cell) if numeric[i] else None,
                 not numeric[i],
                 colours.get(cell) if i == 0 and isinstance(cell, str) else None,
@@ -107,11 +114,6 @@ def _is_numeric(cells) -> bool:
     return all(sort_key(cell) is not None for cell in cells if cell_text(cell) not in ("-", "failed", "unfinished"))
 
 
-def words(text: object) -> str:
-    """Plus-minus and the minus sign of negative numbers as they are printed."""
-    return re.sub(r"(?<![\w.])-(?=\d)", "\u2212", str(text).replace("+-", "\u00b1"))
-
-
 @cache
 def _bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, which no word of its own can end early."""
@@ -127,7 +129,7 @@ def _environment():
         loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True
     )
     environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "separators": (",", ":"), "allow_nan": False}
-    environment.filters["words"] = words
+    environment.filters["words"] = charts.words
     environment.filters["shown"] = shown
     environment.globals["sign"] = lambda kind: SIGNS.get(kind, "")
     return environment

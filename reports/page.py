@@ -10,6 +10,7 @@ from pathlib import Path
 
 from reports import facts, figures, html, tables
 from reports.results import Study, load_all, write_file
+from reports.verdicts import verdicts, warnings
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -35,13 +36,16 @@ def write(
     sections = [section(part, (commands or {}).get(part.name)) for part in parts]
     for entry in sections:
         prefix = facts.slug(entry["study"]) + "-" if len(parts) > 1 else ""
-        named = (entry["comparison"], entry["rates"], entry["ranks"], tables.every_run(entry["study"]))
-        entry["tables"] = [_write_table(table, out / "tables", prefix) for table in named if table is not None]
+        entry["tables"] = [_write_table(table, out / "tables", prefix) for table in _named(entry) if table is not None]
         entry["figures"] = _write_figures(entry["study"], out / "figures", prefix)
+    over_tasks = [(study, table) for study in studies if (table := tables.overall(study.parts())) is not None]
+    for study, table in over_tasks:
+        _write_table(table, out / "tables", f"{study.name}-" if len(over_tasks) > 1 else "")
     if beside is not None:
         _write_table(beside, out / "tables")
-    write_file(out / "report.html", html.render(sections, beside))
-    text = _environment().get_template("report.md.jinja").render(parts=sections, beside=beside)
+    whole = {"parts": sections, "over_tasks": [table for _, table in over_tasks], "beside": beside}
+    write_file(out / "report.html", html.render(**whole))
+    text = _environment().get_template("report.md.jinja").render(**whole)
     path = out / "report.md"
     write_file(path, _tidy(text))
     return path
@@ -55,9 +59,10 @@ def section(study: Study, command: str | None = None) -> dict:
         "counts": facts.counts(study),
         "alarms": tables.alarms(study),
         "notes": tables.task_caption(study),
-        "verdicts": [],
-        "warnings": [],
+        "verdicts": verdicts(study),
+        "warnings": warnings(study),
         "comparison": tables.comparison(study),
+        "statistics": tables.statistics_table(study),
         "rates": tables.rate_sweep(study),
         "ranks": tables.ranks(study),
         "troubles": facts.troubles(study),
@@ -65,6 +70,13 @@ def section(study: Study, command: str | None = None) -> dict:
         "settings": facts.settings(study),
         "training": facts.training(study),
     }
+
+
+def _named(entry: dict) -> list[tables.Table | None]:
+    """The tables that get files of their own."""
+    study = entry["study"]
+    found = [entry["comparison"], tables.verdict_table(study), entry["statistics"], entry["rates"], entry["ranks"]]
+    return [*found, tables.every_run(study)]
 
 
 def _write_table(table: tables.Table, folder: Path, prefix: str = "") -> str:

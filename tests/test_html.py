@@ -5,14 +5,14 @@ import json
 import re
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
 from reports import charts, figures, html, page, results, tables
-from reports.statistics import paired_differences, summary
+from reports.verdicts import Verdict, verdicts
 from tests.synthetic_runs import BERT_SITES, final_ranks, write_run, write_study
 
 HOSTILE = "</script><b id=\"planted\">&amp; 'quoted' <!--"
@@ -23,36 +23,21 @@ BESIDE = tables.Table(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Said:
-    """A verdict, with the fields that the page reads."""
-
-    setting: str
-    reference: str
-    kind: str
-    n: int
-    mean: float | None
-    low: float | None
-    high: float | None
-    text: str
-
-
 def said(study, kinds=("undecided", "equivalent", "worse", "better", "no claim")):
-    reference = study.reference_arms[0]
-    lines = []
-    for i, arm in enumerate(arm for arm in study.arms if arm is not reference):
-        d = summary(paired_differences(arm.scores, reference.scores))
-        kind = kinds[i % len(kinds)]
-        lines.append(
-            Said(arm.setting, reference.setting, kind, d.n, d.mean, d.low, d.high, f"{kind} (difference {d.mean:+.2f})")
-        )
-    return lines
+    """The study's verdicts, of every kind: the numbers are real, the kinds are not."""
+    kinds = itertools.cycle(kinds)
+    found = [(verdict, next(kinds)) for verdict in verdicts(study)]
+    return [replace(v, kind=kind, text=f"{kind} (difference {v.mean:+.2f})") for v, kind in found]
 
 
 def rendered(folder, beside=None, **changes):
     """The page of a folder of runs, without the files beside it, which take longer to draw."""
     sections = [page.section(part) for study in results.load_all(folder) for part in study.parts()]
-    return html.render([section | changes for section in sections], beside)
+    return html.render([section | changes for section in sections], beside=beside)
+
+
+def claim(setting, reference, text, kind="better"):
+    return Verdict(setting, reference, "a task", kind, 2, 1.0, None, None, None, None, text)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +50,7 @@ def study(tmp_path_factory):
 @pytest.fixture(scope="module")
 def text(study):
     section = page.section(study, "rankwise compare stsb-minilm") | {"verdicts": said(study), "warnings": ["Scales differ."]}
-    return html.render([section], BESIDE)
+    return html.render([section], beside=BESIDE)
 
 
 class Page(HTMLParser):
@@ -154,14 +139,14 @@ def test_a_quick_study_says_so_first_and_names_the_full_protocol(parsed):
 def test_each_verdict_is_a_line_in_words_and_minus_is_a_minus(parsed, study):
     words = " ".join("".join(parsed.words).split())
     for verdict in said(study):
-        assert f"{verdict.setting} {html.words(verdict.text)}" in words
+        assert f"{verdict.setting} {charts.words(verdict.text)}" in words
     assert "-2." not in words
 
 
 def test_each_figure_has_words_and_a_table_of_its_numbers(parsed, study):
     figure = len(parsed.all("figure"))
     assert figure == len(parsed.all("figcaption")) == 5
-    assert len(parsed.all("details")) == figure + 1
+    assert len(parsed.all("details")) == figure + 2  # the others: all statistics, and the settings
     labels = {a["id"]: a["aria-label"] for a in parsed.all("div") if a.get("class") == "chart"}
     assert labels.keys() == parsed.specifications.keys()
     assert "dora" in labels["p1-score-parameters-1"] and "lora 86.80 at 1e-3" in labels["p1-rates-1"]
@@ -194,7 +179,7 @@ def test_a_paper_beside_ours_is_shown_only_where_it_is_given(text, study):
 
 
 def test_the_same_runs_give_the_same_bytes(study):
-    once, again = (html.render([page.section(study) | {"verdicts": said(study)}], BESIDE) for _ in range(2))
+    once, again = (html.render([page.section(study) | {"verdicts": said(study)}], beside=BESIDE) for _ in range(2))
     assert once == again
 
 
@@ -207,7 +192,7 @@ def test_what_a_run_says_is_never_markup(tmp_path):
             write_run(tmp_path, method=method, setting=f"{method} {HOSTILE}", rate=rate, study=HOSTILE, task=HOSTILE,
                       model=HOSTILE, sites=[f"a.{HOSTILE}.{i}.{HOSTILE}" for i in (0, 1)], device_name=HOSTILE,
                       error=HOSTILE if method == "full" else None, metric=HOSTILE)  # fmt: skip
-    lines = [Said(f"lora {HOSTILE}", HOSTILE, "better", 2, 1.0, None, None, HOSTILE)]
+    lines = [claim(f"lora {HOSTILE}", HOSTILE, HOSTILE)]
     beside = tables.Table("beside", HOSTILE, (HOSTILE, "ours"), ((HOSTILE, HOSTILE),), (HOSTILE,))
     text = rendered(tmp_path, beside, verdicts=lines, warnings=[HOSTILE], command=HOSTILE)
     assert HOSTILE not in text and "<b " not in text
@@ -239,7 +224,7 @@ def test_a_long_history_is_thinned_and_the_caption_says_so(tmp_path):
     folder = write_run(tmp_path, method="adalora", ranks=ranks[-1], nominal_ranks=dict.fromkeys(ranks[0], 200))
     lines = [{"step": 2 * i, "budget": 200, "active": 200, "live": 200, "ranks": ranks[i]} for i in range(100)]
     (folder / "ranks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = charts.rank_map(results.load(tmp_path))
+    found = charts.rank_map(results.load(tmp_path), None)
     (choice,) = found.choices
     assert len(choice.steps) == charts.MOST_STATES and choice.steps[0] == 0 and choice.steps[-1] == 198
     assert "adalora 40 of 100 recorded steps" in " ".join(found.caption)
@@ -264,9 +249,12 @@ def test_a_study_without_ranks_or_scores_has_a_page(tmp_path):
 def test_two_parts_are_linked_from_the_head(tmp_path):
     write_run(tmp_path, method="head")
     write_run(tmp_path, method="lora", task="reuters/r8")
-    parsed = Page(rendered(tmp_path, BESIDE))
+    sections = [page.section(part) for part in results.load(tmp_path).parts()]
+    parsed = Page(html.render(sections, [replace(BESIDE, title="Over both tasks")], BESIDE))
     assert [a["href"] for a in parsed.all("a")] == ["#main", "#part-1", "#part-2"]
-    assert sum(name == "Paper against ours" for _, name in parsed.headings) == 1
+    names = [name for _, name in parsed.headings]
+    assert names[1:4] == ["All parts together", "Over all tasks", "Paper against ours"]
+    assert "Paper against ours" not in names[4:] and "Over both tasks" in "".join(parsed.words)
 
 
 # --- in a browser --------------------------------------------------------------------------------------------------
@@ -486,7 +474,7 @@ def test_print_opens_everything_hides_sliders_and_shows_the_end(opened):
 def test_labels_with_markup_are_shown_as_they_are(open_page, tmp_path):
     for method in ("full", "lora", "adalora"):
         write_run(tmp_path, method=method, setting=f"{method} {HOSTILE}", task=HOSTILE)
-    lines = [Said(f"lora {HOSTILE}", f"full {HOSTILE}", "better", 1, 1.0, None, None, HOSTILE)]
+    lines = [claim(f"lora {HOSTILE}", f"full {HOSTILE}", HOSTILE)]
     browser = open_page(rendered(tmp_path, verdicts=lines))
     assert browser.get_log("browser") == []
     assert not browser.find_elements("id", "planted")
