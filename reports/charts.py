@@ -349,7 +349,9 @@ def rank_map(study: Study, table: Table | None) -> RankChart | None:
         f"Heat map of active ranks, {len(kinds)} kinds of modules by {len(layers)} layers. Total after training, mean over "
         f"seeds: {ends}. The table of ranks below holds the end state of every site."
     )
-    caption = ["Shown at first: the state after the last step, the mean over seeds if there are several; the controls choose others."]
+    caption = [
+        "Shown at first: the state after the last step, the mean over seeds if there are several; the controls choose others."
+    ]
     if thinned:
         caption.append(f"The slider holds at most {most} states of a history: {', '.join(thinned)} recorded steps.")
     panel = Panel("", words, specification, widest=240 + 76 * max(len(layers), 4))
