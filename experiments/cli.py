@@ -120,7 +120,7 @@ def report(
     with_runs: Annotated[bool, typer.Option("--with-runs", help="Copy finished runs, without weights, to OUT.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the report of a folder of runs: Markdown, figures (SVG, PNG), tables (CSV, LaTeX)."""
+    """Write the report of a folder of runs: a page (HTML), Markdown, figures (SVG, PNG), tables (CSV, LaTeX)."""
     if with_runs and out is None:
         raise ValueError("--with-runs copies runs to another folder: name it with --out")
     _report(runs, out, as_json)
@@ -259,7 +259,8 @@ def _report(runs: Path, out: Path | None, as_json: bool) -> None:
     from reports import page, results, tables
 
     studies = results.load_all(runs)
-    written = page.write(runs, out or runs / "report")
+    commands = {study.name: command for study in studies if study.quick and (command := _fair(study))}
+    written = page.write(runs, out or runs / "report", commands=commands)
     found = [tables.comparison(part) for study in studies for part in study.parts()]
     if as_json:
         names = [study.name for study in studies]
@@ -270,19 +271,21 @@ def _report(runs: Path, out: Path | None, as_json: bool) -> None:
         print()
     for study in studies:
         if study.quick:
-            print(f"{study.name} is a quick look, no fair comparison.{_fair(study)}")
+            fair = f"  The full protocol: {commands[study.name]}" if study.name in commands else ""
+            print(f"{study.name} is a quick look, no fair comparison.{fair}")
     print(f"report: {written}")
+    print(f"page: {written.with_suffix('.html')}")
 
 
-def _fair(study: Any) -> str:
+def _fair(study: Any) -> str | None:
     """The command of a shipped full-protocol study of the same model and task, where there is one."""
     from experiments import config
 
     for path in sorted(config.STUDIES.glob("*.toml")):
         other = config.read(path)
         if not other.quick and other.model == study.model and study.task in other.tasks:
-            return f"  The fair one of this model and task: rankwise compare {path.stem}"
-    return ""
+            return f"rankwise compare {path.stem}"
+    return None
 
 
 def _others_compute() -> bool:

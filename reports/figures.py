@@ -372,16 +372,21 @@ def _binned(runs: Iterable[list[tuple[int, float]]], bins: int = 60) -> tuple[li
     return [float(np.mean([s for s, _ in b])) for b in at.values()], [float(np.mean([y for _, y in b])) for b in at.values()]
 
 
-def _show_near_best(ax: "Axes", values: Sequence[float], room: float = 12.0) -> float:
-    """Cut the axis below so that a collapsed run does not squash the others; the cut, which is said, or the lowest."""
+def floor_of(values: Sequence[float], room: float = 12.0) -> float:
+    """Where an axis of scores begins: at the lowest, or where what lies far below the best (a collapsed run, a bare head)
+    would squash the others: then 2 * room points below the best."""
+    best, lowest = max(values), min(values)
+    return lowest if best - lowest <= 2 * room else best - 2 * room
+
+
+def _show_near_best(ax: "Axes", values: Sequence[float]) -> float:
+    """Cut the axis below, see `floor_of`; the cut, which is said, or the lowest."""
     if not len(values):
         return 0.0
-    best, lowest = max(values), min(values)
-    if best - lowest <= 2 * room:
-        return lowest
-    floor = max(best - 2 * room, lowest)
-    ax.set_ylim(floor - 0.06 * (best - floor), best + 0.08 * (best - floor))
-    ax.set_title(f"cut below {floor:.0f}", loc="right", fontsize=8.5, fontweight="normal", color=FAINT)
+    best, floor = max(values), floor_of(values)
+    if floor > min(values):
+        ax.set_ylim(floor - 0.06 * (best - floor), best + 0.08 * (best - floor))
+        ax.set_title(f"cut below {floor:.0f}", loc="right", fontsize=8.5, fontweight="normal", color=FAINT)
     return floor
 
 
@@ -461,13 +466,13 @@ def title_above(figure: "Figure", title: str) -> None:
 
 
 def _lines(arms: Sequence[Arm]) -> list[tuple[Arm, str]]:
-    """Each arm with its line style: settings of one method share the colour and differ here."""
-    seen: dict[str, int] = {}
-    out = []
-    for arm in arms:
-        seen[arm.method] = seen.get(arm.method, -1) + 1
-        out.append((arm, LINES[seen[arm.method] % len(LINES)]))
-    return out
+    return [(arm, LINES[turn]) for arm, turn in zip(arms, turns(arms), strict=True)]
+
+
+def turns(arms: Sequence[Arm]) -> list[int]:
+    """0 for the first setting of a method, 1 for its second, ...: they share the colour and differ in line style."""
+    methods = [arm.method for arm in arms]
+    return [methods[:i].count(method) % len(LINES) for i, method in enumerate(methods)]
 
 
 def _names(arms: Sequence[Arm]) -> list[str]:

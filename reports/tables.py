@@ -162,7 +162,7 @@ class Table:
     def cells(self) -> list[list[str]]:
         return [[cell_text(cell) for cell in row] for row in self.rows]
 
-    def _is_text(self, column: int) -> bool:
+    def is_text(self, column: int) -> bool:
         return column < self.text_columns or self.columns[column] == "status"
 
     def markdown(self) -> str:
@@ -170,7 +170,7 @@ class Table:
             return "| " + " | ".join(cells) + " |"
 
         head = line(map(escape_markdown, self.columns))
-        rule = line(":--" if self._is_text(i) else "--:" for i in range(len(self.columns)))
+        rule = line(":--" if self.is_text(i) else "--:" for i in range(len(self.columns)))
         body = [line(escape_markdown(cell).replace("+-", "&plusmn;") for cell in row) for row in self.cells()]
         return "\n".join([head, rule, *body]) + "\n"
 
@@ -196,7 +196,7 @@ class Table:
         return out.getvalue()
 
     def latex(self) -> str:
-        spec = "".join("l" if self._is_text(i) else "r" for i in range(len(self.columns)))
+        spec = "".join("l" if self.is_text(i) else "r" for i in range(len(self.columns)))
 
         def line(cells: Iterable[str]) -> str:
             return " & ".join(cells) + r" \\"
@@ -227,7 +227,7 @@ class Table:
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
 
         def line(row: Sequence[str], block: Sequence[int]) -> str:
-            parts = (row[i].ljust(widths[i]) if self._is_text(i) else row[i].rjust(widths[i]) for i in block)
+            parts = (row[i].ljust(widths[i]) if self.is_text(i) else row[i].rjust(widths[i]) for i in block)
             return "  ".join(parts).rstrip()
 
         out = [*textwrap.wrap(self.title, width), ""]

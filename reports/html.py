@@ -1,0 +1,135 @@
+"""report.html: one self-contained page of a study, which opens from disk and asks no network for anything.
+
+It is made from the same sections as report.md (`page.write` hands them over). The JavaScript of Vega, Vega-Lite and
+Vega-Embed stands in it once, the figures are JSON (`charts.py`), the page's own script (templates/report.js) sorts tables and
+moves the rank map. Everything that comes from a run is escaped: words by jinja2, JSON by its `tojson`. The same runs give the
+same bytes.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from reports import charts
+from reports.figures import colour
+from reports.results import Study
+from reports.tables import Cell, Estimate, Rank, Shared, Table, Tried, cell_text
+
+TEMPLATES = Path(__file__).parent / "templates"
+LEADING_NUMBER = re.compile(r"[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?")
+SIGNS = {"better": "\u25b2", "worse": "\u25bc", "equivalent": "=", "undecided": "?", "no claim": "\u2013"}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A cell of a table on the page: its words, the number it is sorted by (None: none), whether it is words."""
+
+    text: str
+    key: float | None
+    is_text: bool
+    colour: str | None = None  # of the method, where the cell names a setting
+
+
+def render(parts: Sequence[dict], over_tasks: Sequence[Table] = (), beside: Table | None = None) -> str:
+    """The page of these parts (`page.section`), in their order.
+
+    over_tasks: what is said of all tasks of a study together.
+    beside: a paper's numbers against ours.
+    """
+    from markupsafe import Markup
+
+    titles = list(dict.fromkeys(part["study"].title for part in parts))
+    drawn = [{**part, **_figures(part)} for part in parts]
+    template = _environment().get_template("report.html.jinja")
+    return template.render(
+        title=titles[0] if len(titles) == 1 else f"{len(titles)} studies",
+        parts=drawn,
+        over_tasks=over_tasks,
+        beside=beside,
+        colours={setting: tint for part in drawn for setting, tint in part["colours"].items()},
+        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
+        bundle=Markup(_bundle()),
+        config=charts.CONFIG,
+    )
+
+
+def _figures(part: dict) -> dict:
+    """The charts of a part, and the colour of each of its settings."""
+    study: Study = part["study"]
+    scores = [charts.score_against_parameters(study), charts.rate_curves(study, part["rates"])]
+    found = charts.rank_map(study, part["ranks"])
+    return {
+        "differences": charts.differences(study, part["verdicts"]),
+        "scores": [chart for chart in scores if chart is not None],
+        "rank_map": found,
+        "choices": [asdict(choice) for choice in found.choices] if found else [],
+        "budget": charts.budget(study),
+        "colours": {arm.setting: colour(arm.method) for arm in study.arms},
+    }
+
+
+def shown(table: Table, colours: dict[str, str]) -> list[list[Shown]]:
+    """The cells of a table as the page shows them; a column of numbers is sorted by value, whatever its cells look like."""
+    texts = table.cells()
+    numeric = [not table.is_text(i) and _is_numeric(row[i] for row in table.rows) for i in range(len(table.columns))]
+    return [
+        [
+            Shown(
+                charts.words(text),
+                sort_key(cell) if numeric[i] else None,
+                not numeric[i],
+                colours.get(cell) if i == 0 and isinstance(cell, str) else None,
+            )
+            for i, (cell, text) in enumerate(zip(row, line, strict=True))
+        ]
+        for row, line in zip(table.rows, texts, strict=True)
+    ]
+
+
+def sort_key(cell: Cell) -> float | None:
+    """The number that a cell stands for; None where it stands for none."""
+    match cell:
+        case None | Tried(score=None):
+            return None
+        case bool() | int() | float():
+            return float(cell)
+        case Estimate():
+            return cell.mean
+        case Shared():
+            return cell.each[0]
+        case Rank():
+            return cell.active
+        case Tried():
+            return cell.score
+        case str():
+            found = LEADING_NUMBER.match(cell)
+            return float(found[0].replace(",", "")) if found else None
+    return None
+
+
+def _is_numeric(cells) -> bool:
+    return all(sort_key(cell) is not None for cell in cells if cell_text(cell) not in ("-", "failed", "unfinished"))
+
+
+@cache
+def _bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, which no word of its own can end early."""
+    from vl_convert import javascript_bundle
+
+    return re.sub(r"</(?=script)|<!--", lambda found: "\\x3c" + found[0][1:], javascript_bundle(), flags=re.IGNORECASE)
+
+
+def _environment():
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True
+    )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "separators": (",", ":"), "allow_nan": False}
+    environment.filters["words"] = charts.words
+    environment.filters["shown"] = shown
+    environment.globals["sign"] = lambda kind: SIGNS.get(kind, "")
+    return environment
