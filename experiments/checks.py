@@ -5,14 +5,20 @@ from collections.abc import Iterator
 
 from experiments import catalogue
 from experiments.config import Study, Training
+from experiments.sweep import rung_steps
 from experiments.tasks import get as get_task
 
 
-def phase_training(study: Study, phase: str) -> Training:
-    """How runs of that phase train."""
+def phase_training(study: Study, phase: str, rows: int, rung: int | None = None) -> Training:
+    """How runs of that phase train over `rows` examples; of a sweep by successive halving those of that rung, or the last."""
     if phase == "final" or study.sweep is None:
         return study.training
-    return study.training.model_copy(update={"epochs": study.sweep.epochs, "max_steps": study.sweep.max_steps})
+    sweep = study.sweep
+    training = study.training.model_copy(update={"epochs": sweep.epochs, "max_steps": sweep.max_steps})
+    if sweep.halving is None or rung is None or rung == sweep.rungs - 1:
+        return training
+    steps = rung_steps(training.total_steps(rows), sweep.halving, sweep.rungs)[rung]
+    return training.model_copy(update={"max_steps": steps})
 
 
 def check(study: Study) -> None:
@@ -39,10 +45,12 @@ def check(study: Study) -> None:
 
 def check_phases(study: Study, rows: int, faults: list[str]) -> None:
     """Adds every entry whose step counts do not fit into the runs it takes part in."""
-    for phase in ("sweep", "final"):
-        total = phase_training(study, phase).total_steps(rows)
+    halves = study.sweep is not None and study.sweep.halving is not None
+    phases = [("sweep", rung) for rung in range(study.sweep.rungs)] if halves else [("sweep", None)]
+    for phase, rung in (*phases, ("final", None)):
+        total = phase_training(study, phase, rows, rung).total_steps(rows)
         for entry in study.methods:
-            if phase == "final" or len(entry.learning_rates) > 1:
+            if phase == "final" or entry.swept:
                 with collecting(faults):
                     entry.resolved(total)
 

@@ -69,6 +69,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Folder of the runs.  [default: runs/<study>]")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "auto",
     methods: Annotated[str | None, typer.Option(help="Only these, by label, with commas between.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Only these, with commas between.")] = None,
     seeds: Annotated[int | None, typer.Option(help="So many seeds for the final runs, 0 to N-1.")] = None,
     pack: Annotated[int | None, typer.Option(help="Most members that train at once.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.  [default: what torch takes]")] = None,
@@ -80,7 +81,7 @@ def compare(
     from experiments import checks, config
 
     chosen = config.read(study or config.DEFAULT_STUDY)
-    chosen = _narrowed(chosen, methods, seeds, pack, accept_licence or [])
+    chosen = _narrowed(chosen, methods, tasks, seeds, pack, accept_licence or [])
     if threads is not None and threads < 1:
         raise ValueError(f"--threads {threads}: give at least 1")
     folder = out or Path("runs") / chosen.name
@@ -103,7 +104,7 @@ def compare(
         if threads is not None:
             torch.set_num_threads(threads)
         _tell_of_plain_passes(bar)
-        runner = Runner(chosen, folder, device, say=bar.warn, progress=bar.advance, retry_failed=retry_failed)
+        runner = Runner(chosen, folder, device, bar.warn, bar.advance, retry_failed, bar.more)
         runner.prepare()
         bar.start(runner.work())
         results = runner.run()
@@ -336,20 +337,17 @@ def _columns(published: Any, recipe: Any, cell: str) -> list[str]:
     return [name for name, column in published.columns.items() if column.task == task and not column.averages]
 
 
-def _narrowed(study: Any, methods: str | None, seeds: int | None, pack: int | None, accepted: list[str]) -> Any:
+def _narrowed(
+    study: Any, methods: str | None, tasks: str | None, seeds: int | None, pack: int | None, accepted: list[str]
+) -> Any:
     """The study with what the command line says instead of the file."""
     change: dict[str, Any] = {"accept_licences": [*study.accept_licences, *accepted]}
     if methods is not None:
-        wanted = [m.strip() for m in methods.split(",") if m.strip()]
-        labels = [e.label for e in study.methods]
-        for name in wanted:
-            if name not in labels:
-                raise ValueError(
-                    f'--methods: "{name}" is not in {study.name}{nearest(name, labels)}; it has: {", ".join(labels)}'
-                )
-        if not wanted:
-            raise ValueError(f"--methods is empty: name at least one of: {', '.join(labels)}")
+        wanted = _chosen("--methods", methods, [e.label for e in study.methods], study.name)
         change["methods"] = [e for e in study.methods if e.label in wanted]
+    if tasks is not None:
+        wanted = _chosen("--tasks", tasks, study.tasks, study.name)
+        change["tasks"] = [name for name in study.tasks if name in wanted]
     if seeds is not None:
         if seeds < 1:
             raise ValueError(f"--seeds {seeds}: give at least 1")
@@ -359,6 +357,21 @@ def _narrowed(study: Any, methods: str | None, seeds: int | None, pack: int | No
             raise ValueError(f"--pack {pack}: give at least 1")
         change["pack"] = pack
     return study.model_copy(update=change)
+
+
+def _chosen(option: str, given: str, known: list[str], study: str) -> list[str]:
+    """The names in a list with commas.
+
+    Raises:
+        ValueError: none, or one that the study does not have.
+    """
+    wanted = [name.strip() for name in given.split(",") if name.strip()]
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f'{option}: "{name}" is not in {study}{nearest(name, known)}; it has: {", ".join(known)}')
+    if not wanted:
+        raise ValueError(f"{option} is empty: name at least one of: {', '.join(known)}")
+    return wanted
 
 
 def _report(runs: Path, out: Path | None, as_json: bool) -> None:
@@ -482,6 +495,10 @@ class _progress:
     def advance(self, what: str, rows: float) -> None:
         if self.bar is not None:
             self.bar.update(self.task, description=what, advance=rows)
+
+    def more(self, rows: float) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, total=self.bar.tasks[self.task].total + rows)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,10 @@ class Training(_Section):
 
 
 class Sweep(_Section):
-    """How each method's learning rate is chosen before the final runs: by the selection score of short runs."""
+    """How each method's learning rate is chosen before the final runs: by the selection score of short runs.
+
+    A grid whose best rate stands at its edge is widened by its own step until the best is inside or `trials` are used up.
+    """
 
     epochs: PositiveInt = 1
     """Passes over the training part."""
@@ -99,6 +102,30 @@ class Sweep(_Section):
     """Stop after so many steps."""
     seeds: list[Seed] = Field(default=[0], min_length=1)
     """Seeds of each rate."""
+    trials: PositiveInt | None = None
+    """Most rates that a method may try, those of its grid among them; two more than the grid, if not given."""
+    halving: int | None = Field(default=None, ge=2)
+    """Successive halving: after each rung one in so many rates goes on, to a rung so many times as long."""
+    rungs: int = Field(default=2, ge=2)
+    """Rungs of successive halving; the last is as long as `epochs` and `max_steps` say."""
+
+    def most_trials(self, grid: int, quick: bool) -> int:
+        """Rates that a method with a grid of so many may try; a quick look does not widen unless told to."""
+        return self.trials if self.trials is not None else grid + (0 if quick else 2)
+
+
+class Budget(_Section):
+    """What is equal among the methods, besides data and model; every report says it, and what is not."""
+
+    equal: Literal["steps", "parameters", "time", "memory"] = "steps"
+    """steps: as many optimizer steps; parameters: as many active ones; time: as many seconds of training, by measured steps;
+    memory: no more bytes at the peak, by micro-batches."""
+    parameters: PositiveInt | None = None
+    """Active parameters that each low-rank method may have, magnitudes counted, the head not; its ranks follow from it."""
+    scale: Positive = 2.0
+    """alpha/r of every site, where the ranks follow from a budget of parameters."""
+    bytes: PositiveInt | None = None
+    """Most bytes at the peak of a training step, where memory is the budget."""
 
 
 class Entry(_Section):
@@ -114,6 +141,11 @@ class Entry(_Section):
     """Modules to adapt."""
     settings: dict[str, Any] = {}
     """The method's own settings; step counts may be shares of the run, "10%"."""
+
+    @property
+    def swept(self) -> bool:
+        """Whether its rate is chosen by a sweep."""
+        return len(self.learning_rates) > 1
 
     def resolved(self, total_steps: int) -> Settings:
         """The settings with every share of the run made a number of steps.
@@ -149,6 +181,11 @@ class Study(_Section):
     """Names of the tasks."""
     seeds: list[Seed] = Field(min_length=1)
     """Seeds of the final runs: data order, head and adapter start, dropout."""
+    margin: Positive = 0.5
+    """Points within which a method counts as equivalent to the reference; fixed before the runs are looked at."""
+    protocol: Literal["held-out", "best-dev-epoch"] = "held-out"
+    """held-out: choose on one part, report on another; best-dev-epoch: as many papers do, every epoch is scored on the
+    official development part and the best one is reported."""
     pack: PositiveInt | Literal["auto"] = "auto"
     """Most members that train at once over one frozen model."""
     checkpoint_seconds: Positive = 60.0
@@ -157,6 +194,7 @@ class Study(_Section):
     """Research-only data whose terms the user accepts."""
     training: Training = Training()
     sweep: Sweep | None = None
+    budget: Budget = Budget()
     methods: list[Entry] = Field(min_length=1)
 
     @field_validator("methods")
@@ -223,6 +261,8 @@ def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study
     if not isinstance(defaults, dict):
         faults.append(f"{where}.defaults = {defaults!r}: should be a table")
         defaults = {}
+    budget = raw.get("budget")
+    solved = isinstance(budget, dict) and budget.get("equal") == "parameters"
     entries = raw.get("methods", [])
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         faults.append(f"{where}.methods: should be a list of tables, [[methods]]")
@@ -238,7 +278,7 @@ def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study
     built = []
     for index, entry in enumerate(entries):
         try:
-            built.append(_entry(entry, defaults, used, f"{where}.methods[{index}]"))
+            built.append(_entry(entry, defaults, used, f"{where}.methods[{index}]", solved))
         except ValueError as error:
             faults.append(str(error))
     for key in sorted(set(defaults) - used):
@@ -258,8 +298,15 @@ def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study
     return study
 
 
-def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], where: str) -> dict[str, Any]:
+BUDGETED = ("rank", "initial_rank", "target_rank", "target_total", "alpha", "rank_pattern", "alpha_pattern")
+UNSOLVED = {"rank": 1, "initial_rank": 1, "target_rank": 1}  # until experiments/budget.py has seen the model's shapes
+
+
+def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], where: str, solved: bool) -> dict[str, Any]:
     """An entry as `Entry` takes it: defaults that its method reads filled in, its own settings checked.
+
+    Args:
+        solved: the entry's ranks follow from a budget of parameters, so that it may name none.
 
     Raises:
         ValueError: one line for each fault.
@@ -290,6 +337,10 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
     if rates is None and rate is None:
         faults.append(f"{where}.learning_rate: missing; give one, or learning_rates to choose from")
     settings = {k: v for k, v in merged.items() if k in own}
+    if solved:
+        given = sorted(set(BUDGETED) & set(settings))
+        faults.extend(f"{where}.{k}: follows from the budget of parameters: take it out, or [budget]" for k in given)
+        settings |= {k: v for k, v in UNSOLVED.items() if k in own}
     for key in STEP_COUNTS:
         value = settings.get(key)
         if isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)?\s*%", value):
@@ -329,6 +380,15 @@ def _contradictions(study: Study) -> list[str]:
     if not study.quick and len(set(numbers.values())) > 1:
         given = ", ".join(f"{k} {v}" for k, v in numbers.items())
         faults.append(f"methods have unequal numbers of learning rates ({given}): give each as many, or set quick = true")
+    faults += _budget_faults(study.budget)
+    sweep = study.sweep
+    if sweep is not None and sweep.trials is not None and sweep.trials < max(numbers.values()):
+        faults.append(
+            f"sweep.trials = {sweep.trials} is below the {max(numbers.values())} learning rates of a method: raise it, or take "
+            f"rates out"
+        )
+    if sweep is not None and sweep.halving is None and "rungs" in sweep.model_fields_set:
+        faults.append(f"sweep.rungs = {sweep.rungs} has no effect without sweep.halving: take it out, or add halving = 2")
     for entry in study.methods:
         if len(set(entry.learning_rates)) < len(entry.learning_rates):
             faults.append(f"{entry.label}: learning_rates = {entry.learning_rates} has one twice: take it out")
@@ -341,6 +401,17 @@ def _contradictions(study: Study) -> list[str]:
             f"training.accumulation = {study.training.accumulation} is above batch_size = {study.training.batch_size}: "
             f"a micro-batch has at least one row"
         )
+    return faults
+
+
+def _budget_faults(budget: Budget) -> list[str]:
+    """Settings of a budget that its kind lacks or does not read."""
+    reads = {"parameters": {"parameters", "scale"}, "memory": {"bytes"}}.get(budget.equal, set())
+    idle = sorted(budget.model_fields_set - {"equal"} - reads)
+    faults = [f'budget.{key} has no effect with equal = "{budget.equal}": take it out' for key in idle]
+    needed = {"parameters": "parameters", "memory": "bytes"}.get(budget.equal)
+    if needed and getattr(budget, needed) is None:
+        faults.append(f'budget.{needed}: missing; equal = "{budget.equal}" needs it')
     return faults
 
 

@@ -2,7 +2,8 @@
 
 A study has up to two phases: "sweep" runs choose each method's learning rate by the selection split alone, "final" runs
 make the table.  Which members form a pack is computed from the whole study before anything runs, never from what is
-missing, and written down, so that a study that was cut off goes on with the same packs.
+missing, and written down, so that a study that was cut off goes on with the same packs.  Only a rate beyond the grid, and
+the later rungs of successive halving, are added when the scores before them are known; the same scores add the same packs.
 """
 
 import contextlib
@@ -15,6 +16,9 @@ import json
 import os
 import re
 import shutil
+import statistics
+import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +29,7 @@ import numpy as np
 import torch
 
 import variants
-from experiments import measure, models
+from experiments import budget, measure, models, sweep
 from experiments.checks import check_phases, collecting, phase_training
 from experiments.config import Entry, Study, Training
 from experiments.tasks import get as get_task
@@ -39,6 +43,7 @@ NUMERICS = 2  # raised by every commit that changes what a run computes
 COMMITTED = Path(__file__).parent.parent / "reports" / "studies"
 RESULT_FILES = ("config.json", "metrics.jsonl", "ranks.jsonl", "result.json")
 AUTO_PACK = {"cpu": 8, "cuda": 32}
+PROBE_STEPS = 6  # a step's time is the median of so many, the first left out; its peak that of all
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Prepared:
     """One task of a study, ready to run: its data, and each entry's targets in the model."""
 
     task: Task
-    data: dict[str, Encoded]
+    data: dict[str, Encoded]  # "train", and each split that is evaluated
     data_hash: str
     targets: dict[str, list[str]]  # entry label -> names of the sites
     captions: list[str]
@@ -63,6 +68,7 @@ class Run:
     seed: int
     learning_rate: float
     training: Training
+    rung: int
     fingerprint: str
 
 
@@ -75,27 +81,39 @@ class Group:
     task: str
     index: int
     members: tuple[tuple[int, float | None], ...]
+    rung: int = 0  # of successive halving
 
     @property
     def name(self) -> str:
-        return f"{self.phase}-{self.entry.label}-{self.task}-{self.index}".replace("/", "_").replace(" ", "_")
+        rung = f"rung{self.rung}-" if self.rung else ""
+        return f"{self.phase}-{self.entry.label}-{self.task}-{rung}{self.index}".replace("/", "_").replace(" ", "_")
 
 
 def groups(study: Study, pack: int) -> list[Group]:
-    """Every pack of the study, sweeps before finals, in the order of the file."""
+    """Every pack of the study that is known before it runs, sweeps before finals, in the order of the file."""
     found = []
     for task in study.tasks:
-        for phase in ("sweep", "final"):
-            for entry in study.methods:
-                swept = len(entry.learning_rates) > 1
-                if phase == "sweep":
-                    members = [(s, r) for r in entry.learning_rates for s in study.sweep.seeds] if swept else []
-                else:
-                    members = [(s, None if swept else entry.learning_rates[0]) for s in study.seeds]
-                size = pack if method(entry.method).load().packable else 1
-                parts = [tuple(members[i : i + size]) for i in range(0, len(members), size)]
-                found += [Group(phase, entry, task, index, part) for index, part in enumerate(parts)]
+        for entry in study.methods:
+            found += grid_groups(study, pack, entry, task, entry.learning_rates) if entry.swept else []
+        for entry in study.methods:
+            members = [(s, None if entry.swept else entry.learning_rates[0]) for s in study.seeds]
+            found += _cut("final", entry, task, members, pack)
     return found
+
+
+def grid_groups(
+    study: Study, pack: int, entry: Entry, task: str, rates: Sequence[float], rung: int = 0, index: int = 0
+) -> list[Group]:
+    """The packs of these rates in the sweep of one method, numbered from `index`."""
+    return _cut("sweep", entry, task, [(s, r) for r in rates for s in study.sweep.seeds], pack, rung, index)
+
+
+def _cut(
+    phase: str, entry: Entry, task: str, members: Sequence[tuple[int, float | None]], pack: int, rung: int = 0, index: int = 0
+) -> list[Group]:
+    size = pack if method(entry.method).load().packable else 1
+    parts = [tuple(members[i : i + size]) for i in range(0, len(members), size)]
+    return [Group(phase, entry, task, index + i, part, rung) for i, part in enumerate(parts)]
 
 
 class Runner:
@@ -104,6 +122,7 @@ class Runner:
     Args:
         say: called with a line the user should see (a warning, what is being done).
         progress: called with (what is running, rows done since the last call).
+        more: called with the rows of packs that were not known before, and become part of the work.
     """
 
     def __init__(
@@ -114,8 +133,9 @@ class Runner:
         say: Callable[[str], None] = lambda line: None,
         progress: Callable[[str, float], None] = lambda what, rows: None,
         retry_failed: bool = False,
+        more: Callable[[float], None] = lambda rows: None,
     ):
-        self.study, self.out, self.say, self.progress = study, Path(out), say, progress
+        self.study, self.out, self.say, self.progress, self.more = study, Path(out), say, progress, more
         self.retry_failed = retry_failed
         self.device = measure.device(device)
         if self.device.type == "cuda":  # a run that was cut off ends bit for bit as it would have
@@ -125,7 +145,9 @@ class Runner:
         self.versions, self.commit = measure.versions(), measure.commit()
         self.pack = AUTO_PACK[self.device.type] if study.pack == "auto" else study.pack
         self.groups = groups(study, self.pack)
+        self.added: list[Group] = []  # packs that became known while running
         self.prepared: dict[str, Prepared] = {}
+        self.measured: dict[str, dict[str, dict[str, float]]] = {}  # task -> label -> what a step of it takes
         self._strangers: set[str] = set()
         self._made: set[str] = set()  # fingerprints of the runs that ended here, which are not tried again
 
@@ -144,9 +166,10 @@ class Runner:
             faults.extend(_unfit(model, training))
             if faults:
                 continue
+            parts = {"train": self._train_split(task), **{split: split for split in self._evaluated(task)}}
             data = {
-                split: _subset(task.encode(tokenizer, split, training.max_length), split, training)
-                for split in ("train", task.selection_split, task.score_split)
+                part: _subset(task.encode(tokenizer, split, training.max_length), part, training)
+                for part, split in parts.items()
             }
             digest = hashlib.sha256()
             for split in sorted(data):
@@ -154,12 +177,18 @@ class Runner:
                     digest.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
             targets = {}
             total = training.total_steps(len(data["train"]))
+            entries = []
             for entry in self.study.methods:
                 with collecting(faults):
                     adapter = variants.create(entry.method, **_given(entry.resolved(total)))
                     adapter.attach(model, entry.targets, head=info.heads)
                     targets[entry.label] = [n for n, site in adapter.named_sites() if hasattr(site, "rank")]
+                    equal = self.study.budget
+                    if equal.equal == "parameters":
+                        entry = budget.solved(entry, adapter, equal.parameters, equal.scale)
                     adapter.detach()
+                entries.append(entry)
+            self._take(entries)
             faults.extend(_twins(self.study.methods, total, targets))
             check_phases(self.study, len(data["train"]), faults)
             captions = [
@@ -171,12 +200,18 @@ class Runner:
         if faults:
             raise ValueError("\n".join(dict.fromkeys(faults)))
 
+    def _take(self, entries: list[Entry]) -> None:
+        """Goes on with these entries, whose ranks are known now."""
+        if entries != self.study.methods:
+            self.study = self.study.model_copy(update={"methods": entries})
+            self.groups = groups(self.study, self.pack)
+
     def work(self) -> float:
         """Rows of the whole study, for the progress bar; a row that is only evaluated counts a third."""
         return sum(self._work(group) for group in self.groups)
 
     def _work(self, group: Group) -> float:
-        prepared, training = self.prepared[group.task], phase_training(self.study, group.phase)
+        prepared, training = self.prepared[group.task], self._training(group)
         rows = len(prepared.data["train"])
         trained = training.total_steps(rows) / training.steps_per_epoch(rows) * rows
         splits = self._splits(group.phase, prepared.task)
@@ -190,10 +225,15 @@ class Runner:
         with _locked(self.out):
             self._clear_leftovers()
             known = _read_json(self.out / "study.json") or {}
+            self._measure()
             self._write_study(known, complete=False)
             results = []
-            for group in self.groups:
-                results += self._run_group(group)
+            for task in self.study.tasks:
+                for entry in self.study.methods:
+                    results += self._sweep(entry, task) if entry.swept else []
+                for group in self.groups:
+                    if group.phase == "final" and group.task == task:
+                        results += self._run_group(group)
             self._write_study(known, complete=True)
         if self._strangers:
             self.say(f"note: some results come from {'; '.join(sorted(self._strangers))}, and are kept as they are")
@@ -208,6 +248,119 @@ class Runner:
             for name in names:
                 for leftover in folder.glob(f".{name}.*.tmp"):
                     leftover.unlink(missing_ok=True)
+
+    # -- the sweep --------------------------------------------------------------------------------------------------
+
+    def _sweep(self, entry: Entry, task: str) -> list[dict[str, Any]]:
+        """Runs a method's grid, widens it while its best rate stands at the edge, and goes up the rungs; all results."""
+        grid = [g for g in self.groups if g.phase == "sweep" and g.entry.label == entry.label and g.task == task]
+        results = [result for group in grid for result in self._run_group(group)]
+        size = len(entry.learning_rates)
+        most = self.study.sweep.most_trials(size, self.study.quick)
+        while (rate := sweep.next_rate(self._scores(entry, task, 0), most)) is not None:
+            results += self._run_added(grid_groups(self.study, self.pack, entry, task, [rate], index=len(grid)))
+            grid += self.added[-1:]
+        if self.study.sweep.halving is not None:
+            for rung in range(1, self.study.sweep.rungs):
+                rates = sweep.survivors(self._scores(entry, task, rung - 1), self.study.sweep.halving)
+                results += self._run_added(grid_groups(self.study, self.pack, entry, task, rates, rung))
+        return results
+
+    def _run_added(self, found: list[Group]) -> list[dict[str, Any]]:
+        """Runs packs that the study's file does not show."""
+        self.added += found
+        self.more(sum(self._work(group) for group in found))
+        return [result for group in found for result in self._run_group(group)]
+
+    def _scores(self, entry: Entry, task: str, rung: int) -> dict[float, list[float | None]]:
+        """Rate -> selection score of each seed, at one rung of a sweep, of what has finished."""
+        found = []
+        for group in (*self.groups, *self.added):
+            if (group.phase, group.entry.label, group.task, group.rung) == ("sweep", entry.label, task, rung):
+                for seed, rate in group.members:
+                    result = self._result(self._specify(group, seed, rate))
+                    if result is not None:
+                        found.append((rate, result["selection_score"]))
+        return sweep.by_rate(found)
+
+    # -- equal time, equal memory -----------------------------------------------------------------------------------
+
+    def _measure(self) -> None:
+        """Takes the time or the memory of a step of each method where that is what the budget makes equal.
+
+        Measured once and written down: every later sitting, and who takes up the committed study, goes on with the same.
+        """
+        equal = self.study.budget.equal
+        if equal not in ("time", "memory"):
+            return
+        for folder in (COMMITTED / self.study.name, self.out):
+            self.measured |= (_read_json(folder / "budget.json") or {}).get("measured", {})
+        for task in self.study.tasks:
+            known = self.measured.setdefault(task, {})
+            for entry in self.study.methods:
+                if entry.label not in known:
+                    self.say(f"{entry.label} {task}: measuring a step")
+                    known[entry.label] = self._fitted(entry, task) if equal == "memory" else self._probe(entry, task, 1)
+        write_json(self.out / "budget.json", {"schema": SCHEMA, "equal": equal, "measured": self.measured})
+
+    def _fitted(self, entry: Entry, task: str) -> dict[str, float]:
+        """The fewest micro-batches with which a step stays within the budget of memory.
+
+        Raises:
+            ValueError: a step of one row each does not.
+        """
+        batch, accumulation = self.study.training.batch_size, self.study.training.accumulation
+        while True:
+            found = self._probe(entry, task, accumulation)
+            if found["peak_bytes"] <= self.study.budget.bytes:
+                return {**found, "accumulation": accumulation}
+            if accumulation == batch:
+                raise ValueError(
+                    f"{entry.label} on {task} needs {int(found['peak_bytes']):,} bytes for a step of one row at a time, above "
+                    f"budget.bytes = {self.study.budget.bytes:,}: raise it, or take the method out"
+                )
+            accumulation = min(2 * accumulation, batch)
+
+    def _probe(self, entry: Entry, task: str, accumulation: int) -> dict[str, float]:
+        """Seconds and peak bytes of a training step of this method alone, on this machine, now."""
+        prepared = self.prepared[task]
+        training = self.study.training.model_copy(update={"accumulation": accumulation})
+        settings = entry.resolved(training.total_steps(len(prepared.data["train"])))
+        with tempfile.TemporaryDirectory() as folder:
+            run = Run("final", entry, settings, task, 0, min(entry.learning_rates), training, 0, "")
+            trainer = Trainer(self._as_pack([run]), prepared.data, Path(folder) / "checkpoint", [Path(folder)])
+            seconds = []
+            for step in range(1, min(PROBE_STEPS, trainer.total) + 1):
+                trainer.step = step
+                began = time.perf_counter()
+                trainer.train_step()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                seconds.append(time.perf_counter() - began)
+            peak = trainer.memory.read()
+        if peak is None and self.study.budget.equal == "memory":
+            raise ValueError('budget.equal = "memory": this system does not tell the peak; take another budget')
+        return {"seconds_per_step": statistics.median(seconds[1:] or seconds), "peak_bytes": peak or 0}
+
+    def _training(self, group: Group) -> Training:
+        """How the runs of a group train: as its phase and rung say, with the steps or micro-batches of the budget."""
+        rows = len(self.prepared[group.task].data["train"])
+        rung = group.rung if group.phase == "sweep" else None
+        training = phase_training(self.study, group.phase, rows, rung)
+        measured = self.measured.get(group.task, {})
+        if not measured:
+            return training
+        mine = measured[group.entry.label]
+        if self.study.budget.equal == "memory":
+            return training.model_copy(update={"accumulation": int(mine["accumulation"])})
+        reference = measured[self._reference()]
+        return budget.steps_for_time(training, rows, mine["seconds_per_step"], reference["seconds_per_step"])
+
+    def _reference(self) -> str:
+        """The label that the others are held against: the study's own, else full fine-tuning, else the first."""
+        labels = [entry.label for entry in self.study.methods]
+        full = next((entry.label for entry in self.study.methods if entry.method == "full"), labels[0])
+        return self.study.reference if self.study.reference in labels else full
 
     # -- packs ------------------------------------------------------------------------------------------------------
 
@@ -261,23 +414,7 @@ class Runner:
         else:
             begun = None
             write_json(folder / "pack.json", pack_file)
-        first = runs[0]
-        prepared = self.prepared[first.task]
-        task = prepared.task
-        splits = self._splits(first.phase, task)
-        pack = Pack(
-            method=first.entry.method,
-            settings=first.settings,
-            targets=["^" + re.escape(name) for name in prepared.targets[first.entry.label]] or first.entry.targets,
-            task=task,
-            model=self.study.model,
-            training=first.training,
-            seeds=tuple(run.seed for run in runs),
-            learning_rates=tuple(run.learning_rate for run in runs),
-            splits=splits,
-            device=self.device,
-            precision=self.precision,
-        )
+        pack, prepared = self._as_pack(runs), self.prepared[runs[0].task]
         for member, run in enumerate(runs):
             self._write_config(run, runs, index, member, keep=begun is not None)
         logs = [self.out / run.fingerprint for run in runs]
@@ -321,6 +458,24 @@ class Runner:
                 variants.save_pretrained(trainer.adapter, self.out / run.fingerprint / "adapter", member=member)
             self._write_result(run, outcome, index, len(runs), note)
 
+    def _as_pack(self, runs: Sequence[Run]) -> Pack:
+        first = runs[0]
+        prepared = self.prepared[first.task]
+        return Pack(
+            method=first.entry.method,
+            settings=first.settings,
+            targets=["^" + re.escape(name) for name in prepared.targets[first.entry.label]] or first.entry.targets,
+            task=prepared.task,
+            model=self.study.model,
+            training=first.training,
+            seeds=tuple(run.seed for run in runs),
+            learning_rates=tuple(run.learning_rate for run in runs),
+            splits=self._splits(first.phase, prepared.task),
+            device=self.device,
+            precision=self.precision,
+            best_epoch=self.study.protocol == "best-dev-epoch",
+        )
+
     def _apart(self, runs: Sequence[Run], folder: Path, index: int, what: str, size: int, note: str | None) -> None:
         """The same members in smaller packs, each with a folder of its own, so that each resumes."""
         for at in range(0, len(runs), size):
@@ -330,10 +485,21 @@ class Runner:
 
     def _splits(self, phase: str, task: Task) -> tuple[str, ...]:
         """What a run is evaluated on: a sweep's on the selection split alone, a final one's on the score split too."""
+        if self.study.protocol == "best-dev-epoch":
+            return (task.dev_split, *task.extra_dev_splits)
         if phase == "sweep":
             return (task.selection_split,)
         selection = (task.selection_split,) if self.study.training.evaluations_per_epoch else ()
         return (*selection, task.score_split)
+
+    def _train_split(self, task: Task) -> str:
+        """What is trained on: a paper's own protocol keeps nothing back to choose on."""
+        return task.official_train_split if self.study.protocol == "best-dev-epoch" else task.train_split
+
+    def _evaluated(self, task: Task) -> list[str]:
+        if self.study.protocol == "best-dev-epoch":
+            return [task.dev_split, *task.extra_dev_splits]
+        return [task.selection_split, task.score_split]
 
     # -- runs -------------------------------------------------------------------------------------------------------
 
@@ -341,22 +507,17 @@ class Runner:
         """The members with their rates; that of a final run after a sweep is the best of the sweep."""
         if all(rate is not None for _, rate in group.members):
             return list(group.members)
-        scores: dict[float, list[float]] = {rate: [] for rate in sorted(group.entry.learning_rates)}
-        for rate in scores:
-            for seed in self.study.sweep.seeds:
-                result = self._result(self._specify(dataclasses.replace(group, phase="sweep"), seed, rate))
-                score = None if result is None else result["selection_score"]
-                scores[rate].append(-np.inf if score is None else score)
-        # Of equal ones the lowest; where every rate failed, too: a lower one is likelier to hold, and the rows must be made.
-        best = max(scores, key=lambda rate: np.mean(scores[rate]))
+        rung = 0 if self.study.sweep.halving is None else self.study.sweep.rungs - 1
+        best = sweep.ranked(self._scores(group.entry, group.task, rung))[0]
         return [(seed, best) for seed, _ in group.members]
 
     def _specify(self, group: Group, seed: int, rate: float) -> Run:
-        prepared, training = self.prepared[group.task], phase_training(self.study, group.phase)
+        prepared, training = self.prepared[group.task], self._training(group)
         settings = group.entry.resolved(training.total_steps(len(prepared.data["train"])))
         facts = {
             "numerics": NUMERICS,
             "phase": group.phase,
+            "protocol": self.study.protocol,
             "method": group.entry.method,
             "settings": settings.model_dump(mode="json"),
             "targets": prepared.targets[group.entry.label],
@@ -370,7 +531,7 @@ class Runner:
         }
         text = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:24]
-        return Run(group.phase, group.entry, settings, group.task, seed, rate, training, fingerprint)
+        return Run(group.phase, group.entry, settings, group.task, seed, rate, training, group.rung, fingerprint)
 
     def _result(self, run: Run) -> dict[str, Any] | None:
         """The run's result, from this folder or from the committed ones, which are copied here."""
@@ -435,6 +596,8 @@ class Runner:
 
     def _write_result(self, run: Run, outcome: Outcome, index: int, size: int, note: str | None) -> None:
         task = self.prepared[run.task].task
+        papers = self.study.protocol == "best-dev-epoch"
+        selection, split = (task.dev_split,) * 2 if papers else (task.selection_split, task.score_split)
         scores = {split: metrics.get(task.metric) for split, metrics in outcome.metrics.items()}
         failed = outcome.error is not None
         empty = {f.name: None for f in dataclasses.fields(Outcome)}
@@ -446,10 +609,13 @@ class Runner:
             "error": outcome.error,
             "traceback": outcome.detail,
             "metric": task.metric,
-            "selection_score": None if failed else scores.get(task.selection_split),
-            "selection_split": task.selection_split,
-            "score": None if failed else scores.get(task.score_split),
-            "split": task.score_split,
+            "protocol": self.study.protocol,
+            "selection_score": None if failed else scores.get(selection),
+            "selection_split": selection,
+            "score": None if failed else scores.get(split),
+            "split": split,
+            "score_standard_error": None if failed else outcome.standard_errors.get(split),
+            "score_rows": None if failed else outcome.rows.get(split),
             "metrics": outcome.metrics,
             **{k: v for k, v in (outcome.facts or NO_FACTS).items() if k not in empty},
             "pack_size": size,
@@ -471,12 +637,15 @@ class Runner:
             "model": self.study.model,
             "seed": run.seed,
             "learning_rate": run.learning_rate,
+            "rung": run.rung,
         }
 
     def _write_study(self, known: dict[str, Any], complete: bool) -> None:
         """`known`: what study.json said before; of it stay the methods that were not asked for now."""
         labels = [entry.label for entry in self.study.methods]
         full = next((entry.label for entry in self.study.methods if entry.method == "full"), None)
+        trials = {e.label: self.study.sweep.most_trials(len(e.learning_rates), self.study.quick)
+                  for e in self.study.methods if e.swept}  # fmt: skip
         others = [label for label in known.get("methods", []) if label not in labels]
         value = {
             "schema": SCHEMA,
@@ -485,13 +654,19 @@ class Runner:
             "title": self.study.title or self.study.name,
             "captions": list(dict.fromkeys(c for p in self.prepared.values() for c in p.captions)),
             "reference": self.study.reference or full or known.get("reference"),
+            "protocol": self.study.protocol,
+            "margin": self.study.margin,
+            "seeds": list(self.study.seeds),
+            "trials": {**known.get("trials", {}), **trials},
+            "budget": self.study.budget.model_dump(mode="json"),
             "methods": [*known.get("methods", []), *(x for x in labels if x not in known.get("methods", []))]
             if others
             else labels,
             "complete": complete and (not others or bool(known.get("complete"))),
         }
         write_json(self.out / "study.json", value)
-        packs = [{"pack": g.name, "members": [{"seed": s, "learning_rate": r} for s, r in g.members]} for g in self.groups]
+        known_packs = (*self.groups, *self.added)
+        packs = [{"pack": g.name, "members": [{"seed": s, "learning_rate": r} for s, r in g.members]} for g in known_packs]
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             mine = {pack["pack"] for pack in packs}
             written = json.loads((self.out / "packs.json").read_text())["packs"]
@@ -517,6 +692,7 @@ NO_FACTS = {
     "nominal_ranks": {},
     "final_train_loss": None,
     "dropout_note": None,
+    "scored_step": None,
 }
 
 

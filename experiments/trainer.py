@@ -52,6 +52,7 @@ class Pack:
     splits: tuple[str, ...]  # evaluated at the end; the first is also evaluated along the way
     device: torch.device
     precision: str
+    best_epoch: bool = False  # the first split's best evaluation is what counts, not the last
 
     @property
     def members(self) -> int:
@@ -61,16 +62,21 @@ class Pack:
         """Everything that a checkpoint must agree with to be this pack's."""
         settings, training = self.settings.model_dump(mode="json"), self.training.model_dump(mode="json", exclude={"log_every"})
         parts = [self.method, settings, self.targets, self.task.name, self.model, training, self.seeds, self.learning_rates]
-        return json.dumps([*parts, self.splits, self.device.type, self.precision])
+        return json.dumps([*parts, self.splits, self.device.type, self.precision, *(["best epoch"] if self.best_epoch else [])])
 
 
 @dataclass
 class Outcome:
-    """What became of one member."""
+    """What became of one member.
+
+    By split: metrics, the standard error of the primary metric (points), and the number of rows scored.
+    """
 
     error: str | None = None
     detail: str | None = None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    standard_errors: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -144,8 +150,9 @@ class Trainer:
                 self._log_step()
                 self._log_ranks()
             if self.step in self.evaluate_after and self.step < self.total and bool(self.alive.any()):
-                for member, metrics in enumerate(self.evaluate(self.pack.splits[0])):
-                    self._log_evaluation(member, self.pack.splits[0], metrics)
+                for split in self.pack.splits if self.pack.best_epoch else self.pack.splits[:1]:
+                    for member, metrics in enumerate(self.evaluate(split)):
+                        self._log_evaluation(member, split, metrics)
             now = time.perf_counter()
             self.seconds += now - began
             began = now
@@ -237,9 +244,15 @@ class Trainer:
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def evaluate(self, split: str) -> list[dict[str, float] | Undefined]:
         """Each member's metrics on a split, in points, or why they have no value."""
+        encoded = self.data[split]
+        found = self.predictions(split)
+        return [one if isinstance(one, Undefined) else self._score(one, encoded.labels, encoded.token_offsets) for one in found]
+
+    @torch.no_grad()
+    def predictions(self, split: str) -> list[np.ndarray | Undefined]:
+        """Each member's predictions for a split, in the order of its rows, as `Task.metrics` takes them."""
         pack, encoded = self.pack, self.data[split]
         K, kind = pack.members, pack.task.kind
         by_token = kind == "token-classification"
@@ -254,9 +267,8 @@ class Trainer:
                 kept[:, (encoded.offsets[rows][:, None] + np.arange(length))[mask]] = found[:, mask]
             else:
                 kept[:, rows] = found
-        offsets = encoded.offsets if by_token else None
         infinite = Undefined("collapsed", "the model's outputs are not finite numbers")
-        return [self._score(kept[k], encoded.labels, offsets) if finite[k] else infinite for k in range(K)]
+        return [kept[k] if finite[k] else infinite for k in range(K)]
 
     def _evaluation_logits(self, encoded: Encoded) -> Iterator[tuple[np.ndarray, int, Tensor]]:
         """For each batch its rows, their length, and the logits of every member, (K*N, ...).
@@ -314,14 +326,12 @@ class Trainer:
                 outcome.detail = f"{int(self.skipped[member])} steps with a non-finite loss or gradient by step {self.step}"
         if bool(self.alive.any()):
             for split in self.pack.splits:
-                for member, metrics in enumerate(self.evaluate(split)):
-                    if outcomes[member].error == "diverged":
-                        continue
-                    self._log_evaluation(member, split, metrics)
-                    if isinstance(metrics, Undefined):
-                        outcomes[member].error, outcomes[member].detail = metrics.error, metrics.detail
-                    else:
-                        outcomes[member].metrics[split] = metrics
+                for member, predicted in enumerate(self.predictions(split)):
+                    if outcomes[member].error != "diverged":
+                        self._conclude(outcomes[member], member, split, predicted)
+        scored = [self.step] * self.pack.members
+        if self.pack.best_epoch:
+            scored = [self._take_best_epoch(member, outcome) for member, outcome in enumerate(outcomes)]
         peak = self.memory.read()
         peak = None if peak is None or self.peak is None else max(peak, self.peak)
         self.peak = peak
@@ -334,6 +344,7 @@ class Trainer:
                 "total_steps": self.total,
                 "epochs": round(self.step / self.per_epoch, 4),
                 "skipped_steps": int(self.skipped[member]),
+                "scored_step": scored[member],
                 "tokens_per_second": self.tokens / self.training_seconds if self.training_seconds else 0.0,
                 "peak_memory_bytes": peak if self.pack.members == 1 else None,
                 "pack_peak_memory_bytes": peak,
@@ -349,6 +360,34 @@ class Trainer:
                 else f"dropout inside the attention is off ({len(self.silent)} places): a fused kernel cannot draw it by key",
             }
         return outcomes
+
+    def _take_best_epoch(self, member: int, outcome: Outcome) -> int:
+        """Gives a member the metrics of its best evaluation, the first of equal ones; the step of that evaluation.
+
+        They are read from its own metrics.jsonl, so that a run that was cut off has those before the cut too.
+        """
+        split, metric = self.pack.splits[0], self.pack.task.metric
+        lines = [json.loads(line) for line in (self.logs[member] / "metrics.jsonl").read_text().splitlines()]
+        found = [x for x in lines if x["kind"] == "evaluation" and x["split"] == split and metric in x["metrics"]]
+        if not found or outcome.error == "diverged":
+            return self.step
+        best = max(found, key=lambda line: line["metrics"][metric])["step"]
+        outcome.error = outcome.detail = None  # where only the last epoch has no value, the best one still has
+        outcome.metrics = {x["split"]: x["metrics"] for x in lines if x["kind"] == "evaluation" and x["step"] == best}
+        return best
+
+    def _conclude(self, outcome: Outcome, member: int, split: str, predicted: np.ndarray | Undefined) -> None:
+        """Adds what a member reached on a split to its outcome, and to its log."""
+        encoded = self.data[split]
+        truth = encoded.labels, encoded.token_offsets
+        metrics = predicted if isinstance(predicted, Undefined) else self._score(predicted, *truth)
+        self._log_evaluation(member, split, metrics)
+        if isinstance(metrics, Undefined):
+            outcome.error, outcome.detail = metrics.error, metrics.detail
+        else:
+            outcome.metrics[split] = metrics
+            outcome.standard_errors[split] = self.pack.task.standard_error(predicted, *truth)
+            outcome.rows[split] = len(encoded)
 
     # -- what is written down ------------------------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ not what this file says is refused by name. The schema of a result is defined he
 
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
@@ -69,6 +69,11 @@ class Result(Stored):
     active_parameters: Count | None = None
     head_parameters: Count | None = None
     scale: dict[str, Number] | Number | None = None
+    rung: Count = 0
+    protocol: Literal["held-out", "best-dev-epoch"] = "held-out"
+    scored_step: Count | None = None
+    score_rows: Count | None = None
+    score_standard_error: Number | None = None
     ranks: Ranks = {}
     nominal_ranks: Ranks = {}
     device: str
@@ -91,6 +96,7 @@ class Config(Stored):
     model: str
     seed: int
     learning_rate: Number
+    rung: Count = 0
     method_settings: dict[str, Any] = {}
     training: dict[str, Any] = {}
     targets: Any = None
@@ -115,6 +121,11 @@ class StudyFile(Stored):
     reference: str | None = None
     methods: list[str]
     complete: bool
+    protocol: Literal["held-out", "best-dev-epoch"] = "held-out"
+    margin: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    seeds: list[int] = []
+    trials: dict[str, Count] = {}
+    budget: dict[str, Any] = {}
 
 
 class Evaluation(BaseModel):
@@ -196,7 +207,7 @@ class Arm:
     method: str
     rate: float | None  # None: no final run yet
     final: tuple[Run, ...]
-    grid: dict[float, tuple[Run, ...]]  # every rate that was tried on the selection split, ascending
+    grid: dict[float, tuple[Run, ...]]  # every rate that was tried, ascending: its runs on the highest rung that it reached
 
     def of(self, status: str) -> list[Run]:
         return [run for run in self.final if run.status == status]
@@ -235,6 +246,11 @@ class Study:
     settings: tuple[str, ...]  # labels, in the order of the study's file
     complete: bool | None  # None: no study.json says so
     runs: tuple[Run, ...]
+    protocol: str = "held-out"
+    margin: float | None = None  # points within which a setting is equivalent to the reference, fixed beforehand
+    seeds: tuple[int, ...] = ()  # that the study asks for
+    trials: Mapping[str, int] = field(default_factory=dict)  # label -> most rates that it may try
+    budget: Mapping[str, Any] = field(default_factory=dict)  # what is equal, as the study's file says it
 
     def parts(self) -> list["Study"]:
         keys = sorted({(run.config.task, run.config.model) for run in self.runs})
@@ -274,7 +290,8 @@ def best_rate(arm: Arm) -> BestRate | None:
 
     Ties go to the smaller rate. A failed rate still counts as tried when the grid's edge is looked for.
     """
-    scores = {rate: rate_score(runs) for rate, runs in arm.grid.items()}
+    top = max((_rung(runs) for runs in arm.grid.values()), default=0)  # a shorter run's score is not compared with these
+    scores = {rate: rate_score(runs) for rate, runs in arm.grid.items() if _rung(runs) == top}
     scores = {rate: score for rate, score in scores.items() if score is not None}
     if len(arm.grid) < 2 or not scores:
         return None
@@ -289,6 +306,10 @@ def rate_score(runs: Iterable[Run]) -> float | None:
     return sum(scores) / len(scores) if scores else None
 
 
+def _rung(runs: Iterable[Run]) -> int:
+    return max((run.config.rung for run in runs), default=0)
+
+
 def _arm(setting: str, runs: list[Run]) -> Arm:
     def at(rate: float, among: list[Run]) -> tuple[Run, ...]:
         return tuple(sorted((r for r in among if r.config.learning_rate == rate), key=lambda r: r.config.seed))
@@ -298,7 +319,8 @@ def _arm(setting: str, runs: list[Run]) -> Arm:
 
     final = [run for run in runs if run.config.phase == "final"]
     sweep = [run for run in runs if run.config.phase == "sweep"]
-    grid = {rate: at(rate, sweep or final) for rate in rates(sweep or final)}
+    tried = {rate: at(rate, sweep or final) for rate in rates(sweep or final)}
+    grid = {rate: tuple(run for run in found if run.config.rung == _rung(found)) for rate, found in tried.items()}
     arm = Arm(setting, runs[0].config.method, None, (), grid)
     best = best_rate(arm)
     final_rates = rates(final)
@@ -420,6 +442,8 @@ def _study(name: str, folder: Path, runs: list[Run], described: StudyFile | None
         settings=tuple(settings),
         complete=info.complete if info else None,
         runs=tuple(started),
+        **({key: getattr(info, key) for key in ("protocol", "margin", "trials", "budget")} if info else {}),
+        seeds=tuple(info.seeds) if info else (),
     )
 
 

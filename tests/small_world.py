@@ -19,7 +19,15 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from experiments import config, models, tasks
 from experiments.config import Study, Training
 from experiments.study import Runner
-from experiments.tasks.common import Encoded, Examples, Task, accuracy_and_macro_f1, correlations, encode_examples
+from experiments.tasks.common import (
+    Encoded,
+    Examples,
+    Task,
+    accuracy_and_macro_f1,
+    correlations,
+    encode_examples,
+    resampled_correlations,
+)
 from experiments.trainer import Outcome, Pack, Trainer
 from variants.settings import METHODS, check
 
@@ -60,6 +68,7 @@ def task(kind: str = "regression", name: str = "") -> Task:
         licence="made up",
         read=lambda split: _examples(kind, split),
         measure=measure[kind],
+        resampled={"regression": resampled_correlations, "token-classification": _resampled_token_accuracy}.get(kind),
         identity=lambda: f"{kind} 1",
         caption=("Made-up data.",),
     )
@@ -67,6 +76,11 @@ def task(kind: str = "regression", name: str = "") -> Task:
 
 def _token_accuracy(predicted: np.ndarray, true: np.ndarray, rows: np.ndarray) -> dict[str, float]:
     return {"accuracy": 100 * float((predicted == true).mean())}
+
+
+def _resampled_token_accuracy(predicted: np.ndarray, true: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    right, all_ = (np.bincount(rows, w, minlength=weights.shape[1]) for w in (predicted == true, None))
+    return 100 * (weights @ right) / (weights @ all_)
 
 
 def _examples(kind: str, split: str) -> Examples:

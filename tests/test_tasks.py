@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +146,7 @@ def test_every_task_is_complete():
         assert task.name == name and task.licence and (task.caption or task.captions_by_model)
         assert set(task.sizes) == set(task.splits) >= {"train", task.selection_split, task.score_split}
         assert task.selection_split == "validation" and task.score_split in ("test", "dev")
+        assert {task.train_split, task.official_train_split, task.dev_split} <= set(task.splits)
         assert task.kind != "classification" or len(task.label_names) == task.num_labels
     assert (
         "zero-shot cosine Spearman 0.820"
@@ -152,8 +154,18 @@ def test_every_task_is_complete():
     )
     assert sum(tasks.get("reuters-r8").sizes.values()) == 5485 + 2189
     assert sum(tasks.get("sarcasm").sizes.values()) == 28498
-    assert tasks.get("glue/rte").sizes == {"train": 2241, "validation": 249, "dev": 277}
+    assert tasks.get("glue/rte").sizes == {"train": 2241, "validation": 249, "dev": 277, "official-train": 2490}
     assert "dev" in tasks.get("glue/mnli").caption[0] and tasks.get("glue/mnli").sizes["validation"] == 5000
+
+
+def test_only_the_hub_s_tasks_keep_training_rows_out_of_their_usual_training_part():
+    for name in tasks.names():
+        task = tasks.get(name)
+        from_hub = name.startswith("glue/") and name != "glue/stsb"
+        wanted = ("official-train", "dev") if from_hub else ("train", "validation")
+        assert (task.train_split, (task.official_train_split, task.dev_split)) == ("train", wanted)
+        if from_hub:
+            assert task.sizes["official-train"] == task.sizes["train"] + task.sizes["validation"]
 
 
 def test_r8_validation_is_carved_out_of_training_by_topic_and_the_same_each_time(tmp_path, monkeypatch):
@@ -212,7 +224,9 @@ def test_glue_task_chooses_on_a_part_of_training_and_scores_the_development_part
     fake_hub(monkeypatch, {"train": hub_mrpc(3668), "validation": hub_mrpc(408)})
     task = tasks.get("glue/mrpc")
     parts = task.load()
-    assert {split: len(part) for split, part in parts.items()} == {"train": 3301, "validation": 367, "dev": 408}
+    sizes = {"train": 3301, "validation": 367, "dev": 408, "official-train": 3668}
+    assert {split: len(part) for split, part in parts.items()} == sizes
+    assert parts[task.official_train_split].first == hub_mrpc(3668)["sentence1"] and task.dev_split == "dev"
     assert not set(parts["train"].first) & set(parts["validation"].first) and parts["dev"].second == ["b"] * 408
     before = task.data_hash()
     fake_hub(monkeypatch, {"train": hub_mrpc(3668), "validation": hub_mrpc(407)})
@@ -323,6 +337,20 @@ def test_tokens_are_made_once_and_kept_by_content(tmp_path, monkeypatch, cache):
     task.encode(tokenizer, "train", 24)
     assert len(list(cache.rglob("*.npz"))) == 5
     assert all(path.suffix == ".npz" for path in cache.rglob("*") if path.is_file())
+
+
+def test_all_official_training_rows_can_be_encoded_and_leave_the_other_tokens_as_they_were(monkeypatch, cache):
+    fake_hub(monkeypatch, {"train": hub_mrpc(30), "validation": hub_mrpc(6)})
+    task, tokenizer = replace(tasks.get("glue/mrpc"), sizes=None), models.tiny_tokenizer()
+    train = task.encode(tokenizer, task.train_split, 16)
+    whole = task.encode(tokenizer, task.official_train_split, 16)
+    assert (len(train), len(whole)) == (27, 30) and whole.labels.tolist() == hub_mrpc(30)["label"]
+    kept = [
+        row
+        for row, text in enumerate(task.load(["official-train"])["official-train"].first)
+        if text in set(task.load(["train"])["train"].first)
+    ]
+    assert whole.select(kept).ids.tolist() == train.ids.tolist()
 
 
 def test_damaged_tokens_are_made_anew(tmp_path, monkeypatch, cache):
@@ -507,7 +535,7 @@ def test_classes_are_scored_as_scikit_learn_does():
 def test_one_class_everywhere_has_an_accuracy_but_no_matthews_correlation():
     true = np.array([0, 1, 1, 1])
     assert tasks.get("sarcasm").metrics(np.zeros(4, int), true)["accuracy"] == 25
-    assert tasks.get("glue/mrpc").metrics(np.zeros(4, int), true) == {"accuracy": 25.0, "f1": 0.0}
+    assert tasks.get("glue/mrpc").metrics(np.zeros(4, int), true) == {"accuracy": 25.0, "f1": 0.0, "accuracy_f1": 12.5}
     with pytest.raises(Undefined, match="Matthews"):
         tasks.get("glue/cola").metrics(np.ones(4, int), true)
     with pytest.raises(Undefined, match="not finite"):
@@ -584,6 +612,119 @@ def test_no_entity_found_scores_zero_and_none_at_all_is_undefined():
     assert task.metrics([np.zeros(2, int)], [np.array([1, 2])]) == {"f1": 0, "precision": 0, "recall": 0, "accuracy": 0}
     with pytest.raises(Undefined, match="neither"):
         task.metrics([np.zeros(2, int)], [np.zeros(2, int)])
+
+
+def test_every_metric_of_the_papers_glue_tables_is_there():
+    """AdaLoRA's Table 1: accuracy and F1 of QQP, both parts of MNLI, Matthews, the mean correlation; LoRA's Pearson."""
+    given = {}
+    for name in tasks.names():
+        task = tasks.get(name)
+        if name.startswith("glue/"):
+            true = np.arange(12) % max(task.num_labels, 2)
+            predicted = np.where(np.arange(12) < 9, true, 0)
+            given[name.removeprefix("glue/")] = set(task.metrics(predicted, true)), task.metric
+    assert given["stsb"] == ({"pearson", "spearman", "pearson_spearman"}, "pearson_spearman")
+    assert given["cola"] == ({"matthews", "accuracy"}, "matthews")
+    assert given["qqp"] == given["mrpc"] == ({"accuracy", "f1", "accuracy_f1"}, "accuracy")
+    assert all(
+        "accuracy" in given[name][0] and given[name][1] == "accuracy" for name in ("mnli", "sst2", "qnli", "rte", "wnli")
+    )
+
+
+def test_mrpc_by_hand():
+    """4 of 6 right; class 1: 2 right, 3 predicted, 3 there, so F1 = 4 / 6."""
+    found = tasks.get("glue/mrpc").metrics(np.array([1, 1, 1, 0, 0, 0]), np.array([1, 1, 0, 1, 0, 0]))
+    assert found == pytest.approx({"accuracy": 200 / 3, "f1": 200 / 3, "accuracy_f1": 200 / 3})
+    found = tasks.get("glue/qqp").metrics(np.array([1, 0, 0, 0]), np.array([1, 1, 0, 0]))
+    assert found == pytest.approx({"accuracy": 75, "f1": 200 / 3, "accuracy_f1": (75 + 200 / 3) / 2})
+
+
+def test_mnli_is_read_and_scored_on_both_development_parts(monkeypatch):
+    columns = {"premise": ["a"] * 4, "hypothesis": ["b"] * 4, "label": [0, 1, 2, 0]}
+    fake_hub(monkeypatch, {"validation_matched": columns, "validation_mismatched": {**columns, "label": [2, 2, 2, 0]}})
+    task = replace(tasks.get("glue/mnli"), sizes=None)
+    assert (task.dev_split, task.extra_dev_splits) == ("dev", ("dev-mismatched",))
+    parts = task.load([task.dev_split, *task.extra_dev_splits])
+    predicted = np.array([0, 1, 2, 1])
+    assert [task.metrics(predicted, parts[split].labels)["accuracy"] for split in parts] == [75, 25]
+    assert tasks.get("glue/mnli").sizes["dev-mismatched"] == 9832
+    assert all(not tasks.get(name).extra_dev_splits for name in tasks.names() if name != "glue/mnli")
+
+
+# ------------------------------------------------------------------------------------------------- standard errors
+
+
+def resampled_by_hand(task, predicted, true, sentences=False):
+    """The primary metric of each resample, computed by `metrics` on the rows themselves, some of them several times."""
+    weights = common.resample_weights(len(true))
+    for row in weights[:40]:
+        rows = np.repeat(np.arange(len(true)), row)
+        pair = ([predicted[i] for i in rows], [true[i] for i in rows]) if sentences else (predicted[rows], true[rows])
+        try:
+            yield task.metrics(*pair)[task.metric]
+        except Undefined:
+            yield 0.0
+
+
+def test_a_share_of_the_rows_has_a_binomial_standard_error():
+    true = np.zeros(400, int)
+    predicted = np.repeat([0, 1], [300, 100])
+    assert tasks.get("sarcasm").standard_error(predicted, true) == pytest.approx(100 * np.sqrt(0.75 * 0.25 / 400))  # 2.165
+    assert tasks.get("glue/mrpc").standard_error(true, true) == 0
+    with pytest.raises(ValueError, match="glue/mrpc: f1 is no share of the rows"):
+        replace(tasks.get("glue/mrpc"), metric="f1")
+
+
+def test_correlations_of_resamples_are_those_of_the_rows_themselves():
+    rng = np.random.default_rng(0)
+    true = rng.integers(0, 6, 30).astype(np.float32) / 5  # ties, and more of them in a resample
+    predicted = (true + rng.normal(0, 0.4, 30)).round(1)
+    task = tasks.get("glue/stsb")
+    wanted = list(resampled_by_hand(task, predicted, true))
+    found = task.resampled(predicted, true, common.resample_weights(30))
+    assert found[:40] == pytest.approx(wanted, abs=1e-9) and found.shape == (200,) and np.ptp(wanted) > 10
+    assert task.standard_error(predicted, true) == pytest.approx(np.std(found, ddof=1))
+    with pytest.raises(Undefined, match="one value for all"):
+        task.standard_error(np.ones(30), true)
+
+
+def test_matthews_of_resamples_is_scikit_learn_s_and_zero_where_it_has_no_value():
+    rng = np.random.default_rng(1)
+    true = rng.permutation(np.repeat([0, 1], [9, 2]))  # a resample may hold one class only
+    predicted = np.where(rng.random(11) < 0.3, 1 - true, true)
+    task = tasks.get("glue/cola")
+    wanted = list(resampled_by_hand(task, predicted, true))
+    assert task.resampled(predicted, true, common.resample_weights(11))[:40] == pytest.approx(wanted, abs=1e-9)
+    assert 0.0 in wanted and max(wanted) > 10
+
+
+def test_entity_f1_is_resampled_by_whole_sentences_and_in_time():
+    rng = np.random.default_rng(2)
+    true = [rng.choice(9, length, p=[0.6, *[0.05] * 8]) for length in rng.integers(1, 9, 25)]
+    true[3][:] = -100  # cut off, still a sentence
+    found = [np.where(rng.random(len(row)) < 0.2, rng.integers(0, 9, len(row)), row) for row in true]
+    found = [np.maximum(row, 0) for row in found]
+    task = tasks.get("conll2003")
+    scored, num_rows = task._scored(found, true, None)
+    assert num_rows == 25
+    values = task.resampled(*scored, common.resample_weights(25))
+    assert values[:40] == pytest.approx(list(resampled_by_hand(task, found, true, sentences=True)))
+    flat, offsets = np.concatenate(true), np.concatenate([[0], np.cumsum([len(row) for row in true])])
+    assert task.standard_error(np.concatenate(found), flat, offsets) == pytest.approx(np.std(values, ddof=1))
+    offsets = np.arange(3501) * 14  # as many sentences as CoNLL's parts have
+    true = rng.choice(9, offsets[-1], p=[0.8, *[0.025] * 8])
+    began = time.process_time()
+    error = task.standard_error(np.where(rng.random(len(true)) < 0.05, 0, true), true, offsets)
+    assert time.process_time() - began < 2 and 0.1 < error < 0.5
+
+
+def test_bootstrap_error_of_a_correlation_is_near_the_one_of_theory():
+    """sd of r is about (1 - rho^2) / sqrt(N) for normal variables; Fisher 1915. Half of the metric is Spearman's."""
+    rng = np.random.default_rng(3)
+    true = rng.normal(size=1500)
+    predicted = 0.8 * true + 0.6 * rng.normal(size=1500)
+    assert tasks.get("glue/stsb").standard_error(predicted, true) == pytest.approx(100 * 0.36 / np.sqrt(1500), rel=0.15)
+    assert common.resample_weights(7).sum(1).tolist() == [7] * 200
 
 
 def test_torch_tensors_of_any_precision_are_taken():

@@ -426,6 +426,27 @@ def test_logged_rates_are_each_member_s_own_times_the_schedule(model, tmp_path):
         assert [line["learning_rate"] for line in lines(trainer, k)] == pytest.approx([rate * f for f in shape])
 
 
+@pytest.mark.parametrize("kind", ["regression", "classification", "token-classification"])
+def test_an_outcome_has_the_standard_error_and_rows_of_each_split_from_one_evaluation(model, tmp_path, monkeypatch, kind):
+    rates = (1e-2, 1e30, 3e-3)
+    pack = small_world.pack(model, seeds=(1, 2, 3), learning_rates=rates, kind=kind, evaluations_per_epoch=0)
+    trainer = small_world.trainer(pack, tmp_path)
+    made, predictions = {}, trainer.predictions
+    monkeypatch.setattr(
+        trainer, "predictions", lambda split: made.setdefault(split, []).append(predictions(split)) or made[split][0]
+    )
+    outcomes = trainer.run()
+    assert {split: len(calls) for split, calls in made.items()} == {"validation": 1, "test": 1}
+    assert (outcomes[1].error, outcomes[1].standard_errors, outcomes[1].rows) == ("diverged", {}, {})
+    for k in (0, 2):
+        assert outcomes[k].rows == {"validation": 24, "test": 20}
+        for split in pack.splits:
+            data = trainer.data[split]
+            truth = data.labels, data.offsets if kind == "token-classification" else None
+            assert outcomes[k].metrics[split] == pack.task.metrics(made[split][0][k], *truth)
+            assert outcomes[k].standard_errors[split] == pack.task.standard_error(made[split][0][k], *truth) > 0
+
+
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 

@@ -84,8 +84,8 @@ class AdaLoRA(LowRankAdapter):
             if end > start:
                 self.detach()
                 raise ValueError(
-                    f"target_rank times {len(names)} sites is {end}, above the {start} triplets that rank_pattern leaves: "
-                    f"lower target_rank or raise the ranks"
+                    f"the budget of {end} ranks at the end (target_total, or target_rank times {len(names)} sites) is above "
+                    f"the {start} triplets that initial_rank and rank_pattern leave: lower it or raise the ranks"
                 )
         self.importance = Sensitivity(self._tensors(), self.settings.beta1, self.settings.beta2).to(self.device)
         self._steps_driven = 0
@@ -110,7 +110,8 @@ class AdaLoRA(LowRankAdapter):
         if self._totals is None:
             initial = torch.stack([t.slots.sum(1) for t in self.triplets()]).sum(0).long().tolist()
             target = per_member(self.settings.target_rank, self.members, "target_rank")
-            self._totals = initial, [rank * len(self.triplets()) for rank in target]
+            total = self.settings.target_total
+            self._totals = initial, [rank * len(self.triplets()) if total is None else total for rank in target]
         return self._totals
 
     def penalty(self, step: Step) -> Tensor:

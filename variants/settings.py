@@ -70,6 +70,8 @@ class AdaLoRASettings(LowRankSettings):
     """Triplets of each site at the start."""
     target_rank: PerMember
     """Mean rank of a site at the end; the budget is target_rank times the number of sites."""
+    target_total: PositiveInt | None = None
+    """Ranks of all sites together at the end, where target_rank times the number of sites is not what is wanted."""
     warmup_steps: Count = 0
     """Steps at the full budget before pruning starts."""
     final_steps: Count = 0

@@ -29,6 +29,8 @@ FORMAT = 1  # raise it when the tokens kept on disk change their meaning
 SHELF = 8  # batches of similar length that each seed shuffles among themselves
 MULTIPLE = 4  # lengths are rounded up to it: few distinct shapes, little padding
 SPLIT_SEED = 0  # of every part that we carve ourselves; a constant, so that everyone has the same parts
+RESAMPLES = 200  # of a bootstrap: its standard error is then known to about 5 %
+ACCURACIES = ("accuracy", "exact_match")  # metrics that are a share of the rows, whose standard error is binomial
 IGNORED = -100  # the label of a token that is not scored (torch's cross-entropy default)
 
 
@@ -87,6 +89,11 @@ class Encoded:
         """(n,) number of tokens of each row."""
         return np.diff(self.offsets)
 
+    @property
+    def token_offsets(self) -> np.ndarray | None:
+        """Where the tokens of each row begin, (n + 1,), if predictions are made for tokens; None if for rows."""
+        return self.offsets if self.is_by_token else None
+
     def select(self, rows: Sequence[int] | np.ndarray) -> "Encoded":
         """These rows alone, in this order."""
         rows = np.asarray(rows, dtype=np.int64)
@@ -104,6 +111,11 @@ class Task:
 
     metric: the name of the primary metric. sizes: rows of each split, known before any download, or None.
     read: split -> Examples. measure: (predictions, labels) -> {name: points}. identity: -> hash of the raw data.
+    train_split, selection_split, score_split: trained on, chosen on, reported. official_train_split: every row that the
+    data set's authors gave for training, nothing kept out; dev_split: their development part. Papers that report the
+    best epoch on the development part use these two. extra_dev_splits: further development parts, scored beside it.
+    resampled: (what `measure` takes, weights (B, N)) -> (B,) the primary metric of B resamples of the N rows, in points;
+    None where that metric is a share of the rows.
     caption: the sentences that every report of this task must carry, captions_by_model: further ones for a model's.
     """
 
@@ -117,12 +129,21 @@ class Task:
     identity: Callable[[], str]
     label_names: tuple[str, ...] = ()
     splits: tuple[str, ...] = ("train", "validation", "test")
+    train_split: str = "train"
+    official_train_split: str = "train"
     selection_split: str = "validation"
     score_split: str = "test"
+    dev_split: str = "validation"
+    extra_dev_splits: tuple[str, ...] = ()
+    resampled: Callable[..., np.ndarray] | None = None
     caption: tuple[str, ...] = ()
     captions_by_model: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sizes: Mapping[str, int] | None = None
     data: str | None = None  # name in the catalogue, where it has one
+
+    def __post_init__(self) -> None:
+        if self.resampled is None and self.metric not in ACCURACIES:
+            raise ValueError(f"{self.name}: {self.metric} is no share of the rows; say how it is resampled (`resampled`)")
 
     def load(self, splits: Iterable[str] | None = None) -> dict[str, Examples]:
         """The examples of these splits (all, where none are named), fetched where the cache has none."""
@@ -170,16 +191,39 @@ class Task:
         labels: the same shape without C; a token labelled -100 is not scored.
         Raises: Undefined: a metric has no value, as where a regression predicts one value for every row.
         """
+        scored, _ = self._scored(predictions, labels, offsets)
+        return self._measured(scored)
+
+    def standard_error(self, predictions: Any, labels: Any, offsets: np.ndarray | None = None) -> float:
+        """The standard error of the primary metric, in points: how far it would stray with other rows of the same kind.
+
+        100 sqrt(p (1 - p) / N) where the metric is a share p of N rows, else the standard deviation over 200 bootstrap
+        resamples of the rows (whole sentences where the labels are the words'), drawn with a fixed seed.
+        Takes and raises what `metrics` does. A resample on which the metric is 0 / 0 counts as 0.
+        """
+        scored, num_rows = self._scored(predictions, labels, offsets)
+        score = self._measured(scored)[self.metric]
+        if self.resampled is None:
+            return math.sqrt(score * (100 - score) / num_rows)
+        return float(np.std(self.resampled(*scored, resample_weights(num_rows)), ddof=1))
+
+    def _scored(self, predictions: Any, labels: Any, offsets: np.ndarray | None) -> tuple[tuple, int]:
+        """What `measure` takes, and the number of rows that it is about."""
         if self.kind == "token-classification":
             scored = _token_rows(predictions, labels, offsets)
+            num_rows = len(labels) if offsets is None else len(offsets) - 1
         else:
             values = _array(predictions)
             values = values.reshape(-1).astype(np.float64) if self.kind == "regression" else _classes(values)
             scored = values, _array(labels).reshape(-1)
-            if len(scored[0]) != len(scored[1]):
-                raise ValueError(f"{len(scored[0])} predictions for {len(scored[1])} labels of {self.name}")
+            num_rows = len(values)
+            if num_rows != len(scored[1]):
+                raise ValueError(f"{num_rows} predictions for {len(scored[1])} labels of {self.name}")
         if not len(scored[0]):
             raise ValueError(f"no predictions to score for {self.name}")
+        return scored, num_rows
+
+    def _measured(self, scored: tuple) -> dict[str, float]:
         values = {name: float(value) for name, value in self.measure(*scored).items()}
         for name, value in values.items():
             if not math.isfinite(value):
@@ -542,10 +586,11 @@ def accuracy_and_macro_f1(predicted: np.ndarray, true: np.ndarray) -> dict[str, 
 
 
 def accuracy_and_f1(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    """Accuracy, and the F1 of class 1, as GLUE scores MRPC and QQP."""
+    """Accuracy, the F1 of class 1, and their mean, as GLUE scores MRPC and QQP."""
     from sklearn.metrics import f1_score
 
-    return {"accuracy": accuracy(predicted, true), "f1": 100 * float(f1_score(true, predicted, zero_division=0))}
+    share, f1 = accuracy(predicted, true), 100 * float(f1_score(true, predicted, zero_division=0))
+    return {"accuracy": share, "f1": f1, "accuracy_f1": (share + f1) / 2}
 
 
 def matthews(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
@@ -555,3 +600,48 @@ def matthews(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
     if len(np.unique(predicted)) < 2 or len(np.unique(true)) < 2:
         raise Undefined("collapsed", f"one class for all {len(true)} rows, so that Matthews' correlation has no value")
     return {"matthews": 100 * float(matthews_corrcoef(true, predicted)), "accuracy": accuracy(predicted, true)}
+
+
+# ------------------------------------------------------------------------------------------------------- resampling
+
+
+def resample_weights(num_rows: int) -> np.ndarray:
+    """(B, N) how often each of N rows comes in each of B bootstrap resamples; the same at every call."""
+    drawn = np.random.default_rng(0).integers(num_rows, size=(RESAMPLES, num_rows))
+    flat = (drawn + num_rows * np.arange(RESAMPLES)[:, None]).ravel()
+    return np.bincount(flat, minlength=RESAMPLES * num_rows).reshape(RESAMPLES, num_rows)
+
+
+def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """part / whole, and 0 where that is 0 / 0."""
+    return np.divide(part, whole, out=np.zeros(np.shape(whole)), where=whole != 0)
+
+
+def resampled_correlations(predicted: np.ndarray, true: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(B,) the mean of Pearson and Spearman on each resample."""
+    true = true.astype(np.float64)
+    linear = _weighted_pearson(predicted, true, weights)
+    by_rank = _weighted_pearson(_weighted_ranks(predicted, weights), _weighted_ranks(true, weights), weights)
+    return (linear + by_rank) / 2
+
+
+def _weighted_pearson(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(B,) in points; a and b: (N,), or (B, N) where they differ between the resamples."""
+    a, b = ((x - (weights * x).sum(1, keepdims=True) / weights.sum(1, keepdims=True)) for x in (a, b))  # (B, N)
+    products = [(weights * x * y).sum(1) for x, y in ((a, b), (a, a), (b, b))]
+    return 100 * np.clip(ratio(products[0], np.sqrt(products[1] * products[2])), -1, 1)
+
+
+def _weighted_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(B, N) the rank of each row among the rows of each resample, the mean rank where values are equal."""
+    _, group = np.unique(values, return_inverse=True)
+    order = np.argsort(group, kind="stable")
+    starts = np.flatnonzero(np.diff(group[order], prepend=-1))
+    sizes = np.add.reduceat(weights[:, order], starts, axis=1)  # (B, distinct values)
+    ranks = np.cumsum(sizes, axis=1) - (sizes - 1) / 2
+    return ranks[:, group]
+
+
+def resampled_matthews(predicted: np.ndarray, true: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(B,) Matthews' correlation of two classes on each resample: Pearson's of the two 0/1 columns."""
+    return _weighted_pearson(predicted.astype(np.float64), true.astype(np.float64), weights)

@@ -10,7 +10,17 @@ from pathlib import Path
 import numpy as np
 
 from experiments import catalogue
-from experiments.tasks.common import Examples, Task, Undefined, accuracy, check_pinned, hub_columns, lines_of, malformed
+from experiments.tasks.common import (
+    Examples,
+    Task,
+    Undefined,
+    accuracy,
+    check_pinned,
+    hub_columns,
+    lines_of,
+    malformed,
+    ratio,
+)
 
 ENTRY = catalogue.CATALOGUE["conll2003"]
 # The hub's order of the tags.
@@ -96,6 +106,17 @@ def entity_f1(predicted: np.ndarray, true: np.ndarray, rows: np.ndarray) -> dict
     }
 
 
+def resampled_f1(predicted: np.ndarray, true: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(B,) F1 by whole entities on each resample of the sentences. weights: (B, sentences)."""
+    found, wanted = ({tuple(entity) for entity in entities(tags, rows).tolist()} for tags in (predicted, true))
+
+    def drawn(these: set[tuple[int, ...]]) -> np.ndarray:
+        firsts = np.array([first for first, *_ in these], dtype=np.int64)
+        return weights @ np.bincount(rows[firsts], minlength=weights.shape[1])
+
+    return 200 * ratio(drawn(found & wanted), drawn(found) + drawn(wanted))
+
+
 TASKS = (
     Task(
         name="conll2003",
@@ -108,6 +129,7 @@ TASKS = (
         sizes={"train": 14041, "validation": 3250, "test": 3453},
         read=read,
         measure=entity_f1,
+        resampled=resampled_f1,
         identity=lambda: catalogue.content_hash("conll2003"),
         caption=("CoNLL-2003 scores whole entities; words cut off by the length limit are not scored.",),
     ),

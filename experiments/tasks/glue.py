@@ -26,6 +26,8 @@ from experiments.tasks.common import (
     lines_of,
     malformed,
     matthews,
+    resampled_correlations,
+    resampled_matthews,
 )
 
 HUB = "nyu-mll/glue"
@@ -37,6 +39,7 @@ STSB_CONTENT = {  # Examples.content_hash() of the pinned files
     "test": "778974df6f987abb6ca1de8ea4c48a9010490728ec56df876d24a0c15168998c",
 }
 MAX_VALIDATION = 5000
+OFFICIAL_TRAIN = "official-train"  # all of the official training part: "train" and "validation" in their first order
 
 # name: first text, second text, labels, rows of the official training and development parts
 COLUMNS: dict[str, tuple[str, str | None, tuple[str, ...], int, int]] = {
@@ -124,6 +127,8 @@ def read(name: str, split: str) -> Examples:
     if split == "dev-mismatched":
         return official(name, "validation_mismatched")
     examples = official(name, "train")
+    if split == OFFICIAL_TRAIN:
+        return examples
     kept = carve(examples.labels, validation_size(len(examples))) == (split == "validation")
     return examples.select(np.flatnonzero(kept))
 
@@ -146,7 +151,7 @@ def _task(name: str) -> Task:
     _, _, labels, num_train, num_dev = COLUMNS[name]
     size = validation_size(num_train)
     metric, measure = _measure(name)
-    sizes = {"train": num_train - size, "validation": size, "dev": num_dev}
+    sizes = {"train": num_train - size, "validation": size, "dev": num_dev, OFFICIAL_TRAIN: num_train}
     if name == "mnli":
         sizes["dev-mismatched"] = 9832
     return Task(
@@ -157,10 +162,14 @@ def _task(name: str) -> Task:
         metric=metric,
         licence="the terms of its sources, as listed by GLUE (Wang et al. 2019)",
         splits=tuple(sizes),
+        official_train_split=OFFICIAL_TRAIN,
         score_split="dev",
+        dev_split="dev",
+        extra_dev_splits=("dev-mismatched",) if name == "mnli" else (),
         sizes=sizes,
         read=functools.partial(read, name),
         measure=measure,
+        resampled=resampled_matthews if metric == "matthews" else None,
         identity=functools.partial(hub_identity, name),
         caption=(
             f"The test labels of {name.upper()} are hidden: {size} of the {num_train} training examples (each class by "
@@ -181,6 +190,7 @@ TASKS = (
         sizes={"train": 5749, "validation": 1500, "test": 1379},
         read=read_stsb,
         measure=correlations,
+        resampled=resampled_correlations,
         identity=lambda: catalogue.content_hash("glue/stsb"),
         captions_by_model={
             "sentence-transformers/all-MiniLM-L6-v2": (

@@ -1,0 +1,102 @@
+"""What is equal among the methods of a study: ranks for a budget of parameters, steps for one of time, micro-batches for
+one of memory.
+
+Parameters: one rank more or less at every site is 5 % of a small adapter, so ranks are mixed.  Every site gets the same
+whole rank, what is left of the budget goes in single ranks to sites spread evenly over the model, none where it would go
+beyond: the shortfall is less than the cheapest rank left out.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+import variants
+from experiments.config import UNSOLVED, Entry, Training
+from variants.settings import check, method
+
+GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly however many are taken (Weyl)
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """Parameters of one site: those of each rank, and those that it has at rank 0 (DoRA's magnitudes)."""
+
+    each: int
+    fixed: int
+
+
+def site_costs(adapter: variants.Adapter) -> dict[str, SiteCost]:
+    """What the sites of an attached adapter with K = 1 cost, by the sites' own count."""
+    found = {}
+    for name, site in adapter.named_sites():
+        if hasattr(site, "rank"):
+            none, one = (int(site.count(torch.tensor([rank]))) for rank in (0, 1))
+            found[name] = SiteCost(one - none, none)
+    return found
+
+
+def ranks_for(costs: Mapping[str, SiteCost], parameters: int) -> dict[str, int]:
+    """A rank for each site, as equal as the budget allows and never beyond it.
+
+    Raises:
+        ValueError: the budget does not give every site one rank; says what would.
+    """
+    left = parameters - sum(cost.fixed for cost in costs.values())
+    whole = sum(cost.each for cost in costs.values())
+    if left < whole:
+        raise ValueError(
+            f"a budget of {parameters:,} parameters does not give each of {len(costs)} sites one rank: that takes "
+            f"{whole + parameters - left:,}; raise budget.parameters or take fewer targets"
+        )
+    ranks = dict.fromkeys(costs, left // whole)
+    left %= whole
+    spread = sorted(enumerate(costs), key=lambda pair: (pair[0] * GOLDEN) % 1)
+    for _, name in spread:
+        if costs[name].each <= left:
+            ranks[name] += 1
+            left -= costs[name].each
+    return ranks
+
+
+def solved(entry: Entry, adapter: variants.Adapter, parameters: int, scale: float) -> Entry:
+    """The entry with the ranks that its budget gives, and alphas that make every site's scale alpha/r equal `scale`.
+
+    A method that prunes starts at 1.5 times its ranks (AdaLoRA sec. 4.1: b(0) = 1.5 b(T)) and ends with as many; which
+    sites keep them, and so how many parameters, is its own choice.
+    """
+    costs = site_costs(adapter)
+    if not costs:
+        return entry
+    ranks = ranks_for(costs, parameters)
+    settings = {k: v for k, v in entry.settings.items() if k not in UNSOLVED}
+    fields = method(entry.method).settings.model_fields
+    if "target_rank" in fields:
+        total = sum(ranks.values())
+        mean = total / len(ranks)
+        starts = dict.fromkeys(ranks, ceil(1.5 * mean))
+        settings |= {"initial_rank": ceil(1.5 * mean), "target_rank": round(mean)}
+        if total != round(mean) * len(ranks):
+            settings["target_total"] = total
+    else:
+        starts = ranks
+        settings["rank"] = min(ranks.values())
+        others = {f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != settings["rank"]}
+        if others:
+            settings["rank_pattern"] = others
+    power = 1.0 if settings.get("scaling", "alpha/r") == "alpha/r" else 0.5
+    base = min(starts.values())
+    settings["alpha"] = scale * base**power
+    if max(starts.values()) > base:
+        settings["alpha_pattern"] = {f"^{re.escape(n)}$": scale * r**power for n, r in starts.items() if r != base}
+    check(entry.method, {k: v for k, v in settings.items() if not isinstance(v, str) or not v.endswith("%")})
+    return entry.model_copy(update={"settings": settings})
+
+
+def steps_for_time(training: Training, rows: int, own_seconds: float, reference_seconds: float) -> Training:
+    """The training with so many steps that it takes as long as the reference's, by the seconds that a step of each takes."""
+    steps = max(1, round(training.total_steps(rows) * reference_seconds / own_seconds))
+    epochs = -(-steps // training.steps_per_epoch(rows))
+    return training.model_copy(update={"epochs": epochs, "max_steps": steps})
