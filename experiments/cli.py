@@ -148,7 +148,6 @@ def paper(
 ) -> None:
     """A paper's table beside our own runs of its recipe: list them, look at one, or run cells of it."""
     from experiments import checks, recipes
-    from reports import beside, papers
 
     width = shutil.get_terminal_size((120, 24)).columns
     if name is None or cells is None:
@@ -162,6 +161,8 @@ def paper(
     else:
         chosen = [recipes.load(name)]
     if cells is None:
+        from reports import beside, papers
+
         found = recipes.here(chosen, variant)
         if as_json:
             print(json.dumps(found, indent=1))
@@ -169,10 +170,14 @@ def paper(
             print((beside.listing(found) if name is None else beside.detail(found, papers.load(chosen[0].table))).text(width))
         return
     recipe = chosen[0]
-    published = papers.load(recipe.table)
-    columns = {cell: _columns(published, recipe, cell) for cell in recipe.tasks}
-    of_column = {column: cell for cell, found in columns.items() for column in found}
-    wanted = [of_column.get(word.strip(), word.strip()) for word in cells.split(",") if word.strip()]
+    wanted = [word.strip() for word in cells.split(",") if word.strip()]
+    if any(word not in (*recipe.tasks, "all") for word in wanted):  # a column's own name stands for the cell that fills it
+        from reports import beside, papers
+
+        published = papers.load(recipe.table)
+        for cell, task in recipe.tasks.items():
+            columns = beside.columns_of(published, task, recipe.beside)
+            wanted = [cell if word in columns else word for word in wanted]
     chosen = recipes.choose(recipe, wanted, rows or [], variant)
     for flag, number in (("--seeds", seeds), ("--pack", pack), ("--threads", threads)):
         if number is not None and number < 1:
@@ -189,7 +194,9 @@ def paper(
     if faults:
         raise ValueError("\n".join(dict.fromkeys(faults)))
     recipes.check_at_hand(plans)
+    from reports import beside, papers
 
+    published = papers.load(recipe.table)
     with _progress() as bar:
         bar.say(f"{recipe.title}: loading torch, model and data ...")
         if _others_compute():
@@ -217,7 +224,7 @@ def paper(
             lines += beside.lines(
                 published,
                 one.row,
-                columns[one.cell],
+                beside.columns_of(published, one.study.tasks[0], recipe.beside),
                 finals,
                 cell=one.cell,
                 variant=one.variant,
@@ -226,6 +233,7 @@ def paper(
                 stands_in_for=one.stands_in_for,
                 reasons=[(reason.tag, reason.text) for reason in one.reasons],
                 departures=one.departures,
+                notes=runner.prepared[one.study.tasks[0]].captions,
                 final_steps=entry.settings.get("final_steps"),
                 miniature=bool(recipe.miniature),
                 position=one.position,
@@ -327,14 +335,6 @@ def list_(as_json: Json = False) -> None:
         width = max(map(len, entries), default=0)
         for name, text in entries.items():
             print(f"  {name:<{width}}  {text}")
-
-
-def _columns(published: Any, recipe: Any, cell: str) -> list[str]:
-    """The columns of the published table that the runs of a recipe's cell are set beside."""
-    if recipe.beside:
-        return [recipe.beside]
-    task = recipe.tasks[cell]
-    return [name for name, column in published.columns.items() if column.task == task and not column.averages]
 
 
 def _narrowed(

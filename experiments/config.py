@@ -224,12 +224,13 @@ def read(path: Path) -> Study:
 def find(path: Path) -> Path:
     """A study's file, by its path or by the name of one that ships with Rankwise."""
     studies = shipped()
-    recipes = {p.resolve() for p in PAPERS.glob("*.toml")}
-    meant = (path, STUDIES / f"{path}.toml", PAPERS / f"{path}.toml")
-    if str(path) not in studies and (recipe := next((p for p in meant if p.resolve() in recipes), None)):
-        raise ValueError(f"{path}: this is a paper's recipe: rankwise paper {recipe.stem}")
-    if path.is_file():
+    recipes = {p.resolve(): p.stem for p in PAPERS.glob("*.toml")}
+    if path.is_file() and path.resolve() not in recipes:
         return path
+    meant = (path.resolve(), (STUDIES / f"{path}.toml").resolve(), (PAPERS / f"{path}.toml").resolve())
+    recipe = next((recipes[p] for p in meant if p in recipes), None)
+    if recipe is not None:
+        raise ValueError(f"{path}: this is a paper's recipe: rankwise paper {recipe}")
     if str(path) in studies:
         return studies[str(path)]
     if path.is_dir():

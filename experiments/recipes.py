@@ -22,6 +22,7 @@ from typing import Any
 from experiments import catalogue, config
 from experiments.config import PAPERS, STEP_COUNTS, Study, Training
 from experiments.tasks import get as get_task
+from experiments.tasks import names as task_names
 from experiments.tasks.common import Task
 from variants.settings import METHODS, method, nearest
 
@@ -89,6 +90,10 @@ SHAPES = {
     "microsoft/deberta-v3-base": Shape("deberta-v2", 12, 768, 3072, 184e6),
     STAND_IN: Shape("bert", 6, 384, 1536, 22_713_216),
 }
+
+# Questions of SQuAD's training and development parts (AdaLoRA, Table 11). Its rows are windows of the text, a few more, and
+# known only once the tokenizer is; so a recipe's steps are counted by questions.
+QUESTIONS = {"squad/v1": (87_599, 10_570), "squad/v2": (130_319, 11_873)}
 
 # The time estimate: 4 operations a matrix parameter and token for an adapter (forward, and backward to the inputs), 6 for
 # full fine-tuning (to the weights too), 2 for a token that is only evaluated; at REACHED of the rate of plain matrix
@@ -206,12 +211,14 @@ def read(path: Path) -> Recipe:
     where = path.name
     texts = {"table": path.stem, "title": "", "source": "", "protocol": "best-dev-epoch"}
     texts |= {"waits": "", "miniature": "", "beside": ""}
-    known = (*texts, "seeds", "tasks", "rows", "variants")
+    known = (*texts, "like", "seeds", "tasks", "rows", "variants")
     _refuse_unknown(raw, known, where)
     tasks = dict(_table(raw, "tasks", where))
+    base = read(path.with_name(f"{raw['like']}.toml")).variants if "like" in raw else {}
     variants: dict[str, Variant] = {}
-    for name, value in _table(raw, "variants", where).items():
-        variants[name] = _variant(value, tasks, variants, f"{where}: variants.{name}")
+    for name in dict.fromkeys((*base, *_table(raw, "variants", where))):
+        value = _table(raw, "variants", where).get(name, {})
+        variants[name] = _variant(value, tasks, variants, base.get(name), f"{where}: variants.{name}")
     rows = {}
     for label, value in _table(raw, "rows", where).items():
         place = f'{where}: rows."{label}"'
@@ -233,15 +240,20 @@ def read(path: Path) -> Recipe:
     )
 
 
-def _variant(raw: Any, tasks: Mapping[str, str], known: Mapping[str, Variant], where: str) -> Variant:
-    """A variant; `like` names an earlier one of the file, of which it says only what is different."""
+def _variant(raw: Any, tasks: Mapping[str, str], known: Mapping[str, Variant], start: Variant | None, where: str) -> Variant:
+    """A variant; `like` names an earlier one of the file, of which it says only what is different.
+
+    start: the variant of the same name in the file that this one is like.
+    """
     if not isinstance(raw, dict):
         raise ValueError(f"{where}: should be a table")
     raw = dict(raw)
     about, departures, like = raw.pop("about", ""), tuple(raw.pop("departures", ())), raw.pop("like", None)
     if like is not None and like not in known:
         raise ValueError(f'{where}.like = "{like}": no earlier variant of this file; there are: {", ".join(known) or "none"}')
-    groups = dict(known[like].groups) if like else {}
+    groups = {**(known[like].groups if like else {}), **(start.groups if start else {})}
+    if start is not None:  # what this file adds to an earlier variant is there in a later one too
+        about, departures = about or start.about, (*start.departures, *departures)
     for name, value in raw.items():
         if not isinstance(value, dict):
             raise ValueError(f"{where}.{name}: unknown setting{nearest(name, ('about', 'departures', 'like'))}")
@@ -250,7 +262,7 @@ def _variant(raw: Any, tasks: Mapping[str, str], known: Mapping[str, Variant], w
         _refuse_unknown(value, KNOWN_KEYS, f"{where}.{name}")
         for task, settings in by_task.items():
             if task not in tasks:
-                raise ValueError(f'{where}.{name}.tasks.{task}: not in [tasks]{nearest(task, tasks)}')
+                raise ValueError(f"{where}.{name}.tasks.{task}: not in [tasks]{nearest(task, tasks)}")
             _refuse_unknown(settings, KNOWN_KEYS, f"{where}.{name}.tasks.{task}")
         base = groups.get(name, Group({}, {}))
         merged = {task: {**base.tasks.get(task, {}), **by_task.get(task, {})} for task in {**base.tasks, **by_task}}
@@ -279,15 +291,19 @@ def waits(recipe: Recipe, row: str, cell: str, variant: str) -> str:
     one = recipe.rows[row]
     if recipe.waits or one.waits:
         return one.waits or recipe.waits
+    if recipe.tasks[cell] not in task_names():
+        return f"the task {recipe.tasks[cell]}"
     if variant not in recipe.variants:
-        return f"no variant {variant}"
-    groups = recipe.variants[variant].groups
-    lacking = [name for name in one.groups if name not in groups]
+        return f"a recipe {variant}"
+    lacking = [name for name in one.groups if name not in recipe.variants[variant].groups]
     if lacking:
-        return f"no recipe {variant} for {', '.join(lacking)}"
-    by_task = [groups[name].tasks for name in one.groups if groups[name].tasks]
-    if by_task and not all(cell in tasks for tasks in by_task):
-        return f"the recipe says nothing of {cell}"
+        return f"a recipe {variant} of {', '.join(lacking)}"
+    given = settings_of(recipe, row, cell, variant)
+    needed = {"model": ("model",), "method": ("method",), "length": ("epochs", "max_steps")}
+    needed["rate"] = ("learning_rate", "learning_rates")
+    for what, keys in needed.items():
+        if not any(key in given for key in keys):
+            return f"a recipe: it has no {what} for {cell}"
     return ""
 
 
@@ -301,7 +317,7 @@ def choose(recipe: Recipe, cells: Sequence[str], rows: Sequence[str], variant: s
         raise ValueError(f"{recipe.name} waits for {recipe.waits}: there is nothing to run yet")
     if variant not in recipe.variants:
         raise ValueError(
-            f'--variant {variant}: {recipe.name} has no such recipe{nearest(variant, recipe.variants)}; '
+            f"--variant {variant}: {recipe.name} has no such recipe{nearest(variant, recipe.variants)}; "
             f"it has: {', '.join(recipe.variants)}"
         )
     wanted = list(recipe.tasks) if "all" in cells else list(dict.fromkeys(cells))
@@ -319,7 +335,7 @@ def choose(recipe: Recipe, cells: Sequence[str], rows: Sequence[str], variant: s
     why = {(row, cell): waits(recipe, row, cell, variant) for row in chosen for cell in wanted}
     runnable = [key for key, reason in why.items() if not reason]
     if not runnable:
-        said = dict.fromkeys(f'"{row}" {reason}' for (row, _), reason in why.items())
+        said = dict.fromkeys(f'"{row}" waits for {reason}' for (row, _), reason in why.items())
         raise ValueError(f"{recipe.name}: nothing of this can run: {'; '.join(said)}")
     return runnable
 
@@ -416,8 +432,7 @@ def modules_of(roles: str, model: str) -> list[str]:
     architecture = shape(model).architecture
     if architecture not in MODULES:
         raise ValueError(
-            f'--model {model}: where "{roles}" is in a {architecture} is not known; '
-            f"known architectures: {', '.join(MODULES)}"
+            f'--model {model}: where "{roles}" is in a {architecture} is not known; known architectures: {", ".join(MODULES)}'
         )
     return [MODULES[architecture][role] for role in wanted]
 
@@ -481,7 +496,7 @@ def _lengths(
     """
     training = {key: given[key] for key in given if key in TRAINING_KEYS}
     settings = {key: given[key] for key in given if key in own}
-    rows = rows_of(task)
+    rows, _ = rows_of(task)
     full = Training(**training)
     total = full.total_steps(rows)
     if scale < 1:
@@ -518,19 +533,23 @@ def _remedy(scale: float) -> str:
     return "give a larger --scale" if scale < 1 else "lengthen the run in the recipe"
 
 
-def rows_of(task: Task) -> int:
-    """Rows of the official training part."""
-    if task.sizes is not None:
-        return task.sizes[task.official_train_split]
-    return len(task.load([task.official_train_split])[task.official_train_split])
+def rows_of(task: Task) -> tuple[int, int]:
+    """Rows of the official training and development parts.
+
+    Raises:
+        ValueError: a task that does not know them before its data is read.
+    """
+    if task.name in QUESTIONS:
+        return QUESTIONS[task.name]
+    if task.sizes is None:
+        raise ValueError(f"{task.name} does not say how many rows it has, so that a recipe cannot be laid out for it")
+    return task.sizes[task.official_train_split], task.sizes[task.dev_split]
 
 
 # -- in what it is not the paper's run ------------------------------------------------------------------------------------
 
 
-def _reasons(
-    recipe: Recipe, given: Mapping[str, Any], chosen: str, stands_in_for: str | None, scale: float
-) -> list[Reason]:
+def _reasons(recipe: Recipe, given: Mapping[str, Any], chosen: str, stands_in_for: str | None, scale: float) -> list[Reason]:
     found = []
     if recipe.miniature:
         found.append(Reason("miniature", recipe.miniature))
@@ -539,9 +558,7 @@ def _reasons(
     if scale < 1:
         found.append(Reason("scaled", f"The recipe is scaled to {scale:g} of its length, all its step counts with it."))
     if given.get("start_from"):
-        found.append(
-            Reason("start", f"The paper starts from {given['start_from']}; here from the pre-trained model alone.")
-        )
+        found.append(Reason("start", f"The paper starts from {given['start_from']}; here from the pre-trained model alone."))
     return found
 
 
@@ -558,7 +575,8 @@ def _departures(
     """Sentences, the ones that reasons say already left out."""
     lines = []
     if stands_in_for is not None and "targets" in given:
-        lines.append(f'"{given["targets"]}" of {stands_in_for} are here: {", ".join(modules_of(given["targets"], study.model))}.')
+        modules = ", ".join(modules_of(given["targets"], study.model)).replace(r"\.\d+\.", ".N.")
+        lines.append(f'"{given["targets"]}" of {stands_in_for} are here: {modules}.')
     if scale < 1:
         changed = [f"{total} steps"]
         for key, name in (("warmup_steps", "warm-up"), ("final_steps", "final phase"), ("interval", "interval")):
@@ -568,7 +586,13 @@ def _departures(
             changed.append(f"the rate rises for {_scaled(given['lr_warmup_steps'], scale)} (of {given['lr_warmup_steps']})")
         lines.append(f"Scaled to {scale:g}: {', '.join(changed)}.")
     if given.get("cls_dropout") is not None and stands_in_for is None:
-        lines.append(f"The recipe's dropout before the classifier, {given['cls_dropout']:g}, is not set: the model's own is used.")
+        lines.append(
+            f"The recipe's dropout before the classifier, {given['cls_dropout']:g}, is not set: the model's own is used."
+        )
+    if task.name in QUESTIONS:
+        lines.append(
+            "Steps are counted by questions; windows of long texts make an epoch a little longer, and its warm-up too."
+        )
     if "clip" not in given:
         lines.append(f"The recipe does not speak of clipping: {study.training.clip:g}, transformers' default.")
     if len(study.seeds) != recipe.seeds:
@@ -590,44 +614,73 @@ def _label(recipe: Recipe, row: str, variant: str, scale: float) -> str:
 # -- what this machine can do ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Need:
-    """What a cell needs, and what of it is here; bytes and seconds are estimates."""
+def here(recipes: Sequence[Recipe], variant: str) -> dict[str, Any]:
+    """What every cell of these tables needs and whether this machine has it, as plain data; memory and time are estimates.
 
-    row: str
-    cell: str
-    waits: str
-    model: str | None = None
-    task: str | None = None
-    model_at: str | None = None  # "cache", "package", or None: the hub
-    data_at: str | None = None
-    memory_bytes: float | None = None
-    seconds: float | None = None  # of all seeds and rates
+    A cell's "here" is "yes", "with --model" (the data is here, the model is not), "no", or "waits". Nothing is fetched.
+    """
+    flops, free = matrix_product_rate(), free_memory()
+    tables = []
+    cells = {recipe.name: _needs(recipe, variant, flops) for recipe in recipes}
+    asked = any(one["model_at"] == "hub" or one["data_at"] == "hub" for found in cells.values() for one in found)
+    away = catalogue.hub_out_of_reach() if asked else None
+    for recipe in recipes:
+        for one in cells[recipe.name]:
+            lacking = []
+            if one["model_at"] == "hub" and away:
+                lacking.append("model")
+            if one["data_at"] == "hub" and away:
+                lacking.append("data")
+            if one["memory_bytes"] is not None and free is not None and one["memory_bytes"] > free:
+                lacking.append("memory")
+            one["lacking"] = lacking
+            one["here"] = (
+                "waits" if one["waits"] else "yes" if not lacking else "with --model" if "data" not in lacking else "no"
+            )
+        about = recipe.variants.get(variant)
+        tables.append(
+            {
+                "table": recipe.name,
+                "title": recipe.title,
+                "source": recipe.source,
+                "waits": recipe.waits or None,
+                "beside": recipe.beside,
+                "variants": list(recipe.variants),
+                "about": about.about if about else None,
+                "departures": list(about.departures) if about else [],
+                "cells": cells[recipe.name],
+            }
+        )
+    return {
+        "variant": variant,
+        "hub": ("out of reach: " + away if away else "within reach") if asked else "not asked: nothing needs it",
+        "free_memory_bytes": free,
+        "matrix_product_flops": flops,
+        "reached_share": REACHED,
+        "stand_in": STAND_IN,
+        "tables": tables,
+    }
 
 
-def needs(recipe: Recipe, variant: str, flops: float) -> list[Need]:
-    """What every cell of a table needs; `flops`: operations a second of plain matrix products."""
+def _needs(recipe: Recipe, variant: str, flops: float) -> list[dict[str, Any]]:
+    """What each cell of a table needs, and where that is to be had: "cache", "package" or "hub"."""
     found = []
     for row in recipe.rows:
-        for cell in recipe.tasks or {"-": ""}:
+        for cell in recipe.tasks:
             reason = waits(recipe, row, cell, variant)
-            if reason:
-                found.append(Need(row, cell, reason))
-                continue
-            given, task = settings_of(recipe, row, cell, variant), get_task(recipe.tasks[cell])
-            found.append(
-                Need(
-                    row,
-                    cell,
-                    "",
-                    model=given["model"],
-                    task=task.name,
-                    model_at=catalogue.at_hand(given["model"]),
-                    data_at=None if task.data is None else catalogue.at_hand(task.data),
-                    memory_bytes=memory_bytes(given),
-                    seconds=seconds(given, task, recipe.seeds, flops),
-                )
-            )
+            one = dict.fromkeys(("model", "model_at", "task", "data_at", "memory_bytes", "seconds", "settings"))
+            if not reason:
+                given, task = settings_of(recipe, row, cell, variant), get_task(recipe.tasks[cell])
+                one |= {
+                    "model": given["model"],
+                    "model_at": catalogue.at_hand(given["model"]) or "hub",
+                    "task": task.name,
+                    "data_at": "hub" if task.data is None else catalogue.at_hand(task.data) or "hub",
+                    "memory_bytes": round(memory_bytes(given)),
+                    "seconds": round(seconds(given, task, recipe.seeds, flops)),
+                    "settings": given,
+                }
+            found.append({"row": row, "cell": cell, "waits": reason or None, **one})
     return found
 
 
@@ -645,10 +698,10 @@ def seconds(given: Mapping[str, Any], task: Task, seeds: int, flops: float) -> f
     """Time of a cell, all seeds and rates, one after the other."""
     of = shape(given["model"])
     training = Training(**{key: given[key] for key in given if key in TRAINING_KEYS})
-    rows = rows_of(task)
+    rows, dev_rows = rows_of(task)
     passes = training.total_steps(rows) / training.steps_per_epoch(rows)
     length = TOKENS_OF_A_ROW.get(task.name.partition("/")[0], TOKENS_OF_A_SENTENCE_ROW)
-    each = (6 if given["method"] == "full" else 4) * rows + 2 * task.sizes[task.dev_split]
+    each = (6 if given["method"] == "full" else 4) * rows + 2 * dev_rows
     runs = seeds + len(given.get("learning_rates", ()))
     return runs * passes * each * length * of.in_matrices / (REACHED * flops)
 

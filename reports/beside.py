@@ -10,7 +10,7 @@ shortened recipe, another start, one seed or a failed run the numbers are shown 
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -21,10 +21,11 @@ from pydantic import BaseModel, ConfigDict
 from reports.papers import Published
 from reports.results import read_json, write_file
 from reports.statistics import LEVEL, Summary, summary
-from reports.tables import Difference, Estimate, Table
+from reports.tables import Difference, Estimate, Table, bytes_text, rate_text
 
 SCHEMA = 1
 FILE = "beside.json"
+SPREADS = ("standard deviation", "not said")  # what is taken as one; a confidence interval of unsaid level is not
 INSIDE = "inside the combined interval"
 NOT_COMPARABLE = "not comparable"
 
@@ -65,6 +66,7 @@ class Line(BaseModel):
     position: float | None
     reasons: list[Reason]
     departures: list[str]
+    notes: list[str]
 
     @property
     def key(self) -> tuple:
@@ -101,6 +103,12 @@ class Reported:
         return f"{self.value:.2f}" + (f" (sd {self.spread:.2f})" if self.spread is not None else "")
 
 
+def columns_of(published: Published, task: str, beside: str = "") -> list[str]:
+    """The columns that runs of a task are set beside: that one, or every column of the task that is no average."""
+    found = [name for name, column in published.columns.items() if column.task == task and not column.averages]
+    return [beside] if beside else found
+
+
 def lines(
     published: Published,
     row: str,
@@ -114,6 +122,7 @@ def lines(
     stands_in_for: str | None,
     reasons: Iterable[tuple[str, str]],
     departures: Iterable[str],
+    notes: Iterable[str] = (),
     final_steps: int | None = None,
     miniature: bool = False,
     position: float | None = None,
@@ -122,6 +131,7 @@ def lines(
 
     Args:
         results: result.json of each final run.
+        notes: what the task says must stand beside every number of it.
         final_steps: steps that a shrinking method spends at its final budget; a checkpoint scored before them is told.
         miniature: the runs are of another task than the column, so that only a curve's shape is compared.
         position: of the row on that curve.
@@ -155,7 +165,7 @@ def lines(
                 metric=metric,
                 higher_is_better=column.higher_is_better,
                 published=value.value,
-                spread=value.spread,
+                spread=value.spread if (published.spread_is or "").startswith(SPREADS) else None,
                 published_n=value.n,
                 where=value.where,
                 tolerance=published.tolerance,
@@ -166,6 +176,7 @@ def lines(
                 position=position,
                 reasons=whys,
                 departures=[*departures, *_departures(published, column.metric, done, final_steps)],
+                notes=list(notes),
             )
         )
     return found
@@ -298,8 +309,10 @@ def table(published: Published, found: Sequence[Line]) -> Table:
 
 
 def _caption(published: Published, found: Sequence[Line]) -> list[str]:
-    what = f"{published.statistic or 'it is not said what'} of {published.seeds or 'an unsaid number of'} seeds"
-    caption = [f"Published: {published.source}; {published.about}; {what}."]
+    what = "" if "seed" in published.about else f"; {published.statistic or 'statistic not said'}, seeds not said"
+    if what and published.seeds:
+        what = what.replace("seeds not said", f"{published.seeds} seeds")
+    caption = [f"Published: {published.source}; {published.about}{what}."]
     if any(line.spread is not None for line in found):
         known = published.spread_is not in (None, "not said")
         caption.append(
@@ -323,9 +336,10 @@ def _caption(published: Published, found: Sequence[Line]) -> list[str]:
     if any(line.failed for line in found):
         errors = dict.fromkeys(error.split("\n")[0] for line in found for error in line.failed)
         caption.append(f"Failed runs: {'; '.join(errors)}.")
+    caption += dict.fromkeys(note for line in found for note in line.notes)
     caption += shape(found)
     caption += departures(found)
-    caption += [f"The paper's own inconsistency: {sentence}." for sentence in published.inconsistencies]
+    caption += [f"The paper's own inconsistency: {sentence}" for sentence in published.inconsistencies]
     return caption
 
 
@@ -345,6 +359,116 @@ def departures(found: Sequence[Line]) -> list[str]:
 
 def _short(model: str) -> str:
     return model.rstrip("/").rpartition("/")[2]
+
+
+# -- what there is --------------------------------------------------------------------------------------------------------
+
+
+def listing(found: Mapping[str, Any]) -> Table:
+    """Every table of `experiments.recipes.here`: what it needs, and whether this machine can run it."""
+    rows, waiting = [], []
+    for one in found["tables"]:
+        ready = [cell for cell in one["cells"] if not cell["waits"]]
+        if not ready:
+            reasons = dict.fromkeys(cell["waits"] for cell in one["cells"])
+            waiting.append(f"{one['table']} waits for {one['waits'] or '; '.join(reasons)}.")
+            continue
+        by_state = {state: _names(c["cell"] for c in ready if c["here"] == state) for state in ("yes", "with --model")}
+        rows.append(
+            (
+                one["table"],
+                "; ".join(f"{state}: {names}" for state, names in by_state.items() if names) or "no",
+                f"{len(ready)} of {len(one['cells'])}",
+                _by_place((_short(c["model"]), c["model_at"]) for c in ready),
+                _by_place((c["cell"], c["data_at"]) for c in ready),
+                _span([c["memory_bytes"] for c in ready], lambda b: f"{b / 2**30:.0f} GiB"),
+                _span([c["seconds"] for c in ready], duration),
+            )
+        )
+    columns = ("table", "runs here", "cells", "model", "data", "memory", "time a cell")
+    caption = (*_estimates(found), *waiting)
+    return Table("papers", f"The papers' tables ({found['variant']}) and what they need", columns, tuple(rows), caption, 7)
+
+
+def detail(found: Mapping[str, Any], published: Published) -> Table:
+    """The cells of one table, with what was published, the settings in which they differ, and what they need."""
+    one = found["tables"][0]
+    ready = [cell for cell in one["cells"] if not cell["waits"]]
+    settings = [{k: v for k, v in cell["settings"].items() if k != "departures"} for cell in ready]
+    keys = dict.fromkeys(key for values in settings for key in values)
+    common = {key for key in keys if len({json.dumps(values.get(key)) for values in settings}) == 1}
+    differing = [key for key in keys if key not in common]
+    rows = []
+    for cell, values in zip(ready, settings, strict=True):
+        columns = columns_of(published, cell["task"], one["beside"])
+        printed = [f"{published.value(cell['row'], c).value:.2f}" for c in columns if c in published.row(cell["row"]).values]
+        needs = (cell["here"], bytes_text(cell["memory_bytes"]), duration(cell["seconds"]))
+        rows.append((cell["row"], cell["cell"], "/".join(printed), *needs, *(_plain(values.get(key)) for key in differing)))
+    waiting: dict[str, list[str]] = {}
+    for cell in one["cells"]:
+        if cell["waits"]:
+            waiting.setdefault(cell["waits"], []).append(cell["row"])
+    known = {cell["row"] for cell in one["cells"]}
+    if not known:
+        waiting[one["waits"]] = [row.label for row in published.rows]
+    caption = [f"Source: {one['source']}.", f"Variants: {', '.join(one['variants']) or 'none'}."]
+    if one["about"]:
+        caption.append(f"{found['variant'].capitalize()}: {one['about']}.")
+    if common:
+        caption.append(f"All cells: {', '.join(f'{key} {_plain(settings[0][key])}' for key in keys if key in common)}.")
+    caption += [f"Departure: {sentence}" for sentence in one["departures"]]
+    caption += [f"Waits for {why}: {'; '.join(dict.fromkeys(labels))}." for why, labels in waiting.items()]
+    if rows:
+        caption += _estimates(found)
+        caption.append(
+            f"To run: rankwise paper {one['table']} --cells {rows[0][1]} [--rows LABEL] [--variant NAME] [--scale X]."
+        )
+    head = ("row", "cell", "published", "runs here", "memory", "time", *differing)
+    return Table("paper", one["title"], head, tuple(rows), tuple(caption), len(head))
+
+
+def duration(seconds: float) -> str:
+    """Two digits and the unit that suits them: an estimate has no more."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _estimates(found: Mapping[str, Any]) -> list[str]:
+    free = found["free_memory_bytes"]
+    return [
+        f"Hub: {found['hub']}. Free memory: {'unknown' if free is None else bytes_text(free)}.",
+        "Memory: of one run, weights, AdamW's averages and the activations of a micro-batch of the longest inputs, in fp32.",
+        f"Time: estimated for this CPU, all seeds and rates one after the other: operations by parameters and assumed tokens, "
+        f"at {found['reached_share']:g} (share seen in reports/studies/quick-look) of the "
+        f"{found['matrix_product_flops'] / 1e9:.0f} Gflop/s of matrix products measured just now; good to a factor of three. "
+        "--scale shortens a recipe.",
+        f"with --model: the data is here and the model is not; {found['stand_in']} can stand in, labelled everywhere.",
+    ]
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(names))
+
+
+def _by_place(names: Iterable[tuple[str, str]]) -> str:
+    """(name, place) as "hub: a, b; cache: c"."""
+    places: dict[str, list[str]] = {}
+    for name, place in names:
+        places.setdefault(place, []).append(name)
+    return "; ".join(f"{place}: {_names(found)}" for place, found in places.items())
+
+
+def _span(values: Sequence[float], show: Callable[[float], str]) -> str:
+    low, high = show(min(values)), show(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_plain, value))
+    return "-" if value is None else rate_text(value) if isinstance(value, float) and 0 < value < 0.01 else str(value)
 
 
 # -- files ----------------------------------------------------------------------------------------------------------------
