@@ -12,6 +12,7 @@ from pathlib import Path
 
 from reports import figures, tables
 from reports.results import Study, load_all, write_file
+from reports.verdicts import verdicts, warnings
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -28,7 +29,12 @@ def write(source: str | Path | Study, out_folder: str | Path) -> Path:
     parts = [part for study in studies for part in study.parts()]
     several = len(parts) > 1
     sections = [_section(part, out, _slug(part) + "-" if several else "") for part in parts]
-    text = _environment().get_template("report.md.jinja").render(parts=sections)
+    over_tasks = [(study, table) for study in studies if (table := tables.overall(study.parts())) is not None]
+    if len(over_tasks) > 1:
+        over_tasks = [(study, replace(table, name=f"{study.name}-{table.name}")) for study, table in over_tasks]
+    for _, table in over_tasks:
+        _write_table(table, out)
+    text = _environment().get_template("report.md.jinja").render(parts=sections, over_tasks=[table for _, table in over_tasks])
     path = out / "report.md"
     write_file(path, _tidy(text))
     return path
@@ -37,12 +43,12 @@ def write(source: str | Path | Study, out_folder: str | Path) -> Path:
 def _section(study: Study, out: Path, prefix: str) -> dict:
     """Everything that the template says of one part; its figures and tables are written on the way."""
     comparison, rates, ranks = tables.comparison(study), tables.rate_sweep(study), tables.ranks(study)
+    found, statistics = tables.verdict_table(study), tables.statistics_table(study)
     written = []
-    for table in (comparison, rates, ranks, tables.every_run(study)):
+    for table in (comparison, found, statistics, rates, ranks, tables.every_run(study)):
         if table is not None:
             table = replace(table, name=prefix + table.name)
-            write_file(out / "tables" / f"{table.name}.csv", table.csv())
-            write_file(out / "tables" / f"{table.name}.tex", table.latex())
+            _write_table(table, out)
             written.append(table.name)
     drawings = [replace(drawing, name=prefix + drawing.name) for drawing in figures.draw_all(study)]
     for drawing in drawings:
@@ -52,7 +58,10 @@ def _section(study: Study, out: Path, prefix: str) -> dict:
         "counts": _counts(run.status for run in study.runs),
         "alarms": tables.alarms(study),
         "notes": tables.task_caption(study),
+        "verdicts": verdicts(study),
+        "warnings": warnings(study),
         "comparison": comparison,
+        "statistics": statistics,
         "rates": rates,
         "ranks": ranks,
         "figures": drawings,
@@ -62,6 +71,11 @@ def _section(study: Study, out: Path, prefix: str) -> dict:
         "settings": _settings(study),
         "training": _training(study),
     }
+
+
+def _write_table(table: tables.Table, out: Path) -> None:
+    write_file(out / "tables" / f"{table.name}.csv", table.csv())
+    write_file(out / "tables" / f"{table.name}.tex", table.latex())
 
 
 def _counts(statuses: Iterable[str]) -> str:

@@ -284,6 +284,12 @@ class Study:
         named = [arm for arm in self.arms if arm.setting == self.reference and arm not in full]
         return full + named
 
+    @property
+    def reference_arm(self) -> Arm | None:
+        """What verdicts are taken against: the study's own reference, else full fine-tuning."""
+        named = next((arm for arm in self.arms if arm.setting == self.reference), None)
+        return named or next(iter(self.reference_arms), None)
+
 
 def best_rate(arm: Arm) -> BestRate | None:
     """The rate with the best mean selection score; a rate at which a seed failed wins only where all rates have one.

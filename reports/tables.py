@@ -14,9 +14,22 @@ from dataclasses import dataclass, fields, is_dataclass
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
+
 from reports import ranks as rank_maps
 from reports.results import Arm, Result, Study, best_rate, rate_score
-from reports.statistics import paired_differences, seeds_needed, smallest_difference, summary
+from reports.statistics import (
+    FEWEST_FOR_BOOTSTRAP,
+    bca_interval,
+    interquartile_mean,
+    paired_differences,
+    probability_of_improvement,
+    sign_flip_test,
+    smallest_difference,
+    stratified_interval,
+    summary,
+)
+from reports.verdicts import budget_reached, test_set_error, verdicts, warnings
 
 QUICK = (
     "A quick look, no fair comparison: rates fixed or hardly tuned, and too few seeds for a claim. "
@@ -419,6 +432,7 @@ def _comparison_caption(study: Study) -> list[str]:
             )
         if n[0] == 1:
             caption.append(ONE_SEED)
+    caption += warnings(study)
     caption += _seed_sentences(study)
     caption += _budget_sentences(arms)
     caption += _edge_sentences(arms)
@@ -445,26 +459,20 @@ def _rate_words(arms: list[Arm], selection: str) -> str:
 
 
 def _seed_sentences(study: Study) -> list[str]:
-    """Seeds that a claim would need, and the differences that these seeds could have seen."""
+    """The differences that these seeds could have seen, and how far the test part itself can be trusted."""
     sentences = []
-    for reference in study.reference_arms:
-        others = [arm for arm in study.arms if arm is not reference and arm.scores]
-        shared = {arm.setting: paired_differences(arm.scores, reference.scores) for arm in others}
-        smallest = {setting: smallest_difference(values) for setting, values in shared.items()}
-        seen = [f"{setting} {value:.2f}" for setting, value in smallest.items() if value is not None]
-        if not others or not reference.scores:
-            continue
-        m = len(others)
-        if max(map(len, shared.values())) < seeds_needed(m):
-            sentences.append(
-                f"To claim a difference to {reference.setting} in a family of m = {m} comparison{'s' if m > 1 else ''} "
-                f"takes n >= {seeds_needed(m)} seeds (exact sign-flip test, Holm's correction, 5 %): none is claimed."
-            )
-        if seen:
-            sentences.append(
-                f"Smallest difference to {reference.setting} that these seeds could have seen "
-                f"(paired t test, power 80 %): {', '.join(seen)}."
-            )
+    found = verdicts(study)
+    seen = [f"{v.setting} {v.smallest:.2f}" for v in found if v.smallest is not None]
+    if seen:
+        sentences.append(
+            f"Smallest difference to {found[0].reference} that these seeds could have seen (80 % of the time, at the level "
+            f"that the family asks of its first comparison): {', '.join(seen)}."
+        )
+    errors = {arm.setting: test_set_error(arm) for arm in study.arms}
+    if told := {setting: error for setting, error in errors.items() if error is not None}:
+        rows = next(iter(told.values()))[1]
+        each = ", ".join(f"{setting} {error:.2f}" for setting, (error, _) in told.items())
+        sentences.append(f"Standard error of one score for want of test rows ({rows:,} scored): {each} points.")
     return sentences
 
 
@@ -517,16 +525,6 @@ def _place_sentences(arms: list[Arm]) -> list[str]:
     return [f"Warning: made in {len(places)} places, whose times and memory do not compare: {'; '.join(places)}."]
 
 
-def budget_reached(arm: Arm) -> bool:
-    """Whether every completed run ends with no more active ranks than its schedule's last budget."""
-    for run in arm.of("completed"):
-        last = run.rank_history[-1] if run.rank_history else None
-        lowest = min((row.budget for row in run.rank_history if row.budget is not None), default=None)
-        if lowest is not None and last.budget is not None and (last.active > last.budget or last.budget > lowest):
-            return False
-    return True
-
-
 def _edge_sentences(arms: list[Arm]) -> list[str]:
     edges = [arm.setting for arm in arms if (best := best_rate(arm)) and best.at_edge]
     sentences = []
@@ -541,7 +539,7 @@ def _edge_sentences(arms: list[Arm]) -> list[str]:
     return sentences
 
 
-# --- rates, ranks, runs --------------------------------------------------------------------------------------------
+# --- rates --------------------------------------------------------------------------------------------
 
 
 def rate_sweep(study: Study) -> Table | None:
@@ -567,7 +565,6 @@ def rate_sweep(study: Study) -> Table | None:
             else "best inside the grid"
         )
         rows.append((arm.setting, *cells, verdict))
-    sizes = {arm.setting: len(arm.grid) for arm in arms}
     seeds = sorted({len(runs) for arm in arms for runs in arm.grid.values()})
     caption = [
         *alarms(study),
@@ -575,13 +572,150 @@ def rate_sweep(study: Study) -> Table | None:
         "* is the best, which the final runs use; no score of the score split was used to choose.",
         "An empty cell (-) was not tried; a rate at which a seed failed is not chosen where another went through.",
     ]
-    if len(set(sizes.values())) > 1:
-        each = ", ".join(f"{setting} {size}" for setting, size in sizes.items())
-        caption.append(f"Warning: not every setting had the same number of rates: {each}.")
+    caption += _trial_sentences(study, arms)
     caption += _edge_sentences(arms)
     title = f"Learning rates tried: {study.task}, {study.model}"
     columns = ("setting", *(rate_text(rate) for rate in rates), "status")
     return Table("rates", title, columns, tuple(rows), tuple(caption))
+
+
+def _trial_sentences(study: Study, arms: list[Arm]) -> list[str]:
+    """What each setting might try and did; a grid is widened only while its best rate stands at the edge."""
+    tried = ", ".join(f"{arm.setting} {len(arm.grid)}" for arm in arms)
+    allowed = sorted({study.trials[arm.setting] for arm in arms if arm.setting in study.trials})
+    if len(allowed) == 1:
+        grid = "a grid is widened by its own step while its best rate stands at the edge"
+        return [f"Every setting might try {allowed[0]} rates ({grid}); tried: {tried}."]
+    if len({len(arm.grid) for arm in arms}) > 1:
+        return [f"Warning: not every setting had the same number of rates: {tried}."]
+    return []
+
+
+# --- what follows from it ------------------------------------------------------------------------------------------
+
+
+def verdict_table(study: Study) -> Table | None:
+    """A row a setting: the verdict against the reference in words, and the numbers behind it; None without a reference."""
+    found = verdicts(study)
+    if not found:
+        return None
+    rows = []
+    for v in found:
+        difference = None if v.mean is None else Difference(v.mean, v.low, v.high, None, v.n)
+        rows.append((v.setting, v.kind, v.text, v.n, difference, v.p, v.smallest))
+    columns = ("setting", "verdict", "in words", "n", "difference", "p (Holm)", "could have seen")
+    title = f"Verdicts against {found[0].reference}: {study.task}, {study.model}"
+    margin = "" if study.margin is None else f" Equivalent: the 95 % interval lies within {study.margin:g} points."
+    caption = [
+        *alarms(study),
+        *warnings(study),
+        "Exact sign-flip test on differences paired by seed, Holm's correction over the family of "
+        f"{max(len(study.settings) - 1, 1)} comparisons with {found[0].reference} on this task, 5 %.{margin}",
+    ]
+    return Table("verdicts", title, columns, tuple(rows), tuple(caption), text_columns=3)
+
+
+def statistics_table(study: Study) -> Table | None:
+    """A row a setting: everything that is computed from its scores; None where no run has finished."""
+    arms = [arm for arm in study.arms if arm.scores]
+    if not arms:
+        return None
+    reference = study.reference_arm
+    m = max(len(study.settings) - 1, 1)
+    rows = []
+    for arm in arms:
+        values = list(arm.scores.values())
+        s = summary(values)
+        own = _bootstrapped(values)
+        paired = improvement = smallest = p = None
+        if reference is not None and arm is not reference:
+            differences = paired_differences(arm.scores, reference.scores)
+            paired, smallest = _bootstrapped(differences), smallest_difference(differences, m)
+            improvement = probability_of_improvement(values, list(reference.scores.values()))
+            p = sign_flip_test(differences) if len(differences) else None
+        error = test_set_error(arm)
+        rows.append(
+            (arm.setting, s.n, s.mean, s.sd, s.median, interval_text(s.low, s.high), own, paired, improvement, p, smallest,
+             None if error is None else error[0])
+        )  # fmt: skip
+    to = "" if reference is None else f" to {reference.setting}"
+    columns = (
+        "setting", "n", "mean", "sd", "median", "95 % t interval", "BCa interval", f"BCa of difference{to}",
+        "P(improvement)", "p (uncorrected)", "could have seen", "test-set error",
+    )  # fmt: skip
+    caption = [
+        *alarms(study),
+        "sd is over seeds, of the sample. BCa: bias-corrected and accelerated bootstrap (9,999 resamples, fixed seed)."
+        + ("" if min(len(a.scores) for a in arms) >= FEWEST_FOR_BOOTSTRAP else
+           " Below ten seeds it covers far less than it claims: take the t interval."),
+        f"P(improvement): chance that a run beats one of {reference.setting}'s, ties counting half."
+        if reference is not None
+        else "No reference takes part.",
+    ]  # fmt: skip
+    title = f"Statistics of the scores: {study.task}, {study.model}"
+    return Table("statistics", title, columns, tuple(rows), tuple(caption))
+
+
+def _bootstrapped(values: Sequence[float]) -> str | None:
+    found = bca_interval(values)
+    return None if found is None else interval_text(*found)
+
+
+def interval_text(low: float | None, high: float | None) -> str | None:
+    return None if low is None else f"{low:.2f} to {high:.2f}"
+
+
+def overall(parts: Sequence[Study]) -> Table | None:
+    """A row a setting over the tasks of one study: means, interquartile mean, chance of improvement, verdicts counted.
+
+    None where there are not two tasks of one model, or some task has no finished run.
+    """
+    if len({part.task for part in parts}) < 2 or len({part.model for part in parts}) > 1:
+        return None
+    shared = [s for s in parts[0].settings if all(_arm_of(p, s) is not None and _arm_of(p, s).scores for p in parts)]
+    references = [part.reference_arm for part in parts]
+    if not shared or any(r is None for r in references) or len({r.setting for r in references}) > 1:
+        return None
+    reference = references[0].setting
+    rows = []
+    for setting in shared:
+        scores = [np.array(list(_arm_of(part, setting).scores.values())) for part in parts]
+        mean, iqm = float(np.mean([s.mean() for s in scores])), interquartile_mean(np.concatenate(scores))
+        low, high = stratified_interval(scores) or (None, None)
+        middle = stratified_interval(scores, "iqm") or (None, None)
+        difference = improvement = counted = None
+        if setting != reference:
+            pairs = [paired_differences(_arm_of(p, setting).scores, r.scores) for p, r in zip(parts, references, strict=True)]
+            if all(map(len, pairs)):
+                bounds = stratified_interval(pairs) or (None, None)
+                n = min(map(len, pairs))
+                difference = Difference(float(np.mean([d.mean() for d in pairs])), *bounds, None, n)
+            others = [list(r.scores.values()) for r in references]
+            improvement = float(np.mean([probability_of_improvement(s, o) for s, o in zip(scores, others, strict=True)]))
+            kinds = [v.kind for part in parts for v in verdicts(part) if v.setting == setting]
+            counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        n = min(map(len, scores))
+        rows.append(
+            (setting, Estimate(mean, low, high, None, n), iqm, interval_text(*middle), difference, improvement, counted)
+        )
+    columns = (
+        "setting", "mean over tasks", "interquartile mean", "its interval", f"difference to {reference}", "P(improvement)",
+        "verdicts",
+    )  # fmt: skip
+    tasks = ", ".join(part.task for part in parts)
+    caption = [
+        *dict.fromkeys(line for part in parts for line in alarms(part)),
+        f"Over {len(parts)} tasks ({tasks}), each counted alike; intervals: 95 % percentile bootstrap, seeds drawn within each "
+        "task. Metrics of different kinds are averaged here, as benchmarks do: the verdicts of each task are what counts.",
+    ]
+    return Table("overall", f"Over all tasks: {parts[0].title}, {parts[0].model}", columns, tuple(rows), tuple(caption))
+
+
+def _arm_of(part: Study, setting: str) -> Arm | None:
+    return next((arm for arm in part.arms if arm.setting == setting), None)
+
+
+# --- ranks and runs ------------------------------------------------------------------------------------------------
 
 
 def ranks(study: Study) -> Table | None:

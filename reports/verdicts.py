@@ -1,0 +1,148 @@
+"""What a comparison may say: one verdict a setting against the named reference of its task, in words.
+
+A family is the comparisons of one task against the named reference.  Each is tested by the exact sign-flip test on
+differences paired by seed, Holm's correction holds the family to 5 %, and equivalence is an interval inside a margin that was
+fixed before the runs.  No verdict is better than its study: a quick look, an untuned rate, a best rate at the edge of its
+grid, a failed seed or a rank budget that was not reached leave no winner.
+"""
+
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+
+from reports.results import Arm, Study, best_rate
+from reports.statistics import ALPHA, holm, paired_differences, seeds_needed, sign_flip_test, smallest_difference, summary
+
+KINDS = ("better", "worse", "equivalent", "undecided", "no claim")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A setting against the reference: the difference of scores in points, ours minus the reference's, and what follows."""
+
+    setting: str
+    reference: str
+    task: str
+    kind: str  # one of KINDS
+    n: int  # seeds that both have finished
+    mean: float | None
+    low: float | None  # 95 % paired t interval
+    high: float | None
+    p: float | None  # of the sign-flip test, Holm-adjusted
+    smallest: float | None  # the difference that so many seeds could have seen, 80 % of the time
+    text: str
+
+
+def verdicts(part: Study) -> list[Verdict]:
+    """A verdict for each setting but the reference, in the study's order; none without a reference."""
+    reference = part.reference_arm
+    if reference is None:
+        return []
+    others = [arm for arm in part.arms if arm is not reference]
+    m = max(len(part.settings) - 1, len(others), 1)  # planned, so that a family does not grow while it is looked at
+    differences = {arm.setting: paired_differences(arm.scores, reference.scores) for arm in others}
+    raw = [sign_flip_test(values) if len(values) else 1.0 for values in differences.values()]
+    adjusted = holm([*raw, *[1.0] * (m - len(raw))])
+    return [_verdict(part, arm, reference, differences[arm.setting], p, m) for arm, p in zip(others, adjusted, strict=False)]
+
+
+def _verdict(part: Study, arm: Arm, reference: Arm, differences: np.ndarray, p: float, m: int) -> Verdict:
+    n, found = len(differences), summary(differences)
+    smallest = smallest_difference(differences, m)
+    if found is None or found.low is None:
+        size = "no seed is finished for both" if found is None else f"difference {found.mean:+.2f}, n = 1 supports no claim"
+        kind, text = "no claim", f"no claim against {reference.setting} ({size})"
+        mean = None if found is None else found.mean
+        return Verdict(arm.setting, reference.setting, part.task, kind, n, mean, None, None, None, None, text)
+    difference = f"difference {found.mean:+.2f}, 95 % interval {found.low:+.2f} to {found.high:+.2f}, n = {n}"
+    reasons = no_winner(part, arm, reference)
+    margin = part.margin
+    if reasons:
+        kind = "no claim" if part.quick else "undecided"
+        text = f"{kind} against {reference.setting}: {'; '.join(reasons)} ({difference})"
+    elif margin is not None and -margin < found.low and found.high < margin:
+        kind, text = "equivalent", f"equivalent to {reference.setting} within {margin:g} ({difference})"
+    elif p <= ALPHA:
+        kind = "better" if found.mean > 0 else "worse"
+        text = f"{kind} than {reference.setting} ({difference}, p = {p:.3f} in a family of {m})"
+    else:
+        kind = "undecided"
+        few = f"; a family of {m} takes {seeds_needed(m)} seeds" if n < seeds_needed(m) else ""
+        text = f"undecided against {reference.setting} ({difference} could have seen {smallest:.2f}{few})"
+    return Verdict(arm.setting, reference.setting, part.task, kind, n, found.mean, found.low, found.high, p, smallest, text)
+
+
+def no_winner(part: Study, arm: Arm, reference: Arm) -> list[str]:
+    """Why this comparison may name no winner and claim no equivalence, whatever the numbers say."""
+    if part.quick:
+        return ["a quick look"]
+    reasons = []
+    both = (arm, reference)
+    reasons += [f"{one.setting} had no choice of rates" for one in both if len(one.grid) < 2]
+    edges = [one.setting for one in both if (best := best_rate(one)) and best.at_edge]
+    reasons += [f"the best rate of {' and '.join(edges)} stands at the edge of its grid"] if edges else []
+    for one in both:
+        if failed := len(one.of("failed")):
+            reasons.append(f"{failed} of {len(one.final)} seeds of {one.setting} failed")
+    reasons += [f"{one.setting} was scored before its rank budget was reached" for one in both if not budget_reached(one)]
+    return reasons
+
+
+def warnings(part: Study) -> list[str]:
+    """What a reader must know before believing the verdicts, one sentence each."""
+    reference, found = part.reference_arm, verdicts(part)
+    sentences = []
+    if part.protocol == "best-dev-epoch":
+        sentences.append(
+            "A paper's own protocol: every epoch was scored on the official development part and the best one is reported, "
+            "so that scores are chosen on what they are reported on."
+        )
+    m = max(len(part.settings) - 1, 1)
+    n = min((v.n for v in found), default=0)
+    if reference is not None and found and not part.quick and n < seeds_needed(m):
+        sentences.append(
+            f"Too few seeds for the test: the exact sign-flip test with Holm's correction over a family of m = {m} takes "
+            f"n >= {seeds_needed(m)} seeds, and here n = {n}: no difference to {reference.setting} can be claimed."
+        )
+    for verdict in found:
+        arm = next(a for a in part.arms if a.setting == verdict.setting)
+        error = test_set_error(arm)
+        if verdict.kind in ("better", "worse") and error is not None and abs(verdict.mean) < 2 * error[0]:
+            sentences.append(
+                f"The {arm.completed[0].split} part is small for the difference claimed of {arm.setting}: {verdict.mean:+.2f} "
+                f"points, where the standard error of a score on its {error[1]:,} rows is {error[0]:.2f}."
+            )
+    sentences += [f"{lack}: not in the table, as a fair comparison has it." for lack in missing_baselines(part)]
+    return sentences
+
+
+def missing_baselines(part: Study) -> list[str]:
+    """Baselines that belong into every fair table and are in none of its rows."""
+    if part.quick:
+        return []
+    wanted = {"full": "Full fine-tuning", "lora": "Plain LoRA"}
+    methods = {arm.method for arm in part.arms}
+    return [words for method, words in wanted.items() if method not in methods]
+
+
+def test_set_error(arm: Arm) -> tuple[float, int] | None:
+    """Standard error in points of one run's score for want of test rows, root mean square over seeds, and the rows."""
+    found = [(r.score_standard_error, r.score_rows) for r in arm.completed if r.score_standard_error is not None]
+    if not found:
+        return None
+    return sqrt(sum(error**2 for error, _ in found) / len(found)), found[0][1]
+
+
+def budget_reached(arm: Arm) -> bool:
+    """Whether every completed run was scored with no more active ranks than its schedule's last budget."""
+    for run in arm.of("completed"):
+        history = [row for row in run.rank_history if row.budget is not None]
+        if not history:
+            continue
+        lowest = min(row.budget for row in history)
+        step = run.result.scored_step if run.result.scored_step is not None else history[-1].step
+        scored = [row for row in history if row.step <= step][-1:]
+        if not scored or scored[0].active > lowest or scored[0].budget > lowest:
+            return False
+    return True
