@@ -444,7 +444,8 @@ def _estimates(found: Mapping[str, Any]) -> list[str]:
         f"at {found['reached_share']:g} (share seen in reports/studies/quick-look) of the "
         f"{found['matrix_product_flops'] / 1e9:.0f} Gflop/s of matrix products measured just now; good to a factor of three. "
         "--scale shortens a recipe.",
-        f"with --model: the data is here, the model is not or does not fit; {found['stand_in']} can stand in, labelled everywhere.",
+        f"with --model: the data is here, the model is not or does not fit; {found['stand_in']} can stand in, and every table "
+        "says so.",
     ]
 
 
