@@ -397,14 +397,12 @@ def _report(runs: Path, out: Path | None, as_json: bool) -> None:
 
 
 def _fair(study: Any) -> str | None:
-    """The command of a shipped full-protocol study of the same model and task, where there is one."""
+    """The command of a shipped full-protocol study of the same model and task, the one with the fewest tasks; None: none."""
     from experiments import config
 
-    for path in sorted(config.STUDIES.glob("*.toml")):
-        other = config.read(path)
-        if not other.quick and other.model == study.model and study.task in other.tasks:
-            return f"rankwise compare {path.stem}"
-    return None
+    shipped = [config.read(path) for path in sorted(config.STUDIES.glob("*.toml"))]
+    fair = [other for other in shipped if not other.quick and other.model == study.model and study.task in other.tasks]
+    return f"rankwise compare {min(fair, key=lambda other: len(other.tasks)).name}" if fair else None
 
 
 def _others_compute() -> bool:
