@@ -434,6 +434,7 @@ def _comparison_caption(study: Study) -> list[str]:
             caption.append(ONE_SEED)
     caption += warnings(study)
     caption += _seed_sentences(study)
+    caption += _planned_budget(study)
     caption += _budget_sentences(arms)
     caption += _edge_sentences(arms)
     caption += _place_sentences(arms)
@@ -474,6 +475,24 @@ def _seed_sentences(study: Study) -> list[str]:
         each = ", ".join(f"{setting} {error:.2f}" for setting, (error, _) in told.items())
         sentences.append(f"Standard error of one score for want of test rows ({rows:,} scored): {each} points.")
     return sentences
+
+
+def _planned_budget(study: Study) -> list[str]:
+    """The budget that the study's file makes equal, where it is another than steps; what came of it stands beside."""
+    wanted = study.budget.get("equal", "steps")
+    if wanted == "parameters":
+        return [
+            f"The budget of each low-rank setting is {study.budget['parameters']:,} active parameters, the head not counted, "
+            f"at alpha/r = {study.budget['scale']:g}: its ranks follow from it."
+        ]
+    if wanted == "time":
+        return ["Equal in training time: each setting has as many steps as fit into the reference's time, by measured steps."]
+    if wanted == "memory":
+        return [
+            f"Equal in memory: no training step may need more than {bytes_text(study.budget['bytes'])}, in micro-batches where "
+            "it would."
+        ]
+    return []
 
 
 def _budget_sentences(arms: list[Arm]) -> list[str]:

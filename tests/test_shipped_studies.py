@@ -1,5 +1,6 @@
 """Every study file that ships follows the protocol of a fair comparison, or says that it is a quick look."""
 
+import itertools
 from math import exp, log
 
 import pytest
@@ -33,7 +34,7 @@ def test_it_tunes_repeats_and_has_its_baselines(study):
     assert len(study.seeds) >= max(10, seeds_needed(len(study.methods) - 1))
     methods = {entry.method for entry in study.methods}
     assert {"full", "lora"} <= methods
-    steps = {label: [round(b / a, 1) for a, b in zip(grid, grid[1:], strict=False)] for label, grid in rates.items()}
+    steps = {label: [round(b / a, 1) for a, b in itertools.pairwise(grid)] for label, grid in rates.items()}
     assert all(max(step) / min(step) < 1.6 for step in steps.values())  # geometric: the same kind of grid
     ratio = centre(rates["lora"]) / centre(rates["full"])
     assert 5 <= ratio <= 25  # full fine-tuning about a tenth of LoRA's

@@ -154,6 +154,21 @@ def test_a_papers_own_protocol_is_labelled_and_missing_baselines_are_named(tmp_p
     assert "A paper's own protocol" in text and "Full fine-tuning: not in the table" in text and "Plain LoRA: not" in text
 
 
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        ({"equal": "steps"}, None),
+        ({"equal": "parameters", "parameters": 331776, "scale": 2.0}, "is 331,776 active parameters, the head not counted, at"),
+        ({"equal": "time"}, "Equal in training time: each setting has as many steps as fit into the reference's time"),
+        ({"equal": "memory", "bytes": 2**31}, "Equal in memory: no training step may need more than 2.00 GiB"),
+    ],
+)
+def test_the_caption_says_what_was_made_equal(tmp_path, budget, words):
+    caption = tables.comparison(study(tmp_path, {"full": plus(2), "lora": BASE}, budget=budget)).caption
+    planned = [line for line in caption if line.startswith(("The budget of each", "Equal in training", "Equal in memory"))]
+    assert [words in line for line in planned] == ([] if words is None else [True])
+
+
 def test_the_tables_of_statistics_and_of_all_tasks_by_hand(tmp_path):
     arms = {"lora": BASE[:4], "full": [82.0, 82.0, 80.5, 80.4]}
     part = study(tmp_path, arms)
