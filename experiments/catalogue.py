@@ -272,6 +272,17 @@ def fetch(name: "str | Entry") -> Path:
     return _fetch_from_hub(name)
 
 
+def at_hand(name: str) -> str | None:
+    """Where a model or data set can be had without a hub: "cache", "package", or None; nothing is fetched or checked."""
+    entry = CATALOGUE.get(name)
+    if entry is None:
+        return "cache" if Path(name).expanduser().is_dir() or _hub_cache_may_hold(name) else None
+    folder = _cached(entry)
+    if all((folder / file).is_file() for file in entry.files):
+        return "cache"
+    return "package" if entry.carriers else None
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -292,7 +303,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _fetch_entry(entry: Entry) -> Path:
-    folder = cache_folder() / ("models" if entry.kind == "model" else "data") / entry.id.replace("/", "--")
+    folder = _cached(entry)
     if _is_whole(entry, folder):
         return folder
     tried = []
@@ -334,6 +345,10 @@ def _fetch_entry(entry: Entry) -> Path:
     elif not entry.hub:
         tried.append("hub: no copy with these splits there")
     raise Unavailable(entry.id, tried)
+
+
+def _cached(entry: Entry) -> Path:
+    return cache_folder() / ("models" if entry.kind == "model" else "data") / entry.id.replace("/", "--")
 
 
 class _Failed(Exception):

@@ -131,6 +131,125 @@ def report(
 
 
 @app.command()
+def paper(
+    name: Annotated[str | None, typer.Argument(help="A paper's table, as adalora-1; without one they are listed.")] = None,
+    cells: Annotated[str | None, typer.Option(help="Run these tasks of it, with commas between, or all.")] = None,
+    rows: Annotated[list[str] | None, typer.Option(help="Only this row, by its label; may be given again.")] = None,
+    variant: Annotated[str, typer.Option(help="paper: as the paper says; script: as its released code does.")] = "paper",
+    model: Annotated[str | None, typer.Option(help="A model that stands in for the paper's.")] = None,
+    scale: Annotated[float, typer.Option(help="Shrink the recipe, all its step counts in proportion.")] = 1.0,
+    seeds: Annotated[int | None, typer.Option(help="So many seeds, 0 to N-1.  [default: as many as the paper's]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs.  [default: runs/papers/<table>]")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.  [default: what torch takes]")] = None,
+    pack: Annotated[int | None, typer.Option(help="Most members that train at once.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed runs again.")] = False,
+    as_json: Json = False,
+) -> None:
+    """A paper's table beside our own runs of its recipe: list them, look at one, or run cells of it."""
+    from experiments import checks, recipes
+
+    width = shutil.get_terminal_size((120, 24)).columns
+    if name is None or cells is None:
+        given = {"--cells": cells, "--rows": rows, "--model": model, "--seeds": seeds, "--out": out, "--pack": pack}
+        idle = next((flag for flag, value in given.items() if value is not None), None)
+        if idle is not None or scale != 1:
+            needed = "--cells, such as --cells stsb" if name else "the name of a table"
+            raise ValueError(f"{idle or '--scale'} has no effect without {needed}")
+    if name is None:
+        chosen = [recipes.load(one) for one in recipes.names()]
+    else:
+        chosen = [recipes.load(name)]
+    if cells is None:
+        from reports import beside, papers
+
+        found = recipes.here(chosen, variant)
+        if as_json:
+            print(json.dumps(found, indent=1))
+        else:
+            print((beside.listing(found) if name is None else beside.detail(found, papers.load(chosen[0].table))).text(width))
+        return
+    recipe = chosen[0]
+    wanted = [word.strip() for word in cells.split(",") if word.strip()]
+    if any(word not in (*recipe.tasks, "all") for word in wanted):  # a column's own name stands for the cell that fills it
+        from reports import beside, papers
+
+        published = papers.load(recipe.table)
+        for cell, task in recipe.tasks.items():
+            columns = beside.columns_of(published, task, recipe.beside)
+            wanted = [cell if word in columns else word for word in wanted]
+    chosen = recipes.choose(recipe, wanted, rows or [], variant)
+    for flag, number in (("--seeds", seeds), ("--pack", pack), ("--threads", threads)):
+        if number is not None and number < 1:
+            raise ValueError(f"{flag} {number}: give at least 1")
+    folder = out or Path("runs") / "papers" / recipe.name
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder}: this is a file; name a folder")
+    faults: list[str] = []
+    plans = []
+    for row, cell in chosen:
+        with checks.collecting(faults):
+            plans.append(recipes.plan(recipe, row, cell, variant, model, scale, seeds, pack))
+            checks.check(plans[-1].study)
+    if faults:
+        raise ValueError("\n".join(dict.fromkeys(faults)))
+    recipes.check_at_hand(plans)
+    from reports import beside, papers
+
+    published = papers.load(recipe.table)
+    with _progress() as bar:
+        bar.say(f"{recipe.title}: loading torch, model and data ...")
+        if _others_compute():
+            os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as in compare
+        import torch
+
+        from experiments.measure import keep_freed_memory
+        from experiments.study import Runner
+
+        keep_freed_memory()
+        if threads is not None:
+            torch.set_num_threads(threads)
+        _tell_of_plain_passes(bar)
+        runners = [Runner(one.study, folder, device, bar.warn, bar.advance, retry_failed, bar.more) for one in plans]
+        for runner in runners:
+            with checks.collecting(faults):
+                runner.prepare()
+        if faults:
+            raise ValueError("\n".join(dict.fromkeys(faults)))
+        bar.start(sum(runner.work() for runner in runners))
+        lines = []
+        for one, runner in zip(plans, runners, strict=True):
+            finals = [result for result in runner.run() if result["phase"] == "final"]
+            entry = one.study.methods[0]
+            lines += beside.lines(
+                published,
+                one.row,
+                beside.columns_of(published, one.study.tasks[0], recipe.beside),
+                finals,
+                cell=one.cell,
+                variant=one.variant,
+                scale=one.scale,
+                model=one.study.model,
+                stands_in_for=one.stands_in_for,
+                reasons=[(reason.tag, reason.text) for reason in one.reasons],
+                departures=one.departures,
+                notes=runner.prepared[one.study.tasks[0]].captions,
+                final_steps=entry.settings.get("final_steps"),
+                miniature=bool(recipe.miniature),
+                position=one.position,
+            )
+            written = beside.write(published, lines, folder)  # after each cell, so that a cut keeps what was done
+    made = beside.table(published, lines)
+    if as_json:
+        print(json.dumps({"table": made.records(), "caption": list(made.caption), "report": str(written)}, indent=1))
+    else:
+        print(made.text(width))
+        print(f"report: {written}")
+    if any(line.failed for line in lines):
+        raise typer.Exit(1)
+
+
+@app.command()
 def ranks(
     path: Annotated[Path, typer.Argument(help="A run's folder, or any PEFT adapter folder.")],
     as_json: Json = False,
@@ -199,14 +318,14 @@ def bench(
 @app.command(name="list")
 def list_(as_json: Json = False) -> None:
     """List the methods, models, tasks and studies there are."""
-    from experiments import catalogue, config, tasks
+    from experiments import catalogue, config, recipes, tasks
 
-    studies = sorted(p.relative_to(config.STUDIES).with_suffix("").as_posix() for p in config.STUDIES.rglob("*.toml"))
     rows = {
         "methods": {m.name: f"{m.summary} ({m.source})" for m in METHODS.values()},
         "models": {name: f"{e.kind}, {e.licence}" for name, e in catalogue.CATALOGUE.items() if e.kind == "model"},
         "tasks": {name: tasks.get(name).licence for name in tasks.names()},
-        "studies": {name: _first_comment(config.STUDIES / f"{name}.toml") for name in studies},
+        "studies": {name: _first_comment(path) for name, path in config.shipped().items()},
+        "papers": {name: recipes.load(name).title for name in recipes.names()},
     }
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -278,14 +397,12 @@ def _report(runs: Path, out: Path | None, as_json: bool) -> None:
 
 
 def _fair(study: Any) -> str | None:
-    """The command of a shipped full-protocol study of the same model and task, where there is one."""
+    """The command of a shipped full-protocol study of the same model and task, the one with the fewest tasks; None: none."""
     from experiments import config
 
-    for path in sorted(config.STUDIES.glob("*.toml")):
-        other = config.read(path)
-        if not other.quick and other.model == study.model and study.task in other.tasks:
-            return f"rankwise compare {path.stem}"
-    return None
+    shipped = [config.read(path) for path in sorted(config.STUDIES.glob("*.toml"))]
+    fair = [other for other in shipped if not other.quick and other.model == study.model and study.task in other.tasks]
+    return f"rankwise compare {min(fair, key=lambda other: len(other.tasks)).name}" if fair else None
 
 
 def _others_compute() -> bool:

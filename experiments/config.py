@@ -27,6 +27,7 @@ from variants.settings import (
 )
 
 STUDIES = Path(__file__).parent / "studies"
+PAPERS = STUDIES / "papers"  # recipes of published tables, which experiments/recipes.py reads
 DEFAULT_STUDY = STUDIES / "default.toml"
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 STEP_COUNTS = ("warmup_steps", "final_steps", "interval")  # may be given as a share of the run, "10%"
@@ -222,14 +223,25 @@ def read(path: Path) -> Study:
 
 def find(path: Path) -> Path:
     """A study's file, by its path or by the name of one that ships with Rankwise."""
-    shipped = {p.relative_to(STUDIES).with_suffix("").as_posix(): p for p in sorted(STUDIES.rglob("*.toml"))}
-    if path.is_file():
+    studies = shipped()
+    recipes = {p.resolve(): p.stem for p in PAPERS.glob("*.toml")}
+    if path.is_file() and path.resolve() not in recipes:
         return path
-    if str(path) in shipped:
-        return shipped[str(path)]
+    meant = (path.resolve(), (STUDIES / f"{path}.toml").resolve(), (PAPERS / f"{path}.toml").resolve())
+    recipe = next((recipes[p] for p in meant if p in recipes), None)
+    if recipe is not None:
+        raise ValueError(f"{path}: this is a paper's recipe: rankwise paper {recipe}")
+    if str(path) in studies:
+        return studies[str(path)]
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give a study file (.toml)")
-    raise ValueError(f"{path}: no such study file{nearest(str(path), shipped)}; shipped ones: {', '.join(shipped)}")
+    raise ValueError(f"{path}: no such study file{nearest(str(path), studies)}; shipped ones: {', '.join(studies)}")
+
+
+def shipped() -> dict[str, Path]:
+    """The studies that come with Rankwise, by name; a paper's recipe is none."""
+    files = [path for path in sorted(STUDIES.rglob("*.toml")) if PAPERS not in path.parents]
+    return {path.relative_to(STUDIES).with_suffix("").as_posix(): path for path in files}
 
 
 def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study:
@@ -370,6 +382,8 @@ def _contradictions(study: Study) -> list[str]:
         given = ", ".join(f"{k} {v}" for k, v in numbers.items())
         faults.append(f"methods have unequal numbers of learning rates ({given}): give each as many, or set quick = true")
     faults += _budget_faults(study.budget)
+    if study.protocol == "best-dev-epoch" and study.training.evaluations_per_epoch == 0:
+        faults.append('training.evaluations_per_epoch = 0: protocol = "best-dev-epoch" scores every epoch, so give at least 1')
     sweep = study.sweep
     if sweep is not None and sweep.trials is not None and sweep.trials < max(numbers.values()):
         faults.append(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import catalogue
+from experiments.tasks.common import KINDS
 
 HEAD_SEED = 0  # of the head that the loader makes; adapters start their own heads
 TINY = ("bert", "deberta-v2", "gpt2", "llama", "albert")
@@ -63,15 +64,15 @@ def load(model_id: str, task: Any, precision: str = "fp32", device: str = "cpu")
     import transformers
 
     target = _device(device)
-    token_classes = task.kind == "token-classification"
-    auto = transformers.AutoModelForTokenClassification if token_classes else transformers.AutoModelForSequenceClassification
+    kind = KINDS[task.kind]
+    auto = getattr(transformers, kind.model)
     wanted: dict[str, Any] = {"num_labels": task.num_labels}
-    if not token_classes:
-        wanted["problem_type"] = "regression" if task.kind == "regression" else "single_label_classification"
+    if kind.problem_type is not None:
+        wanted["problem_type"] = kind.problem_type
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(HEAD_SEED)
         try:
-            tokenizer = _tokenizer(folder, with_words=token_classes)
+            tokenizer = _tokenizer(folder, with_words=kind.of_words)
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **wanted)
             _pad(tokenizer, config)
             options = {
@@ -150,7 +151,7 @@ def tiny(
 
     name: "bert", "deberta-v2" (share_att_key, relative attention), "gpt2" (Conv1D), "llama", "albert" (one layer,
     called again and again). hidden 32, 4 heads, 2 layers, vocabulary 67, at most 64 tokens, pad_token_id 0.
-    dtype: "float32" or "float64". kind: a task's kind ("regression" wants num_labels=1).
+    dtype: "float32" or "float64". kind: a task's kind ("regression" wants num_labels=1, "span" 2).
     """
     if name not in TINY:
         raise ValueError(f'no tiny model "{name}"; there are {", ".join(TINY)}')
@@ -158,8 +159,8 @@ def tiny(
     import transformers
 
     common = {"vocab_size": 67, "pad_token_id": 0, "num_labels": num_labels}
-    if kind != "token-classification":
-        common["problem_type"] = "regression" if kind == "regression" else "single_label_classification"
+    if KINDS[kind].problem_type is not None:
+        common["problem_type"] = KINDS[kind].problem_type
     encoder = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -214,8 +215,7 @@ def tiny(
             eos_token_id=1,
             attention_dropout=dropout,
         )
-    token_classes = kind == "token-classification"
-    auto = transformers.AutoModelForTokenClassification if token_classes else transformers.AutoModelForSequenceClassification
+    auto = getattr(transformers, KINDS[kind].model)
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = auto.from_config(config)

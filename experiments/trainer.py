@@ -31,7 +31,7 @@ import variants
 from experiments import first_token, measure, models, objective
 from experiments.config import Training
 from experiments.optim import MemberAdamW, schedule_factor
-from experiments.tasks.common import Encoded, Task, Undefined, batches, collate, evaluation_batches
+from experiments.tasks.common import KINDS, Encoded, Task, Undefined, batches, collate, evaluation_batches
 from variants import native
 from variants.base import Adapter, CannotMerge, Step
 from variants.settings import Settings, method
@@ -69,7 +69,8 @@ class Pack:
 class Outcome:
     """What became of one member.
 
-    By split: metrics, the standard error of the primary metric (points), and the number of rows scored.
+    By split: metrics, the standard error of the primary metric (points), and the number of rows scored (of questions, where
+    rows are their windows).
     """
 
     error: str | None = None
@@ -183,7 +184,8 @@ class Trainer:
             adapter.begin(state, micro_batch, training=True)
             torch.manual_seed(random_seed(pack.seeds, self.step, micro_batch))  # for what a model draws by itself
             with self._autocast():
-                logits = self.model(**adapter.prepare(batch)).logits
+                output = self.model(**adapter.prepare(batch))
+            logits = objective.logits(pack.task.kind, output, batch["attention_mask"])
             losses = objective.losses(pack.task.kind, logits, labels, pack.members) * count / totals
             objective_value = losses
             if micro_batch == len(chunks) - 1:
@@ -246,22 +248,22 @@ class Trainer:
 
     def evaluate(self, split: str) -> list[dict[str, float] | Undefined]:
         """Each member's metrics on a split, in points, or why they have no value."""
-        encoded = self.data[split]
-        found = self.predictions(split)
-        return [one if isinstance(one, Undefined) else self._score(one, encoded.labels, encoded.token_offsets) for one in found]
+        truth = self.data[split].truth
+        return [one if isinstance(one, Undefined) else self._score(one, *truth) for one in self.predictions(split)]
 
     @torch.no_grad()
     def predictions(self, split: str) -> list[np.ndarray | Undefined]:
         """Each member's predictions for a split, in the order of its rows, as `Task.metrics` takes them."""
         pack, encoded = self.pack, self.data[split]
-        K, kind = pack.members, pack.task.kind
-        by_token = kind == "token-classification"
-        kept = np.zeros((K, len(encoded.ids) if by_token else len(encoded)), np.float64 if kind == "regression" else np.int64)
+        K, kind, by_token = pack.members, pack.task.kind, KINDS[pack.task.kind].by_token
+        number, shape = KINDS[kind].predictions
+        kept = np.zeros((K, len(encoded.ids) if by_token else len(encoded), *shape), number)
         finite = torch.ones(K, dtype=torch.bool, device=pack.device)
         self.model.eval()
         for rows, length, logits in self._evaluation_logits(encoded):
             finite &= logits.isfinite().view(K, -1).all(1)
-            found = objective.predictions(kind, logits).view(K, len(rows), *logits.shape[1:-1]).cpu().numpy()
+            found = objective.predictions(kind, logits)
+            found = found.view(K, len(rows), *found.shape[1:]).cpu().numpy()
             if by_token:
                 mask = np.arange(length) < encoded.lengths[rows][:, None]
                 kept[:, (encoded.offsets[rows][:, None] + np.arange(length))[mask]] = found[:, mask]
@@ -307,12 +309,13 @@ class Trainer:
         batch = self._tensors(collate(encoded, rows, length, self.pad))
         batch.pop("labels")
         self.adapter.begin(Step(max(self.step, 1), self.total), training=False)
+        batch = {k: v.repeat(members, 1) for k, v in batch.items()}
         with self._autocast():
-            logits = self.model(**self.adapter.prepare({k: v.repeat(members, 1) for k, v in batch.items()})).logits
+            output = self.model(**self.adapter.prepare(batch))
         self.progress(members * len(rows) / 3)  # a forward pass alone costs about a third of a step
-        return logits
+        return objective.logits(self.pack.task.kind, output, batch["attention_mask"])
 
-    def _score(self, predicted: np.ndarray, labels: np.ndarray, offsets: np.ndarray | None) -> dict[str, float] | Undefined:
+    def _score(self, predicted: np.ndarray, labels: Any, offsets: np.ndarray | None) -> dict[str, float] | Undefined:
         try:
             return self.pack.task.metrics(predicted, labels, offsets)
         except Undefined as error:
@@ -379,15 +382,14 @@ class Trainer:
     def _conclude(self, outcome: Outcome, member: int, split: str, predicted: np.ndarray | Undefined) -> None:
         """Adds what a member reached on a split to its outcome, and to its log."""
         encoded = self.data[split]
-        truth = encoded.labels, encoded.token_offsets
-        metrics = predicted if isinstance(predicted, Undefined) else self._score(predicted, *truth)
+        metrics = predicted if isinstance(predicted, Undefined) else self._score(predicted, *encoded.truth)
         self._log_evaluation(member, split, metrics)
         if isinstance(metrics, Undefined):
             outcome.error, outcome.detail = metrics.error, metrics.detail
         else:
             outcome.metrics[split] = metrics
-            outcome.standard_errors[split] = self.pack.task.standard_error(predicted, *truth)
-            outcome.rows[split] = len(encoded)
+            outcome.standard_errors[split] = self.pack.task.standard_error(predicted, *encoded.truth)
+            outcome.rows[split] = encoded.num_examples
 
     # -- what is written down ------------------------------------------------------------------------------------------
 

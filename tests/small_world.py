@@ -19,7 +19,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from experiments import config, models, tasks
 from experiments.config import Study, Training
 from experiments.study import Runner
+from experiments.tasks import squad
 from experiments.tasks.common import (
+    KINDS,
     Encoded,
     Examples,
     Task,
@@ -59,16 +61,21 @@ def model(folder: Path, name: str = "bert", dropout: float = 0.1) -> str:
 
 def task(kind: str = "regression", name: str = "") -> Task:
     """A task over random letters that can be learnt: how many of the first letters of the alphabet there are."""
-    measure = {"regression": correlations, "classification": accuracy_and_macro_f1, "token-classification": _token_accuracy}
+    metric, measure, resampled, num_labels = {
+        "regression": ("pearson_spearman", correlations, resampled_correlations, 1),
+        "classification": ("accuracy", accuracy_and_macro_f1, None, 3),
+        "token-classification": ("accuracy", _token_accuracy, _resampled_token_accuracy, 3),
+        "span": ("f1", squad.measure, squad.resampled_f1, 2),
+    }[kind]
     return Task(
         name=name or f"small/{kind}",
         kind=kind,
-        num_labels=1 if kind == "regression" else 3,
-        metric={"regression": "pearson_spearman", "classification": "accuracy", "token-classification": "accuracy"}[kind],
+        num_labels=num_labels,
+        metric=metric,
         licence="made up",
         read=lambda split: _examples(kind, split),
-        measure=measure[kind],
-        resampled={"regression": resampled_correlations, "token-classification": _resampled_token_accuracy}.get(kind),
+        measure=measure,
+        resampled=resampled,
         identity=lambda: f"{kind} 1",
         caption=("Made-up data.",),
     )
@@ -90,6 +97,11 @@ def _examples(kind: str, split: str) -> Examples:
     share = np.array([e.mean() for e in early])
     if kind == "token-classification":
         return Examples(texts, None, [e.astype(np.int64) + (i % 2) for i, e in enumerate(early)])
+    if kind == "span":  # the last letter, twice as many of which need two windows or more
+        contexts = [" ".join(text * 2) for text in texts]
+        starts = [np.array([len(context) - 1]) for context in contexts]
+        answers = [(text[-1],) for text in texts]
+        return Examples([text[0] for text in texts], contexts, starts, answers, [str(i) for i in range(len(texts))])
     labels = share.astype(np.float32) if kind == "regression" else np.digitize(share, [0.4, 0.6]).astype(np.int64)
     return Examples([" ".join(text) for text in texts], None, labels)
 
@@ -158,7 +170,7 @@ def study(model_id: str, methods: Sequence[str] | Sequence[dict[str, Any]] = ("l
 
 def register(set_item: Callable[[dict, str, Task], None] = dict.__setitem__) -> None:
     """Makes the small tasks known by name; with pytest pass monkeypatch.setitem."""
-    for kind in ("regression", "classification", "token-classification"):
+    for kind in KINDS:
         one = task(kind)
         set_item(tasks._TASKS, one.name, one)
 

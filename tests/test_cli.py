@@ -204,7 +204,7 @@ def test_pickled_adapter_is_refused(adapter_folder):
 
 def test_list_is_json_on_request():
     found = json.loads(rankwise("list", "--json").stdout)
-    assert set(found) == {"methods", "models", "tasks", "studies"}
+    assert set(found) == {"methods", "models", "tasks", "studies", "papers"}
     assert set(found["methods"]) == set(variants.METHODS)
 
 

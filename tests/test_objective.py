@@ -1,5 +1,7 @@
 """Losses per member: each the mean over its own rows or scored tokens, as torch has them for one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -39,6 +41,33 @@ def test_token_classification_is_the_mean_over_each_member_s_scored_tokens():
     assert objective.counts("token-classification", labels, K).tolist() == [11, 19, 20]
 
 
+def test_a_span_s_loss_is_the_mean_of_its_start_s_and_its_end_s_as_bert_has_it():
+    starts, ends = classes(K * N) % LENGTH, classes(2 * K * N)[K * N :] % LENGTH
+    logits = random(K * N, LENGTH, 2)
+    expected = []
+    for k in range(K):
+        own = slice(k * N, (k + 1) * N)
+        two = F.cross_entropy(logits[own, :, 0], starts[own]), F.cross_entropy(logits[own, :, 1], ends[own])
+        expected.append((two[0] + two[1]) / 2)
+    labels = torch.stack([starts, ends], 1)
+    torch.testing.assert_close(objective.losses("span", logits, labels, K), torch.stack(expected))
+    assert objective.counts("span", labels, K).tolist() == [N] * K
+    assert (starts != ends).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_span_s_loss_does_not_depend_on_its_padding(dtype):
+    scores, labels = random(2, LENGTH + 3, 2).to(dtype), torch.tensor([[0, 2], [1, 1]])
+    output = SimpleNamespace(start_logits=scores[..., 0], end_logits=scores[..., 1])
+    mask = torch.tensor([[1] * LENGTH + [0] * 3] * 2)
+    padded = objective.logits("span", output, mask)
+    assert torch.equal(padded[:, :LENGTH], scores[:, :LENGTH]) and torch.isfinite(padded).all()
+    found = objective.losses("span", padded, labels, 2)
+    torch.testing.assert_close(found, objective.losses("span", scores[:, :LENGTH], labels, 2))
+    other = SimpleNamespace(logits=scores)
+    assert all(objective.logits(kind, other, mask) is scores for kind in ("regression", "token-classification"))
+
+
 def test_a_member_without_a_scored_token_has_a_loss_of_zero_and_counts_nothing():
     labels = classes(2 * N, LENGTH)
     labels[N:] = -100
@@ -51,11 +80,13 @@ def test_a_member_without_a_scored_token_has_a_loss_of_zero_and_counts_nothing()
     assert (logits.grad[N:] == 0).all()
 
 
-@pytest.mark.parametrize("kind", ["regression", "classification", "token-classification"])
+@pytest.mark.parametrize("kind", ["regression", "classification", "token-classification", "span"])
 def test_a_member_s_loss_sends_no_gradient_to_others(kind):
-    shape = {"regression": (K * N, 1), "classification": (K * N, LABELS)}.get(kind, (K * N, LENGTH, LABELS))
+    shapes = {"regression": (K * N, 1), "classification": (K * N, LABELS), "span": (K * N, LENGTH, 2)}
+    shape = shapes.get(kind, (K * N, LENGTH, LABELS))
     logits = random(*shape).requires_grad_()
     labels = random(K * N) * 3 if kind == "regression" else classes(*shape[:-1])
+    labels = labels[:, :2] % LENGTH if kind == "span" else labels
     objective.losses(kind, logits, labels, K)[1].backward()
     sent = logits.grad.flatten(1).abs().sum(1).view(K, N)
     assert (sent[1] > 0).all()
@@ -73,6 +104,7 @@ def test_predictions_are_numbers_or_the_likeliest_labels():
     assert objective.predictions("regression", torch.tensor([[0.5], [2.0]]).bfloat16()).tolist() == [0.5, 2.0]
     assert objective.predictions("classification", torch.tensor([[0.0, 3.0, 1.0]])).tolist() == [1]
     assert objective.predictions("token-classification", torch.tensor([[[0.0, 1.0], [5.0, 1.0]]])).tolist() == [[1, 0]]
+    assert objective.predictions("span", torch.tensor([[[0.5, 1.0]]]).bfloat16()).tolist() == [[[0.5, 1.0]]]
 
 
 def test_an_unknown_kind_is_refused():

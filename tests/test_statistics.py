@@ -61,9 +61,9 @@ def test_sign_flip_counts_ties_that_rounding_hides():
     )
 
 
-@pytest.mark.parametrize("differences", [[], [float("nan")], [1.0] * 23])
-def test_sign_flip_refuses_what_it_cannot_enumerate(differences):
-    with pytest.raises(ValueError, match=r"exact sign-flip test takes 1 to 22 finite"):
+@pytest.mark.parametrize("differences", [[], [float("nan")], [1.0, float("inf")]])
+def test_sign_flip_refuses_what_is_no_difference(differences):
+    with pytest.raises(ValueError, match=r"one or more, each a finite number"):
         statistics.sign_flip_test(differences)
 
 
@@ -95,3 +95,61 @@ def test_smallest_difference_is_found_four_times_in_five():
     draws = np.random.default_rng(1).normal(shift, seen.std(ddof=1), (20_000, 4))
     assert np.mean(stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05) == pytest.approx(0.8, abs=0.01)
     assert statistics.smallest_difference([0.3]) is None
+
+
+def test_sign_flip_beyond_what_can_be_counted_is_drawn_and_agrees_with_the_exact_one(monkeypatch):
+    differences = np.random.default_rng(1).normal(0.35, 1, 14)
+    exact = statistics.sign_flip_test(differences)
+    monkeypatch.setattr(statistics, "MOST_FLIPS", 10)
+    drawn = statistics.sign_flip_test(differences)
+    assert drawn == pytest.approx(exact, abs=4 * (exact * (1 - exact) / 99_999) ** 0.5)
+    assert drawn == statistics.sign_flip_test(differences)  # with a fixed seed
+    monkeypatch.undo()
+    assert statistics.sign_flip_test(np.ones(30)) == pytest.approx(2e-5)  # 2 / 100,000: the smallest that draws can show
+
+
+def test_bca_is_scipys_and_needs_values_that_differ():
+    values = np.random.default_rng(2).gamma(2.0, 3.0, 12)
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=9999, method="BCa", rng=np.random.default_rng(0))
+    found = statistics.bca_interval(values)
+    assert found == pytest.approx((theirs.confidence_interval.low, theirs.confidence_interval.high))
+    t = statistics.summary(values)
+    assert found[0] > t.low and found[1] - values.mean() > values.mean() - found[0]  # skewed to the right, as the values are
+    assert statistics.bca_interval([5.0]) is None and statistics.bca_interval([5.0, 5.0, 5.0]) is None
+
+
+def test_interquartile_mean_by_hand():
+    # Eight values, two cut at each end. Seven: a quarter of seven is 1.75, of which whole values are cut: one at each end.
+    assert statistics.interquartile_mean([[1, 2, 3, 4], [5, 6, 7, 100]]) == pytest.approx((3 + 4 + 5 + 6) / 4)
+    assert statistics.interquartile_mean([0, 1, 2, 3, 4, 5, 60]) == pytest.approx((1 + 2 + 3 + 4 + 5) / 5)
+    assert statistics.interquartile_mean([]) is None
+
+
+def test_probability_of_improvement_by_hand_and_by_mann_and_whitney():
+    assert statistics.probability_of_improvement([3, 1], [2, 1]) == (2 + 0.5) / 4  # 3 beats both; 1 ties 1, loses to 2
+    ours, theirs = np.random.default_rng(4).normal(size=(2, 9))
+    u = stats.mannwhitneyu(ours, theirs[:7]).statistic
+    assert statistics.probability_of_improvement(ours, theirs[:7]) == pytest.approx(u / 63)
+    assert statistics.probability_of_improvement([], [1.0]) is None
+
+
+def test_stratified_interval_draws_seeds_within_each_task():
+    # Two tasks far apart, each without scatter: drawn together they would vary by 50 points, within tasks by nothing.
+    assert statistics.stratified_interval([np.full(5, 10.0), np.full(5, 60.0)]) == (35.0, 35.0)
+    assert statistics.stratified_interval([np.full(5, 10.0), np.full(5, 60.0)], "iqm") == (35.0, 35.0)
+    tasks = [np.random.default_rng(i).normal(50 + 20 * i, 1 + i, 40) for i in range(3)]
+    low, high = statistics.stratified_interval(tasks)
+    error = np.sqrt(sum(task.var(ddof=1) / 40 for task in tasks)) / 3  # of the mean of three means
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.06)
+    assert statistics.stratified_interval([np.array([1.0]), np.array([1.0, 2.0])]) is None
+
+
+def test_what_seeds_could_have_seen_is_what_the_test_finds_four_times_in_five():
+    for n, m in ((8, 5), (10, 5), (6, 1)):
+        effect = statistics.detectable(n, m)
+        assert statistics.sign_flip_power(n, effect, m) == pytest.approx(0.8, abs=0.002)
+        draws = np.random.default_rng(100 + n).normal(effect, 1, (800, n))
+        found = np.mean([statistics.sign_flip_test(d) <= 0.05 / m for d in draws])
+        assert found == pytest.approx(0.8, abs=0.05)
+    assert statistics.detectable(5, 5) == statistics.effect_size(5, 0.8, 0.99)  # too few for the test: what a t test could
+    assert statistics.detectable(8, 5) > statistics.detectable(8, 1) > statistics.detectable(9, 1)

@@ -11,6 +11,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -22,6 +23,7 @@ from experiments import config
 from experiments.config import Study
 from experiments.study import Runner, groups
 from experiments.trainer import Trainer
+from reports.results import load
 from tests import small_world
 
 
@@ -118,7 +120,7 @@ def child(what: Study, out: Path, cache: str, *kill: Any) -> multiprocessing.Pro
 @pytest.fixture(scope="module")
 def killable(model, cache, tmp_path_factory) -> tuple[Study, dict[str, Any], float]:
     """A study with a sweep, packs and pruning; what its folder holds in the end; and how long it takes in a child."""
-    what = study(model, [SWEPT, ADALORA, "full"], quick=True, sweep={"max_steps": 3})
+    what = study(model, [SWEPT, ADALORA, "full"], quick=True, sweep={"max_steps": 3, "trials": 3})  # a grid of two widens
     out = tmp_path_factory.mktemp("whole")
     child(what, out / "first", cache).join()  # starts the server and fills the cache
     began = time.perf_counter()
@@ -127,7 +129,7 @@ def killable(model, cache, tmp_path_factory) -> tuple[Study, dict[str, Any], flo
     assert process.exitcode == 0
     whole = contents(out / "runs")
     assert whole == contents(out / "first")
-    assert len([name for name in whole if name.endswith("result.json")]) == 2 + 3 * 2
+    assert len([name for name in whole if name.endswith("result.json")]) == 3 + 3 * 2
     assert not [name for name in whole if name.startswith("packs/") or ".tmp" in name or "partial" in name]
     return what, whole, time.perf_counter() - began
 
@@ -405,8 +407,125 @@ def test_the_sweep_takes_the_best_rate(model, tmp_path, monkeypatch, scores, bes
     assert runner._rates(final) == [(0, best), (1, best)]
 
 
+def test_a_grid_is_widened_while_its_best_rate_stands_at_the_edge_within_the_budget_of_trials(model, tmp_path, monkeypatch):
+    """Scores rise up to 0.08: the grid of 3e-3 and 1e-2 grows by its own step, 10 / 3, until 0.11 lies beyond the best."""
+    best, written = 0.033, Runner._write_result
+
+    def risen(self, run, outcome, *rest):
+        if outcome.metrics.get("validation"):
+            metric = self.prepared[run.task].task.metric
+            outcome.metrics["validation"][metric] = 90 - 10 * abs(np.log(run.learning_rate / best))
+        written(self, run, outcome, *rest)
+
+    monkeypatch.setattr(Runner, "_write_result", risen)
+    for trials, tried, chosen in ((3, [3e-3, 1e-2, 3.3e-2], 3.3e-2), (9, [3e-3, 1e-2, 3.3e-2, 0.11], 3.3e-2)):
+        what = study(model, [SWEPT], sweep={"max_steps": 1, "trials": trials}, seeds=1)
+        out = tmp_path / str(trials)
+        results = ran(what, out)
+        assert sorted(r["learning_rate"] for r in results if r["phase"] == "sweep") == pytest.approx(tried)
+        assert [r["learning_rate"] for r in results if r["phase"] == "final"] == [pytest.approx(chosen)]
+        assert json.loads((out / "study.json").read_text())["trials"] == {"lora": trials}
+        packs = json.loads((out / "packs.json").read_text())["packs"]
+        assert [p["pack"] for p in packs if "sweep" in p["pack"]] == [
+            "sweep-lora-" + what.tasks[0].replace("/", "_") + f"-{i}" for i in range(len(tried) - 1)
+        ]
+        assert ran(what, out) == results  # known again, not run again
+
+
+def test_successive_halving_runs_the_better_half_twice_as_long(model, tmp_path):
+    rates = [1e-3, 3e-3, 1e-2, 3e-2]
+    methods = [{"method": "lora", "rank": 2, "learning_rates": rates}]
+    what = study(model, methods, sweep={"max_steps": 4, "halving": 2, "rungs": 3, "trials": 4}, seeds=1)
+    results = ran(what, tmp_path)
+    sweeps = [r for r in results if r["phase"] == "sweep"]
+    assert [(r["rung"], r["total_steps"]) for r in sweeps] == [(0, 1)] * 4 + [(1, 2)] * 2 + [(2, 4)]
+    for rung, keep in ((0, 2), (1, 1)):
+        scores = {r["learning_rate"]: r["selection_score"] for r in sweeps if r["rung"] == rung}
+        best = sorted(scores, key=lambda rate: (-scores[rate], rate))[:keep]
+        assert {r["learning_rate"] for r in sweeps if r["rung"] == rung + 1} == set(best)
+    last = next(r["learning_rate"] for r in sweeps if r["rung"] == 2)
+    assert [r["learning_rate"] for r in results if r["phase"] == "final"] == [last]
+    arm = load(tmp_path).arms[0]
+    assert arm.rate == last and {rate: runs[0].config.rung for rate, runs in arm.grid.items()}[last] == 2
+
+
+# -- budgets -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_of_parameters_gives_every_method_ranks_and_one_scale(model, tmp_path):
+    methods = [
+        {"method": "lora", "learning_rate": 1e-3},
+        {"method": "dora", "learning_rate": 1e-3},
+        {"method": "adalora", "learning_rate": 1e-3, "final_steps": 1},
+        {"method": "head", "learning_rate": 1e-3},
+    ]
+    wanted = 2600
+    results = ran(study(model, methods, seeds=1, budget={"equal": "parameters", "parameters": wanted, "scale": 3.0}), tmp_path)
+    by = {r["setting"]: r for r in results}
+    for label in ("lora", "dora"):
+        assert wanted - 48 < by[label]["active_parameters"] <= wanted
+        assert by[label]["scale"] == pytest.approx(3.0)
+        assert len(set(by[label]["ranks"].values())) == 2  # mixed: a whole rank would be too coarse
+    assert by["adalora"]["scale"] == pytest.approx(3.0) and by["head"]["active_parameters"] == 0
+    totals = {label: sum(by[label]["ranks"].values()) for label in ("lora", "adalora")}
+    assert 0 <= totals["lora"] - totals["adalora"] <= 2  # a triplet costs one parameter more than a pair
+
+
+def test_a_budget_that_is_too_small_is_refused_with_what_would_do(model, tmp_path):
+    with pytest.raises(ValueError, match=r"a budget of 10 parameters does not give each of \d+ sites one rank: that takes"):
+        what = study(model, [{"method": "lora", "learning_rate": 1e-3}], budget={"equal": "parameters", "parameters": 10})
+        ran(what, tmp_path)
+
+
+def test_equal_time_shortens_what_is_slower_and_is_written_down(model, tmp_path, monkeypatch):
+    seconds = {"lora": 1.0, "full": 2.0}
+    probe = lambda self, entry, task, accumulation: {"seconds_per_step": seconds[entry.label], "peak_bytes": 1}  # noqa: E731
+    monkeypatch.setattr(Runner, "_probe", probe)
+    methods = [{"method": "lora", "rank": 2, "learning_rate": 1e-3}, {"method": "full", "learning_rate": 1e-4}]
+    what = study(model, methods, seeds=1, reference="lora", budget={"equal": "time"})
+    assert [r["total_steps"] for r in ran(what, tmp_path)] == [4, 2]
+    seconds["full"] = 1.0  # another measurement later on changes nothing
+    assert [r["total_steps"] for r in ran(what, tmp_path)] == [4, 2]
+    assert json.loads((tmp_path / "budget.json").read_text())["equal"] == "time"
+
+
+def test_equal_memory_takes_micro_batches_until_a_step_fits(model, tmp_path, monkeypatch):
+    peak = lambda self, entry, task, accumulation: {"seconds_per_step": 1.0, "peak_bytes": 100 // accumulation}  # noqa: E731
+    monkeypatch.setattr(Runner, "_probe", peak)
+    what = study(model, seeds=1, budget={"equal": "memory", "bytes": 30})
+    [result] = ran(what, tmp_path)
+    config = json.loads((tmp_path / result["fingerprint"] / "config.json").read_text())
+    assert config["training"]["accumulation"] == 4
+    with pytest.raises(ValueError, match=r"needs \d+ bytes for a step of one row at a time, above budget.bytes = 1: raise it"):
+        ran(study(model, seeds=1, budget={"equal": "memory", "bytes": 1}), tmp_path / "less")
+
+
+def test_a_probe_measures_real_steps(model, tmp_path):
+    runner = Runner(study(model), tmp_path, device="cpu")
+    runner.prepare()
+    found = runner._probe(runner.study.methods[0], runner.study.tasks[0], 1)
+    assert found["seconds_per_step"] > 0 and found["peak_bytes"] > 10 * 2**20
+
+
+# -- a paper's own protocol ----------------------------------------------------------------------------------------------
+
+
+def test_best_dev_epoch_reports_the_best_epoch_of_the_development_part(model, tmp_path):
+    training = {**TRAINING, "epochs": 4, "max_steps": None, "evaluations_per_epoch": 1}
+    what = study(model, seeds=2, protocol="best-dev-epoch", training=training)
+    for result in ran(what, tmp_path):
+        lines = (tmp_path / result["fingerprint"] / "metrics.jsonl").read_text().splitlines()
+        seen = [line for line in map(json.loads, lines) if line["kind"] == "evaluation"]
+        assert len(seen) == 4 and {line["split"] for line in seen} == {"validation"}
+        scores = {line["step"]: line["metrics"][result["metric"]] for line in seen}
+        assert result["score"] == result["selection_score"] == max(scores.values())
+        assert result["scored_step"] == min(step for step, score in scores.items() if score == result["score"])
+        assert (result["protocol"], result["split"]) == ("best-dev-epoch", "validation")
+    assert {r.result.protocol for r in load(tmp_path).runs} == {"best-dev-epoch"}
+
+
 def test_a_sweep_sees_the_selection_split_alone_and_its_rate_is_run_again_in_full(model, tmp_path):
-    what = study(model, [SWEPT], sweep={"max_steps": 3, "seeds": 2})
+    what = study(model, [SWEPT], sweep={"max_steps": 3, "seeds": 2, "trials": 2})
     results = ran(what, tmp_path)
     sweeps, finals = results[:4], results[4:]
     assert all(r["phase"] == "sweep" and r["score"] is None and set(r["metrics"]) == {"validation"} for r in sweeps)
@@ -545,7 +664,7 @@ def test_a_member_that_diverges_or_collapses_is_a_failed_result_with_its_reason(
     what = study(
         model,
         [{"method": "lora", "rank": 2, "learning_rates": [1e-2, 1e30]}],
-        sweep={"epochs": 2, "max_steps": 7},
+        sweep={"epochs": 2, "max_steps": 7, "trials": 2},
         seeds=1,
         training={**TRAINING, "max_skipped_steps": 2, "warmup_ratio": 0.0},
     )

@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 import experiments.trainer
 from experiments import models, objective
-from experiments.tasks.common import Undefined, batches, collate
+from experiments.tasks.common import KINDS, Undefined, batches, collate
 from experiments.trainer import Trainer
 from tests import small_world
 from tests.loop import Loop
@@ -331,7 +331,7 @@ def test_in_bf16_the_base_is_bf16_and_what_is_trained_is_fp32_and_a_stopped_run_
 # -- the order of a step -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["regression", "classification", "token-classification"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_accumulation_is_one_batch_in_pieces(tmp_path_factory, tmp_path, doubled, kind):
     without_dropout = small_world.model(tmp_path_factory.mktemp("model"), dropout=0.0)
     ends = []
@@ -349,7 +349,9 @@ def test_accumulation_is_one_batch_in_pieces(tmp_path_factory, tmp_path, doubled
         ends.append((trained_tensors(trainer), lines(trainer, 1)))
     for tensors, logged in ends[1:]:
         for name, tensor in ends[0][0].items():
-            torch.testing.assert_close(tensors[name], tensor, rtol=1e-8, atol=1e-11, msg=name)
+            # A span's bias moves the scores of all tokens alike, so that its gradient is nothing but rounding.
+            tolerance = 1e-6 if name.endswith("qa_outputs.bias") else 1e-11
+            torch.testing.assert_close(tensors[name], tensor, rtol=1e-8, atol=tolerance, msg=name)
         assert_near(logged, ends[0][1], 1e-8)  # the penalty among them: once a step
 
 
@@ -397,7 +399,7 @@ def test_evaluations_change_nothing(model, tmp_path):
     assert [line["step"] for line in lines(seldom, kind="evaluation")] == [12, 12]
 
 
-@pytest.mark.parametrize("kind", ["regression", "classification", "token-classification"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_evaluation_scores_each_row_of_each_member_in_its_place(model, tmp_path, monkeypatch, kind):
     pack = small_world.pack(model, seeds=(1, 2), kind=kind)
     trainer, _ = small_world.trained(pack, tmp_path)
@@ -410,11 +412,12 @@ def test_an_evaluation_scores_each_row_of_each_member_in_its_place(model, tmp_pa
         batch = trainer._tensors(collate(data, [row], int(data.lengths[row]), 0))
         batch.pop("labels")
         with torch.no_grad():
-            logits = trainer.model(**{k: v.repeat(2, 1) for k, v in batch.items()}).logits
+            output = trainer.model(**{k: v.repeat(2, 1) for k, v in batch.items()})
+        logits = objective.logits(kind, output, batch["attention_mask"].repeat(2, 1))
         own = objective.predictions(kind, logits)
         for k, (predicted, labels) in enumerate(seen):
-            assert labels is data.labels
-            mine = predicted[data.offsets[row] : data.offsets[row + 1]] if kind == "token-classification" else predicted[row]
+            assert labels is data.truth[0]
+            mine = predicted[data.offsets[row] : data.offsets[row + 1]] if KINDS[kind].by_token else predicted[row]
             np.testing.assert_allclose(mine, own[k].numpy(), rtol=1e-4, atol=1e-5)
 
 
@@ -426,7 +429,7 @@ def test_logged_rates_are_each_member_s_own_times_the_schedule(model, tmp_path):
         assert [line["learning_rate"] for line in lines(trainer, k)] == pytest.approx([rate * f for f in shape])
 
 
-@pytest.mark.parametrize("kind", ["regression", "classification", "token-classification"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_outcome_has_the_standard_error_and_rows_of_each_split_from_one_evaluation(model, tmp_path, monkeypatch, kind):
     rates = (1e-2, 1e30, 3e-3)
     pack = small_world.pack(model, seeds=(1, 2, 3), learning_rates=rates, kind=kind, evaluations_per_epoch=0)
@@ -441,8 +444,7 @@ def test_an_outcome_has_the_standard_error_and_rows_of_each_split_from_one_evalu
     for k in (0, 2):
         assert outcomes[k].rows == {"validation": 24, "test": 20}
         for split in pack.splits:
-            data = trainer.data[split]
-            truth = data.labels, data.offsets if kind == "token-classification" else None
+            truth = trainer.data[split].truth
             assert outcomes[k].metrics[split] == pack.task.metrics(made[split][0][k], *truth)
             assert outcomes[k].standard_errors[split] == pack.task.standard_error(made[split][0][k], *truth) > 0
 

@@ -2,12 +2,12 @@
 
 import difflib
 
-from experiments.tasks import conll2003, glue, reuters, sarcasm
+from experiments.tasks import conll2003, glue, reuters, sarcasm, squad
 from experiments.tasks.common import Encoded, Examples, Task, Undefined
 
 __all__ = ["Encoded", "Examples", "Task", "Undefined", "get", "names"]
 
-_TASKS: dict[str, Task] = {task.name: task for family in (glue, reuters, sarcasm, conll2003) for task in family.TASKS}
+_TASKS: dict[str, Task] = {task.name: task for family in (glue, reuters, sarcasm, conll2003, squad) for task in family.TASKS}
 
 
 def names() -> list[str]:

@@ -8,6 +8,7 @@ can be packed without waste; which rows of a shelf come in which of its batches 
 counter-based (Philox), so that any step of any epoch can be computed from nothing.
 """
 
+import functools
 import hashlib
 import io
 import itertools
@@ -15,7 +16,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ from typing import Any
 import numpy as np
 
 from experiments import catalogue
+from experiments.tasks import spans
+from experiments.tasks.spans import Questions
 
 FORMAT = 1  # raise it when the tokens kept on disk change their meaning
 SHELF = 8  # batches of similar length that each seed shuffles among themselves
@@ -44,11 +47,17 @@ class Undefined(ArithmeticError):
 
 @dataclass(frozen=True)
 class Examples:
-    """One split as read: n texts (or n lists of words), their partners if the task is about pairs, and n labels."""
+    """One split as read: n texts (or n lists of words), their partners if the task is about pairs, and n labels.
+
+    Of a task about spans: questions, contexts, and as labels the first character of each right answer (n arrays); answers
+    has their texts, a tuple for each question, ids the names of the questions.
+    """
 
     first: list
     second: list | None
     labels: np.ndarray | list[np.ndarray]
+    answers: list[tuple[str, ...]] | None = None
+    ids: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.first)
@@ -56,13 +65,16 @@ class Examples:
     def select(self, rows: Iterable[int]) -> "Examples":
         rows = [int(row) for row in rows]
         labels = self.labels[rows] if isinstance(self.labels, np.ndarray) else [self.labels[row] for row in rows]
-        return Examples([self.first[i] for i in rows], self.second and [self.second[i] for i in rows], labels)
+        lists = (self.first, self.second, self.answers, self.ids)
+        first, second, answers, ids = ([values[i] for i in rows] if values else values for values in lists)
+        return Examples(first, second, labels, answers, ids)
 
     def content_hash(self) -> str:
-        """sha256 over texts and labels (scores to four decimals)."""
+        """sha256 over texts and labels (scores to four decimals), right answers and ids among them where there are any."""
         labels = self.labels if isinstance(self.labels, list) else [self.labels]
         numbers = [np.round(one.astype(np.float64), 4).tolist() for one in labels]
-        text = json.dumps([self.first, self.second, numbers], ensure_ascii=True, separators=(",", ":"))
+        parts = [self.first, self.second, numbers] + ([] if self.answers is None else [self.answers, self.ids])
+        text = json.dumps(parts, ensure_ascii=True, separators=(",", ":"))
         return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
@@ -71,7 +83,9 @@ class Encoded:
     """One split, tokenised: n rows in flat storage.
 
     ids: (total,) int32. offsets: (n + 1,) int64. token_type_ids: (total,) int8 or None.
-    labels: (n,) float32 for a regression, (n,) int64 for classes, (total,) int64 aligned with ids for token classes.
+    labels: (n,) float32 for a regression, (n,) int64 for classes, (total,) int64 aligned with ids for token classes,
+    (n, 2) int64 for spans: the tokens of a row at which its answer starts and ends.
+    questions: for spans, what the rows are windows of; an example is a question there, and a row anywhere else.
     """
 
     ids: np.ndarray
@@ -80,6 +94,7 @@ class Encoded:
     labels: np.ndarray
     max_length: int
     is_by_token: bool = False  # labels aligned with ids
+    questions: Questions | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -90,9 +105,26 @@ class Encoded:
         return np.diff(self.offsets)
 
     @property
-    def token_offsets(self) -> np.ndarray | None:
-        """Where the tokens of each row begin, (n + 1,), if predictions are made for tokens; None if for rows."""
-        return self.offsets if self.is_by_token else None
+    def num_examples(self) -> int:
+        """How many examples the rows are of: what scores are means over, and what a part of a split is drawn from."""
+        return len(self) if self.questions is None else len(self.questions)
+
+    @property
+    def truth(self) -> tuple[Any, np.ndarray | None]:
+        """What predictions are scored against: (labels, offsets) of `Task.metrics`."""
+        by_token = self.is_by_token or self.questions is not None
+        return self.labels if self.questions is None else self.questions, self.offsets if by_token else None
+
+    def select_examples(self, examples: Sequence[int] | np.ndarray) -> "Encoded":
+        """All rows of these examples alone, in this order (of a split of questions: in the split's)."""
+        return self.select(examples if self.questions is None else np.flatnonzero(np.isin(self.questions.rows, examples)))
+
+    def content(self) -> Iterator[bytes]:
+        """All that a run's results can depend on, for a hash."""
+        for array in (self.ids, self.offsets, self.labels, self.token_type_ids):
+            yield b"-" if array is None else np.ascontiguousarray(array).tobytes()
+        if self.questions is not None:
+            yield from (array.tobytes() for array in self.questions.arrays().values())
 
     def select(self, rows: Sequence[int] | np.ndarray) -> "Encoded":
         """These rows alone, in this order."""
@@ -102,14 +134,16 @@ class Encoded:
         flat = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
         types = None if self.token_type_ids is None else self.token_type_ids[flat]
         labels = self.labels[flat] if self.is_by_token else self.labels[rows]
-        return Encoded(self.ids[flat], offsets, types, labels, self.max_length, self.is_by_token)
+        questions = None if self.questions is None else self.questions.select(rows, flat)
+        return Encoded(self.ids[flat], offsets, types, labels, self.max_length, self.is_by_token, questions)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One task: what it is, how its splits are read, how predictions are scored.
 
-    metric: the name of the primary metric. sizes: rows of each split, known before any download, or None.
+    kind: a name of KINDS. metric: the name of the primary metric. sizes: rows of each split, known before any download, or
+    None (as where a tokenizer decides about them).
     read: split -> Examples. measure: (predictions, labels) -> {name: points}. identity: -> hash of the raw data.
     train_split, selection_split, score_split: trained on, chosen on, reported. official_train_split: every row that the
     data set's authors gave for training, nothing kept out; dev_split: their development part. Papers that report the
@@ -120,7 +154,7 @@ class Task:
     """
 
     name: str
-    kind: str  # "regression" | "classification" | "token-classification"
+    kind: str
     num_labels: int
     metric: str
     licence: str
@@ -176,7 +210,7 @@ class Task:
         ]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
         path = catalogue.cache_folder() / "encoded" / f"{self.name.replace('/', '--')}-{split}-{key}.npz"
-        kept = _read_encoded(path, max_length, self.kind == "token-classification")
+        kept = _read_encoded(path, max_length, self.kind)
         if kept is not None:
             return kept
         encoded = encode_examples(self._checked(split), self.kind, tokenizer, max_length)
@@ -187,8 +221,10 @@ class Task:
         """Every metric of the task, in points (0..100; correlations times 100).
 
         predictions: regression (n,) or (n, 1); classes (n, C) scores or (n,) whole numbers; token classes: n rows of
-        (length, C) or (length,), as a list or padded to one length, or all rows flat with `offsets` (n + 1,).
-        labels: the same shape without C; a token labelled -100 is not scored.
+        (length, C) or (length,), as a list or padded to one length, or all rows flat with `offsets` (n + 1,); spans
+        (total, 2) start and end score of each token, flat with `offsets`.
+        labels: the same shape without C; a token labelled -100 is not scored. For spans the split's Questions.
+        (`Encoded.truth` gives labels and offsets as they are needed here, whatever the kind.)
         Raises: Undefined: a metric has no value, as where a regression predicts one value for every row.
         """
         scored, _ = self._scored(predictions, labels, offsets)
@@ -198,30 +234,22 @@ class Task:
         """The standard error of the primary metric, in points: how far it would stray with other rows of the same kind.
 
         100 sqrt(p (1 - p) / N) where the metric is a share p of N rows, else the standard deviation over 200 bootstrap
-        resamples of the rows (whole sentences where the labels are the words'), drawn with a fixed seed.
+        resamples of the rows (whole sentences where the labels are the words', questions where there are windows), drawn
+        with a fixed seed.
         Takes and raises what `metrics` does. A resample on which the metric is 0 / 0 counts as 0.
         """
-        scored, num_rows = self._scored(predictions, labels, offsets)
+        scored, num_examples = self._scored(predictions, labels, offsets)
         score = self._measured(scored)[self.metric]
         if self.resampled is None:
-            return math.sqrt(score * (100 - score) / num_rows)
-        return float(np.std(self.resampled(*scored, resample_weights(num_rows)), ddof=1))
+            return math.sqrt(score * (100 - score) / num_examples)
+        return float(np.std(self.resampled(*scored, resample_weights(num_examples)), ddof=1))
 
     def _scored(self, predictions: Any, labels: Any, offsets: np.ndarray | None) -> tuple[tuple, int]:
-        """What `measure` takes, and the number of rows that it is about."""
-        if self.kind == "token-classification":
-            scored = _token_rows(predictions, labels, offsets)
-            num_rows = len(labels) if offsets is None else len(offsets) - 1
-        else:
-            values = _array(predictions)
-            values = values.reshape(-1).astype(np.float64) if self.kind == "regression" else _classes(values)
-            scored = values, _array(labels).reshape(-1)
-            num_rows = len(values)
-            if num_rows != len(scored[1]):
-                raise ValueError(f"{num_rows} predictions for {len(scored[1])} labels of {self.name}")
+        """What `measure` takes, and the number of examples that it is about."""
+        scored, num_examples = KINDS[self.kind].scored(predictions, labels, offsets)
         if not len(scored[0]):
             raise ValueError(f"no predictions to score for {self.name}")
-        return scored, num_rows
+        return scored, num_examples
 
     def _measured(self, scored: tuple) -> dict[str, float]:
         values = {name: float(value) for name, value in self.measure(*scored).items()}
@@ -368,8 +396,43 @@ def _check_tokenizer(tokenizer: Any, max_length: int, task: Task) -> None:
 
 
 def encode_examples(examples: Examples, kind: str, tokenizer: Any, max_length: int) -> Encoded:
-    """Tokenise in one batch call; see Encoded for what comes out."""
-    words = kind == "token-classification"
+    """The tokens of these examples; see Encoded for what comes out."""
+    return KINDS[kind].encode(examples, tokenizer, max_length)
+
+
+def _encode_rows(examples: Examples, tokenizer: Any, max_length: int, label_type: type) -> Encoded:
+    """One row for each example, with a label of its own."""
+    _, ids, offsets, types = _tokenized(examples, tokenizer, max_length, words=False)
+    return Encoded(ids, offsets, types, np.asarray(examples.labels, dtype=label_type), max_length)
+
+
+def _encode_words(examples: Examples, tokenizer: Any, max_length: int) -> Encoded:
+    """One row for each list of words, with a label for each word."""
+    batch, ids, offsets, types = _tokenized(examples, tokenizer, max_length, words=True)
+    return Encoded(ids, offsets, types, _token_labels(examples.labels, batch, offsets), max_length, is_by_token=True)
+
+
+def _encode_windows(examples: Examples, tokenizer: Any, max_length: int) -> Encoded:
+    """One row for each window of a question's context."""
+    found = spans.windows(examples.first, examples.second, examples.labels, examples.answers, tokenizer, max_length)
+    rows = list(found)
+    ids, offsets = _flattened([row.ids for row in rows])
+    types = None if rows[0].types is None else _flat((row.types for row in rows), np.int8, offsets[-1])
+    labels = np.array([row.labels for row in rows], dtype=np.int64)
+    questions = Questions(
+        np.array([row.question for row in rows], dtype=np.int64),
+        np.concatenate([row.characters for row in rows]),
+        list(examples.ids),
+        list(examples.second),
+        list(examples.answers),
+    )
+    return Encoded(ids, offsets, types, labels, max_length, questions=questions)
+
+
+def _tokenized(
+    examples: Examples, tokenizer: Any, max_length: int, words: bool
+) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray | None]:
+    """One batch call: what the tokenizer said, and its ids, offsets and types in flat storage."""
     wants_types = "token_type_ids" in tokenizer.model_input_names
     batch = tokenizer(
         examples.first,
@@ -382,18 +445,17 @@ def encode_examples(examples: Examples, kind: str, tokenizer: Any, max_length: i
         return_token_type_ids=wants_types,
         verbose=False,
     )
-    rows = batch["input_ids"]
+    ids, offsets = _flattened(batch["input_ids"])
+    return batch, ids, offsets, _flat(batch["token_type_ids"], np.int8, offsets[-1]) if wants_types else None
+
+
+def _flattened(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The token ids of all rows, and where each row begins. Raises: ValueError: a row has no tokens."""
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
     if not lengths.all():
         raise ValueError(f"example {int(np.argmin(lengths)) + 1} has no tokens at all")
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    ids = _flat(rows, np.int32, offsets[-1])
-    types = _flat(batch["token_type_ids"], np.int8, offsets[-1]) if wants_types else None
-    if words:
-        labels = _token_labels(examples.labels, batch, offsets)
-    else:
-        labels = np.asarray(examples.labels, dtype=np.float32 if kind == "regression" else np.int64)
-    return Encoded(ids, offsets, types, labels, max_length, words)
+    return _flat(rows, np.int32, offsets[-1]), offsets
 
 
 def _flat(rows: Iterable[Iterable[int]], dtype: type, total: int) -> np.ndarray:
@@ -410,11 +472,13 @@ def _token_labels(labels: Sequence[np.ndarray], batch: Any, offsets: np.ndarray)
     return out
 
 
-def _read_encoded(path: Path, max_length: int, is_by_token: bool) -> Encoded | None:
+def _read_encoded(path: Path, max_length: int, kind: str) -> Encoded | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             types = file.get("token_type_ids")
-            return Encoded(file["ids"], file["offsets"], types, file["labels"], max_length, is_by_token)
+            questions = Questions.from_arrays(file) if "question_texts" in file else None
+            by_token = KINDS[kind].of_words
+            return Encoded(file["ids"], file["offsets"], types, file["labels"], max_length, by_token, questions)
     except FileNotFoundError:
         return None
     except Exception:  # whatever a damaged archive raises: make it anew
@@ -425,6 +489,8 @@ def _write_encoded(path: Path, encoded: Encoded) -> None:
     arrays = {"ids": encoded.ids, "offsets": encoded.offsets, "labels": encoded.labels}
     if encoded.token_type_ids is not None:
         arrays["token_type_ids"] = encoded.token_type_ids
+    if encoded.questions is not None:
+        arrays |= encoded.questions.arrays()
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     try:
@@ -482,7 +548,7 @@ def _check_batch_size(batch_size: int) -> None:
 def collate(encoded: Encoded, rows: np.ndarray, length: int, pad_id: int) -> dict[str, np.ndarray]:
     """These rows, padded on the right: input_ids, attention_mask, token_type_ids (if any) (rows, length), labels.
 
-    Labels are (rows,), or (rows, length) with -100 at the padding for token classes.
+    Labels are (rows,), or (rows, length) with -100 at the padding for token classes, or (rows, 2) for spans.
     """
     rows = np.asarray(rows, dtype=np.int64)
     lengths = encoded.lengths[rows]
@@ -526,7 +592,22 @@ def _classes(values: np.ndarray) -> np.ndarray:
     return values.argmax(-1)
 
 
-def _token_rows(predictions: Any, labels: Any, offsets: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _scored_rows(predictions: np.ndarray, labels: Any) -> tuple[tuple[np.ndarray, np.ndarray], int]:
+    labels = _array(labels).reshape(-1)
+    if len(predictions) != len(labels):
+        raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels")
+    return (predictions, labels), len(labels)
+
+
+def _scored_numbers(predictions: Any, labels: Any, offsets: None) -> tuple[tuple, int]:
+    return _scored_rows(_array(predictions).reshape(-1).astype(np.float64), labels)
+
+
+def _scored_classes(predictions: Any, labels: Any, offsets: None) -> tuple[tuple, int]:
+    return _scored_rows(_classes(_array(predictions)), labels)
+
+
+def _scored_tokens(predictions: Any, labels: Any, offsets: np.ndarray | None) -> tuple[tuple, int]:
     """Scored tokens of all rows, flat: (predicted classes, true classes, the row that each belongs to)."""
     if offsets is not None:
         true = _array(labels).astype(np.int64)
@@ -545,7 +626,16 @@ def _token_rows(predictions: Any, labels: Any, offsets: np.ndarray | None) -> tu
     if not len(true) == len(predicted) == len(row):
         raise ValueError("predictions and labels of the tokens differ in length")
     scored = true != IGNORED
-    return predicted[scored], true[scored], row[scored]
+    num_rows = len(labels) if offsets is None else len(offsets) - 1
+    return (predicted[scored], true[scored], row[scored]), num_rows
+
+
+def _scored_spans(predictions: Any, labels: Questions, offsets: np.ndarray) -> tuple[tuple, int]:
+    """The text of each question's best span, how far having no answer scores above it, and the questions."""
+    scores = _array(predictions)
+    if not np.isfinite(scores).all():
+        raise Undefined("collapsed", "the model's outputs are not finite numbers")
+    return (*spans.best(scores, labels, offsets), labels), len(labels)
 
 
 def correlations(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
@@ -645,3 +735,46 @@ def _weighted_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def resampled_matthews(predicted: np.ndarray, true: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """(B,) Matthews' correlation of two classes on each resample: Pearson's of the two 0/1 columns."""
     return _weighted_pearson(predicted.astype(np.float64), true.astype(np.float64), weights)
+
+
+# ------------------------------------------------------------------------------------------------------------- kinds
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What there is to know of a kind of task, its loss aside (experiments/objective.py).
+
+    model: the class of transformers that has the head. encode: (examples, tokenizer, max_length) -> Encoded.
+    scored: (predictions, labels, offsets), as `Task.metrics` takes them -> (what `Task.measure` takes, its examples).
+    predictions: numpy type and shape of what is predicted for one row, or one token (by_token).
+    """
+
+    model: str
+    encode: Callable[[Examples, Any, int], Encoded]
+    scored: Callable[[Any, Any, np.ndarray | None], tuple[tuple, int]]
+    predictions: tuple[type, tuple[int, ...]]
+    by_token: bool = False
+    of_words: bool = False  # texts come as lists of words, each with a label
+    problem_type: str | None = None  # of the model's configuration
+
+
+KINDS = {
+    "regression": Kind(
+        "AutoModelForSequenceClassification",
+        functools.partial(_encode_rows, label_type=np.float32),
+        _scored_numbers,
+        (np.float64, ()),
+        problem_type="regression",
+    ),
+    "classification": Kind(
+        "AutoModelForSequenceClassification",
+        functools.partial(_encode_rows, label_type=np.int64),
+        _scored_classes,
+        (np.int64, ()),
+        problem_type="single_label_classification",
+    ),
+    "token-classification": Kind(
+        "AutoModelForTokenClassification", _encode_words, _scored_tokens, (np.int64, ()), by_token=True, of_words=True
+    ),
+    "span": Kind("AutoModelForQuestionAnswering", _encode_windows, _scored_spans, (np.float32, (2,)), by_token=True),
+}

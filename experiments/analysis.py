@@ -1,0 +1,417 @@
+"""What training did to the weights: LoRA's subspaces, and DoRA's magnitudes and directions, measured in our own runs.
+
+python -m experiments.analysis subspace --out DIR       (writes subspace.json and subspace.npz)
+python -m experiments.analysis magnitude --out DIR      (writes magnitude.json)
+
+subspace   LoRA at several ranks and at two seeds: phi(A1, A2, i, j), the overlap of the top i and top j right singular
+           vectors of two learned A's, and how much dW amplifies what W holds in dW's directions.  Hu et al. 2021,
+           sec. 7.2 and 7.3, appendices G and H.
+magnitude  Full fine-tuning, LoRA and DoRA with four snapshots each: how far the size (dM) and the direction (dD) of the
+           weight's rows moved.  Liu et al. 2024, sec. 3.2.  And the intruder dimensions of the last snapshot, Shuttleworth
+           et al. 2024.
+
+Departures: the paper of DoRA takes norms over the columns of W, DoRA as PEFT trains it over the output rows, which is what
+"rows" means here; both are measured.  LoRA's appendix G prints phi as (1/p)(1 - d^2) with d^2 = p - sum sigma^2; the
+algebra gives 1 - d^2/p, which is what the definition says and what is computed here.  A of rank 8 and of rank 64 that
+start from one seed share eight rows at the start (each A is drawn row by row), so that their overlap says nothing of
+training: pairs from two seeds are measured beside them, and the overlap of the untrained A's too.
+
+`reports.analysis` draws what is written here.  No torch is imported before the settings are checked.
+"""
+
+import argparse
+import hashlib
+import io
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+from experiments import checks, config
+from experiments.config import Study
+
+if TYPE_CHECKING:
+    import torch
+
+    from experiments.study import Runner
+    from experiments.trainer import Trainer
+
+SCHEMA = 1
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+TARGETS = ["query", "value"]  # what LoRA adapts in most of its experiments, and DoRA's sec. 3.2 looks at
+ALPHA = 16  # one alpha for every rank, as LoRA has it (sec. 4.1), so that the scale of rank 64 is an eighth of rank 8's
+RATE, FULL_RATE = 1e-3, 5e-5  # those of the quick look (studies/default.toml)
+SNAPSHOTS = 4  # Liu et al. 2024, sec. 3.2: three along the way and the last
+EVALUATED = 256  # rows of the selection split that say whether a run has learned anything
+INTRUDERS = 10  # left singular vectors of the tuned weight, from the top, that are looked up among the pre-trained ones
+
+
+# -- subspaces ----------------------------------------------------------------------------------------------------------
+
+
+def directions(matrix: np.ndarray) -> np.ndarray:
+    """(I, R): the right singular vectors of a matrix (R, I), that of the greatest singular value first."""
+    return np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)[2].T
+
+
+def phi(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(R1, R2) of numbers from 0 to 1: at [i - 1, j - 1] the overlap of the top i with the top j directions.
+
+        phi(i, j) = |U1^i^T U2^j|_F^2 / min(i, j)
+
+    It is the mean squared cosine of the principal angles; of two random subspaces of R^I it is max(i, j) / I on average.
+
+    first, second: (I, R1) and (I, R2), as `directions` gives them.
+    """
+    squares = (first.T @ second) ** 2
+    smaller = np.minimum.outer(np.arange(1, first.shape[1] + 1), np.arange(1, second.shape[1] + 1))
+    return squares.cumsum(0).cumsum(1) / smaller
+
+
+def amplification(weight: np.ndarray, update: np.ndarray, rank: int, random: np.ndarray) -> dict[str, float]:
+    """What Table 7 of LoRA says of one weight (O, I) and its update (O, I).
+
+    |U^T W V|_F with U (O, rank) and V (I, rank) the top left and right singular vectors of the update, of the weight and
+    of `random` (O, I); the norms; and the factor |dW|_F / |U^T W V|_F with the update's own U and V.
+
+    Raises:
+        ValueError: the update is zero, so that it has no directions, or the weight has nothing in them.
+    """
+
+    def inside(matrix: np.ndarray) -> float:
+        U, _, Vt = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)
+        return float(np.linalg.norm(U[:, :rank].T @ weight @ Vt[:rank].T))
+
+    of_update, update_norm = inside(update), float(np.linalg.norm(update))
+    if not update_norm or not of_update:
+        raise ValueError("dW, or W in dW's directions, is zero, so that nothing is amplified: train for more steps")
+    return {
+        "of_update": of_update,
+        "of_weight": inside(weight),
+        "of_random": inside(random),
+        "weight_norm": float(np.linalg.norm(weight)),
+        "update_norm": update_norm,
+        "factor": update_norm / of_update,
+    }
+
+
+# -- magnitudes and directions ------------------------------------------------------------------------------------------
+
+
+def moved(start: np.ndarray, now: np.ndarray, axis: int = 1) -> tuple[float, float]:
+    """(dM, dD) of a weight (O, I): mean |m_t - m_0| and mean 1 - cos(V_t, V_0) over its rows.
+
+    axis: 1 for the output rows (PEFT's convention), 0 for the columns (the paper's).  A row that is zero has no direction,
+    so that it has not turned.
+    """
+    m0, m1 = (np.linalg.norm(weight, axis=axis, keepdims=True) for weight in (start, now))
+    whole = (m0 > 0) & (m1 > 0)
+    apart = now / np.where(whole, m1, 1.0) - start / np.where(whole, m0, 1.0)
+    # 1 - cos = |u - v|^2 / 2 for unit vectors: small angles do not cancel.
+    turned = np.where(whole.squeeze(axis), (apart**2).sum(axis) / 2, 0.0)
+    return float(np.abs(m1 - m0).mean()), float(turned.mean())
+
+
+def familiarity(start: np.ndarray, now: np.ndarray, count: int) -> np.ndarray:
+    """(count,): for each of the top left singular vectors of `now` (O, I) its greatest |cosine| with any of `start`'s.
+
+    Those below a threshold are the intruder dimensions of Shuttleworth et al. 2024.
+    """
+    before, after = (np.linalg.svd(np.asarray(w, np.float64), full_matrices=False)[0] for w in (start, now))
+    return np.abs(before.T @ after[:, :count]).max(0)
+
+
+# -- what is trained ----------------------------------------------------------------------------------------------------
+
+
+def study(chosen: argparse.Namespace, methods: Sequence[Mapping[str, Any]]) -> Study:
+    """The settings as a study, whose checks they pass so; no torch, no download.
+
+    Raises:
+        ValueError: what the user can mend, one line for each fault.
+    """
+    least = {"examples": 1, "batch_size": 1, "seed": 0, "steps": SNAPSHOTS, "seeds": 1}
+    for name in [name for name in least if hasattr(chosen, name)]:
+        if getattr(chosen, name) < least[name]:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(chosen, name)}: give at least {least[name]}")
+    if chosen.out.exists() and not chosen.out.is_dir():
+        raise ValueError(f"--out {chosen.out}: this is a file; name a folder")
+    training = {"epochs": chosen.steps, "max_steps": chosen.steps, "batch_size": chosen.batch_size, "precision": "fp32"}
+    training |= {"max_length": chosen.max_length, "evaluations_per_epoch": 0}
+    training |= {"train_examples": chosen.examples, "evaluation_examples": EVALUATED}
+    raw = {"name": chosen.kind, "quick": True, "model": chosen.model, "tasks": [chosen.task], "seeds": [chosen.seed]}
+    found = config.parse({**raw, "training": training, "methods": list(methods)}, default_name=chosen.kind, where=chosen.kind)
+    checks.check(found)
+    return found
+
+
+def prepare(chosen: argparse.Namespace, what: Study, sites_of: str) -> tuple["Runner", dict[str, np.ndarray]]:
+    """A runner with data and targets ready, and the pre-trained weight (O, I) of each site of the method `sites_of`."""
+    from experiments import measure, models
+    from experiments.study import Runner
+    from variants.base import weight_of
+
+    measure.keep_freed_memory()
+    runner = Runner(what, chosen.out, chosen.device, say=_say)
+    runner.prepare()
+    prepared = runner.prepared[chosen.task]
+    model, _, _ = models.load(chosen.model, prepared.task, "fp32", "cpu")
+    return runner, {name: float64(weight_of(model.get_submodule(name))) for name in prepared.targets[sites_of]}
+
+
+def trainers(
+    runner: "Runner", label: str, seeds: Sequence[int], **lists: Sequence[Any]
+) -> Iterator[tuple["Trainer", list[int]]]:
+    """Trainers that have not begun, and which members each has: one pack, or one for each member where packing is no use.
+
+    lists: settings of the method with one value for each member.
+    """
+    from experiments.trainer import Pack, Trainer
+    from variants.base import NotPackable
+    from variants.settings import check
+
+    ((name, prepared),) = runner.prepared.items()
+    entry = next(entry for entry in runner.study.methods if entry.label == label)
+
+    def made(members: list[int]) -> Trainer:
+        own = {key: [values[k] for k in members] for key, values in lists.items()}
+        pack = Pack(
+            method=entry.method,
+            settings=check(entry.method, {**entry.settings, **own}),
+            targets=["^" + re.escape(site) for site in prepared.targets[label]] or entry.targets,
+            task=prepared.task,
+            model=runner.study.model,
+            training=runner.study.training,
+            seeds=tuple(seeds[k] for k in members),
+            learning_rates=(entry.learning_rates[0],) * len(members),
+            splits=(prepared.task.selection_split,),
+            device=runner.device,
+            precision=runner.precision,
+        )
+        # It is stepped by `train`, not by its own `run`, and so writes neither checkpoint nor logs.
+        trainer = Trainer(pack, prepared.data, runner.out, [runner.out] * len(members))
+        _say(f"{label} on {name}: {len(members)} of {len(seeds)} runs, {trainer.total} steps")
+        return trainer
+
+    everyone = list(range(len(seeds)))
+    try:
+        trainer = made(everyone)
+    except NotPackable:
+        for k in everyone:
+            yield made([k]), [k]
+    else:
+        yield trainer, everyone
+
+
+def train(trainer: "Trainer", after_step: Callable[[], None] = lambda: None) -> list[float | None]:
+    """Trains to the end; each member's score on the selection split, None where it has no value.
+
+    Raises:
+        ValueError: a gradient was not finite.
+    """
+    while trainer.step < trainer.total:
+        trainer.step += 1
+        trainer.train_step()
+        after_step()
+    pack = trainer.pack
+    if int(trainer.skipped.max()):
+        raise ValueError(f"{pack.method} met a gradient that is not finite at the rate {pack.learning_rates[0]:g}: lower it")
+    found = trainer.evaluate(pack.task.selection_split)
+    return [metrics[pack.task.metric] if isinstance(metrics, dict) else None for metrics in found]
+
+
+def float64(tensor: "torch.Tensor") -> np.ndarray:
+    return tensor.detach().cpu().double().numpy()
+
+
+def tuned(trainer: "Trainer", weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """(K, O, I) for each site: what stands in the weight's place, were each member merged."""
+    return {name: weight + float64(trainer.adapter.delta(name)) for name, weight in weights.items()}
+
+
+def write(chosen: argparse.Namespace, runner: "Runner", found: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+    """The files, then <kind>.json with the numbers and with what they come from, each whole or not at all."""
+    import torch
+
+    from experiments import measure, models
+    from experiments.trainer import replacing, write_json
+
+    prepared = runner.prepared[chosen.task]
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        with replacing(chosen.out / name) as temporary:
+            temporary.write_bytes(content)
+    value = {
+        "schema": SCHEMA,
+        "kind": chosen.kind,
+        "model": chosen.model,
+        "task": chosen.task,
+        "metric": prepared.task.metric,
+        "split": prepared.task.selection_split,
+        "captions": prepared.captions,
+        "methods": [entry.model_dump(mode="json") for entry in runner.study.methods],
+        "training": runner.study.training.model_dump(mode="json"),
+        "model_hash": models.content_hash(chosen.model),
+        "data_hash": prepared.data_hash,
+        "versions": runner.versions,
+        "device": runner.device.type,
+        "device_name": measure.device_name(runner.device),
+        "threads": torch.get_num_threads(),
+        "precision": runner.precision,
+        **runner.commit,
+        **found,
+        "files_sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+    }
+    write_json(chosen.out / f"{chosen.kind}.json", value)
+
+
+# -- the two analyses ---------------------------------------------------------------------------------------------------
+
+
+def subspace(chosen: argparse.Namespace) -> None:
+    """Trains LoRA at every rank with one seed, and at the greatest with the next seed too, and compares their subspaces.
+
+    subspace.npz holds float16 grids (sites, R1, R2): "A/p" of the learned A, "start/p" of A before training, "dW/p" of the
+    update, for each pair p: "nested" (the two greatest ranks, one seed), "ranks" (the same, two seeds) and "seeds" (the
+    greatest rank, two seeds); and "gaussian" (R, R) of two random matrices.
+    """
+    ranks = sorted(set(chosen.ranks))
+    if len(ranks) < 2 or ranks[0] < 1:
+        raise ValueError(f"--ranks {' '.join(map(str, chosen.ranks))}: give at least two different ranks, each at least 1")
+    top = ranks[-1]
+    entry = {"method": "lora", "rank": top, "alpha": ALPHA, "learning_rate": chosen.rate, "targets": TARGETS}
+    runner, weights = prepare(chosen, study(chosen, [entry]), "lora")
+    narrow, most = min(((name, min(weight.shape)) for name, weight in weights.items()), key=lambda pair: pair[1])
+    if top > most:
+        raise ValueError(f"--ranks: {top} is above {most}, the greatest that {narrow} can have: give lower ones")
+
+    members = [*((rank, chosen.seed) for rank in ranks), (top, chosen.seed + 1)]
+    same, other = len(ranks) - 1, len(ranks)  # the members of the greatest rank
+    pairs = {"nested": (same - 1, same), "ranks": (same - 1, other), "seeds": (same, other)}
+    found: dict[str, list[dict[str, np.ndarray]]] = {of: [{} for _ in members] for of in ("start", "A", "dW")}
+    amplified, ends = [], [None for _ in members]
+    random = np.random.default_rng(chosen.seed)
+    noise = {name: random.standard_normal(weight.shape) for name, weight in weights.items()}
+    for trainer, which in trainers(runner, "lora", [s for _, s in members], rank=[r for r, _ in members]):
+        sites = dict(trainer.adapter.named_sites())
+
+        def keep(of: str, which: list[int] = which, sites: dict[str, Any] = sites) -> None:
+            for at, k in enumerate(which):
+                found[of][k] = {name: directions(float64(site.A[at, : members[k][0]])) for name, site in sites.items()}
+
+        keep("start")
+        for k, score in zip(which, train(trainer), strict=True):
+            ends[k] = score
+        keep("A")
+        for name, weight in weights.items():
+            for k, update in zip(which, float64(trainer.adapter.delta(name)), strict=True):
+                rank, seed = members[k]
+                found["dW"][k][name] = directions(update)[:, :rank]
+                row = amplification(weight, update, rank, noise[name])
+                amplified.append({"site": name, "rank": rank, "seed": seed, **row})
+
+    grids = {
+        f"{of}/{pair}": np.stack([phi(subspaces[a][name], subspaces[b][name]) for name in weights])
+        for of, subspaces in found.items()
+        for pair, (a, b) in pairs.items()
+    }
+    width = next(iter(weights.values())).shape[1]
+    grids["gaussian"] = phi(*(directions(random.standard_normal((top, width))) for _ in range(2)))
+    archive = io.BytesIO()
+    np.savez_compressed(archive, **{name: grid.astype(np.float16) for name, grid in grids.items()})
+    numbers = {
+        "members": [{"rank": r, "seed": s, "score": end} for (r, s), end in zip(members, ends, strict=True)],
+        "sites": [{"name": name, "in_features": weight.shape[1]} for name, weight in weights.items()],
+        "gaussian_width": width,
+        "pairs": pairs,
+        "amplification": amplified,
+    }
+    write(chosen, runner, numbers, {"subspace.npz": archive.getvalue()})
+
+
+def magnitude(chosen: argparse.Namespace) -> None:
+    """Trains full fine-tuning, LoRA and DoRA, and measures at each snapshot how far size and direction have moved."""
+    low_rank = {"rank": chosen.rank, "alpha": ALPHA, "learning_rate": chosen.rate, "targets": TARGETS}
+    methods = [{"method": "full", "learning_rate": chosen.full_rate}, *({"method": m, **low_rank} for m in ("lora", "dora"))]
+    runner, weights = prepare(chosen, study(chosen, methods), "lora")
+    seeds = list(range(chosen.seed, chosen.seed + chosen.seeds))
+    at = [round(chosen.steps * (i + 1) / SNAPSHOTS) for i in range(SNAPSHOTS)]
+    moves, runs = [], []
+    for entry in runner.study.methods:
+        for trainer, which in trainers(runner, entry.label, seeds):
+
+            def look(trainer: "Trainer" = trainer, which: list[int] = which, method: str = entry.method) -> None:
+                if trainer.step not in at:
+                    return
+                for name, now in tuned(trainer, weights).items():
+                    for one, k in zip(now, which, strict=True):
+                        row = {"method": method, "seed": seeds[k], "step": trainer.step, "site": name}
+                        for convention, axis in (("rows", 1), ("columns", 0)):
+                            row[f"dM_{convention}"], row[f"dD_{convention}"] = moved(weights[name], one, axis)
+                        if trainer.step == at[-1]:
+                            row["familiarity"] = familiarity(weights[name], one, INTRUDERS).tolist()
+                        moves.append(row)
+
+            for k, score in zip(which, train(trainer, look), strict=True):
+                runs.append({"method": entry.method, "seed": seeds[k], "score": score})
+    write(chosen, runner, {"runs": runs, "snapshots": at, "sites": list(weights), "moves": moves}, {})
+
+
+# -- the command --------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parser() -> argparse.ArgumentParser:
+    found = _Parser(prog="python -m experiments.analysis", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    kinds = found.add_subparsers(dest="kind", required=True, metavar="subspace | magnitude")
+    for run, about in ((subspace, "LoRA's subspaces"), (magnitude, "DoRA's magnitudes and directions")):
+        options = kinds.add_parser(run.__name__, help=about, allow_abbrev=False)
+        add = options.add_argument
+        add("--out", type=Path, required=True, help="folder of the results")
+        add("--model", default=MINILM, help="hub id or folder (default: %(default)s)")
+        add("--task", default="glue/stsb", help="a task (default: %(default)s)")
+        add("--examples", type=int, default=800, help="train on so many (default: %(default)s)")
+        add("--steps", type=int, default=100, help="of the optimizer (default: %(default)s)")
+        add("--batch-size", type=int, default=8, help="rows of a step (default: %(default)s)")
+        add("--max-length", type=int, default=128, help="tokens at which an input is cut (default: %(default)s)")
+        add("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
+        add("--rate", type=float, default=RATE, help="learning rate of LoRA and DoRA (default: %(default)s)")
+        add("--device", default="auto", help="cpu, cuda, cuda:N, or auto")
+        if run is subspace:
+            add("--ranks", type=int, nargs="+", default=[4, 8, 64], help="the greatest has two seeds (default: 4 8 64)")
+        else:
+            add("--rank", type=int, default=8, help="of LoRA and DoRA (default: %(default)s)")
+            add("--full-rate", type=float, default=FULL_RATE, help="rate of full fine-tuning (default: %(default)s)")
+            add("--seeds", type=int, default=3, help="so many runs of each method (default: %(default)s)")
+        options.set_defaults(run=run)
+    return found
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 2 with a line for each thing that the user can mend."""
+    try:
+        chosen = parser().parse_args(words)
+        chosen.run(chosen)
+    except (ValueError, OSError) as error:
+        for line in str(error).splitlines():
+            _say(line)
+        return 2
+    except KeyboardInterrupt:
+        _say("interrupted; nothing was written")
+        return 130
+    return 0
+
+
+def _say(line: str) -> None:
+    print(f"rankwise: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

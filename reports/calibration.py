@@ -1,0 +1,223 @@
+"""Is a verdict as rare as it says when nothing is there, and as frequent when something is?
+
+Arms that differ in nothing are drawn from committed runs of one method: every arm gets seeds of its own, chooses its rate on
+the selection split by the first of them, reports the scores of the score split, and goes through `reports.verdicts` in a
+family with the others.  "Better" or "worse" is then an error, and the family's share of them is held against 5 % by Clopper
+and Pearson's lower bound.  Two controls: a shift of one sd of the differences, planted in one arm, is found as often as
+`statistics.sign_flip_power` says, and an uncorrected smallest p-value fails the same check.
+
+The families are drawn from one pool, so that they are not independent: the bound is a check, not a theorem.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from reports.results import Run, Study, best_rate, load, write_file
+from reports.statistics import ALPHA, paired_differences, sign_flip_power, sign_flip_test
+from reports.verdicts import KINDS, verdicts
+
+Pool = dict[float, dict[int, Run]]  # rate -> seed -> a run with both scores
+
+
+@dataclass(frozen=True)
+class Design:
+    """How many families are drawn, and what each looks like."""
+
+    families: int = 2_000
+    comparisons: int = 3  # arms against the reference arm: the family's m
+    seeds: int = 8  # of each arm
+    sweep_seeds: int = 1  # of those, the first choose the rate
+    margin: float = 0.5
+    seed: int = 0
+
+
+def pool_of(study: Study) -> Pool:
+    """The finished final runs of one method, by rate and seed.
+
+    Raises:
+        ValueError: several methods or tasks, or rates that do not have the same seeds.
+    """
+    runs = [run for run in study.runs if run.config.phase == "final" and run.status == "completed"]
+    if len({(run.config.method, run.config.task, run.config.model) for run in runs}) != 1:
+        raise ValueError(f"{study.folder}: a pool is of one method, task and model; this study has others or none")
+    pool: Pool = {}
+    for run in runs:
+        if run.result.selection_score is None or run.result.score is None:
+            raise ValueError(
+                f"{run.folder}: a run of the pool has a selection score and a score; set evaluations_per_epoch = 1"
+            )
+        pool.setdefault(run.config.learning_rate, {})[run.config.seed] = run
+    seeds = {rate: sorted(found) for rate, found in pool.items()}
+    shared = sorted(set.intersection(*(set(found) for found in seeds.values())))
+    return {rate: {seed: pool[rate][seed] for seed in shared} for rate in sorted(pool)}
+
+
+def family(pool: Pool, template: Study, arms: Sequence[Sequence[int]], design: Design, shift: float = 0.0) -> Study:
+    """A study of arms that are the same method with these seeds of the pool; the last arm's scores are shifted."""
+    names = ["reference", *(f"arm {i}" for i in range(1, len(arms)))]
+    runs = []
+    for name, seeds in zip(names, arms, strict=True):
+        sweep = [
+            _as(pool[rate][seed], name, place, "sweep", template)
+            for rate in pool
+            for place, seed in enumerate(seeds[: design.sweep_seeds])
+        ]
+        only = replace(template, settings=(name,), runs=tuple(sweep))
+        rate = best_rate(only.arms[0]).rate
+        moved = shift if name == names[-1] else 0.0
+        runs += sweep + [_as(pool[rate][s], name, place, "final", template, moved) for place, s in enumerate(seeds)]
+    return replace(template, settings=tuple(names), reference="reference", runs=tuple(runs), margin=design.margin, quick=False)
+
+
+def _as(run: Run, setting: str, place: int, phase: str, template: Study, shift: float = 0.0) -> Run:
+    """A run of the pool under another name: the `place`-th seed of an arm, in a sweep or at its end."""
+    names = {"setting": setting, "seed": place, "phase": phase, "quick": False}
+    result = run.result.model_copy(update={**names, "score": run.result.score + shift if phase == "final" else None})
+    return Run(run.folder, run.config.model_copy(update=names), result)
+
+
+def without_edges(study: Study) -> Study:
+    """The same study with every grid widened by a rate on each side at which nothing is known.
+
+    An arm whose best rate stands at the edge names no winner, which would hide errors: here it may.
+    """
+    for arm in study.arms:  # arms are made once a study, so that this reaches the verdicts
+        low, high = min(arm.grid), max(arm.grid)
+        arm.grid[low / 10], arm.grid[high * 10] = (), ()
+    return study
+
+
+def calibrate(study: Study, design: Design) -> dict:
+    """Shares of families and comparisons with an error, and both controls.
+
+    Raises:
+        ValueError: the pool has fewer seeds than a family takes.
+    """
+    pool = pool_of(study)
+    seeds = list(next(iter(pool.values())))
+    needed = (design.comparisons + 1) * design.seeds
+    if len(seeds) < needed:
+        raise ValueError(f"a family takes {needed} seeds, and the pool has {len(seeds)}: lower the seeds or the comparisons")
+    generator = np.random.default_rng(design.seed)
+    kinds, planted = Counter(), 0
+    wrong, as_reported, uncorrected, claims = 0, 0, 0, 0
+    for _ in range(design.families):
+        drawn = generator.permutation(seeds)[:needed].reshape(-1, design.seeds)
+        made = family(pool, study, drawn.tolist(), design)
+        as_reported += any(v.kind in ("better", "worse") for v in verdicts(made))
+        found = verdicts(without_edges(made))
+        kinds.update(v.kind for v in found)
+        false = sum(v.kind in ("better", "worse") for v in found)
+        wrong, claims = wrong + (false > 0), claims + false
+        reference, *others = made.arms
+        differences = [paired_differences(arm.scores, reference.scores) for arm in others]
+        uncorrected += min(map(sign_flip_test, differences)) <= ALPHA
+        shifted = family(pool, study, drawn.tolist(), design, shift=_sd(pool, made))
+        planted += _found(verdicts(without_edges(replace(shifted, margin=None)))[-1])
+    count = design.families
+    power = sign_flip_power(design.seeds, 1.0, design.comparisons)
+    return {
+        "schema": 1,
+        "study": study.name,
+        "runs": sum(map(len, pool.values())),
+        "design": design.__dict__,
+        "verdicts": {kind: kinds[kind] for kind in KINDS},
+        "families with an error": share(wrong, count),
+        "the same, best rates at the edge as they are": share(as_reported, count),
+        "comparisons with an error": share(claims, count * design.comparisons),
+        "smallest p uncorrected, families with an error": share(uncorrected, count),
+        "planted shift of one sd found": {**share(planted, count), "stated power": power},
+        "passes": bool(share(wrong, count)["low"] <= ALPHA),
+        "uncorrected passes": bool(share(uncorrected, count)["low"] <= ALPHA),
+    }
+
+
+def _found(verdict) -> bool:
+    return verdict.kind == "better"
+
+
+def _sd(pool: Pool, made: Study) -> float:
+    """One sd of the paired differences of two arms at the rate that the shifted arm chose: sqrt(2) times that of the scores."""
+    scores = [run.result.score for run in pool[made.arms[-1].rate].values()]
+    return float(np.sqrt(2) * np.std(scores, ddof=1))
+
+
+def share(count: int, of: int) -> dict[str, float]:
+    """A share with its 95 % Clopper-Pearson bounds: low is the one-sided lower bound, high the upper."""
+    from scipy.stats import binomtest
+
+    found = binomtest(count, of)
+    low = found.proportion_ci(0.90, method="exact").low  # two-sided 90 %: one-sided 95 % below
+    high = found.proportion_ci(0.90, method="exact").high
+    return {"count": count, "of": of, "share": count / of, "low": float(low), "high": float(high)}
+
+
+def text(found: dict) -> str:
+    """The result as Markdown."""
+    design = found["design"]
+    rows = [
+        ("families with a wrong better or worse", found["families with an error"]),
+        (
+            "the same, winners at a grid's edge withheld as in every report",
+            found["the same, best rates at the edge as they are"],
+        ),
+        ("single comparisons with a wrong better or worse", found["comparisons with an error"]),
+        ("control: smallest p-value, uncorrected", found["smallest p uncorrected, families with an error"]),
+        ("control: planted shift of one sd, found", found["planted shift of one sd found"]),
+    ]
+    lines = [
+        "# Calibration of the verdicts",
+        "",
+        f"{design['families']:,} families of {design['comparisons']} comparisons, {design['seeds']} seeds an arm, drawn from "
+        f"{found['runs']} runs of the study `{found['study']}`: all arms are the same method with seeds of their own, of which "
+        f"the first {design['sweep_seeds']} choose the rate.",
+        "",
+        "| | count | share | 95 % lower bound | 95 % upper bound |",
+        "| :-- | --: | --: | --: | --: |",
+        *(
+            f"| {name} | {s['count']:,} of {s['of']:,} | {s['share']:.2%} | {s['low']:.2%} | {s['high']:.2%} |"
+            for name, s in rows
+        ),
+        "",
+        f"Stated power for the planted shift: {found['planted shift of one sd found']['stated power']:.1%}.",
+        f"The verdicts {'pass' if found['passes'] else 'FAIL'} the check (lower bound at most 5 %); the uncorrected smallest "
+        f"p-value {'passes it' if found['uncorrected passes'] else 'fails it, as it should'}.",
+        "Verdicts given: " + ", ".join(f"{count:,} {kind}" for kind, count in found["verdicts"].items()) + ".",
+        "The families share one pool of runs, so that they are not independent.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m reports.calibration", description=__doc__.partition("\n")[0])
+    parser.add_argument("runs", type=Path, help="folder of the pool's runs")
+    parser.add_argument("--out", type=Path, help="folder for calibration.json and calibration.md")
+    parser.add_argument("--families", type=int, default=Design.families)
+    parser.add_argument("--comparisons", type=int, default=Design.comparisons)
+    parser.add_argument("--seeds", type=int, default=Design.seeds, help="of each arm")
+    parser.add_argument("--sweep-seeds", type=int, default=Design.sweep_seeds, help="of those, that choose the rate")
+    given = parser.parse_args(arguments)
+    try:
+        design = Design(given.families, given.comparisons, given.seeds, given.sweep_seeds)
+        if min(given.families, given.comparisons, given.sweep_seeds) < 1 or given.seeds < max(2, given.sweep_seeds):
+            raise ValueError("give at least one family, one comparison, two seeds, and among them those of the sweep")
+        found = calibrate(load(given.runs), design)
+    except ValueError as error:
+        print(f"calibration: {error}", file=sys.stderr)
+        return 2
+    if given.out:
+        write_file(given.out / "calibration.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+        write_file(given.out / "calibration.md", text(found))
+    print(text(found), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Verdicts on matrices worked by hand: what is claimed, what is withheld and why, in words."""
+
+import json
+
+import numpy as np
+import pytest
+
+from reports import tables
+from reports.results import load
+from reports.statistics import holm, seeds_needed, sign_flip_power, sign_flip_test
+from reports.verdicts import budget_reached, verdicts, warnings
+from tests.synthetic_runs import write_json, write_lines, write_run
+
+RATES = (1e-3, 3e-3, 9e-3)
+BASE = [80.0, 81.0, 79.5, 80.5, 80.2, 79.8, 80.9, 80.1, 79.9, 80.3]
+
+
+def study(folder, arms, *, best=3e-3, quick=False, margin=0.5, reference="lora", sweep=True, **described):
+    """A study whose final scores are given for each setting; the sweep's best rate is `best`, or each setting's own."""
+    for setting, scores in arms.items():
+        method = setting.split()[0]
+        mine = best[setting] if isinstance(best, dict) else best
+        for rate in RATES if sweep else ():
+            write_run(folder, method=method, setting=setting, phase="sweep", rate=rate, score=80.0, quick=quick,
+                      selection_score=80.0 - 10 * abs(np.log(rate / mine)))  # fmt: skip
+        for seed, score in enumerate(scores):
+            changes = {"error": "diverged"} if score is None else {"score": float(score)}
+            write_run(folder, method=method, setting=setting, seed=seed, rate=mine, quick=quick, **changes,
+                      score_rows=1000, score_standard_error=1.25)  # fmt: skip
+    write_json(
+        folder / "study.json",
+        {"schema": 1, "study": "stsb-minilm", "quick": quick, "title": "t", "captions": [], "reference": reference,
+         "methods": list(arms), "complete": True, "margin": margin, **described},
+    )  # fmt: skip
+    return load(folder)
+
+
+def plus(shift, spread=0.05):
+    return [score + shift + spread * (-1) ** i for i, score in enumerate(BASE)]
+
+
+def test_better_worse_equivalent_and_undecided_in_words(tmp_path):
+    arms = {"full": plus(2), "head": plus(-30), "lora": BASE, "dora": plus(0.1), "adalora": plus(0.3, 1.5)}
+    part = study(tmp_path, arms)
+    found = {v.setting: v for v in verdicts(part)}
+    assert {setting: v.kind for setting, v in found.items()} == {
+        "full": "better", "head": "worse", "dora": "equivalent", "adalora": "undecided"
+    }  # fmt: skip
+    # By hand: differences 0.1 + 0.05 and 0.1 - 0.05 five times each; sd = 0.05 sqrt(10 / 9); t(0.975, 9) = 2.262157.
+    half = 2.2621571628 * 0.05 * np.sqrt(10 / 9) / np.sqrt(10)
+    assert (found["dora"].low, found["dora"].high) == pytest.approx((0.1 - half, 0.1 + half))
+    assert found["dora"].text == (
+        "equivalent to lora within 0.5 (difference +0.10, 95 % interval +0.06 to +0.14, n = 10)"
+    )  # fmt: skip
+    assert found["full"].p == pytest.approx(4 * 2 / 2**10)  # the smallest p there is, times the family
+    assert found["full"].text == (
+        "better than lora (difference +2.00, 95 % interval +1.96 to +2.04, n = 10, p = 0.008 in a family of 4)"
+    )
+    assert found["adalora"].text.startswith(
+        "undecided against lora (difference +0.30, 95 % interval -0.83 to +1.43, n = 10 could"
+    )
+    assert [v.setting for v in verdicts(part)] == ["full", "head", "dora", "adalora"]  # in the study's order
+
+
+def test_holm_is_over_the_family_and_planned_comparisons_count(tmp_path):
+    """Eight of ten seeds up: raw p = 0.11 by the sign flip of unequal steps; alone it might pass, never in a family."""
+    differences = [1.0, 1.1, 0.9, 1.2, 0.8, 1.0, 1.1, 0.9, -0.2, -0.3]
+    arms = {"full": [b + d for b, d in zip(BASE, differences, strict=True)], "lora": BASE, "dora": plus(0), "head": plus(-9)}
+    part = study(tmp_path, arms, margin=0.01)
+    raw = [sign_flip_test(differences), sign_flip_test([0.05 * (-1) ** i for i in range(10)]), 2 / 2**10]
+    assert [v.p for v in verdicts(part)] == pytest.approx(holm([raw[0], raw[1], raw[2]]).tolist())
+    (tmp_path / "study.json").write_text(
+        json.dumps({**json.loads((tmp_path / "study.json").read_text()), "methods": [*arms, "adalora", "bitfit"]})
+    )
+    wider = {v.setting: v.p for v in verdicts(load(tmp_path))}
+    assert wider["head"] == pytest.approx(5 * 2 / 2**10)  # five comparisons planned, three of them finished
+
+
+def test_too_few_seeds_cannot_claim_and_say_what_would(tmp_path):
+    part = study(tmp_path, {"full": plus(5)[:5], "lora": BASE[:5]})
+    [verdict] = verdicts(part)
+    assert (
+        verdict.kind == "undecided"
+        and "a family of 1 takes 6 seeds" in verdict.text
+        and "n = 5 could have seen" in verdict.text
+    )
+    assert any("takes n >= 6 seeds, and here n = 5" in line for line in warnings(part))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"best": {"full": 9e-3, "lora": 3e-3}}, "the best rate of full stands at the edge of its grid"),
+        ({"best": {"full": 3e-3, "lora": 1e-3}}, "the best rate of lora stands at the edge of its grid"),
+        ({"sweep": False}, "full had no choice of rates; lora had no choice of rates"),
+    ],
+)
+def test_no_winner_and_no_equivalence_where_rates_are_not_settled(tmp_path, change, reason):
+    for name, shift in (("a", 5), ("b", 0)):
+        [verdict] = verdicts(study(tmp_path / name, {"full": plus(shift), "lora": BASE}, **change))
+        assert (verdict.kind, reason in verdict.text) == ("undecided", True)
+
+
+def test_a_quick_look_claims_nothing(tmp_path):
+    [verdict] = verdicts(study(tmp_path, {"full": plus(5), "lora": BASE}, quick=True))
+    assert verdict.kind == "no claim" and verdict.text.startswith("no claim against lora: a quick look (difference +5.00")
+
+
+def test_failed_seeds_leave_no_winner(tmp_path):
+    [verdict] = verdicts(study(tmp_path, {"full": [None, *plus(5)[1:]], "lora": BASE}))
+    assert verdict.kind == "undecided" and "1 of 10 seeds of full failed" in verdict.text and verdict.n == 9
+
+
+def test_one_seed_and_none_are_no_claim(tmp_path):
+    assert "n = 1 supports no claim" in verdicts(study(tmp_path / "a", {"full": [85.0], "lora": [80.0]}))[0].text
+    [verdict] = verdicts(study(tmp_path / "b", {"full": [85.0], "lora": [None]}))
+    assert (verdict.kind, verdict.n) == ("no claim", 0) and "no seed is finished for both" in verdict.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "scored", "reached"),
+    [
+        ([(0, 96, 96), (50, 60, 60), (100, 48, 48)], 100, True),
+        ([(0, 96, 96), (50, 60, 60), (100, 48, 48)], 50, False),  # the best epoch came before the last budget
+        ([(0, 96, 96), (50, 60, 60), (100, 48, 52)], 100, False),  # more ranks than the budget
+    ],
+)
+def test_a_checkpoint_scored_before_its_budget_is_no_winner(tmp_path, rows, scored, reached):
+    part = study(tmp_path, {"adalora": plus(5), "lora": BASE})
+    for run in part.runs:
+        if run.config.phase == "final" and run.config.method == "adalora":
+            lines = [{"step": s, "budget": b, "active": a, "live": a, "ranks": {"x": a}} for s, b, a in rows]
+            write_lines(run.folder / "ranks.jsonl", lines)
+            result = json.loads((run.folder / "result.json").read_text())
+            write_json(run.folder / "result.json", {**result, "scored_step": scored})
+    part = load(tmp_path)
+    assert budget_reached(part.arms[0]) == reached
+    [verdict] = verdicts(part)
+    assert verdict.kind == ("better" if reached else "undecided")
+    assert ("adalora was scored before its rank budget was reached" in verdict.text) != reached
+
+
+def test_a_test_part_too_small_for_the_difference_is_told_with_its_error(tmp_path):
+    part = study(tmp_path, {"full": plus(2), "lora": BASE, "dora": plus(3)})
+    assert [v.kind for v in verdicts(part)] == ["better", "better"]
+    told = [line for line in warnings(part) if "part is small" in line]
+    assert len(told) == 1 and "+2.00 points, where the standard error of a score on its 1,000 rows is 1.25" in told[0]
+    assert any("Standard error of one score" in line and "full 1.25" in line for line in tables.comparison(part).caption)
+
+
+def test_a_papers_own_protocol_is_labelled_and_missing_baselines_are_named(tmp_path):
+    part = study(tmp_path, {"dora": plus(2), "adalora": BASE}, reference="adalora", protocol="best-dev-epoch")
+    text = " ".join(warnings(part))
+    assert "A paper's own protocol" in text and "Full fine-tuning: not in the table" in text and "Plain LoRA: not" in text
+
+
+def test_the_tables_of_statistics_and_of_all_tasks_by_hand(tmp_path):
+    arms = {"lora": BASE[:4], "full": [82.0, 82.0, 80.5, 80.4]}
+    part = study(tmp_path, arms)
+    row = dict(zip((t := tables.statistics_table(part)).columns, t.rows[1], strict=True))
+    assert row["median"] == 81.25 and row["mean"] == pytest.approx(81.225)
+    # Of 16 pairs: 82.0 twice beats all four, 80.5 beats 80.0 and 79.5 and ties 80.5, 80.4 beats 80.0 and 79.5.
+    assert row["P(improvement)"] == pytest.approx((4 + 4 + 2.5 + 2) / 16)
+    assert row["test-set error"] == pytest.approx(1.25)
+    for other in part.runs:  # the same study on a second task, 10 points lower
+        config, result = (json.loads((other.folder / name).read_text()) for name in ("config.json", "result.json"))
+        fingerprint = "f" + config["fingerprint"][1:]
+        lower = {k: None if result[k] is None else result[k] - 10 for k in ("score", "selection_score")}
+        changed = {"task": "sarcasm", "fingerprint": fingerprint}
+        write_json(tmp_path / ("f" + other.folder.name[1:]) / "config.json", {**config, **changed})
+        write_json(tmp_path / ("f" + other.folder.name[1:]) / "result.json", {**result, **changed, **lower})
+    parts = load(tmp_path).parts()
+    assert len(parts) == 2
+    table = tables.overall(parts)
+    row = dict(zip(table.columns, table.rows[1], strict=True))
+    assert row["mean over tasks"].mean == pytest.approx(76.225)
+    # Eight values, a quarter cut at each end: the middle four of 70.4 70.5 72 72 | 80.4 80.5 82 82.
+    assert row["interquartile mean"] == pytest.approx((72 + 72 + 80.4 + 80.5) / 4)
+    assert row["difference to lora"].mean == pytest.approx(81.225 - np.mean(BASE[:4]))
+    assert tables.overall(parts[:1]) is None
+
+
+def test_stated_power_is_that_of_the_test_as_run():
+    """The share of drawn studies in which the exact test with Holm's first threshold finds an effect of 1.5 sd."""
+    generator = np.random.default_rng(5)
+    found = np.mean([sign_flip_test(generator.normal(1.5, 1, 8)) <= 0.05 / 3 for _ in range(1500)])
+    assert sign_flip_power(8, 1.5, 3) == pytest.approx(found, abs=0.045)  # three standard errors of both
+    assert sign_flip_power(seeds_needed(3) - 1, 50.0, 3) == 0.0  # too few seeds see nothing, however large
