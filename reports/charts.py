@@ -222,12 +222,14 @@ def rate_curves(study: Study, table: Table | None) -> Chart | None:
     points, failures = [], []
     for arm, turn in zip(arms, turns(arms), strict=True):
         best = best_rate(arm)
+        top = max(run.config.rung for runs in arm.grid.values() for run in runs)
         for rate, score in scores[arm.setting].items():
             if score is not None:
                 chosen = best is not None and best.rate == rate
                 points.append({"setting": arm.setting, "rate": rate, "score": score, "shown": max(score, floor), "turn": turn,
                                "best": chosen, "below": score < floor, "n": len(arm.grid[rate]),
-                               "mark": "edge" if chosen and best.at_edge else ""})  # fmt: skip
+                               "mark": "edge" if chosen and best.at_edge else "",
+                               "early": max(run.config.rung for run in arm.grid[rate]) < top})  # fmt: skip
             elif any(run.status == "failed" for run in arm.grid[rate]):
                 level = sum(row["rate"] == rate for row in failures)
                 failures.append({"setting": arm.setting, "rate": rate, "foot": HEIGHT - 8 - 15 * level, "outcome": "failed"})
@@ -244,7 +246,9 @@ def rate_curves(study: Study, table: Table | None) -> Chart | None:
     dots = base.encode(shape=shapes, tooltip=tooltip)
     layers = [
         base.mark_line(strokeWidth=1.8).encode(strokeDash=dash, detail="setting:N"),
-        dots.transform_filter("!datum.best").mark_point(size=75, fill="white", opacity=1, strokeWidth=1.8),
+        dots.transform_filter("!datum.best")
+        .mark_point(size=75, fill="white", strokeWidth=1.8)
+        .encode(opacity=alt.condition("datum.early", alt.value(0.45), alt.value(1))),
         dots.transform_filter("datum.best").mark_point(size=85, filled=True, opacity=1),
     ]
     if any(row["mark"] for row in points):
@@ -258,6 +262,8 @@ def rate_curves(study: Study, table: Table | None) -> Chart | None:
             "setting", "rate", "outcome")))  # fmt: skip
     specification = _specification(alt.layer(*layers), HEIGHT, rows=points, lost=failures)
     caption = ["Mean selection score of each rate that was tried; filled: the best, which the final runs use."]
+    if any(row["early"] for row in points):
+        caption.append("Pale: given up before the last rung of the sweep, and so trained shorter than the others.")
     if failures:
         caption.append("A cross at the foot: every run at that rate failed.")
     if any(row["below"] for row in points):
@@ -279,23 +285,24 @@ def rank_map(study: Study, table: Table | None) -> RankChart | None:
     import altair as alt
 
     arms = [arm for arm in study.arms if arm.has_ranks]
-    histories = {arm.setting: [_states(run) for run in arm.of("completed")] for arm in arms}
-    arms = [arm for arm in arms if any(histories[arm.setting])]
+    histories = {arm.setting: {run.config.seed: _states(run) for run in arm.of("completed")} for arm in arms}
+    histories = {setting: {seed: states for seed, states in runs.items() if states} for setting, runs in histories.items()}
+    arms = [arm for arm in arms if histories[arm.setting]]
     if not arms:
         return None
-    sites = site_order(site for runs in histories.values() for states in runs for ranks in states.values() for site in ranks)
+    every = [states for runs in histories.values() for states in runs.values()]
+    sites = site_order(site for states in every for ranks in states.values() for site in ranks)
     labels = module_labels(sites)
     numbers = {split_site(site)[1] for site in sites}
     layers = [str(number) for number in sorted(numbers - {None})] + (["none"] if None in numbers else [])
     kinds = list(dict.fromkeys(labels[site] for site in sites))
     top = max((rank.nominal for arm in arms for rank in mean_ranks(arm).values()), default=0) or 1
-    changing = sum(len(states) > 1 for runs in histories.values() for states in runs)
+    changing = sum(len(states) > 1 for states in every)
     most = max(2, min(MOST_STATES, MOST_NUMBERS // max(changing * len(sites), 1)))
 
     data, choices, thinned = [], [], []
     for number, arm in enumerate(arms):
-        runs = histories[arm.setting]
-        seeds = tuple(run.config.seed for run in arm.of("completed"))
+        seeds, runs = tuple(histories[arm.setting]), list(histories[arm.setting].values())
         recorded = sorted({step for states in runs for step in states})
         steps = _thinned(recorded, most)
         if len(steps) < len(recorded):
@@ -345,7 +352,7 @@ def rank_map(study: Study, table: Table | None) -> RankChart | None:
     ).add_params(*chosen)
     specification = _specification(drawing, 32 * len(kinds), rows=data)
     ends = ", ".join(f"{c.setting} {decimal(sum(t[-1] for t in c.totals) / len(c.totals))}" for c in choices)
-    words = (
+    told = (
         f"Heat map of active ranks, {len(kinds)} kinds of modules by {len(layers)} layers. Total after training, mean over "
         f"seeds: {ends}. The table of ranks below holds the end state of every site."
     )
@@ -354,7 +361,7 @@ def rank_map(study: Study, table: Table | None) -> RankChart | None:
     ]
     if thinned:
         caption.append(f"The slider holds at most {most} states of a history: {', '.join(thinned)} recorded steps.")
-    panel = Panel("", words, specification, widest=240 + 76 * max(len(layers), 4))
+    panel = Panel("", told, specification, widest=240 + 76 * max(len(layers), 4))
     title = "Active rank of each layer and module"
     return RankChart("rank-map", title, tuple(caption), (panel,), table, tuple(choices), start)
 
@@ -392,10 +399,11 @@ def budget(study: Study) -> Chart | None:
             layers.insert(1, live.encode(y=alt.Y("live:Q", **label)))
         specification = _specification(alt.layer(*layers, data=alt.NamedData("rows")), 200, rows=rows)
         first, last = rows[0], rows[-1]
-        words = f"{arm.setting}: active ranks from {decimal(first['active'])} at step {first['step']:,} to " + (
-            f"{decimal(last['active'])} at step {last['step']:,}; the schedule ends at {last['schedule']:,}."
+        end = next(row["schedule"] for row in reversed(rows) if row["schedule"] is not None)
+        told = f"{arm.setting}: active ranks from {decimal(first['active'])} at step {first['step']:,} to " + (
+            f"{decimal(last['active'])} at step {last['step']:,}; the schedule ends at {end:,}."
         )
-        panels.append(Panel(arm.setting, words, specification, widest=560))
+        panels.append(Panel(arm.setting, told, specification, widest=560))
     if not panels:
         return None
     rows = []
@@ -414,7 +422,8 @@ def _budget_row(step: int, rows: Sequence[RankStep]) -> dict:
     active = [row.active for row in rows]
     live = [row.live for row in rows]
     return {"step": step, "active": sum(active) / len(active), "low": min(active), "high": max(active),
-            "live": sum(live) / len(live) if all(live) else None, "schedule": rows[0].budget}  # fmt: skip
+            "live": sum(live) / len(live) if all(live) else None,
+            "schedule": next((row.budget for row in rows if row.budget is not None), None)}  # fmt: skip
 
 
 def _pair(row: dict | None) -> tuple[str | None, int | None]:

@@ -18,7 +18,8 @@ from reports.results import Study
 from reports.tables import Cell, Estimate, Rank, Shared, Table, Tried, cell_text
 
 TEMPLATES = Path(__file__).parent / "templates"
-LEADING_NUMBER = re.compile(r"[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?")
+NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?"
+NUMBER_OR_RANGE = re.compile(f"({NUMBER})(?: to {NUMBER})?")
 SIGNS = {"better": "\u25b2", "worse": "\u25bc", "equivalent": "=", "undecided": "?", "no claim": "\u2013"}
 
 
@@ -105,8 +106,8 @@ def sort_key(cell: Cell) -> float | None:
         case Tried():
             return cell.score
         case str():
-            found = LEADING_NUMBER.match(cell)
-            return float(found[0].replace(",", "")) if found else None
+            found = NUMBER_OR_RANGE.fullmatch(cell)
+            return float(found[1].replace(",", "")) if found else None
     return None
 
 

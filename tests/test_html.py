@@ -206,7 +206,7 @@ def test_what_a_run_says_is_never_markup(tmp_path):
 
 def test_cells_are_sorted_by_the_number_they_stand_for():
     seconds = tables.Shared((130.0, 31.0), (1, 3), tables.seconds_text)
-    numbers = {1_200: 1200, 0.5: 0.5, "5e-5": 5e-5, "2 to 3": 2, "1,024": 1024, None: None, "-": None}
+    numbers = {1_200: 1200, 0.5: 0.5, "5e-5": 5e-5, "2 to 3": 2, "1,024": 1024, None: None, "-": None, "4 worse": None}
     assert {cell: html.sort_key(cell) for cell in numbers} == numbers
     assert html.sort_key(seconds) == 130 and html.sort_key(tables.Rank(7, 12)) == 7
     assert html.sort_key(tables.Estimate(85.5, 85.2, 85.8, 0.1, 3)) == 85.5
@@ -230,6 +230,25 @@ def test_a_long_history_is_thinned_and_the_caption_says_so(tmp_path):
     assert "adalora 40 of 100 recorded steps" in " ".join(found.caption)
     (row, _) = found.panels[0].specification["datasets"]["rows"]
     assert row["r"] == [100 - step // 2 for step in choice.steps]
+
+
+def test_a_run_without_a_history_has_its_end_on_the_map(tmp_path):
+    for seed in (0, 1, 2):
+        folder = write_run(tmp_path, method="adalora", seed=seed, **({"ranks": {}} if seed == 1 else {}))
+        if seed:
+            (folder / "ranks.jsonl").unlink()
+    (choice,) = charts.rank_map(results.load(tmp_path), None).choices
+    assert choice.seeds == (0, 2)  # of the other nothing is known
+    assert {totals[-1] for totals in choice.totals} == {288} and choice.totals[1][0] == 288
+
+
+def test_rates_that_were_given_up_early_are_pale_and_the_caption_says_so(tmp_path):
+    for rate, rung in ((1e-4, 0), (1e-3, 1), (1e-2, 1)):
+        path = write_run(tmp_path, rate=rate, phase="sweep", selection_score=80.0) / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"rung": rung}))
+    chart = charts.rate_curves(results.load(tmp_path), None)
+    assert [row["early"] for row in chart.panels[0].specification["datasets"]["rows"]] == [True, False, False]
+    assert "Pale: given up" in " ".join(chart.caption)
 
 
 def test_six_methods_eight_seeds_and_four_tasks_stay_under_three_megabytes(tmp_path):

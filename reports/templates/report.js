@@ -40,10 +40,8 @@ const options = {
 const views = new Map();
 for (const source of all("script[data-chart]")) {
   const place = document.getElementById(source.dataset.chart);
-  const label = place.getAttribute("aria-label");
   const drawn = await vegaEmbed(place, read(source), { ...options, downloadFileName: source.dataset.chart });
   place.setAttribute("role", "group"); // what is inside has roles of its own now
-  place.setAttribute("aria-label", label);
   views.set(place.id, drawn.view);
 }
 
