@@ -100,8 +100,8 @@ class Sweep(_Section):
     """Passes over the training part."""
     max_steps: PositiveInt | None = None
     """Stop after so many steps."""
-    seeds: list[Seed] = Field(default=[0], min_length=1)
-    """Seeds of each rate."""
+    seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1)
+    """Seeds of each rate; a rate chosen by one seed makes verdicts err too often (reports/studies/calibration)."""
     trials: PositiveInt | None = None
     """Most rates that a method may try, those of its grid among them; two more than the grid, if not given."""
     halving: int | None = Field(default=None, ge=2)

@@ -209,8 +209,12 @@ def sign_flip_power(n: int, effect: float, m: int = 1) -> float:
 
     In 4,000 drawn studies with a fixed seed; the same draws for every effect, so that it rises with the effect.
     """
-    noise = _noise(n)  # (4000, n)
-    sums = np.abs((noise + effect) @ _half_of_signs(n).T)  # (4000, 2^(n-1)); the other half are their negatives
+    return share_found(_noise(n) + effect, m)
+
+
+def share_found(differences: Float[np.ndarray, "D S"], m: int = 1) -> float:
+    """The share of D drawn studies of S paired differences in which the exact sign-flip test has p <= 5 % / m."""
+    sums = np.abs(differences @ _half_of_signs(differences.shape[1]).T)  # (D, 2^(S-1)); the other half are their negatives
     as_far = (sums >= sums[:, :1] - 1e-9).mean(1)
     return float(np.mean(as_far <= ALPHA / m + 1e-12))
 

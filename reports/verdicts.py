@@ -105,6 +105,12 @@ def warnings(part: Study) -> list[str]:
             f"Too few seeds for the test: the exact sign-flip test with Holm's correction over a family of m = {m} takes "
             f"n >= {seeds_needed(m)} seeds, and here n = {n}: no difference to {reference.setting} can be claimed."
         )
+    lonely = [arm.setting for arm in part.arms if len(arm.grid) > 1 and min(map(len, arm.grid.values())) == 1]
+    if lonely and not part.quick:
+        sentences.append(
+            f"Rates chosen by one seed each ({', '.join(lonely)}): two runs of one method can then end at different rates, and "
+            "better or worse is said too often (reports/studies/calibration); give the sweep three seeds."
+        )
     for verdict in found:
         arm = next(a for a in part.arms if a.setting == verdict.setting)
         error = test_set_error(arm)

@@ -30,6 +30,7 @@ def test_it_tunes_repeats_and_has_its_baselines(study):
     assert len(sizes) == 1 and sizes.pop() >= 3  # a sweep of equal size for every method
     grid = len(next(iter(rates.values())))
     assert study.sweep.most_trials(grid, study.quick) >= grid + 2  # room to widen on both sides
+    assert len(study.sweep.seeds) >= 3 or study.name == "fair"  # cut to two cores; its report warns of it
     assert study.protocol == "held-out" and study.reference == "lora" and study.margin > 0
     assert len(study.seeds) >= max(10, seeds_needed(len(study.methods) - 1))
     methods = {entry.method for entry in study.methods}

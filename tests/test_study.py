@@ -120,7 +120,7 @@ def child(what: Study, out: Path, cache: str, *kill: Any) -> multiprocessing.Pro
 @pytest.fixture(scope="module")
 def killable(model, cache, tmp_path_factory) -> tuple[Study, dict[str, Any], float]:
     """A study with a sweep, packs and pruning; what its folder holds in the end; and how long it takes in a child."""
-    what = study(model, [SWEPT, ADALORA, "full"], quick=True, sweep={"max_steps": 3, "trials": 3})  # a grid of two widens
+    what = study(model, [SWEPT, ADALORA, "full"], quick=True, sweep={"seeds": [0], "max_steps": 3, "trials": 3})  # it widens
     out = tmp_path_factory.mktemp("whole")
     child(what, out / "first", cache).join()  # starts the server and fills the cache
     began = time.perf_counter()
@@ -207,7 +207,7 @@ def test_a_study_whose_settings_changed_does_not_take_up_the_old_pack(model, cac
 
 
 def test_finished_runs_are_not_run_twice(model, tmp_path, monkeypatch):
-    what = study(model, [SWEPT, "head"], quick=True, sweep={"max_steps": 3})
+    what = study(model, [SWEPT, "head"], quick=True, sweep={"seeds": [0], "max_steps": 3})
     first = ran(what, tmp_path)
     before = contents(tmp_path)
     no_training(monkeypatch)
@@ -296,7 +296,7 @@ def packs_of(what: Study, size: int = 4) -> dict[str, tuple]:
 
 
 def test_packs_are_those_of_the_whole_study_whatever_methods_are_asked_for(model):
-    what = study(model, [SWEPT, ADALORA, "full"], quick=True, seeds=6, sweep={"max_steps": 3})
+    what = study(model, [SWEPT, ADALORA, "full"], quick=True, seeds=6, sweep={"seeds": [0], "max_steps": 3})
     whole = packs_of(what)
     assert [len(m) for name, m in whole.items() if "adalora" in name] == [4, 2]
     assert [len(m) for name, m in whole.items() if "full" in name] == [1] * 6
@@ -419,7 +419,7 @@ def test_a_grid_is_widened_while_its_best_rate_stands_at_the_edge_within_the_bud
 
     monkeypatch.setattr(Runner, "_write_result", risen)
     for trials, tried, chosen in ((3, [3e-3, 1e-2, 3.3e-2], 3.3e-2), (9, [3e-3, 1e-2, 3.3e-2, 0.11], 3.3e-2)):
-        what = study(model, [SWEPT], sweep={"max_steps": 1, "trials": trials}, seeds=1)
+        what = study(model, [SWEPT], sweep={"seeds": [0], "max_steps": 1, "trials": trials}, seeds=1)
         out = tmp_path / str(trials)
         results = ran(what, out)
         assert sorted(r["learning_rate"] for r in results if r["phase"] == "sweep") == pytest.approx(tried)
@@ -435,7 +435,7 @@ def test_a_grid_is_widened_while_its_best_rate_stands_at_the_edge_within_the_bud
 def test_successive_halving_runs_the_better_half_twice_as_long(model, tmp_path):
     rates = [1e-3, 3e-3, 1e-2, 3e-2]
     methods = [{"method": "lora", "rank": 2, "learning_rates": rates}]
-    what = study(model, methods, sweep={"max_steps": 4, "halving": 2, "rungs": 3, "trials": 4}, seeds=1)
+    what = study(model, methods, sweep={"seeds": [0], "max_steps": 4, "halving": 2, "rungs": 3, "trials": 4}, seeds=1)
     results = ran(what, tmp_path)
     sweeps = [r for r in results if r["phase"] == "sweep"]
     assert [(r["rung"], r["total_steps"]) for r in sweeps] == [(0, 1)] * 4 + [(1, 2)] * 2 + [(2, 4)]
@@ -664,7 +664,7 @@ def test_a_member_that_diverges_or_collapses_is_a_failed_result_with_its_reason(
     what = study(
         model,
         [{"method": "lora", "rank": 2, "learning_rates": [1e-2, 1e30]}],
-        sweep={"epochs": 2, "max_steps": 7, "trials": 2},
+        sweep={"seeds": [0], "epochs": 2, "max_steps": 7, "trials": 2},
         seeds=1,
         training={**TRAINING, "max_skipped_steps": 2, "warmup_ratio": 0.0},
     )
@@ -852,7 +852,7 @@ def test_study_json_is_complete_only_when_every_method_is(model, tmp_path, monke
 
 
 def test_progress_adds_up_to_the_work_whether_runs_are_made_resumed_or_found(model, tmp_path):
-    what = study(model, [SWEPT, "head"], quick=True, sweep={"max_steps": 3})
+    what = study(model, [SWEPT, "head"], quick=True, sweep={"seeds": [0], "max_steps": 3})
     runner = Runner(what, tmp_path, device="cpu")
     runner.prepare()
     work = runner.work()
