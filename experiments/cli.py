@@ -238,13 +238,17 @@ def paper(
                 miniature=bool(recipe.miniature),
                 position=one.position,
             )
-            written = beside.write(published, lines, folder)  # after each cell, so that a cut keeps what was done
+            beside.keep(recipe.table, lines, folder)  # after each cell, so that a cut keeps what was done
+    from reports import page
+
+    written = page.write(folder, folder / "report", beside=beside.of_folder(folder))
     made = beside.table(published, lines)
     if as_json:
         print(json.dumps({"table": made.records(), "caption": list(made.caption), "report": str(written)}, indent=1))
     else:
         print(made.text(width))
         print(f"report: {written}")
+        print(f"page: {written.with_suffix('.html')}")
     if any(line.failed for line in lines):
         raise typer.Exit(1)
 
@@ -375,11 +379,11 @@ def _chosen(option: str, given: str, known: list[str], study: str) -> list[str]:
 
 
 def _report(runs: Path, out: Path | None, as_json: bool) -> None:
-    from reports import page, results, tables
+    from reports import beside, page, results, tables
 
     studies = results.load_all(runs)
     commands = {study.name: command for study in studies if study.quick and (command := _fair(study))}
-    written = page.write(runs, out or runs / "report", commands=commands)
+    written = page.write(runs, out or runs / "report", beside.of_folder(runs), commands)
     found = [tables.comparison(part) for study in studies for part in study.parts()]
     if as_json:
         names = [study.name for study in studies]
