@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -380,17 +381,23 @@ def _chosen(option: str, given: str, known: list[str], study: str) -> list[str]:
 
 def _report(runs: Path, out: Path | None, as_json: bool) -> None:
     from reports import beside, page, results, tables
+    from reports.verdicts import verdicts
 
     studies = results.load_all(runs)
     commands = {study.name: command for study in studies if study.quick and (command := _fair(study))}
     written = page.write(runs, out or runs / "report", beside.of_folder(runs), commands)
-    found = [tables.comparison(part) for study in studies for part in study.parts()]
+    parts = [part for study in studies for part in study.parts()]
+    found = [tables.comparison(part) for part in parts]
     if as_json:
         names = [study.name for study in studies]
-        print(json.dumps({"studies": names, "report": str(written), "tables": [t.records() for t in found]}, indent=1))
+        said = [asdict(verdict) for part in parts for verdict in verdicts(part)]
+        tables_of = [table.records() for table in found]
+        print(json.dumps({"studies": names, "report": str(written), "tables": tables_of, "verdicts": said}, indent=1))
         return
-    for table in found:
+    for part, table in zip(parts, found, strict=True):
         print(table.text(shutil.get_terminal_size((120, 24)).columns))
+        for verdict in () if part.quick else verdicts(part):
+            print(f"{verdict.setting}: {verdict.text}")
         print()
     for study in studies:
         if study.quick:

@@ -275,3 +275,14 @@ def test_an_interrupt_says_how_to_go_on_and_exits_with_130(tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in said or "Exception ignored" in said
     assert said.strip().splitlines()[-1] == "rankwise: interrupted; the same command goes on where this one stopped"
+
+
+def test_a_report_ends_with_a_verdict_a_setting_in_words_and_as_json(tmp_path):
+    from tests.synthetic_runs import write_study
+
+    folder = write_study(tmp_path / "runs", seeds=range(8), collapse=False)
+    text = rankwise("report", folder).stdout
+    assert "head: worse than full (difference -" in text and "lora: undecided against full (difference" in text
+    found = json.loads(rankwise("report", folder, "--json").stdout)["verdicts"]
+    assert [v["setting"] for v in found] == ["head", "lora", "adalora", "dora", "adalora+dora"]
+    assert found[0]["kind"] == "worse" and found[0]["n"] == 8 and f"head: {found[0]['text']}" in text
