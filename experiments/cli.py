@@ -239,13 +239,17 @@ def paper(
                 miniature=bool(recipe.miniature),
                 position=one.position,
             )
-            written = beside.write(published, lines, folder)  # after each cell, so that a cut keeps what was done
+            beside.keep(recipe.table, lines, folder)  # after each cell, so that a cut keeps what was done
+    from reports import page
+
+    written = page.write(folder, folder / "report", beside=beside.of_folder(folder))
     made = beside.table(published, lines)
     if as_json:
         print(json.dumps({"table": made.records(), "caption": list(made.caption), "report": str(written)}, indent=1))
     else:
         print(made.text(width))
         print(f"report: {written}")
+        print(f"page: {written.with_suffix('.html')}")
     if any(line.failed for line in lines):
         raise typer.Exit(1)
 
@@ -376,12 +380,12 @@ def _chosen(option: str, given: str, known: list[str], study: str) -> list[str]:
 
 
 def _report(runs: Path, out: Path | None, as_json: bool) -> None:
-    from reports import page, results, tables
+    from reports import beside, page, results, tables
     from reports.verdicts import verdicts
 
     studies = results.load_all(runs)
     commands = {study.name: command for study in studies if study.quick and (command := _fair(study))}
-    written = page.write(runs, out or runs / "report", commands=commands)
+    written = page.write(runs, out or runs / "report", beside.of_folder(runs), commands)
     parts = [part for study in studies for part in study.parts()]
     found = [tables.comparison(part) for part in parts]
     if as_json:

@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from reports import papers
 from reports.papers import Published
 from reports.results import read_json, write_file
 from reports.statistics import LEVEL, Summary, summary
@@ -475,36 +476,42 @@ def _plain(value: Any) -> str:
 # -- files ----------------------------------------------------------------------------------------------------------------
 
 
-def load(folder: str | Path) -> list[Line]:
-    """The lines that were kept in a folder of runs; none where there are none.
+def load(folder: str | Path) -> tuple[str | None, list[Line]]:
+    """The published table whose cells were run into a folder, and their lines; (None, []) where none were.
 
     Raises:
         ValueError: a file of another schema.
     """
     path = Path(folder) / FILE
     if not path.is_file():
-        return []
+        return None, []
     stored = read_json(path)
     if stored.get("schema") != SCHEMA:
         raise ValueError(f"{path}: schema {stored.get('schema')!r}, this version reads {SCHEMA}; move the file away")
-    return [Line(**one) for one in stored["lines"]]
+    return stored["published"], [Line(**one) for one in stored["lines"]]
 
 
-def write(published: Published, new: Sequence[Line], folder: str | Path) -> Path:
-    """Keeps the lines in the folder beside those of earlier calls, and writes the report of all; the path of beside.md."""
-    folder = Path(folder)
-    kept = {line.key: line for line in (*load(folder), *new)}
+def keep(name: str, new: Sequence[Line], folder: str | Path) -> None:
+    """Keeps the lines of published table `name` in the folder, with those of earlier calls, in the table's order.
+
+    Raises:
+        ValueError: the folder has cells of another table.
+    """
+    known, before = load(folder)
+    if known not in (None, name):
+        raise ValueError(f"{folder} holds cells of {known}: give {name} a folder of its own with --out")
+    published = papers.load(name)
+    kept = {line.key: line for line in (*before, *new)}
     order = list(kept)
     found = sorted(kept.values(), key=lambda line: (_place(published, line), order.index(line.key)))
-    stored = {"schema": SCHEMA, "lines": [line.model_dump(mode="json") for line in found]}
-    write_file(folder / FILE, json.dumps(stored, indent=1, allow_nan=False) + "\n")
-    of_all = table(published, found)
-    out = folder / "report"
-    write_file(out / "tables" / "beside.csv", of_all.csv())
-    write_file(out / "tables" / "beside.tex", of_all.latex())
-    sentences = "".join(f"- {sentence}\n" for sentence in of_all.caption)
-    write_file(out / "beside.md", f"# {of_all.title}\n\n{of_all.markdown()}\n{sentences}")
-    return out / "beside.md"
+    stored = {"schema": SCHEMA, "published": name, "lines": [line.model_dump(mode="json") for line in found]}
+    write_file(Path(folder) / FILE, json.dumps(stored, indent=1, allow_nan=False) + "\n")
+
+
+def of_folder(folder: str | Path) -> Table | None:
+    """Published beside ours, of every cell that was run into a folder; None where none was."""
+    name, found = load(folder)
+    return None if name is None else table(papers.load(name), found)
 
 
 def _place(published: Published, line: Line) -> tuple[int, int]:

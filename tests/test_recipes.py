@@ -683,16 +683,22 @@ def test_a_confidence_interval_of_unsaid_level_is_not_taken_as_a_deviation():
     assert found[0].spread is None
 
 
-def test_a_report_keeps_the_cells_of_earlier_calls_and_replaces_its_own(tmp_path):
-    published = papers.read(PUBLISHED, "p-1")
-    beside.write(published, lines([result(0, 79.0, 1.0), result(1, 79.5, 1.0)], row="B"), tmp_path)
-    beside.write(published, lines([result(0, 90.0, 88.0)])[:1], tmp_path)
-    path = beside.write(published, lines([result(0, 90.0, 88.0), result(1, 91.0, 88.0)])[:1], tmp_path)
-    kept = beside.load(tmp_path)
-    assert [(one.row, len(one.scores)) for one in kept] == [("A", 2), ("B", 2)]  # in the table's order
-    text, table = path.read_text(), (tmp_path / "report" / "tables" / "beside.csv").read_text()
-    assert path == tmp_path / "report" / "beside.md" and text.startswith("# P, Table 1, beside ours (m)\n\n| row |")
-    assert table.splitlines()[1].startswith("A,Main,inside the combined interval,90.0,0.3,5,90.5,")
+def test_a_folder_keeps_the_cells_of_earlier_calls_and_replaces_its_own(tmp_path, monkeypatch):
+    (tmp_path / "p-1.toml").write_text(PUBLISHED)
+    monkeypatch.setattr(papers, "FOLDER", tmp_path)
+    papers.load.cache_clear()
+    assert beside.of_folder(tmp_path) is None
+    beside.keep("p-1", lines([result(0, 79.0, 1.0), result(1, 79.5, 1.0)], row="B"), tmp_path)
+    beside.keep("p-1", lines([result(0, 90.0, 88.0)])[:1], tmp_path)
+    beside.keep("p-1", lines([result(0, 90.0, 88.0), result(1, 91.0, 88.0)])[:1], tmp_path)
+    name, kept = beside.load(tmp_path)
+    assert name == "p-1" and [(one.row, len(one.scores)) for one in kept] == [("A", 2), ("B", 2)]  # in the table's order
+    table = beside.of_folder(tmp_path)
+    assert table.title == "P, Table 1, beside ours (m)"
+    assert table.csv().splitlines()[1].startswith("A,Main,inside the combined interval,90.0,0.3,5,90.5,")
+    papers.load.cache_clear()
+    with pytest.raises(ValueError, match="holds cells of p-1: give lora-2 a folder of its own"):
+        beside.keep("lora-2", [], tmp_path)
     (tmp_path / "beside.json").write_text('{"schema": 2, "lines": []}')
     with pytest.raises(ValueError, match="schema 2, this version reads 1"):
         beside.load(tmp_path)
@@ -807,7 +813,7 @@ def test_a_cell_runs_resumes_and_stands_beside_the_paper(small, capsys):
     assert len(runs) == 2
     found = [json.loads(path.read_text()) for path in runs]
     assert {one["split"] for one in found} == {"validation"} and {one["protocol"] for one in found} == {"best-dev-epoch"}
-    kept = beside.load(small["out"])
+    _, kept = beside.load(small["out"])
     assert [one.column for one in kept] == ["letters_mean", "letters_r"]
     assert kept[0].scores == {one["seed"]: one["score"] for one in found}
     assert kept[1].scores == {one["seed"]: one["metrics"]["validation"]["pearson"] for one in found} != kept[0].scores
@@ -818,7 +824,10 @@ def test_a_cell_runs_resumes_and_stands_beside_the_paper(small, capsys):
     assert [row["row"] for row in said["table"]] == ["LoRA", "LoRA", "AdaLoRA"]
     assert all(path.stat().st_mtime_ns == before for path, before in runs.items())
     assert len(list(small["out"].glob("*/result.json"))) == 4
-    assert Path(said["report"]).is_file()
+    report = Path(said["report"]).read_text()
+    assert "LoRA" in report and "beside ours (" in report and "Departure: 2 seeds where the paper has 3." in report
+    assert (small["out"] / "report" / "tables" / "beside.csv").is_file()
+    assert "standing in for owner/not-here" in (small["out"] / "report" / "report.html").read_text()
 
 
 def test_a_column_names_its_cell_and_a_scaled_cell_says_so(small, capsys):
