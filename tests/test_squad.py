@@ -223,10 +223,10 @@ def test_windows_are_kept_and_read_back_with_their_questions(monkeypatch):
 
 
 def test_examples_are_drawn_with_all_their_windows():
-    found = encoded(examples_of(("x", letters(40), None), ("y", "n o", "o"), ("z", letters(30), None)))
+    found = encoded(examples_of(("x", letters(40), None), ("y", "n o", "o"), ("z", letters(30) + " p", "p")))
     part = found.select_examples([2, 1])
     assert part.questions.rows.tolist() == [0, *[1] * (len(part) - 1)] and len(part) > 2
-    assert part.questions.ids == ["1", "2"] and part.questions.answers == [("o",), ()]
+    assert part.questions.ids == ["1", "2"] and part.questions.answers == [("o",), ("p",)]
     assert len(part.questions.characters) == len(part.ids) == part.offsets[-1]
     start, end = part.questions.characters[part.labels[0]][[0, 1], [0, 1]]
     assert part.questions.contexts[0][start:end] == "o"
@@ -296,6 +296,18 @@ def test_a_span_has_at_most_thirty_tokens_and_ends_at_or_after_its_start():
     assert texts in ([context[0:3]], [context[2:3]])
 
 
+@pytest.mark.parametrize(("others", "found"), [(19, "f g"), (20, "")])
+def test_the_twenty_likeliest_starts_and_ends_are_combined_and_no_others(others, found):
+    """The start at f is the 20th or the 21st likeliest; all likelier ones come after every likely end."""
+    context = "a b c d e f g h " + letters(52)
+    questions, offsets = one_row(context, 60)
+    scores = np.zeros((61, 2))
+    scores[:, 1] = -np.arange(61)
+    scores[30 : 30 + others, 0], scores[6, 0], scores[7, 1] = 10, 9, 30
+    texts, _ = spans.best(scores, questions, offsets)
+    assert texts == [found]
+
+
 def test_without_a_valid_span_the_text_is_empty():
     questions, offsets = one_row("a b c", 3)
     nothing = replace(questions, characters=np.full((4, 2), -1, dtype=np.int32))
@@ -322,6 +334,8 @@ def test_no_answer_scores_by_its_least_window_and_a_span_by_its_best():
         ("The Denver Broncos!", ["Denver Broncos"], 1, 1),
         ("in Santa Clara, California", ["Santa Clara", "Levi's Stadium in Santa Clara, California"], 0, 0.8),
         ("a an the", ["x"], 0, 0),
+        ("the", ["a", "x"], 0, 0),  # a right answer of nothing but an article counts only where there is no other
+        ("the", ["a"], 1, 1),
         ("x", ["y", "X."], 1, 1),
         ("a b b", ["b b b c"], 0, 2 * 2 / (2 + 4)),  # the article a goes; two of b are shared
         ("", [], 1, 1),

@@ -414,11 +414,9 @@ def _encode_words(examples: Examples, tokenizer: Any, max_length: int) -> Encode
 
 def _encode_windows(examples: Examples, tokenizer: Any, max_length: int) -> Encoded:
     """One row for each window of a question's context."""
-    found = spans.windows(examples.first, examples.second, examples.labels, examples.answers, tokenizer, max_length)
-    rows = list(found)
-    ids, offsets = _flattened([row.ids for row in rows])
-    types = None if rows[0].types is None else _flat((row.types for row in rows), np.int8, offsets[-1])
-    labels = np.array([row.labels for row in rows], dtype=np.int64)
+    rows = list(spans.windows(examples.first, examples.second, examples.labels, examples.answers, tokenizer, max_length))
+    offsets = np.cumsum([0, *(len(row.ids) for row in rows)], dtype=np.int64)
+    types = None if rows[0].types is None else np.concatenate([row.types for row in rows])
     questions = Questions(
         np.array([row.question for row in rows], dtype=np.int64),
         np.concatenate([row.characters for row in rows]),
@@ -426,7 +424,8 @@ def _encode_windows(examples: Examples, tokenizer: Any, max_length: int) -> Enco
         list(examples.second),
         list(examples.answers),
     )
-    return Encoded(ids, offsets, types, labels, max_length, questions=questions)
+    labels = np.array([row.labels for row in rows], dtype=np.int64)
+    return Encoded(np.concatenate([row.ids for row in rows]), offsets, types, labels, max_length, questions=questions)
 
 
 def _tokenized(
@@ -445,17 +444,13 @@ def _tokenized(
         return_token_type_ids=wants_types,
         verbose=False,
     )
-    ids, offsets = _flattened(batch["input_ids"])
-    return batch, ids, offsets, _flat(batch["token_type_ids"], np.int8, offsets[-1]) if wants_types else None
-
-
-def _flattened(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """The token ids of all rows, and where each row begins. Raises: ValueError: a row has no tokens."""
+    rows = batch["input_ids"]
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
     if not lengths.all():
         raise ValueError(f"example {int(np.argmin(lengths)) + 1} has no tokens at all")
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return _flat(rows, np.int32, offsets[-1]), offsets
+    ids = _flat(rows, np.int32, offsets[-1])
+    return batch, ids, offsets, _flat(batch["token_type_ids"], np.int8, offsets[-1]) if wants_types else None
 
 
 def _flat(rows: Iterable[Iterable[int]], dtype: type, total: int) -> np.ndarray:

@@ -70,8 +70,8 @@ class Questions:
 class Window:
     """One row: its tokens, their characters in the context (length, 2), the question that it belongs to, its labels."""
 
-    ids: list[int]
-    types: list[int] | None
+    ids: np.ndarray
+    types: np.ndarray | None
     characters: np.ndarray
     question: int
     labels: tuple[int, int]
@@ -116,7 +116,8 @@ def windows(
             if answers[question]:
                 first = int(starts[question][0])
                 span = token_span(characters, of_context, first, first + len(answers[question][0]))
-            yield Window(ids, batch["token_type_ids"][row] if wants_types else None, characters, question, span)
+            types = np.array(batch["token_type_ids"][row], dtype=np.int8) if wants_types else None
+            yield Window(np.array(ids, dtype=np.int32), types, characters, question, span)
 
 
 def shortened(questions: Sequence[str], tokenizer: Any, limit: int) -> list[str]:
