@@ -38,9 +38,10 @@ def write(
         prefix = facts.slug(entry["study"]) + "-" if len(parts) > 1 else ""
         entry["tables"] = [_write_table(table, out / "tables", prefix) for table in _named(entry) if table is not None]
         entry["figures"] = _write_figures(entry["study"], out / "figures", prefix)
-    over_tasks = [(study, table) for study in studies if (table := tables.overall(study.parts())) is not None]
+    made = [(study, make(study.parts())) for study in studies for make in (tables.verdicts_over_tasks, tables.overall)]
+    over_tasks = [(study, table) for study, table in made if table is not None]
     for study, table in over_tasks:
-        _write_table(table, out / "tables", f"{study.name}-" if len(over_tasks) > 1 else "")
+        _write_table(table, out / "tables", f"{study.name}-" if len(studies) > 1 else "")
     if beside is not None:
         _write_table(beside, out / "tables")
     whole = {"parts": sections, "over_tasks": [table for _, table in over_tasks], "beside": beside}

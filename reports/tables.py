@@ -29,7 +29,7 @@ from reports.statistics import (
     stratified_interval,
     summary,
 )
-from reports.verdicts import budget_reached, test_set_error, verdicts, warnings
+from reports.verdicts import Verdict, budget_reached, test_set_error, verdicts, warnings
 
 QUICK = (
     "A quick look, no fair comparison: rates fixed or hardly tuned, and too few seeds for a claim. "
@@ -682,6 +682,33 @@ def _bootstrapped(values: Sequence[float]) -> str | None:
 
 def interval_text(low: float | None, high: float | None) -> str | None:
     return None if low is None else f"{low:.2f} to {high:.2f}"
+
+
+def verdicts_over_tasks(parts: Sequence[Study]) -> Table | None:
+    """A row a setting, a column a task: the verdict and the difference to the reference; None below two tasks of one model."""
+    found = {part.task: {v.setting: v for v in verdicts(part)} for part in parts}
+    references = {v.reference for by_setting in found.values() for v in by_setting.values()}
+    if len(found) < 2 or len({part.model for part in parts}) > 1 or len(references) != 1:
+        return None
+    [reference] = references
+    settings = [s for s in parts[0].settings if any(s in by_setting for by_setting in found.values())]
+    rows = []
+    for setting in settings:
+        given = [by_setting.get(setting) for by_setting in found.values()]
+        rows.append((setting, *(None if v is None or v.mean is None else _verdict_words(v) for v in given)))
+    n = sorted({v.n for by_setting in found.values() for v in by_setting.values()})
+    caption = [
+        *dict.fromkeys(line for part in parts for line in alarms(part)),
+        f"Difference to {reference} in points with its 95 % paired t interval, n = {'/'.join(map(str, n))} seeds.",
+        *dict.fromkeys(line for part in parts for line in warnings(part)),
+    ]
+    title = f"Verdicts against {reference}: {parts[0].title}, {parts[0].model}"
+    return Table("verdicts-over-tasks", title, ("setting", *found), tuple(rows), tuple(caption), 1 + len(found))
+
+
+def _verdict_words(verdict: Verdict) -> str:
+    interval = "" if verdict.low is None else f" ({verdict.low:+.1f} to {verdict.high:+.1f})"
+    return f"{verdict.kind} {verdict.mean:+.1f}{interval}"
 
 
 def overall(parts: Sequence[Study]) -> Table | None:

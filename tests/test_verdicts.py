@@ -192,7 +192,12 @@ def test_the_tables_of_statistics_and_of_all_tasks_by_hand(tmp_path):
     # Eight values, a quarter cut at each end: the middle four of 70.4 70.5 72 72 | 80.4 80.5 82 82.
     assert row["interquartile mean"] == pytest.approx((72 + 72 + 80.4 + 80.5) / 4)
     assert row["difference to lora"].mean == pytest.approx(81.225 - np.mean(BASE[:4]))
-    assert tables.overall(parts[:1]) is None
+    assert tables.overall(parts[:1]) is None and tables.verdicts_over_tasks(parts[:1]) is None
+    over = tables.verdicts_over_tasks(parts)
+    assert over.columns == ("setting", "glue/stsb", "sarcasm") and [row[0] for row in over.rows] == ["full"]
+    [verdict] = verdicts(parts[1])
+    cell = f"{verdict.kind} {verdict.mean:+.1f} ({verdict.low:+.1f} to {verdict.high:+.1f})"
+    assert over.rows[0][2] == cell and any("no difference to lora can be claimed" in line for line in over.caption)
 
 
 def test_stated_power_is_that_of_the_test_as_run():
