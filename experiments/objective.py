@@ -31,7 +31,9 @@ def losses(kind: str, logits: Tensor, labels: Tensor, members: int) -> Tensor:
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     if kind == "regression":
         return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype), reduction="none").view(members, -1).mean(1)
-    if kind in ("classification", "span"):
+    if kind == "span":  # a row's start and its end are two classifications: (2 K N, L), (2 K N,)
+        return losses("classification", logits.mT.flatten(0, 1), labels.flatten(), members)
+    if kind == "classification":
         return F.cross_entropy(logits, labels, reduction="none").view(members, -1).mean(1)
     if kind == "token-classification":
         flat = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
