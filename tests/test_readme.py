@@ -11,6 +11,8 @@ import torch
 
 from experiments import checks, config
 from experiments.catalogue import Unavailable, fetch
+from reports import tables
+from reports.results import load
 from tests.tiny import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +101,13 @@ def test_python_example_runs_as_it_stands():
 
 
 OPTIMIZER = "optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)\n"
+
+
+def test_the_verdict_table_at_the_top_is_that_of_the_committed_study():
+    parts = load(ROOT / "reports" / "studies" / "fair").parts()
+    assert tables.verdicts_over_tasks(parts).markdown() in README.partition("## Run it")[0]
+    for figure in re.findall(r"\]\((reports/[^)]*)\)", README):
+        assert (ROOT / figure).is_file(), figure
 
 
 def test_study_example_is_a_study():
