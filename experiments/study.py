@@ -173,8 +173,8 @@ class Runner:
             }
             digest = hashlib.sha256()
             for split in sorted(data):
-                for array in (data[split].ids, data[split].offsets, data[split].labels, data[split].token_type_ids):
-                    digest.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
+                for block in data[split].content():
+                    digest.update(block)
             targets = {}
             total = training.total_steps(len(data["train"]))
             entries = []
@@ -731,9 +731,9 @@ def _given(settings: Settings) -> dict[str, Any]:
 def _subset(encoded: Encoded, split: str, training: Training) -> Encoded:
     """A fixed random part of a split, the same for every method and seed, where the study asks for one."""
     wanted = training.train_examples if split == "train" else training.evaluation_examples
-    if wanted is None or wanted >= len(encoded):
+    if wanted is None or wanted >= encoded.num_examples:
         return encoded
-    return encoded.select(np.sort(shuffled(len(encoded), 0, 3)[:wanted]))
+    return encoded.select_examples(np.sort(shuffled(encoded.num_examples, 0, 3)[:wanted]))
 
 
 def _unfit(model: Any, training: Training) -> list[str]:
@@ -751,7 +751,7 @@ def _unfit(model: Any, training: Training) -> list[str]:
 
 def _subset_captions(task: Task, data: dict[str, Encoded], training: Training) -> list[str]:
     cut = training.train_examples is not None or training.evaluation_examples is not None
-    parts = ", ".join(f"{split} {len(encoded)}" for split, encoded in data.items())
+    parts = ", ".join(f"{split} {encoded.num_examples}" for split, encoded in data.items())
     return [f"{task.name}: a fixed random part of the data ({parts} examples)."] if cut else []
 
 
