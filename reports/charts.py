@@ -96,7 +96,8 @@ def differences(study: Study, verdicts: Sequence[Verdict]) -> Chart | None:
     arms = [by_setting[verdict.setting] for verdict in known]
     names = [arm.setting for arm in arms]
     reference = known[0].reference
-    floor = floor_of([*(v.mean for v in known), 0.0])
+    means = [v.mean for v in known]
+    floor = min(floor_of([*means, 0.0], room=30.0), 0.0)  # the reference itself, at zero, always shows
     shown = [Difference(v.mean, v.low, v.high, None, v.n) for v in known]
     rows = [
         {"setting": v.setting, "shown": max(v.mean, floor), "low": v.low, "high": v.high, "text": words(difference),
@@ -104,7 +105,8 @@ def differences(study: Study, verdicts: Sequence[Verdict]) -> Chart | None:
         for v, difference in zip(known, shown, strict=True)
     ]  # fmt: skip
     lows, highs = [v.low for v in known if v.low is not None], [v.high for v in known if v.high is not None]
-    x = {"title": f"difference to {reference}, points", "scale": _near([*(v.mean for v in known), 0.0], lows, highs),
+    bottom = floor if floor > min(means) else min([*lows, *means, 0.0])
+    x = {"title": f"difference to {reference}, points", "scale": _with_air(bottom, max([*highs, *means, 0.0])),
          "axis": alt.Axis(tickCount=6, labelOverlap=True)}  # fmt: skip
     y = alt.Y("setting:N", sort=names, title=None, axis=alt.Axis(labelLimit=150, grid=False, ticks=False, domain=False))
     base = alt.Chart(alt.NamedData("rows")).encode(
@@ -522,9 +524,13 @@ def _bare_axis(**more):
 
 def _near(means: Sequence[float], lows: Sequence[float] = (), highs: Sequence[float] = ()):
     """The range of an axis of scores, with some air; what lies far below the best is cut off, see `floor_of`."""
-    import altair as alt
-
     bottom, top = floor_of([*lows, *means]), max([*highs, *means])
     bottom = max(bottom, floor_of(means)) if floor_of(means) > min(means) else bottom
+    return _with_air(bottom, top)
+
+
+def _with_air(bottom: float, top: float):
+    import altair as alt
+
     air = 0.08 * (top - bottom) or 0.5
     return alt.Scale(domain=[bottom - air, top + air], nice=False, zero=False)

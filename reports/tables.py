@@ -411,7 +411,8 @@ def alarms(study: Study) -> list[str]:
 
 def task_caption(study: Study) -> list[str]:
     """What the study and its task say must stand beside every number of theirs."""
-    return list(dict.fromkeys([*study.captions, *(line for run in study.runs for line in run.config.caption)]))
+    told = dict.fromkeys(line for run in study.runs for line in run.config.caption)
+    return list(told or study.captions)  # the study's own are those of all its tasks
 
 
 def _comparison_caption(study: Study) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 
 from reports import charts, figures, html, page, results, tables
 from reports.verdicts import Verdict, verdicts
-from tests.synthetic_runs import BERT_SITES, final_ranks, write_run, write_study
+from tests.synthetic_runs import BERT_SITES, final_ranks, write_json, write_run, write_study
 
 HOSTILE = "</script><b id=\"planted\">&amp; 'quoted' <!--"
 BESIDE = tables.Table(
@@ -272,7 +272,7 @@ def test_two_parts_are_linked_from_the_head(tmp_path):
     parsed = Page(html.render(sections, [replace(BESIDE, title="Over both tasks")], BESIDE))
     assert [a["href"] for a in parsed.all("a")] == ["#main", "#part-1", "#part-2"]
     names = [name for _, name in parsed.headings]
-    assert names[1:4] == ["All parts together", "Over all tasks", "Paper against ours"]
+    assert names[1:4] == ["All parts together", "Over both tasks", "Paper against ours"]
     assert "Paper against ours" not in names[4:] and "Over both tasks" in "".join(parsed.words)
 
 
@@ -501,3 +501,21 @@ def test_labels_with_markup_are_shown_as_they_are(open_page, tmp_path):
     assert any(label.startswith("lora </script><b id=") for label in legend)
     choose(browser, "setting", f"lora {HOSTILE}".strip())
     assert f"lora {HOSTILE}" in one(browser, ".shown output").text
+
+
+@pytest.mark.parametrize("shift", [25.0, -25.0, 80.0, -80.0])
+def test_zero_always_shows_among_the_differences(tmp_path, shift):
+    """Settings far from the reference on one side only: the reference's own place is still on the axis."""
+    for setting, level in (("lora", 50.0), ("full", 50.0 + shift), ("dora", 50.3)):
+        for seed in range(4):
+            write_run(tmp_path, method=setting, seed=seed, score=level + 0.1 * seed * (setting != "lora"))
+    write_json(tmp_path / "study.json", {"schema": 1, "study": "stsb-minilm", "quick": False, "title": "t", "captions": [],
+               "reference": "lora", "methods": ["lora", "full", "dora"], "complete": True})  # fmt: skip
+    part = results.load(tmp_path)
+    chart = charts.differences(part, verdicts(part))
+    [panel] = chart.panels
+    layers = panel.specification["layer"]
+    domain = layers[0]["encoding"]["x"]["scale"]["domain"]
+    assert domain[0] < 0 < domain[1]
+    shown = [row["setting"] for row in panel.specification["datasets"]["rows"] if not row["below"]]
+    assert "dora" in shown and ("full" in shown) == (shift > -60)
