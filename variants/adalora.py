@@ -83,9 +83,10 @@ class AdaLoRA(LowRankAdapter):
         for start, end in zip(initial, target, strict=True):
             if end > start:
                 self.detach()
+                setting = "target_rank" if self.settings.target_total is None else "target_total"
+                told = f"target_rank times {len(names)} sites is" if setting == "target_rank" else "target_total ="
                 raise ValueError(
-                    f"the budget of {end} ranks at the end (target_total, or target_rank times {len(names)} sites) is above "
-                    f"the {start} triplets that initial_rank and rank_pattern leave: lower it or raise the ranks"
+                    f"{told} {end}, above the {start} triplets that rank_pattern leaves: lower {setting} or raise the ranks"
                 )
         self.importance = Sensitivity(self._tensors(), self.settings.beta1, self.settings.beta2).to(self.device)
         self._steps_driven = 0
