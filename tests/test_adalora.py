@@ -343,5 +343,5 @@ def test_a_total_takes_the_place_of_target_rank_times_sites():
     assert adapter.totals() == ([48, 48], [29, 29])
     assert adapter.budget(variants.Step(1, 9)).tolist() == [48, 48] and adapter.budget(variants.Step(7, 9)).tolist() == [29, 29]
     adapter.detach()
-    with pytest.raises(ValueError, match="target_total = 49, above the 48 triplets .* lower target_total"):
+    with pytest.raises(ValueError, match=r"target_total = 49, above the 48 triplets .* lower target_total"):
         variants.create("adalora", initial_rank=4, target_rank=2, target_total=49).attach(model)
