@@ -119,7 +119,7 @@ def warnings(part: Study) -> list[str]:
                 f"The {arm.completed[0].split} part is small for the difference claimed of {arm.setting}: {verdict.mean:+.2f} "
                 f"points, where the standard error of a score on its {error[1]:,} rows is {error[0]:.2f}."
             )
-    sentences += [f"{lack}: not in the table, as a fair comparison has it." for lack in missing_baselines(part)]
+    sentences += [f"{lack} is not in the table, where a fair comparison has it." for lack in missing_baselines(part)]
     return sentences
 
 

@@ -151,7 +151,7 @@ def test_a_test_part_too_small_for_the_difference_is_told_with_its_error(tmp_pat
 def test_a_papers_own_protocol_is_labelled_and_missing_baselines_are_named(tmp_path):
     part = study(tmp_path, {"dora": plus(2), "adalora": BASE}, reference="adalora", protocol="best-dev-epoch")
     text = " ".join(warnings(part))
-    assert "A paper's own protocol" in text and "Full fine-tuning: not in the table" in text and "Plain LoRA: not" in text
+    assert "A paper's own protocol" in text and "Full fine-tuning is not in the table" in text and "Plain LoRA is not" in text
 
 
 @pytest.mark.parametrize(
