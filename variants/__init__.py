@@ -22,6 +22,8 @@ _PLACES = {
     "DoRA": "variants.dora",
     "AdaLoRA": "variants.adalora",
     "AdaLoRADoRA": "variants.dora",
+    "Allocated": "variants.adalora",
+    "DynamicDoRA": "variants.dynamic_dora",
     "HeadOnly": "variants.subset",
     "BitFit": "variants.subset",
     "FullFineTuning": "variants.subset",

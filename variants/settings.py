@@ -84,6 +84,10 @@ SMOOTHS = {
     "norm-share": ("beta1",),
     "gradient": ("beta1",),
 }
+ScoreName = Literal[
+    "sensitivity", "smoothed-sensitivity", "raw-sensitivity", "magnitude", "norm-share", "gradient", "random", "uniform"
+]
+ScheduleName = Literal["cubic", "cubic-late", "linear", "cosine", "constant"]
 Bounds = dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]
 
 
@@ -104,11 +108,9 @@ class AllocatedSettings(LowRankSettings):
     """Steps at the final budget, with the ranks fixed."""
     interval: PositiveInt = 1
     """Steps from one allocation to the next."""
-    score: Literal[
-        "sensitivity", "smoothed-sensitivity", "raw-sensitivity", "magnitude", "norm-share", "gradient", "random", "uniform"
-    ] = "sensitivity"
+    score: ScoreName = "sensitivity"
     """What a rank is worth: see variants/allocation.py."""
-    schedule: Literal["cubic", "cubic-late", "linear", "cosine", "constant"] = "cubic"
+    schedule: ScheduleName = "cubic"
     """How the total goes from the initial to the target ranks."""
     direction: Literal["prune", "grow", "both"] = "prune"
     """prune: any rank may be cut, and may come back; grow: none is cut; both: at most `exchange` change places at a time."""
@@ -149,7 +151,7 @@ class AllocatedSettings(LowRankSettings):
 
     @staticmethod
     def prunes() -> str:
-        return "AdaLoRA prunes"
+        return "this method prunes"
 
     @model_validator(mode="after")
     def _settings_have_effect(self) -> "AllocatedSettings":
@@ -183,6 +185,25 @@ class AdaLoRASettings(AllocatedSettings):
     """Weight of the orthogonality penalty.  0.5: peft's AdaLoraConfig default; the paper searches 0.1, 0.3, 0.5."""
     penalty_form: Literal["release", "paper"] = "release"
     """release: mean of Frobenius norms over all matrices; paper: sum of squared norms (eq. 4)."""
+
+    @staticmethod
+    def prunes() -> str:
+        return "AdaLoRA prunes"
+
+
+class DynamicDoRASettings(AllocatedSettings):
+    """Settings of dynamic-rank DoRA (Mao et al. 2024)."""
+
+    score: ScoreName = "norm-share"
+    """What a component is worth (eq. 7)."""
+    schedule: ScheduleName = "cubic-late"
+    """How the total falls; the release's cube is on the progress made: slow first, fast at the end."""
+    beta1: Fraction = 0.9
+    """Smoothing of the score (eq. 8)."""
+    modulator: NonNegative = 0.1
+    """Weight eta of the dimensional equilibrium modulator (eq. 10); the paper takes 0.1 to 0.5."""
+    penalty_form: Literal["paper", "release"] = "paper"
+    """paper: mean over components of both variances; release: mean over their vectors, half of it."""
 
 
 class FreelyAllocatedSettings(AdaLoRASettings):
@@ -239,6 +260,13 @@ METHODS: dict[str, Method] = {
             FreelyAllocatedSettings,
             "any score x schedule x direction x cost, by name",
             "variants/allocation.py",
+        ),
+        Method(
+            "dynamic-dora",
+            "variants.dynamic_dora:DynamicDoRA",
+            DynamicDoRASettings,
+            "rank-one components pruned by their share of the update; not the weight-decomposed DoRA",
+            "Mao et al. 2024",
         ),
         Method(
             "adalora+dora",
