@@ -28,6 +28,8 @@ _PLACES = {
     "save_pretrained": "variants.checkpoint",
     "load_pretrained": "variants.checkpoint",
     "export_lora": "variants.checkpoint",
+    "export_merged": "variants.checkpoint",
+    "truncate": "variants.truncation",
 }
 
 __all__ = ["METHODS", "check", "create", "method", *_PLACES]
