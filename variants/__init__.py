@@ -28,6 +28,7 @@ _PLACES = {
     "save_pretrained": "variants.checkpoint",
     "load_pretrained": "variants.checkpoint",
     "export_lora": "variants.checkpoint",
+    "follow": "variants.lowrank",
 }
 
 __all__ = ["METHODS", "check", "create", "method", *_PLACES]

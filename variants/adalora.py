@@ -32,6 +32,8 @@ from variants.settings import per_member
 class Triplets(LowRank):
     """A low-rank site with a trained coefficient E for each slot."""
 
+    slot_axes = LowRank.slot_axes | {"E": 1, "kept": 1}
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.E = nn.Parameter(torch.zeros_like(self.slots))  # (K, R)
