@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from variants.settings import (
     METHODS,
-    AdaLoRASettings,
+    AllocatedSettings,
     Count,
     Fraction,
     NonNegative,
@@ -74,6 +74,14 @@ class Training(_Section):
     """Steps with a non-finite gradient after which a member fails as "diverged"."""
     log_every: PositiveInt = 10
     """Steps from one line of metrics.jsonl to the next."""
+
+    head_learning_rate: Positive | None = None
+    """Learning rate of the task head, the same for every method; that of the rest of the run, if not given."""
+
+    def identity(self) -> dict[str, Any]:
+        """What tells one run from another; a setting that came later is left out while it has its default."""
+        values = self.model_dump(mode="json", exclude={"log_every"})
+        return {k: v for k, v in values.items() if k != "head_learning_rate" or v is not None}
 
     def steps_per_epoch(self, rows: int) -> int:
         return -(-rows // self.batch_size)
@@ -155,7 +163,7 @@ class Entry(_Section):
         """
         values = {k: _steps(v, total_steps) if k in STEP_COUNTS else v for k, v in self.settings.items()}
         settings = check(self.method, values)
-        if isinstance(settings, AdaLoRASettings) and settings.warmup_steps + settings.final_steps >= total_steps:
+        if isinstance(settings, AllocatedSettings) and settings.warmup_steps + settings.final_steps >= total_steps:
             raise ValueError(
                 f"{self.label}: warmup_steps = {self.settings.get('warmup_steps', 0)} and final_steps = "
                 f"{self.settings.get('final_steps', 0)} are {settings.warmup_steps} + {settings.final_steps} steps and leave "

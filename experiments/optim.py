@@ -99,7 +99,7 @@ class MemberAdamW:
         return len(self.taken) == 1 or self.learning_rates.device.type == "cpu"
 
     def _parts(self) -> tuple[list[tuple[Group, list[int]]], list[tuple[Group, list[int]]]]:
-        """For each group its parameters with a gradient: those of one rate and one count a member, to be fused; and the others."""
+        """For each group its parameters with a gradient: those of one rate and count a member, to be fused; and others."""
         fused, whole, apart, at = self._is_fusable(), [], [], 0
         for group in self.groups:
             scale = group.lr_scale

@@ -519,14 +519,14 @@ class Runner:
             "phase": group.phase,
             "protocol": self.study.protocol,
             "method": group.entry.method,
-            "settings": settings.model_dump(mode="json"),
+            "settings": settings.identity(),
             "targets": prepared.targets[group.entry.label],
             "task": group.task,
             "data": prepared.data_hash,
             "model": models.content_hash(self.study.model),
             "seed": seed,
             "learning_rate": rate,
-            "training": {**training.model_dump(mode="json", exclude={"log_every"}), "precision": self.precision},
+            "training": {**training.identity(), "precision": self.precision},
             "device": self.device.type,
         }
         text = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)

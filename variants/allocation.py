@@ -1,29 +1,88 @@
-"""Where rank goes: a score of each triplet, a schedule of the total, and an exact choice of what to keep, per member.
+"""Where rank goes: score x schedule x direction x cost, each a part of its own, and an exact choice of what to keep.
+
+    score      what a slot is worth                        SCORES       sensitivity, magnitude, norm-share, gradient, ...
+    schedule   how the total goes from start to target     SCHEDULES    cubic, cubic-late, linear, cosine, constant
+    direction  which slots may change                      DIRECTIONS   prune, grow, both
+    cost       what a slot takes out of the budget         one, or its parameters
+
+`AllocatedAdapter` (variants/triplets.py) puts them together by name; any combination is a method.
 
 Legend: K member, R rank slots of a site, S slots of all sites together.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from variants import initialization
+
+# -- schedules: the share of the change that is left at a progress between 0 and 1 ---------------------------------------
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cubic": lambda progress: (1 - progress) ** 3,  # AdaLoRA eq. (12): fast first
+    "cubic-late": lambda progress: 1 - progress**3,  # the release of dynamic-rank DoRA (Mao et al. 2024): slow first
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "constant": lambda progress: 0.0,  # the target at once
+}
+
+
+def scheduled_budget(schedule: str, index: int, start: int, end: int, initial: int, target: int) -> int:
+    """The total after step `index`: `initial` until `start`, `target` from `end`; truncated to an integer between."""
+    if index <= start:
+        return initial
+    if index >= end:
+        return target
+    left = SCHEDULES[schedule]((index - start) / (end - start))
+    return int((initial - target) * left + target)
+
 
 def cubic_budget(index: int, start: int, end: int, initial: int, target: int) -> int:
-    """Total rank after step `index`: `initial` until `start`, `target` from `end`, a cubic between.
+    """AdaLoRA's total rank after step `index`.
 
         b(t) = b(T) + (b(0) - b(T)) (1 - (t - t_i) / (T - t_f - t_i))^3
 
     AdaLoRA eq. (12) with t_i = start and T - t_f = end; the printed numerator has a further "- t_f", without which
     alone the schedule is continuous (as in the release).  Truncated to an integer, as there.
     """
-    if index <= start:
-        return initial
-    if index >= end:
-        return target
-    left = 1 - (index - start) / (end - start)
-    return int((initial - target) * left**3 + target)
+    return scheduled_budget("cubic", index, start, end, initial, target)
+
+
+# -- directions: the kept slots that must stay -----------------------------------------------------------------------------
+
+
+def protected(direction: str, scores: Float[Tensor, "K S"], kept: Bool[Tensor, "K S"], exchange: int) -> Bool[Tensor, "K S"]:
+    """The slots that an allocation may not cut.
+
+    prune: none, and a slot that was cut may come back.  grow: all that are kept.  both: all but the `exchange` weakest of
+    each member, so that at most so many change places.
+    """
+    if direction == "prune":
+        return torch.zeros_like(kept)
+    if direction == "grow":
+        return kept
+    weakest = keep_top(-scores, kept, torch.full((len(kept),), exchange, device=kept.device))
+    return kept & ~weakest
+
+
+DIRECTIONS = ("prune", "grow", "both")
+
+
+# -- the choice -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Least and most rank of some slots together: those of a site, or of a group of sites."""
+
+    name: str
+    inside: tuple[int, ...]  # positions among the S slots
+    least: int = 0
+    most: int | None = None
 
 
 def keep_top(scores: Float[Tensor, "K S"], slots: Bool[Tensor, "K S"], budget: Int[Tensor, " K"]) -> Bool[Tensor, "K S"]:
@@ -34,6 +93,75 @@ def keep_top(scores: Float[Tensor, "K S"], slots: Bool[Tensor, "K S"], budget: I
     order = scores.masked_fill(~slots, -torch.inf).argsort(dim=1, descending=True, stable=True)
     place = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
     return (place < budget.to(place.device)[:, None]) & slots
+
+
+def choose(
+    scores: Float[Tensor, "K S"],
+    slots: Bool[Tensor, "K S"],
+    budget: Int[Tensor, " K"],
+    costs: Sequence[int] | None = None,
+    bounds: Sequence[Bound] = (),
+    must: Bool[Tensor, "K S"] | None = None,
+) -> Bool[Tensor, "K S"]:
+    """The slots to keep: those worth most for what they cost, within a budget and bounds.
+
+    Args:
+        budget: in ranks, or in the unit of `costs`.
+        costs: of each slot; slots are then taken by score per cost.  A budget of costs is never exceeded, and falls short
+            by less than the cheapest slot that was left out for its sake.
+        bounds: least ranks are filled first, most ranks never exceeded.
+        must: slots that stay whatever their score, as far as the budget goes.
+    """
+    if must is not None:
+        scores = scores.masked_fill(must & slots, torch.inf)
+    if costs is None and not any(bound.least or bound.most is not None for bound in bounds):
+        return keep_top(scores, slots, budget)
+    price = torch.ones(slots.shape[1]) if costs is None else torch.tensor(costs, dtype=torch.get_default_dtype())
+    worth = (scores / price.to(scores)).masked_fill(~slots, -torch.inf)
+    orders = worth.argsort(dim=1, descending=True, stable=True).tolist()
+    exists, limits = slots.tolist(), budget.tolist()
+    prices = [1] * slots.shape[1] if costs is None else list(costs)
+    kept = [_fill([i for i in o if e[i]], limit, prices, bounds) for o, e, limit in zip(orders, exists, limits, strict=True)]
+    result = torch.zeros_like(slots)
+    for member, chosen in enumerate(kept):
+        result[member, sorted(chosen)] = True
+    return result
+
+
+def _fill(order: Sequence[int], budget: int, prices: Sequence[int], bounds: Sequence[Bound]) -> set[int]:
+    """One member's choice: slots in the order of their worth, first those that the least ranks ask for."""
+    around: dict[int, list[int]] = {}  # slot -> the bounds it counts for
+    for number, bound in enumerate(bounds):
+        for slot in bound.inside:
+            around.setdefault(slot, []).append(number)
+    counts, chosen, left = [0] * len(bounds), set(), budget
+
+    def take(slot: int) -> None:
+        nonlocal left
+        chosen.add(slot)
+        left -= prices[slot]
+        for number in around.get(slot, ()):
+            counts[number] += 1
+
+    def fits(slot: int) -> bool:
+        full = (n for n in around.get(slot, ()) if bounds[n].most is not None and counts[n] >= bounds[n].most)
+        return slot not in chosen and prices[slot] <= left and next(full, None) is None
+
+    # Bounds of single sites come before those of groups, whose least ranks they may fill.
+    for number in sorted(range(len(bounds)), key=lambda n: len(bounds[n].inside)):
+        inside = set(bounds[number].inside)
+        for slot in order:
+            if counts[number] >= bounds[number].least:
+                break
+            if slot in inside and fits(slot):
+                take(slot)
+    for slot in order:
+        if fits(slot):
+            take(slot)
+    return chosen
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------------
 
 
 class Sensitivity(nn.Module):
@@ -93,3 +221,193 @@ class Sensitivity(nn.Module):
 
     def _parts(self, flat: Tensor) -> list[Tensor]:
         return [part.view(shape) for part, shape in zip(flat.split(self.sizes, 1), self.shapes, strict=True)]
+
+    def follow(self, tensors: Sequence[nn.Parameter], changes: Mapping[int, Callable[[Tensor], Tensor]]) -> None:
+        """The tensors were resized: the averages of each go the same way.  `changes`: id of a parameter -> what was done."""
+        flats = []
+        for flat in (self.all_smoothed, self.all_uncertainty):
+            pairs = zip(tensors, self._parts(flat), strict=True)
+            parts = [changes.get(id(tensor), lambda part: part)(part) for tensor, part in pairs]
+            flats.append(torch.cat([part.flatten(1) for part in parts], 1))
+        self.shapes = [part.shape for part in parts]
+        self.sizes = [shape[1:].numel() for shape in self.shapes]
+        self.all_smoothed, self.all_uncertainty = flats
+
+
+class Score(nn.Module):
+    """What each slot is worth to the allocator; `sites` are low-rank sites in order."""
+
+    needs_gradient = False
+    smooths = ()  # the smoothing settings that it reads
+
+    def __init__(self, sites: Sequence[nn.Module], seeds: Sequence[int], beta1: float, beta2: float):
+        super().__init__()
+        self.beta1, self.beta2 = beta1, beta2
+
+    def update(self, sites: Sequence[nn.Module], counted: Bool[Tensor, " K"]) -> None:
+        """Once a step, with new parameters and gradients still there; a member that is not `counted` keeps its score."""
+
+    def of_slots(self, sites: Sequence[nn.Module]) -> list[Tensor]:
+        """(K, R) of each site."""
+        raise NotImplementedError
+
+    def follow(self, sites: Sequence[nn.Module], changes: Mapping[int, Callable[[Tensor], Tensor]]) -> None:
+        """The sites were resized, and what is kept of each slot too.  `changes`: id of a parameter -> what was done."""
+
+
+class SensitivityScore(Score):
+    """AdaLoRA eq. (7): s of a slot's coefficient, and the means of s over its row of A and its column of B; s = Ibar U."""
+
+    needs_gradient = True
+    smooths = ("beta1", "beta2")
+
+    def __init__(self, sites: Sequence[nn.Module], seeds: Sequence[int], beta1: float, beta2: float):
+        super().__init__(sites, seeds, beta1, beta2)
+        self.elements = Sensitivity(self._tensors(sites), beta1, beta2)
+
+    @staticmethod
+    def _tensors(sites: Sequence[nn.Module]) -> list[nn.Parameter]:
+        return [tensor for site in sites for tensor in site.factors()]
+
+    def update(self, sites: Sequence[nn.Module], counted: Bool[Tensor, " K"]) -> None:
+        self.elements.update(self._tensors(sites), counted)
+
+    def element_scores(self) -> list[Tensor]:
+        return self.elements.scores()
+
+    def of_slots(self, sites: Sequence[nn.Module]) -> list[Tensor]:
+        scores, found = iter(self.element_scores()), []
+        for site in sites:
+            A, B, *coefficient = (next(scores) for _ in site.factors())
+            found.append((coefficient[0] if coefficient else 0.0) + A.mean(2) + B.mean(1))
+        return found
+
+    def follow(self, sites: Sequence[nn.Module], changes: Mapping[int, Callable[[Tensor], Tensor]]) -> None:
+        self.elements.follow(self._tensors(sites), changes)
+
+
+class SmoothedSensitivity(SensitivityScore):
+    """The same with s = Ibar: sensitivity without its uncertainty."""
+
+    smooths = ("beta1",)
+
+    def element_scores(self) -> list[Tensor]:
+        return [self.elements.smoothed(i) for i in range(len(self.elements.shapes))]
+
+
+class RawSensitivity(SmoothedSensitivity):
+    """The same with s = I of the last step alone: AdaLoRA's ablation "s = I" (table 4)."""
+
+    smooths = ()
+
+    def __init__(self, sites: Sequence[nn.Module], seeds: Sequence[int], beta1: float, beta2: float):
+        super().__init__(sites, seeds, 0.0, beta2)
+
+
+class Magnitude(Score):
+    """|e|: AdaLoRA's ablation "S = |lambda|" (table 4); for slots without a coefficient the norm of their component."""
+
+    def of_slots(self, sites: Sequence[nn.Module]) -> list[Tensor]:
+        return [site.E.detach().abs() if hasattr(site, "E") else component_norms(site) for site in sites]
+
+
+class Averaged(Score):
+    """A value for each slot, smoothed: v <- beta1 v + (1 - beta1) now."""
+
+    smooths = ("beta1",)
+
+    def __init__(self, sites: Sequence[nn.Module], seeds: Sequence[int], beta1: float, beta2: float):
+        super().__init__(sites, seeds, beta1, beta2)
+        for number, site in enumerate(sites):
+            self.register_buffer(f"average_{number}", torch.zeros_like(site.slots))  # (K, R)
+
+    def now(self, site: nn.Module) -> Float[Tensor, "K R"]:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def update(self, sites: Sequence[nn.Module], counted: Bool[Tensor, " K"]) -> None:
+        news = [self.now(site) for site in sites]
+        counts = counted & torch.stack([now.isfinite().all(1) for now in news]).all(0)  # (K,)
+        for average, now in zip(self.of_slots(sites), news, strict=True):
+            average.lerp_(now.nan_to_num(0.0, 0.0, 0.0), (1 - self.beta1) * counts[:, None].to(now.dtype))
+
+    def of_slots(self, sites: Sequence[nn.Module]) -> list[Tensor]:
+        return [self.get_buffer(f"average_{number}") for number in range(len(sites))]
+
+    def follow(self, sites: Sequence[nn.Module], changes: Mapping[int, Callable[[Tensor], Tensor]]) -> None:
+        for number, site in enumerate(sites):
+            if id(site.A) in changes:  # (K, R, I): what is done along its slots is done here
+                setattr(self, f"average_{number}", changes[id(site.A)](self.get_buffer(f"average_{number}")))
+
+
+class NormShare(Averaged):
+    """|e||A_i||B_i| / |sum_j e_j B_j A_j|, smoothed: dynamic-rank DoRA (Mao et al. 2024) eq. (7) and (8), in closed form.
+
+    A component B_i A_i is an outer product, so its Frobenius norm is the product of two vector norms, and the norm of the sum
+    follows from the Gram matrices A A^T and B^T B (R, R): no (R, O, I) tensor.  The site's scale cancels.
+    """
+
+    EPSILON = 1e-8  # the paper names an epsilon and no value
+
+    def now(self, site: nn.Module) -> Float[Tensor, "K R"]:
+        A, B, e = site.A.detach(), site.B.detach(), site.coefficients().detach()
+        gram = torch.bmm(A, A.mT) * torch.bmm(B.mT, B)  # (K, R, R)
+        whole = (gram * e[:, :, None] * e[:, None]).sum((1, 2)).clamp_min(0).sqrt()
+        return component_norms(site) / (whole[:, None] + self.EPSILON)
+
+
+class Gradient(Averaged):
+    """|dL/de|, smoothed: what the loss would gain by a coefficient on the slot, zero or not; e = 1 where a slot has none."""
+
+    needs_gradient = True
+
+    def now(self, site: nn.Module) -> Float[Tensor, "K R"]:
+        if hasattr(site, "E"):
+            return torch.zeros_like(site.E) if site.E.grad is None else site.E.grad.abs()
+        return torch.zeros_like(site.slots) if site.B.grad is None else (site.B.grad * site.B.detach()).sum(1).abs()
+
+
+class Random(Score):
+    """A fixed draw for each slot, by the member's seed: the control of what a score is worth."""
+
+    def __init__(self, sites: Sequence[nn.Module], seeds: Sequence[int], beta1: float, beta2: float):
+        super().__init__(sites, seeds, beta1, beta2)
+        self.seeds = list(seeds)
+
+    def of_slots(self, sites: Sequence[nn.Module]) -> list[Tensor]:
+        found = []
+        for site in sites:
+            size = site.slots.shape[1]
+            draws = [torch.rand(size, generator=initialization.generator(s, site.name, "score")) for s in self.seeds]
+            found.append(torch.stack(draws).to(site.slots))
+        return found
+
+
+class Uniform(Score):
+    """The first slots of every site alike; what a budget leaves over goes to sites spread evenly over the model."""
+
+    def of_slots(self, sites: Sequence[nn.Module]) -> list[Tensor]:
+        golden = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly however many are taken (Weyl)
+        found = []
+        for number, site in enumerate(sites):
+            order = torch.arange(site.slots.shape[1], device=site.slots.device, dtype=site.slots.dtype)
+            found.append((-order - (number * golden) % 1).expand_as(site.slots))
+        return found
+
+
+def component_norms(site: nn.Module) -> Float[Tensor, "K R"]:
+    """|e_i| |A_i| |B_i|: the Frobenius norm of what each slot adds to the weight."""
+    A, B = site.A.detach(), site.B.detach()
+    return site.coefficients().detach().abs() * A.norm(dim=2) * B.norm(dim=1)
+
+
+SCORES: dict[str, type[Score]] = {
+    "sensitivity": SensitivityScore,
+    "smoothed-sensitivity": SmoothedSensitivity,
+    "raw-sensitivity": RawSensitivity,
+    "magnitude": Magnitude,
+    "norm-share": NormShare,
+    "gradient": Gradient,
+    "random": Random,
+    "uniform": Uniform,
+}

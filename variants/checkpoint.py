@@ -32,11 +32,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from variants.adalora import AdaLoRA, Triplets
+from variants.adalora import AdaLoRA
 from variants.base import Adapted, Adapter, name_of, weight_of
 from variants.lowrank import LowRank, LowRankAdapter
 from variants.settings import METHODS, method, nearest
 from variants.targets import KEYWORDS, is_conv1d, is_linear, matches
+from variants.triplets import Triplets
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # PEFT's wrapper and tuner around the model

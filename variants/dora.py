@@ -9,15 +9,13 @@ Departures: the norm comes from thin products (lowrank.squared_row_norms).  Drop
 alone; PEFT drops it in (m/|W + dW| - 1) W x too.  A row whose W + dW is zero has gain 1 where PEFT has 0/0.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from variants import native
 from variants.adalora import AdaLoRA
-from variants.base import Adapter, Step, trained_dtype, weight_of
+from variants.base import trained_dtype, weight_of
 from variants.lora import LoRA
 from variants.lowrank import LowRank, as_stored, base_output, squared_row_norms
 
@@ -127,13 +125,7 @@ class DoRA(LoRA):
 
     method = "dora"
     exact_gradient = False  # the norm is detached
-
-    def make_site(self, name: str, module: nn.Module) -> nn.Module:
-        return Decomposed(super().make_site(name, module), module)
-
-    def after_step(self, step: Step) -> None:
-        super().after_step(step)
-        forget_norms(self)
+    has_magnitude = True
 
 
 class AdaLoRADoRA(AdaLoRA):
@@ -141,19 +133,4 @@ class AdaLoRADoRA(AdaLoRA):
 
     method = "adalora+dora"
     exact_gradient = False
-
-    def make_site(self, name: str, module: nn.Module) -> nn.Module:
-        return Decomposed(super().make_site(name, module), module)
-
-    def triplets(self) -> Sequence[LowRank]:
-        return [site.inner for _, site in self.named_sites()]
-
-    def after_step(self, step: Step) -> None:
-        super().after_step(step)
-        forget_norms(self)
-
-
-def forget_norms(adapter: Adapter) -> None:
-    """Parameters are new.  Their version counters do not always tell: torch's fused optimizers do not raise them."""
-    for _, site in adapter.named_sites():
-        site._norm = None
+    has_magnitude = True

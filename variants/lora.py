@@ -18,7 +18,7 @@ class LoRA(LowRankAdapter):
 
     method = "lora"
 
-    def make_site(self, name: str, module: nn.Module) -> nn.Module:
+    def make_low_rank(self, name: str, module: nn.Module) -> LowRank:
         ranks = self.site_ranks(name, self.settings.rank)
         start = initialization.STARTS[self.settings.initialization]
         draws = [initialization.generator(seed, name, "A") for seed in self.seeds]

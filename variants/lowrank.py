@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from variants import native
-from variants.base import Adapter, Group, trained_dtype, weight_of
+from variants.base import Adapter, Group, Step, trained_dtype, weight_of
 from variants.dropout import Draw, Dropping, drop
 from variants.settings import nearest, per_member
 from variants.targets import is_conv1d, matches
@@ -346,14 +346,43 @@ class LowRankAdapter(Adapter):
 
     def choose(self, model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
         names = super().choose(model, targets, head)
-        for setting in ("rank_pattern", "alpha_pattern"):
+        self.check_patterns(("rank_pattern", "alpha_pattern"), names)
+        return names
+
+    def check_patterns(self, settings: Sequence[str], names: Sequence[str]) -> None:
+        """
+        Raises:
+            ValueError: a pattern in one of these settings that matches no target.
+        """
+        for setting in settings:
             for pattern in getattr(self.settings, setting):
                 if not any(matches(pattern, name) for name in names):
                     raise ValueError(
                         f'{setting} = {{"{pattern}": ...}} matches none of the {len(names)} targets'
                         f"{nearest(pattern, [*(n.rpartition('.')[2] for n in names), *names])}"
                     )
-        return names
+
+    def make_low_rank(self, name: str, module: nn.Module) -> LowRank:
+        """The method's own site, without magnitudes."""
+        raise NotImplementedError
+
+    @property
+    def has_magnitude(self) -> bool:
+        """Whether each site is decomposed into magnitude and direction."""
+        return self.settings.magnitude
+
+    def make_site(self, name: str, module: nn.Module) -> nn.Module:
+        site = self.make_low_rank(name, module)
+        if not self.has_magnitude:
+            return site
+        from variants.dora import Decomposed  # it wraps what stands here
+
+        return Decomposed(site, module)
+
+    def after_step(self, step: Step) -> None:
+        if self.has_magnitude:  # parameters are new; version counters do not always tell, fused optimizers do not raise them
+            for _, site in self.named_sites():
+                site._norm = None
 
     def site_ranks(self, name: str, default: list[int] | int) -> list[int]:
         """Rank of the site for each member: that of the first pattern that matches, else the default."""

@@ -7,7 +7,7 @@ mathematics of a method stands in its own file, which `Method.location` names.
 import difflib
 import importlib
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -24,6 +24,7 @@ class Settings(BaseModel):
     """Settings of a method: keyword-only, frozen, unknown names refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    LATER: ClassVar[tuple[str, ...]] = ()
 
     def for_member(self, member: int) -> "Settings":
         """The same settings with every per-member list replaced by that member's value."""
@@ -31,6 +32,16 @@ class Settings(BaseModel):
 
     def get(self, name: str, default: Any = None) -> Any:
         return getattr(self, name, default)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells one run from another.
+
+        A setting that came later (`LATER`) is left out while it has its default, so that the runs made before it stay what
+        they were.  Such a default may therefore never change.
+        """
+        values = self.model_dump(mode="json")
+        defaults = {name: type(self).model_fields[name].get_default() for name in self.LATER if name in values}
+        return {k: v for k, v in values.items() if k not in defaults or getattr(self, k) != defaults[k]}
 
 
 PER_MEMBER = ("rank", "initial_rank", "target_rank", "alpha", "orthogonality")  # what members of a pack may differ in
@@ -52,6 +63,10 @@ class LowRankSettings(Settings):
     """Other alphas for some sites: name, suffix or pattern of a module -> alpha."""
     lr_ratio: Positive = 1.0
     """Learning rate of B over that of A; above 1 it is LoRA+ (Hayou et al. 2024)."""
+    magnitude: bool = False
+    """DoRA's trained magnitude around each site (Liu et al. 2024); "dora" and "adalora+dora" always have it."""
+
+    LATER = ("magnitude",)
 
 
 class LoRASettings(LowRankSettings):
@@ -63,41 +78,120 @@ class LoRASettings(LowRankSettings):
     """Where A starts; B starts at zero."""
 
 
-class AdaLoRASettings(LowRankSettings):
-    """Settings of AdaLoRA, with or without DoRA's magnitude."""
+SMOOTHS = {
+    "sensitivity": ("beta1", "beta2"),
+    "smoothed-sensitivity": ("beta1",),
+    "norm-share": ("beta1",),
+    "gradient": ("beta1",),
+}
+Bounds = dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]
+
+
+class AllocatedSettings(LowRankSettings):
+    """What every method has whose ranks an allocator places: score x schedule x direction x cost, and bounds."""
 
     initial_rank: PerMember
-    """Triplets of each site at the start."""
+    """Rank of each site at the start."""
     target_rank: PerMember
     """Mean rank of a site at the end; the budget is target_rank times the number of sites."""
     target_total: PositiveInt | None = None
     """Ranks of all sites together at the end, where target_rank times the number of sites is not what is wanted."""
+    target_parameters: PositiveInt | None = None
+    """Parameters of all kept ranks at the end, with cost = "parameters"; those of target_rank at every site if not given."""
     warmup_steps: Count = 0
-    """Steps at the full budget before pruning starts."""
+    """Steps at the full budget before the first allocation."""
     final_steps: Count = 0
     """Steps at the final budget, with the ranks fixed."""
     interval: PositiveInt = 1
     """Steps from one allocation to the next."""
+    score: Literal[
+        "sensitivity", "smoothed-sensitivity", "raw-sensitivity", "magnitude", "norm-share", "gradient", "random", "uniform"
+    ] = "sensitivity"
+    """What a rank is worth: see variants/allocation.py."""
+    schedule: Literal["cubic", "cubic-late", "linear", "cosine", "constant"] = "cubic"
+    """How the total goes from the initial to the target ranks."""
+    direction: Literal["prune", "grow", "both"] = "prune"
+    """prune: any rank may be cut, and may come back; grow: none is cut; both: at most `exchange` change places at a time."""
+    exchange: PositiveInt = 4
+    """Ranks that one allocation may cut, with direction = "both"."""
+    cost: Literal["rank", "parameters"] = "rank"
+    """What a kept rank takes out of the budget: one, or its parameters; ranks are then kept by score per parameter."""
+    least_rank: Count = 0
+    """Least rank of every site, whatever its score."""
+    most_rank: PositiveInt | None = None
+    """Most rank of every site; with direction = "grow" or "both" what a site may grow to."""
+    rank_bounds: Bounds = {}
+    """Other [least, most] ranks for some sites: name, suffix or pattern of a module -> [least, most]."""
+    group_bounds: Bounds = {}
+    """[least, most] ranks of several sites together: pattern that matches them -> [least, most]."""
+    beta1: Fraction = 0.85
+    """Smoothing of the score (AdaLoRA eq. 9)."""
+    beta2: Fraction = 0.85
+    """Smoothing of the sensitivity's uncertainty (AdaLoRA eq. 10)."""
+
+    LATER = (
+        *LowRankSettings.LATER,
+        *("target_parameters", "score", "schedule", "direction", "exchange", "cost"),
+        *("least_rank", "most_rank", "rank_bounds", "group_bounds"),
+    )
+
+    @model_validator(mode="after")
+    def _budget_is_reached(self) -> "AllocatedSettings":
+        initial, target = self.initial_rank, self.target_rank
+        length = max(len(value) if isinstance(value, list) else 1 for value in (initial, target))
+        for start, end in zip(_spread(initial, length), _spread(target, length), strict=False):
+            if end > start and self.direction == "prune":
+                raise ValueError(
+                    f"target_rank = {end} is above initial_rank = {start}: {self.prunes()}, so give an initial_rank "
+                    f"of at least {end} (the paper starts at 1.5 times the target)"
+                )
+        return self
+
+    @staticmethod
+    def prunes() -> str:
+        return "AdaLoRA prunes"
+
+    @model_validator(mode="after")
+    def _settings_have_effect(self) -> "AllocatedSettings":
+        def changed(name: str) -> bool:
+            return getattr(self, name) != type(self).model_fields[name].get_default()
+
+        for name in ("beta1", "beta2"):
+            if changed(name) and name not in SMOOTHS.get(self.score, ()):
+                raise ValueError(f'{name} = {getattr(self, name)} has no effect with score = "{self.score}": take it out')
+        if changed("exchange") and self.direction != "both":
+            raise ValueError(f'exchange = {self.exchange} has no effect with direction = "{self.direction}": take it out')
+        other = "target_parameters" if self.cost == "rank" else "target_total"
+        if getattr(self, other) is not None:
+            raise ValueError(f'{other} = {getattr(self, other)} has no effect with cost = "{self.cost}": take it out')
+        if self.direction != "prune" and self.most_rank is None:
+            raise ValueError(f'direction = "{self.direction}" needs most_rank: what a site may grow to')
+        for name, (least, most) in {
+            "least_rank": (self.least_rank, self.most_rank),
+            **self.rank_bounds,
+            **self.group_bounds,
+        }.items():
+            if most is not None and least > most:
+                raise ValueError(f"{name}: least rank {least} is above the most rank {most}: exchange them")
+        return self
+
+
+class AdaLoRASettings(AllocatedSettings):
+    """Settings of AdaLoRA, with or without DoRA's magnitude."""
+
     orthogonality: list[NonNegative] | NonNegative = 0.5
     """Weight of the orthogonality penalty.  0.5: peft's AdaLoraConfig default; the paper searches 0.1, 0.3, 0.5."""
     penalty_form: Literal["release", "paper"] = "release"
     """release: mean of Frobenius norms over all matrices; paper: sum of squared norms (eq. 4)."""
-    beta1: Fraction = 0.85
-    """Smoothing of the sensitivity (eq. 9)."""
-    beta2: Fraction = 0.85
-    """Smoothing of its uncertainty (eq. 10)."""
 
-    @model_validator(mode="after")
-    def _budget_shrinks(self) -> "AdaLoRASettings":
-        initial, target = self.initial_rank, self.target_rank
-        length = max(len(value) if isinstance(value, list) else 1 for value in (initial, target))
-        for start, end in zip(_spread(initial, length), _spread(target, length), strict=False):
-            if end > start:
-                raise ValueError(
-                    f"target_rank = {end} is above initial_rank = {start}: AdaLoRA prunes, so give an initial_rank "
-                    f"of at least {end} (the paper starts at 1.5 times the target)"
-                )
-        return self
+
+class FreelyAllocatedSettings(AdaLoRASettings):
+    """Settings of any combination of the allocator's parts."""
+
+    form: Literal["triplet", "doublet"] = "triplet"
+    """triplet: P diag(E) Q, which starts at E = 0; doublet: LoRA's B A, which starts at B = 0."""
+    orthogonality: list[NonNegative] | NonNegative = 0.0
+    """Weight of AdaLoRA's orthogonality penalty on the factors."""
 
 
 class NoSettings(Settings):
@@ -139,6 +233,13 @@ METHODS: dict[str, Method] = {
             "Zhang et al. 2023",
         ),
         Method("dora", "variants.dora:DoRA", LoRASettings, "LoRA on the direction, magnitudes apart", "Liu et al. 2024"),
+        Method(
+            "allocated",
+            "variants.adalora:Allocated",
+            FreelyAllocatedSettings,
+            "any score x schedule x direction x cost, by name",
+            "variants/allocation.py",
+        ),
         Method(
             "adalora+dora",
             "variants.dora:AdaLoRADoRA",

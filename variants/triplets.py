@@ -1,0 +1,339 @@
+"""Sites whose slots an allocator keeps or cuts, and what every allocating method shares.
+
+Two masks: `slots` says which slots exist for a member; `kept` is the allocator's choice, applied as a projection when ranks
+are allocated and after every step of the final phase, never in the forward pass: a slot that was cut still gets gradients,
+and may come back until the final phase begins.  Where the direction is "grow" or "both" a slot that is not kept is projected
+after every step, so that ranks really start small.
+
+The order of one step (`AllocatedAdapter.after_step`, with new parameters and gradients still there): the score is updated;
+every `interval` steps after the warm-up, and once at the start of the final phase, the slots to keep are chosen.
+"""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from variants import initialization
+from variants.allocation import SCORES, Bound, choose, protected, scheduled_budget
+from variants.base import Step
+from variants.lora import module_in, module_out
+from variants.lowrank import LowRank, LowRankAdapter
+from variants.settings import per_member
+from variants.targets import matches
+
+
+class Triplets(LowRank):
+    """A low-rank site with a trained coefficient E for each slot."""
+
+    slot_axes = LowRank.slot_axes | {"E": 1, "kept": 1}
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.E = nn.Parameter(torch.zeros_like(self.slots))  # (K, R)
+        self.register_buffer("kept", self.slots.bool())
+
+    def coefficients(self) -> Tensor:
+        return self.E * (self.slots * self.scale[:, None])
+
+    def factors(self) -> list[nn.Parameter]:
+        """The trained tensors of the slots: A, B, and the coefficient."""
+        return [self.A, self.B, self.E]
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Zeroes the singular values that the allocator cut."""
+        self.E.mul_(self.kept)
+
+    def rank(self) -> Tensor:
+        """(K,) triplets that the allocator keeps."""
+        return self.kept.sum(1)
+
+    def live(self) -> Tensor:
+        """(K,) triplets whose singular value is not zero now."""
+        return (self.E != 0).sum(1)
+
+    def count(self, ranks: Tensor) -> Tensor:
+        return super().count(ranks) + ranks
+
+    @torch.no_grad()
+    def clear_missing_slots(self) -> None:
+        super().clear_missing_slots()
+        self.E.mul_(self.slots)
+
+
+class Doublets(LowRank):
+    """LoRA's own factors under an allocator: a slot that is cut has its column of B at zero, so that it may come back."""
+
+    slot_axes = LowRank.slot_axes | {"kept": 1}
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("kept", self.slots.bool())
+
+    def factors(self) -> list[nn.Parameter]:
+        return [self.A, self.B]
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Zeroes the columns of B of the slots that the allocator cut."""
+        self.B.mul_(self.kept[:, None])
+
+    def rank(self) -> Tensor:
+        """(K,) slots that the allocator keeps."""
+        return self.kept.sum(1)
+
+    def live(self) -> Tensor:
+        """(K,) slots that exist and are not projected to zero."""
+        return ((self.B != 0).any(1) | self.kept).sum(1)
+
+
+class AllocatedAdapter(LowRankAdapter):
+    """K members whose ranks an allocator places: score x schedule x direction x cost, by name in the settings."""
+
+    total_steps: int | None = None  # of the run, as last seen
+    form = "triplet"
+
+    def make_low_rank(self, name: str, module: nn.Module) -> LowRank:
+        ranks = self.site_slots(name)
+        A, B = [], []
+        for rank, seed in zip(ranks, self.seeds, strict=True):
+            draws = [initialization.generator(seed, name, part) for part in "AB"]
+            if self.form == "doublet":
+                A.append(initialization.kaiming(rank, module_in(module), draws[0]))
+                B.append(torch.zeros(module_out(module), rank))
+            else:
+                A.append(initialization.triplet(rank, module_in(module), draws[0]))
+                B.append(initialization.triplet(rank, module_out(module), draws[1]).mT)
+        scale = self.site_scales(name, self.site_ranks(name, self.settings.initial_rank))
+        kind = Doublets if self.form == "doublet" else Triplets
+        return kind(name, module, (A, B), scale, self.settings.dropout, self.draw)
+
+    def site_slots(self, name: str) -> list[int]:
+        """Slots of a site for each member: its initial rank, or what it may grow to."""
+        initial = self.site_ranks(name, self.settings.initial_rank)
+        if self.settings.direction == "prune":
+            return initial
+        return [max(rank, self.site_bounds(name)[1] or rank) for rank in initial]
+
+    def site_bounds(self, name: str) -> tuple[int, int | None]:
+        """Least and most rank of a site: of the first of `rank_bounds` that matches, else the method's."""
+        settings = self.settings
+        default = (settings.least_rank, settings.most_rank)
+        return next((tuple(b) for p, b in settings.rank_bounds.items() if matches(p, name)), default)
+
+    def choose(self, model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
+        names = super().choose(model, targets, head)
+        self.check_patterns(("rank_bounds", "group_bounds"), names)
+        return names
+
+    def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None:
+        super()._insert(model, names, head)
+        self.loaded(total_steps=None)
+        try:
+            self._check_budget(len(names))
+        except ValueError:
+            self.detach()
+            raise
+        for site in self.triplets():
+            initial = torch.tensor(self.site_ranks(site.name, self.settings.initial_rank), device=site.slots.device)
+            site.kept &= torch.arange(site.slots.shape[1], device=site.slots.device) < initial[:, None]
+        settings = self.settings
+        self.score = SCORES[settings.score](self.triplets(), self.seeds, settings.beta1, settings.beta2).to(self.device)
+        self._steps_driven = 0
+
+    def _check_budget(self, sites: int) -> None:
+        """
+        Raises:
+            ValueError: a target that pruning cannot reach, or bounds that leave no room for it.
+        """
+        settings = self.settings
+        initial, target = self.totals()
+        by_parameters = settings.cost == "parameters"
+        named = [n for n in ("target_parameters", "target_total") if settings.get(n) is not None]
+        told = f"{named[0]} =" if named else f"target_rank times {sites} sites is"
+        unit = "parameters" if by_parameters else "triplets"
+        for start, end in zip(initial, target, strict=True):
+            if end > start and settings.direction == "prune":
+                setting = named[0] if named else "target_rank"
+                raise ValueError(
+                    f"{told} {end}, above the {start} {unit} that rank_pattern leaves: lower {setting} or raise the ranks"
+                )
+            if end < start and settings.direction == "grow":
+                raise ValueError(
+                    f"{told} {end}, below the {start} {unit} at the start: a method that grows needs a higher target"
+                )
+        for site in self.triplets():
+            for rank in self.site_ranks(site.name, settings.initial_rank):
+                most = self.site_bounds(site.name)[1]
+                if most is not None and rank > most:
+                    raise ValueError(
+                        f"{site.name} starts at rank {rank}, above its most rank {most}: lower initial_rank or raise it"
+                    )
+        slots = torch.cat([site.slots for site in self.triplets()], 1).bool()
+        bounds = self.bounds()
+        kept = choose(torch.zeros(slots.shape), slots.cpu(), torch.tensor(target), self.costs(), bounds)
+        for member, end in enumerate(target):
+            for bound in bounds:
+                has = int(kept[member, list(bound.inside)].sum())
+                if has < min(bound.least, int(slots[member, list(bound.inside)].sum())):
+                    raise ValueError(
+                        f"least rank {bound.least} of {bound.name} does not fit into the budget of {end} {unit}: lower it "
+                        f"or raise the target"
+                    )
+            if not by_parameters and int(kept[member].sum()) < end:
+                raise ValueError(
+                    f"the bounds leave room for {int(kept[member].sum())} ranks of a budget of {end}: raise most_rank "
+                    f"or lower the target"
+                )
+
+    def loaded(self, total_steps: int | None) -> None:
+        """Takes note that the tensors were set from outside, by a start or a file, which is no training."""
+        self.total_steps = total_steps
+        self._undriven_version = self._versions()
+        self._totals: tuple[list[int], list[int]] | None = None  # slots are what a file may change too
+
+    def _versions(self) -> list[int]:
+        return [site.factors()[-1]._version for site in self.triplets()]
+
+    def load_state_dict(self, *args, **kwargs):
+        result = super().load_state_dict(*args, **kwargs)
+        self.loaded(self.total_steps)
+        return result
+
+    def triplets(self) -> Sequence[Triplets | Doublets]:
+        """The sites whose slots are allocated, in order; inside DoRA's magnitudes where there are some."""
+        return [getattr(site, "inner", site) for _, site in self.named_sites()]
+
+    # -- the budget ------------------------------------------------------------------------------------------------
+
+    def costs(self) -> list[int] | None:
+        """What each slot takes out of the budget, in site order; None where every one takes one rank."""
+        if self.settings.cost == "rank":
+            return None
+        return [self._price(site) for site in self.triplets() for _ in range(site.slots.shape[1])]
+
+    @staticmethod
+    def _price(site: LowRank) -> int:
+        """Parameters of one slot of a site."""
+        return int((site.count(torch.ones(1, dtype=torch.long)) - site.count(torch.zeros(1, dtype=torch.long)))[0])
+
+    def bounds(self) -> list[Bound]:
+        """Least and most ranks, of sites and of groups of them."""
+        found, at, places = [], 0, {}
+        for site in self.triplets():
+            places[site.name] = range(at, at + site.slots.shape[1])
+            at += site.slots.shape[1]
+            least, most = self.site_bounds(site.name)
+            if least or most is not None:
+                found.append(Bound(site.name, tuple(places[site.name]), least, most))
+        for pattern, (least, most) in self.settings.group_bounds.items():
+            inside = tuple(place for name, slots in places.items() if matches(pattern, name) for place in slots)
+            found.append(Bound(f"the sites {pattern}", inside, least, most))
+        return found
+
+    def totals(self) -> tuple[list[int], list[int]]:
+        """For each member, what the kept slots cost at the start and at the end, over all sites."""
+        if self._totals is None:
+            sites, settings = self.triplets(), self.settings
+            prices = [1 if settings.cost == "rank" else self._price(site) for site in sites]
+            starts = [self.site_ranks(site.name, settings.initial_rank) for site in sites]
+            initial = [sum(p * ranks[k] for p, ranks in zip(prices, starts, strict=True)) for k in range(self.members)]
+            means = per_member(settings.target_rank, self.members, "target_rank")
+            fixed = settings.target_total if settings.cost == "rank" else settings.target_parameters
+            self._totals = initial, [sum(prices) * mean if fixed is None else fixed for mean in means]
+        return self._totals
+
+    def cost_budget(self, step: Step) -> Tensor:
+        """(K,): what the schedule lets the kept slots cost after this step, in ranks or in parameters."""
+        end, settings = step.total - self.settings.final_steps, self.settings
+        pairs = zip(*self.totals(), strict=True)
+        start = settings.warmup_steps
+        return torch.tensor([scheduled_budget(settings.schedule, step.index, start, end, b0, bT) for b0, bT in pairs])
+
+    def budget(self, step: Step) -> Tensor | None:
+        """(K,) total rank after this step; None where the budget is one of parameters."""
+        return self.cost_budget(step) if self.settings.cost == "rank" else None
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    def begin(self, step: Step, micro_batch: int = 0, training: bool = True) -> None:
+        super().begin(step, micro_batch, training)
+        if training:
+            self.total_steps = step.total
+            check_phases(self.settings.warmup_steps, self.settings.final_steps, step.total)
+
+    @torch.no_grad()
+    def after_step(self, step: Step) -> None:
+        """Scores the slots; allocates every `interval` steps and at the start of the final phase; projects.
+
+        Raises:
+            ValueError: no tensor has a gradient: called after zero_grad.
+        """
+        self.total_steps = step.total
+        self._steps_driven += 1
+        final = step.total - self.settings.final_steps
+        if step.index < final:
+            if all(tensor.grad is None for site in self.triplets() for tensor in site.factors()):
+                raise ValueError("after_step found no gradient: call it after optimizer.step() and before zero_grad()")
+            counted = torch.ones(self.members, dtype=torch.bool) if step.taken is None else step.taken
+            self.score.update(self.triplets(), counted.to(self.device))
+            if self.is_due(step):
+                self._allocate(step)
+            elif self.settings.direction != "prune":
+                self.project()
+        elif step.index == final:
+            self._allocate(step)
+        else:
+            self.project()
+        super().after_step(step)
+
+    def is_due(self, step: Step) -> bool:
+        """Whether ranks are allocated after this step."""
+        return step.index > self.settings.warmup_steps and step.index % self.settings.interval == 0
+
+    def project(self) -> None:
+        for site in self.triplets():
+            site.project()
+
+    def _allocate(self, step: Step) -> None:
+        sites, settings = self.triplets(), self.settings
+        slots, kept = (torch.cat([getattr(site, mask) for site in sites], 1).bool() for mask in ("slots", "kept"))  # (K, S)
+        scores = torch.cat(self.triplet_scores(), 1)
+        must = protected(settings.direction, scores, kept, settings.exchange)
+        chosen = choose(scores, slots, self.cost_budget(step), self.costs(), self.bounds(), must)
+        for site, keep in zip(sites, chosen.split([site.slots.shape[1] for site in sites], 1), strict=True):
+            site.kept.copy_(keep)
+            site.project()
+
+    def triplet_scores(self) -> list[Tensor]:
+        """(K, R) of each site: what the score says of its slots."""
+        return self.score.of_slots(self.triplets())
+
+    # -- driving -------------------------------------------------------------------------------------------------------
+
+    def ranks(self) -> dict[str, Tensor]:
+        self.warn_if_undriven()
+        return super().ranks()
+
+    def warn_if_undriven(self) -> None:
+        """Says so where the tensors moved but `after_step` was never called, so that nothing was allocated."""
+        if self._versions() != self._undriven_version and not self._steps_driven:
+            warnings.warn(
+                f"{type(self).__name__} was trained but after_step was never called, so no rank was pruned: call "
+                f"adapter.after_step(step) after optimizer.step() and before zero_grad()",
+                stacklevel=3,
+            )
+
+
+def check_phases(warmup_steps: int, final_steps: int, total: int) -> None:
+    """
+    Raises:
+        ValueError: no step is left between warm-up and final phase.
+    """
+    if warmup_steps + final_steps >= total:
+        raise ValueError(
+            f"warmup_steps = {warmup_steps} and final_steps = {final_steps} leave no step to prune in a run of {total}: "
+            f"their sum must be below {total}"
+        )
