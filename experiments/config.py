@@ -76,7 +76,7 @@ class Training(_Section):
     """Steps from one line of metrics.jsonl to the next."""
 
     head_learning_rate: Positive | None = None
-    """Learning rate of the task head, the same for every method; that of the rest of the run, if not given."""
+    """Learning rate of the task head of every method that trains more than the head; that of the rest, if not given."""
 
     def identity(self) -> dict[str, Any]:
         """What tells one run from another; a setting that came later is left out while it has its default."""

@@ -30,6 +30,7 @@ _PLACES = {
     "export_lora": "variants.checkpoint",
     "export_merged": "variants.checkpoint",
     "truncate": "variants.truncation",
+    "follow": "variants.lowrank",
 }
 
 __all__ = ["METHODS", "check", "create", "method", *_PLACES]
