@@ -311,6 +311,8 @@ def follow(optimizer: torch.optim.Optimizer, adapter: Adapter) -> None:
 class LowRankAdapter(Adapter):
     """What the low-rank methods share: ranks and scales of each site by pattern, LoRA+'s faster B, and sizes that change."""
 
+    peft_type: ClassVar[str] = "LORA"  # the form of PEFT's that it is saved in
+
     def low_rank_sites(self) -> list[LowRank]:
         """The low-rank sites in order, those inside a magnitude too."""
         return [getattr(site, "inner", site) for _, site in self.named_sites()]
@@ -339,7 +341,7 @@ class LowRankAdapter(Adapter):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def copy_member(self, source: Adapter, member: int) -> None:
-        sizes = [int(site.slots[member].nonzero().max(initial=-1)) + 1 for site in source.low_rank_sites()]
+        sizes = [max(site.slots[member].nonzero()[:, 0].tolist(), default=-1) + 1 for site in source.low_rank_sites()]
         self.resize([first_slots(site, size) for site, size in zip(self.low_rank_sites(), sizes, strict=True)])
         self.take_changes()
         super().copy_member(source, member)
