@@ -30,6 +30,9 @@ _PLACES = {
     "save_pretrained": "variants.checkpoint",
     "load_pretrained": "variants.checkpoint",
     "export_lora": "variants.checkpoint",
+    "export_merged": "variants.checkpoint",
+    "truncate": "variants.truncation",
+    "follow": "variants.lowrank",
 }
 
 __all__ = ["METHODS", "check", "create", "method", *_PLACES]

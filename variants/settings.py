@@ -215,6 +215,49 @@ class FreelyAllocatedSettings(AdaLoRASettings):
     """Weight of AdaLoRA's orthogonality penalty on the factors."""
 
 
+NORMALISATIONS = ("none", "site-share", "site-largest", "weight")  # how truncation compares the sites' singular values
+
+
+class TruncatedSettings(LowRankSettings):
+    """Settings of LoRA that is truncated after training."""
+
+    initial_rank: PerMember
+    """Rank of each site in training."""
+    target_rank: PerMember
+    """Mean rank of a site after it; the budget is target_rank times the number of sites."""
+    target_total: PositiveInt | None = None
+    """Ranks of all sites together, where target_rank times the number of sites is not what is wanted."""
+    target_parameters: PositiveInt | None = None
+    """Parameters of all ranks together, with cost = "parameters"; those of target_rank at every site if not given."""
+    cost: Literal["rank", "parameters"] = "rank"
+    """What a rank takes out of the budget: one, or its parameters; squared singular values are then compared per parameter."""
+    least_rank: Count = 0
+    """Least rank of every site, however small its singular values."""
+    most_rank: PositiveInt | None = None
+    """Most rank of every site."""
+    normalisation: Literal[NORMALISATIONS] = "none"
+    """How the singular values of different sites are compared: see variants/truncation.py."""
+    initialization: Literal["kaiming", "gaussian"] = "kaiming"
+    """Where A starts; B starts at zero."""
+
+    @model_validator(mode="after")
+    def _something_is_cut(self) -> "TruncatedSettings":
+        length = max(len(value) if isinstance(value, list) else 1 for value in (self.initial_rank, self.target_rank))
+        pairs = zip(_spread(self.initial_rank, length), _spread(self.target_rank, length), strict=False)
+        for start, end in pairs:
+            if end > start:
+                raise ValueError(
+                    f"target_rank = {end} is above initial_rank = {start}: truncation adds no rank, so give an initial_rank "
+                    f"of at least {end}"
+                )
+        other = "target_parameters" if self.cost == "rank" else "target_total"
+        if getattr(self, other) is not None:
+            raise ValueError(f'{other} = {getattr(self, other)} has no effect with cost = "{self.cost}": take it out')
+        if self.most_rank is not None and self.least_rank > self.most_rank:
+            raise ValueError(f"least_rank = {self.least_rank} is above most_rank = {self.most_rank}: exchange them")
+        return self
+
+
 class NoSettings(Settings):
     """A method without settings."""
 
@@ -274,6 +317,13 @@ METHODS: dict[str, Method] = {
             AdaLoRASettings,
             "AdaLoRA on the direction, magnitudes apart",
             "Zhang et al. 2023 with Liu et al. 2024",
+        ),
+        Method(
+            "truncated",
+            "variants.truncation:Truncated",
+            TruncatedSettings,
+            "LoRA whose update is cut after training by one threshold over all singular values",
+            "inspired by PARA (arXiv 2604.27796)",
         ),
     )
 }

@@ -27,6 +27,8 @@ from variants.targets import matches
 class Triplets(LowRank):
     """A low-rank site with a trained coefficient E for each slot."""
 
+    slot_axes = LowRank.slot_axes | {"E": 1, "kept": 1}
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.E = nn.Parameter(torch.zeros_like(self.slots))  # (K, R)
@@ -63,6 +65,8 @@ class Triplets(LowRank):
 
 class Doublets(LowRank):
     """LoRA's own factors under an allocator: a slot that is cut has its column of B at zero, so that it may come back."""
+
+    slot_axes = LowRank.slot_axes | {"kept": 1}
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
