@@ -113,7 +113,7 @@ def test_the_penalty_is_the_mean_spread_of_the_vectors_until_the_ranks_are_fixed
     adapter = create(penalty_form=form)
     for k, r in enumerate(SETTINGS["initial_rank"]):
         spreads = [
-            float(vector.var()) for site in adapter.triplets() for i in range(r) for vector in (site.A[k, i], site.B[k, :, i])
+            float(vector.detach().var()) for site in adapter.triplets() for i in range(r) for vector in (site.A[k, i], site.B[k, :, i])
         ]
         count = len(spreads) if form == "release" else len(spreads) / 2
         assert adapter.penalty(Step(TOTAL - FINAL - 1, TOTAL))[k].item() == pytest.approx(0.3 * sum(spreads) / count)
