@@ -18,6 +18,7 @@ _PLACES = {
     "Adapted": "variants.base",
     "NotPackable": "variants.base",
     "Step": "variants.base",
+    "torch_groups": "variants.base",
     "LoRA": "variants.lora",
     "DoRA": "variants.dora",
     "AdaLoRA": "variants.adalora",
@@ -28,6 +29,7 @@ _PLACES = {
     "save_pretrained": "variants.checkpoint",
     "load_pretrained": "variants.checkpoint",
     "export_lora": "variants.checkpoint",
+    "AdapterCallback": "variants.callback",
 }
 
 __all__ = ["METHODS", "check", "create", "method", *_PLACES]
