@@ -307,7 +307,10 @@ def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study
     return study
 
 
-BUDGETED = ("rank", "initial_rank", "target_rank", "target_total", "alpha", "rank_pattern", "alpha_pattern")
+BUDGETED = (
+    *("rank", "initial_rank", "target_rank", "target_total", "target_parameters"),
+    *("alpha", "rank_pattern", "alpha_pattern"),
+)
 UNSOLVED = {"rank": 1, "initial_rank": 1, "target_rank": 1}  # until experiments/budget.py has seen the model's shapes
 
 

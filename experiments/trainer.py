@@ -3,7 +3,7 @@
 The order of one step belongs to the trainer:
 
     begin -> forward -> losses (K,) -> (losses + penalty).sum().backward() -> clip per member -> before_step
-    -> optimizer.step -> after_step -> zero_grad
+    -> optimizer.step -> after_step -> the optimizer follows changes of size -> zero_grad
 
 Everything random is keyed by (seed, step, ...), so a checkpoint holds no generator: the adapter's tensors, the
 optimizer's averages and a few counts are all that a killed run needs to end bit for bit where it would have ended.
@@ -218,6 +218,7 @@ class Trainer:
         adapter.before_step(state)
         self.optimizer.step(schedule_factor(pack.training.schedule, self.step, self.total, self.warmup), state.taken)
         adapter.after_step(state)
+        self.optimizer.follow(adapter.take_changes())
         self.optimizer.zero_grad()
         self.alive &= self.skipped <= pack.training.max_skipped_steps
         self.sums += torch.where(taken, torch.stack([loss, penalty.detach().double(), torch.ones_like(loss)]), 0.0)

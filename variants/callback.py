@@ -36,6 +36,7 @@ from transformers import TrainerCallback
 
 from variants.base import Adapter, Step, torch_groups
 from variants.checkpoint import save_pretrained
+from variants.lowrank import follow
 
 STATE = "adapter_state"  # name of the module under which the model's state holds what is in no site
 
@@ -105,6 +106,7 @@ class AdapterCallback(TrainerCallback):
         if getattr(optimizer, "step_was_skipped", False):  # by fp16's GradScaler
             self.step = dataclasses.replace(self.step, taken=torch.zeros(1, dtype=torch.bool, device=self.adapter.device))
         self.adapter.after_step(self.step)
+        follow(optimizer, self.adapter)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         save_pretrained(self.adapter, Path(args.output_dir) / f"checkpoint-{state.global_step}" / "adapter")
