@@ -18,6 +18,7 @@ _PLACES = {
     "Adapted": "variants.base",
     "NotPackable": "variants.base",
     "Step": "variants.base",
+    "torch_groups": "variants.base",
     "LoRA": "variants.lora",
     "DoRA": "variants.dora",
     "AdaLoRA": "variants.adalora",
@@ -33,6 +34,7 @@ _PLACES = {
     "export_merged": "variants.checkpoint",
     "truncate": "variants.truncation",
     "follow": "variants.lowrank",
+    "AdapterCallback": "variants.callback",
 }
 
 __all__ = ["METHODS", "check", "create", "method", *_PLACES]

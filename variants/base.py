@@ -53,6 +53,24 @@ class Group:
     weight_decay: float = 1.0
 
 
+def torch_groups(adapter: "Adapter", lr: float, weight_decay: float = 0.01) -> list[dict[str, Any]]:
+    """The adapter's parameters as an optimizer of torch takes them, each group with its own rate and decay.
+
+    Raises:
+        ValueError: a method whose rates differ within a tensor, which no group of torch's can say.
+    """
+    found = []
+    for group in adapter.parameter_groups():
+        if not isinstance(group.lr_scale, int | float):
+            raise ValueError(
+                f"{adapter.method} gives the members or ranks of a tensor rates of their own, which no parameter group of "
+                f"torch.optim can say: train it with experiments.optim.MemberAdamW"
+            )
+        rates = {"lr": lr * group.lr_scale, "weight_decay": weight_decay * group.weight_decay}
+        found.append({"params": list(group.params), **rates})
+    return found
+
+
 class Adapted(nn.Module):
     """A frozen module and the site that decides how to use it.  What the base shows, this shows."""
 
@@ -262,6 +280,11 @@ class Adapter(nn.Module):
         self._surgery.undo()
         self._surgery = None
         return model
+
+    def when_detached(self, undo: Callable[[], Any]) -> None:
+        """Has `detach` call this too, before it puts the model's own modules back."""
+        if self._surgery is not None:
+            self._surgery.undo_too(undo)
 
     def named_sites(self) -> Iterator[tuple[str, nn.Module]]:
         """(module name, site) of what the method inserted, in the model's order."""
@@ -522,6 +545,9 @@ class _Surgery:
             self.model.register_forward_hook(after, always_call=True),
         ]
         self._undo.extend(hook.remove for hook in hooks)
+
+    def undo_too(self, step: Callable[[], Any]) -> None:
+        self._undo.append(step)
 
     def undo(self) -> None:
         for step in reversed(self._undo):

@@ -145,7 +145,8 @@ class AllocatedAdapter(LowRankAdapter):
             site.kept &= torch.arange(site.slots.shape[1], device=site.slots.device) < initial[:, None]
         settings = self.settings
         self.score = SCORES[settings.score](self.triplets(), self.seeds, settings.beta1, settings.beta2).to(self.device)
-        self._steps_driven = 0
+        self._steps_driven, self._has_warned = 0, False
+        self.when_detached(model.register_forward_pre_hook(self._before_forward).remove)
 
     def _check_budget(self, sites: int) -> None:
         """
@@ -195,11 +196,14 @@ class AllocatedAdapter(LowRankAdapter):
     def loaded(self, total_steps: int | None) -> None:
         """Takes note that the tensors were set from outside, by a start or a file, which is no training."""
         self.total_steps = total_steps
-        self._undriven_version = self._versions()
+        self._untrained = self._norms()
         self._totals: tuple[list[int], list[int]] | None = None  # slots are what a file may change too
 
-    def _versions(self) -> list[int]:
-        return [site.factors()[-1]._version for site in self.triplets()]
+    @torch.no_grad()
+    def _norms(self) -> Tensor:
+        """(sites,): changes with a step of any optimizer; version counters do not, where it is a fused one."""
+        norms = [site.factors()[-1].norm() for site in self.triplets()]
+        return torch.stack(norms) if norms else torch.zeros(0)
 
     def load_state_dict(self, *args, **kwargs):
         result = super().load_state_dict(*args, **kwargs)
@@ -322,13 +326,23 @@ class AllocatedAdapter(LowRankAdapter):
         return super().ranks()
 
     def warn_if_undriven(self) -> None:
-        """Says so where the tensors moved but `after_step` was never called, so that nothing was allocated."""
-        if self._versions() != self._undriven_version and not self._steps_driven:
-            warnings.warn(
-                f"{type(self).__name__} was trained but after_step was never called, so no rank was pruned: call "
-                f"adapter.after_step(step) after optimizer.step() and before zero_grad()",
-                stacklevel=3,
-            )
+        """Says so, once, where the tensors moved but `after_step` was never called, so that nothing was allocated."""
+        if self._steps_driven or self._has_warned:
+            return
+        now = self._norms()
+        if torch.allclose(now, self._untrained.to(now), rtol=1e-6, atol=0.0):  # another device rounds otherwise
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"{type(self).__name__} was trained but after_step was never called, so no rank was pruned: call "
+            f"adapter.after_step(step) after optimizer.step() and before zero_grad(), or give Trainer "
+            f"callbacks=[variants.AdapterCallback(adapter)]",
+            stacklevel=3,
+        )
+
+    def _before_forward(self, model: nn.Module, args: tuple) -> None:
+        if model.training and torch.is_grad_enabled():
+            self.warn_if_undriven()
 
 
 def check_phases(warmup_steps: int, final_steps: int, total: int) -> None:
