@@ -58,6 +58,8 @@ class LowRank(nn.Module):
 
     def onto(self, y: Tensor, x: Tensor) -> Float[Tensor, "rows O"]:
         """y + update(x), for y (rows, O) that nothing else needs and x (rows, I): the members' rows one after the other."""
+        if not self.A.shape[1]:  # no member has a slot here
+            return y
         draw, rate = self._draw, self.dropout if self.training else 0.0
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.A.dtype
