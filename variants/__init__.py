@@ -24,6 +24,8 @@ _PLACES = {
     "DoRA": "variants.dora",
     "AdaLoRA": "variants.adalora",
     "AdaLoRADoRA": "variants.dora",
+    "Allocated": "variants.adalora",
+    "DynamicDoRA": "variants.dynamic_dora",
     "EVA": "variants.eva",
     "GoRA": "variants.gora",
     "StableRank": "variants.stable_rank",
@@ -34,6 +36,9 @@ _PLACES = {
     "save_pretrained": "variants.checkpoint",
     "load_pretrained": "variants.checkpoint",
     "export_lora": "variants.checkpoint",
+    "export_merged": "variants.checkpoint",
+    "truncate": "variants.truncation",
+    "follow": "variants.lowrank",
 }
 
 __all__ = ["METHODS", "check", "create", "method", *_PLACES]

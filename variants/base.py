@@ -43,10 +43,13 @@ class Step:
 
 @dataclass
 class Group:
-    """Parameters that share a factor on the learning rate and on the weight decay."""
+    """Parameters that share a factor on the learning rate and on the weight decay.
+
+    lr_scale: a number, a tensor (K,) or (K, ...) for all of them, or such a tensor for each; read at every step.
+    """
 
     params: list[nn.Parameter]
-    lr_scale: float | Tensor = 1.0
+    lr_scale: float | Tensor | list[Tensor] = 1.0
     weight_decay: float = 1.0
 
 
@@ -194,6 +197,13 @@ class Adapter(nn.Module):
     def after_step(self, step: Step) -> None:
         """Parameters are new, gradients are still there."""
 
+    def take_changes(self) -> list[tuple[nn.Parameter, Callable[[Tensor], Tensor]]]:
+        """What was done to the shapes of parameters since the last call, in order, for an optimizer to follow.
+
+        Each function does to a tensor of the parameter's old shape what was done to the parameter; new places are zero.
+        """
+        return []
+
     def budget(self, step: Step) -> Tensor | None:
         """(K,) total rank that the schedule asks for after this step; None for a method without a schedule."""
         return None
@@ -335,22 +345,25 @@ class Adapter(nn.Module):
         return {n: getattr(s, "live", s.rank)() for n, s in self.named_sites() if hasattr(s, "rank")}
 
     def nominal_ranks(self) -> dict[str, Tensor]:
-        """(K,) rank slots that each member was given."""
+        """(K,) rank slots that each member was given at the start, or has now where there are more."""
         return {name: site.nominal() for name, site in self.named_sites() if hasattr(site, "rank")}
+
+    def physical_ranks(self) -> dict[str, Tensor]:
+        """(K,) rank slots that parameters are held for."""
+        return {name: site.physical() for name, site in self.named_sites() if hasattr(site, "rank")}
 
     def scales(self) -> dict[str, Tensor]:
         """(K,) the scale in force (alpha/r) of each site that has one."""
         return {name: site.scale for name, site in self.named_sites() if hasattr(site, "scale")}
 
     def parameter_counts(self) -> dict[str, Tensor]:
-        """(K,) numbers of parameters: "trainable" and "active" without the head, and "head"."""
+        """(K,) numbers of parameters without the head: "nominal", "trainable" now and "active"; and "head"."""
         zero = torch.zeros(self.members, dtype=torch.int64)
-        trainable, active = zero.clone(), zero.clone()
+        counts = {name: zero.clone() for name in ("nominal", "trainable", "active")}
         for _, site in self.named_sites():
-            trainable += site.count(getattr(site, "nominal", lambda: zero)().cpu())
-            active += site.count(getattr(site, "rank", lambda: zero)().cpu())
-        head = sum((p[0].numel() for p in self.heads.parameters()), 0) + zero
-        return {"trainable": trainable, "active": active, "head": head}
+            for name, ranks in zip(counts, ("nominal", "physical", "rank"), strict=True):
+                counts[name] += site.count(getattr(site, ranks, lambda: zero)().cpu())
+        return {**counts, "head": sum((p[0].numel() for p in self.heads.parameters()), 0) + zero}
 
     # -- merging ---------------------------------------------------------------------------------------------------
 

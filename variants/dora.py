@@ -76,6 +76,9 @@ class Decomposed(nn.Module):
     def nominal(self) -> Tensor:
         return self.inner.nominal()
 
+    def physical(self) -> Tensor:
+        return self.inner.physical()
+
     def count(self, ranks: Tensor) -> Tensor:
         """(K,) parameters of so many slots, magnitudes counted."""
         return self.inner.count(ranks) + self.magnitude.shape[1]

@@ -4,8 +4,8 @@
     r_i = clip(round(a_i sum_j sqrt(m_j + n_j) r / sqrt(m_i + n_i)), r_min, r_max)        s = alpha / sqrt(r_i)
     B = -xi G A^T (A A^T)^-1        xi = gamma sqrt(n) / alpha        A Kaiming uniform
 
-W is (m, n), so s B A is about -gamma G in norm: the body is not unchanged at the start.  GoRA, arXiv 2502.12171; hhnqqq/MyTransformers
-@4037d4d, common/lora_modules/gora.py (both as told in more-methods.md, section 5).  For other scales xi is gamma sqrt(n/r) / s.
+W is (m, n), and s B A about -gamma G in norm, so the body is not unchanged at the start.  GoRA, arXiv 2502.12171; its release,
+hhnqqq/MyTransformers @4037d4d, common/lora_modules/gora.py.  For other scales xi is gamma sqrt(n/r) / s.
 
 By name: the release's floor and features m + n (rounding = "release"), its sign (sign = "ascent": it has no minus), its
 default importance ||W * G||_F (importance = "frobenius").  rounding = "exact" is ours: the paper's proportions

@@ -27,6 +27,8 @@ from variants.targets import matches
 class Triplets(LowRank):
     """A low-rank site with a trained coefficient E for each slot."""
 
+    slot_axes = LowRank.slot_axes | {"E": 1, "kept": 1}
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.E = nn.Parameter(torch.zeros_like(self.slots))  # (K, R)
@@ -64,6 +66,8 @@ class Triplets(LowRank):
 class Doublets(LowRank):
     """LoRA's own factors under an allocator: a slot that is cut has its column of B at zero, so that it may come back."""
 
+    slot_axes = LowRank.slot_axes | {"kept": 1}
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.register_buffer("kept", self.slots.bool())
@@ -92,7 +96,13 @@ class AllocatedAdapter(LowRankAdapter):
     form = "triplet"
 
     def make_low_rank(self, name: str, module: nn.Module) -> LowRank:
-        ranks = self.site_slots(name)
+        starts = self.starts(name, module, self.site_slots(name))
+        scale = self.site_scales(name, self.site_ranks(name, self.settings.initial_rank))
+        kind = Doublets if self.form == "doublet" else Triplets
+        return kind(name, module, starts, scale, self.settings.dropout, self.draw)
+
+    def starts(self, name: str, module: nn.Module, ranks: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """For each member where A (r, I) and B (O, r) start; E starts at zero."""
         A, B = [], []
         for rank, seed in zip(ranks, self.seeds, strict=True):
             draws = [initialization.generator(seed, name, part) for part in "AB"]
@@ -102,9 +112,7 @@ class AllocatedAdapter(LowRankAdapter):
             else:
                 A.append(initialization.triplet(rank, module_in(module), draws[0]))
                 B.append(initialization.triplet(rank, module_out(module), draws[1]).mT)
-        scale = self.site_scales(name, self.site_ranks(name, self.settings.initial_rank))
-        kind = Doublets if self.form == "doublet" else Triplets
-        return kind(name, module, (A, B), scale, self.settings.dropout, self.draw)
+        return A, B
 
     def site_slots(self, name: str) -> list[int]:
         """Slots of a site for each member: its initial rank, or what it may grow to."""
