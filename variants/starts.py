@@ -83,11 +83,6 @@ class PlacedLoRA(LowRankAdapter):
         starts = self.start(name, module, ranks, self.measured.pop(name, None))
         return LowRank(name, module, starts, self.site_scales(name, ranks), self.settings.dropout, self.draw)
 
-    def alone(self, member: int) -> Adapter:
-        single = super().alone(member)
-        single.placed = {name: [ranks[member]] for name, ranks in self.placed.items()}
-        return single
-
     def uniform_ranks(self, name: str) -> list[int]:
         """The site's rank in the uniform start that the budget is that of."""
         return super().site_ranks(name, self.settings.rank)
