@@ -87,6 +87,8 @@ def solved(entry: Entry, adapter: variants.Adapter, parameters: int, scale: floa
     else:
         starts = ranks
         first = settings["rank"] = min(ranks.values())
+        if "total_parameters" in fields and settings.get("cost") == "parameters":
+            settings["total_parameters"] = parameters - sum(cost.fixed for cost in costs.values())
     others = {f"^{re.escape(name)}$": rank for name, rank in starts.items() if rank != first}
     if others:
         settings["rank_pattern"] = others

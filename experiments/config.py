@@ -308,7 +308,7 @@ def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study
 
 
 BUDGETED = (
-    *("rank", "initial_rank", "target_rank", "target_total", "target_parameters"),
+    *("rank", "initial_rank", "target_rank", "target_total", "target_parameters", "total_rank", "total_parameters"),
     *("alpha", "rank_pattern", "alpha_pattern"),
 )
 UNSOLVED = {"rank": 1, "initial_rank": 1, "target_rank": 1}  # until experiments/budget.py has seen the model's shapes

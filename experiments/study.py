@@ -181,7 +181,7 @@ class Runner:
             for entry in self.study.methods:
                 with collecting(faults):
                     adapter = variants.create(entry.method, **_given(entry.resolved(total)))
-                    adapter.attach(model, entry.targets, head=info.heads)
+                    adapter.attach(model, entry.targets, head=info.heads, calibration=variants.Uncalibrated())
                     targets[entry.label] = [n for n, site in adapter.named_sites() if hasattr(site, "rank")]
                     equal = self.study.budget
                     if equal.equal == "parameters":
