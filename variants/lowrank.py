@@ -274,6 +274,8 @@ def squared_row_norms(
 
     `weight_squared` is the squared row norm of `weight`, which never changes.  Zelenin & Zhuravlyova 2026, sec. 3.
     """
+    if not A.shape[1]:
+        return weight_squared.expand(len(A), -1)
     # One product for all members; a 16-bit weight is widened a block of rows at a time, never as a whole.
     blocks = (weight,) if weight.dtype == A.dtype else weight.split(1024)
     products = torch.cat([A.flatten(0, 1) @ block.to(A.dtype).mT for block in blocks], 1)  # (K*R, O)
@@ -300,7 +302,9 @@ def follow(optimizer: torch.optim.Optimizer, adapter: Adapter) -> None:
         for name, value in state.items():
             if not isinstance(value, Tensor) or value.dim() == 0:
                 continue
-            if value.dim() != parameter.dim() or value.shape[change.axis] != change.size:
+            shape = list(parameter.shape)
+            shape[change.axis] = change.size
+            if list(value.shape) != shape:
                 raise ValueError(
                     f"{type(optimizer).__name__} keeps {name} of shape {tuple(value.shape)} for a parameter of another shape, "
                     f"which cannot follow a change of rank: use one that keeps an average for each element, such as AdamW"
@@ -315,11 +319,19 @@ class LowRankAdapter(Adapter):
         """The low-rank sites in order, those inside a magnitude too."""
         return [getattr(site, "inner", site) for _, site in self.named_sites()]
 
-    def resize(self, places: Sequence[Int[Tensor, "K R"] | None]) -> None:
-        """Rearranges the slots of each site (see `LowRank.resize`); None leaves one as it is."""
+    def resize(self, places: Sequence[Int[Tensor, "K R"] | None]) -> dict[int, Rearranged]:
+        """Rearranges the slots of each site (see `LowRank.resize`); None leaves one as it is.
+
+        Returns:
+            What was done, by a parameter's id.
+        """
+        done = {}
         for site, places_here in zip(self.low_rank_sites(), places, strict=True):
             if places_here is not None:
+                before = len(site.changes)
                 site.resize(places_here)
+                done |= {id(parameter): change for parameter, change in site.changes[before:]}
+        return done
 
     def take_changes(self) -> list[tuple[nn.Parameter, Rearranged]]:
         taken = [change for site in self.low_rank_sites() for change in site.changes]
@@ -339,7 +351,7 @@ class LowRankAdapter(Adapter):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def copy_member(self, source: Adapter, member: int) -> None:
-        sizes = [int(site.slots[member].nonzero().max(initial=-1)) + 1 for site in source.low_rank_sites()]
+        sizes = [max(site.slots[member].nonzero()[:, 0].tolist(), default=-1) + 1 for site in source.low_rank_sites()]
         self.resize([first_slots(site, size) for site, size in zip(self.low_rank_sites(), sizes, strict=True)])
         self.take_changes()
         super().copy_member(source, member)

@@ -19,7 +19,7 @@ from variants import initialization
 from variants.allocation import SCORES, Bound, choose, protected, scheduled_budget
 from variants.base import Step
 from variants.lora import module_in, module_out
-from variants.lowrank import LowRank, LowRankAdapter
+from variants.lowrank import LowRank, LowRankAdapter, Rearranged
 from variants.settings import per_member
 from variants.targets import matches
 
@@ -204,7 +204,13 @@ class AllocatedAdapter(LowRankAdapter):
 
     def triplets(self) -> Sequence[Triplets | Doublets]:
         """The sites whose slots are allocated, in order; inside DoRA's magnitudes where there are some."""
-        return [getattr(site, "inner", site) for _, site in self.named_sites()]
+        return self.low_rank_sites()
+
+    def resize(self, places: Sequence[Tensor | None]) -> dict[int, Rearranged]:
+        done = super().resize(places)
+        if done:
+            self.score.follow(self.triplets(), done)
+        return done
 
     # -- the budget ------------------------------------------------------------------------------------------------
 
