@@ -65,7 +65,8 @@ def solved(entry: Entry, adapter: variants.Adapter, parameters: int, scale: floa
     """The entry with the ranks that its budget gives, and alphas that make every site's scale alpha/r equal `scale`.
 
     A method that prunes starts at 1.5 times its ranks (AdaLoRA sec. 4.1: b(0) = 1.5 b(T)) and ends with as many; which
-    sites keep them, and so how many parameters, is its own choice.
+    sites keep them, and so how many parameters, is its own choice, unless its cost is one of parameters.  One that places
+    ranks uniformly has nothing to prune, and starts with the ranks that it ends with.
     """
     costs = site_costs(adapter)
     if not costs:
@@ -76,16 +77,19 @@ def solved(entry: Entry, adapter: variants.Adapter, parameters: int, scale: floa
     if "target_rank" in fields:
         total = sum(ranks.values())
         mean = total / len(ranks)
-        starts = dict.fromkeys(ranks, ceil(1.5 * mean))
-        settings |= {"initial_rank": ceil(1.5 * mean), "target_rank": round(mean)}
-        if total != round(mean) * len(ranks):
+        starts = ranks if settings.get("score") == "uniform" else dict.fromkeys(ranks, ceil(1.5 * mean))
+        first = min(starts.values())
+        settings |= {"initial_rank": first, "target_rank": min(round(mean), first)}
+        if settings.get("cost", "rank") == "parameters":
+            settings["target_parameters"] = parameters - sum(cost.fixed for cost in costs.values())
+        elif total != settings["target_rank"] * len(ranks):
             settings["target_total"] = total
     else:
         starts = ranks
-        settings["rank"] = min(ranks.values())
-        others = {f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != settings["rank"]}
-        if others:
-            settings["rank_pattern"] = others
+        first = settings["rank"] = min(ranks.values())
+    others = {f"^{re.escape(name)}$": rank for name, rank in starts.items() if rank != first}
+    if others:
+        settings["rank_pattern"] = others
     power = 1.0 if settings.get("scaling", "alpha/r") == "alpha/r" else 0.5
     base = min(starts.values())
     settings["alpha"] = scale * base**power

@@ -76,7 +76,7 @@ class Training(_Section):
     """Steps from one line of metrics.jsonl to the next."""
 
     head_learning_rate: Positive | None = None
-    """Learning rate of the task head, the same for every method; that of the rest of the run, if not given."""
+    """Learning rate of the task head of every method that trains more than the head; that of the rest, if not given."""
 
     def identity(self) -> dict[str, Any]:
         """What tells one run from another; a setting that came later is left out while it has its default."""
@@ -307,7 +307,10 @@ def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study
     return study
 
 
-BUDGETED = ("rank", "initial_rank", "target_rank", "target_total", "alpha", "rank_pattern", "alpha_pattern")
+BUDGETED = (
+    *("rank", "initial_rank", "target_rank", "target_total", "target_parameters"),
+    *("alpha", "rank_pattern", "alpha_pattern"),
+)
 UNSOLVED = {"rank": 1, "initial_rank": 1, "target_rank": 1}  # until experiments/budget.py has seen the model's shapes
 
 

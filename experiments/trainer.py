@@ -17,7 +17,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from experiments.config import Training
 from experiments.optim import MemberAdamW, schedule_factor
 from experiments.tasks.common import KINDS, Encoded, Task, Undefined, batches, collate, evaluation_batches
 from variants import native
-from variants.base import Adapter, CannotMerge, Step
+from variants.base import Adapter, CannotMerge, Group, Step
 from variants.settings import Settings, method
 
 
@@ -116,7 +116,7 @@ class Trainer:
             keyed = {"use_reentrant": False, "context_fn": self.adapter.draw.recompute_contexts}
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keyed)
         rates = torch.tensor(pack.learning_rates, dtype=torch.float64, device=pack.device)
-        self.optimizer = MemberAdamW(self.adapter.parameter_groups(), rates, training.weight_decay)
+        self.optimizer = MemberAdamW(self._groups(rates), rates, training.weight_decay)
         self.rows = len(data["train"])
         self.total = training.total_steps(self.rows)
         self.per_epoch = training.steps_per_epoch(self.rows)
@@ -133,6 +133,20 @@ class Trainer:
         self.peak: int | None = 0
         self.silent: list[str] | None = None  # dropout that no step draws; known after the first step
         self._plan: tuple[int, list[list[tuple[np.ndarray, int]]]] | None = None
+
+    def _groups(self, rates: Tensor) -> list[Group]:
+        """The adapter's groups, the head's tensors with the head's own rate where the study gives one."""
+        groups, rate = self.adapter.parameter_groups(), self.pack.training.head_learning_rate
+        head = {id(p) for p in self.adapter.heads.parameters()}
+        if rate is None or len(head) == len(list(self.adapter.parameters())):
+            return groups
+        found = []
+        for group in groups:
+            body = [p for p in group.params if id(p) not in head]
+            mine = [p for p in group.params if id(p) in head]
+            found += [replace(group, params=body)] if body else []
+            found += [replace(group, params=mine, lr_scale=rate / rates)] if mine else []
+        return found
 
     # -- the loop -------------------------------------------------------------------------------------------------
 

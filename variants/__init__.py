@@ -22,12 +22,16 @@ _PLACES = {
     "DoRA": "variants.dora",
     "AdaLoRA": "variants.adalora",
     "AdaLoRADoRA": "variants.dora",
+    "Allocated": "variants.adalora",
+    "DynamicDoRA": "variants.dynamic_dora",
     "HeadOnly": "variants.subset",
     "BitFit": "variants.subset",
     "FullFineTuning": "variants.subset",
     "save_pretrained": "variants.checkpoint",
     "load_pretrained": "variants.checkpoint",
     "export_lora": "variants.checkpoint",
+    "export_merged": "variants.checkpoint",
+    "truncate": "variants.truncation",
     "follow": "variants.lowrank",
 }
 

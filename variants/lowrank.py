@@ -315,6 +315,8 @@ def follow(optimizer: torch.optim.Optimizer, adapter: Adapter) -> None:
 class LowRankAdapter(Adapter):
     """What the low-rank methods share: ranks and scales of each site by pattern, LoRA+'s faster B, and sizes that change."""
 
+    peft_type: ClassVar[str] = "LORA"  # the form of PEFT's that it is saved in
+
     def low_rank_sites(self) -> list[LowRank]:
         """The low-rank sites in order, those inside a magnitude too."""
         return [getattr(site, "inner", site) for _, site in self.named_sites()]

@@ -84,6 +84,10 @@ SMOOTHS = {
     "norm-share": ("beta1",),
     "gradient": ("beta1",),
 }
+ScoreName = Literal[
+    "sensitivity", "smoothed-sensitivity", "raw-sensitivity", "magnitude", "norm-share", "gradient", "random", "uniform"
+]
+ScheduleName = Literal["cubic", "cubic-late", "linear", "cosine", "constant"]
 Bounds = dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]
 
 
@@ -104,11 +108,9 @@ class AllocatedSettings(LowRankSettings):
     """Steps at the final budget, with the ranks fixed."""
     interval: PositiveInt = 1
     """Steps from one allocation to the next."""
-    score: Literal[
-        "sensitivity", "smoothed-sensitivity", "raw-sensitivity", "magnitude", "norm-share", "gradient", "random", "uniform"
-    ] = "sensitivity"
+    score: ScoreName = "sensitivity"
     """What a rank is worth: see variants/allocation.py."""
-    schedule: Literal["cubic", "cubic-late", "linear", "cosine", "constant"] = "cubic"
+    schedule: ScheduleName = "cubic"
     """How the total goes from the initial to the target ranks."""
     direction: Literal["prune", "grow", "both"] = "prune"
     """prune: any rank may be cut, and may come back; grow: none is cut; both: at most `exchange` change places at a time."""
@@ -149,7 +151,7 @@ class AllocatedSettings(LowRankSettings):
 
     @staticmethod
     def prunes() -> str:
-        return "AdaLoRA prunes"
+        return "this method prunes"
 
     @model_validator(mode="after")
     def _settings_have_effect(self) -> "AllocatedSettings":
@@ -184,6 +186,25 @@ class AdaLoRASettings(AllocatedSettings):
     penalty_form: Literal["release", "paper"] = "release"
     """release: mean of Frobenius norms over all matrices; paper: sum of squared norms (eq. 4)."""
 
+    @staticmethod
+    def prunes() -> str:
+        return "AdaLoRA prunes"
+
+
+class DynamicDoRASettings(AllocatedSettings):
+    """Settings of dynamic-rank DoRA (Mao et al. 2024)."""
+
+    score: ScoreName = "norm-share"
+    """What a component is worth (eq. 7)."""
+    schedule: ScheduleName = "cubic-late"
+    """How the total falls; the release's cube is on the progress made: slow first, fast at the end."""
+    beta1: Fraction = 0.9
+    """Smoothing of the score (eq. 8)."""
+    modulator: NonNegative = 0.1
+    """Weight eta of the dimensional equilibrium modulator (eq. 10); the paper takes 0.1 to 0.5."""
+    penalty_form: Literal["paper", "release"] = "paper"
+    """paper: mean over components of both variances; release: mean over their vectors, half of it."""
+
 
 class FreelyAllocatedSettings(AdaLoRASettings):
     """Settings of any combination of the allocator's parts."""
@@ -192,6 +213,49 @@ class FreelyAllocatedSettings(AdaLoRASettings):
     """triplet: P diag(E) Q, which starts at E = 0; doublet: LoRA's B A, which starts at B = 0."""
     orthogonality: list[NonNegative] | NonNegative = 0.0
     """Weight of AdaLoRA's orthogonality penalty on the factors."""
+
+
+NORMALISATIONS = ("none", "site-share", "site-largest", "weight")  # how truncation compares the sites' singular values
+
+
+class TruncatedSettings(LowRankSettings):
+    """Settings of LoRA that is truncated after training."""
+
+    initial_rank: PerMember
+    """Rank of each site in training."""
+    target_rank: PerMember
+    """Mean rank of a site after it; the budget is target_rank times the number of sites."""
+    target_total: PositiveInt | None = None
+    """Ranks of all sites together, where target_rank times the number of sites is not what is wanted."""
+    target_parameters: PositiveInt | None = None
+    """Parameters of all ranks together, with cost = "parameters"; those of target_rank at every site if not given."""
+    cost: Literal["rank", "parameters"] = "rank"
+    """What a rank takes out of the budget: one, or its parameters; squared singular values are then compared per parameter."""
+    least_rank: Count = 0
+    """Least rank of every site, however small its singular values."""
+    most_rank: PositiveInt | None = None
+    """Most rank of every site."""
+    normalisation: Literal[NORMALISATIONS] = "none"
+    """How the singular values of different sites are compared: see variants/truncation.py."""
+    initialization: Literal["kaiming", "gaussian"] = "kaiming"
+    """Where A starts; B starts at zero."""
+
+    @model_validator(mode="after")
+    def _something_is_cut(self) -> "TruncatedSettings":
+        length = max(len(value) if isinstance(value, list) else 1 for value in (self.initial_rank, self.target_rank))
+        pairs = zip(_spread(self.initial_rank, length), _spread(self.target_rank, length), strict=False)
+        for start, end in pairs:
+            if end > start:
+                raise ValueError(
+                    f"target_rank = {end} is above initial_rank = {start}: truncation adds no rank, so give an initial_rank "
+                    f"of at least {end}"
+                )
+        other = "target_parameters" if self.cost == "rank" else "target_total"
+        if getattr(self, other) is not None:
+            raise ValueError(f'{other} = {getattr(self, other)} has no effect with cost = "{self.cost}": take it out')
+        if self.most_rank is not None and self.least_rank > self.most_rank:
+            raise ValueError(f"least_rank = {self.least_rank} is above most_rank = {self.most_rank}: exchange them")
+        return self
 
 
 class NoSettings(Settings):
@@ -241,11 +305,25 @@ METHODS: dict[str, Method] = {
             "variants/allocation.py",
         ),
         Method(
+            "dynamic-dora",
+            "variants.dynamic_dora:DynamicDoRA",
+            DynamicDoRASettings,
+            "rank-one components pruned by their share of the update; not the weight-decomposed DoRA",
+            "Mao et al. 2024",
+        ),
+        Method(
             "adalora+dora",
             "variants.dora:AdaLoRADoRA",
             AdaLoRASettings,
             "AdaLoRA on the direction, magnitudes apart",
             "Zhang et al. 2023 with Liu et al. 2024",
+        ),
+        Method(
+            "truncated",
+            "variants.truncation:Truncated",
+            TruncatedSettings,
+            "LoRA whose update is cut after training by one threshold over all singular values",
+            "inspired by PARA (arXiv 2604.27796)",
         ),
     )
 }

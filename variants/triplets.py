@@ -96,7 +96,13 @@ class AllocatedAdapter(LowRankAdapter):
     form = "triplet"
 
     def make_low_rank(self, name: str, module: nn.Module) -> LowRank:
-        ranks = self.site_slots(name)
+        starts = self.starts(name, module, self.site_slots(name))
+        scale = self.site_scales(name, self.site_ranks(name, self.settings.initial_rank))
+        kind = Doublets if self.form == "doublet" else Triplets
+        return kind(name, module, starts, scale, self.settings.dropout, self.draw)
+
+    def starts(self, name: str, module: nn.Module, ranks: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """For each member where A (r, I) and B (O, r) start; E starts at zero."""
         A, B = [], []
         for rank, seed in zip(ranks, self.seeds, strict=True):
             draws = [initialization.generator(seed, name, part) for part in "AB"]
@@ -106,9 +112,7 @@ class AllocatedAdapter(LowRankAdapter):
             else:
                 A.append(initialization.triplet(rank, module_in(module), draws[0]))
                 B.append(initialization.triplet(rank, module_out(module), draws[1]).mT)
-        scale = self.site_scales(name, self.site_ranks(name, self.settings.initial_rank))
-        kind = Doublets if self.form == "doublet" else Triplets
-        return kind(name, module, (A, B), scale, self.settings.dropout, self.draw)
+        return A, B
 
     def site_slots(self, name: str) -> list[int]:
         """Slots of a site for each member: its initial rank, or what it may grow to."""
