@@ -24,10 +24,15 @@ from variants.dropout import Draw, Dropping, drop
 from variants.settings import nearest, per_member
 from variants.targets import is_conv1d, matches
 
+NEW, NONE = -1, -2
+
 
 @dataclass(frozen=True)
 class Rearranged:
-    """What became of a tensor's slots: along `axis`, slot j of member k is now its old slot places[k, j]; -1: new, zero."""
+    """What became of a tensor's slots: along `axis`, slot j of member k is now its old slot places[k, j].
+
+    places: NEW for a slot that is new, zero, and starts its averages; NONE for one that only other members have, zero too.
+    """
 
     places: Int[Tensor, "K R"]
     axis: int
@@ -47,7 +52,7 @@ class Rearranged:
 
     def new(self, dim: int) -> Bool[Tensor, "..."]:
         """Which slots are new, as a mask on a tensor of so many axes."""
-        return self._along(self.places < 0, dim)
+        return self._along(self.places == NEW, dim)
 
     def _along(self, values: Tensor, dim: int) -> Tensor:
         return values.view(len(values), *(-1 if axis == self.axis else 1 for axis in range(1, dim)))
@@ -146,8 +151,8 @@ class LowRank(nn.Module):
         """Rearranges the slots, in place: the parameters stay the same objects.
 
         Args:
-            places: for each new slot the old one that it is, -1 for a new one, which is zero everywhere and of no member
-                until `slots` says so.
+            places: for each slot the old one that it is, or NEW, or NONE; both are zero everywhere, and of no member until
+                `slots` says so.
         """
         size = self.slots.shape[1]
         for name, axis in self.slot_axes.items():
@@ -168,7 +173,7 @@ class LowRank(nn.Module):
 
     def forget(self, mask: Bool[Tensor, "K R"], tensors: Sequence[str] | None = None) -> None:
         """Optimizers start anew for these slots, of all the site's parameters or of those named; the values stay."""
-        places = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape).masked_fill(mask, -1)
+        places = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape).masked_fill(mask, NEW)
         for name, axis in self.slot_axes.items():
             if isinstance(getattr(self, name), nn.Parameter) and (tensors is None or name in tensors):
                 self.changes.append((getattr(self, name), Rearranged(places, axis, mask.shape[1])))
@@ -194,7 +199,7 @@ def first_slots(site: LowRank, size: int) -> Int[Tensor, "K R"] | None:
     """Places that leave the first `size` slots, with new ones behind them where there are fewer; None if it has so many."""
     old = site.slots.shape[1]
     places = torch.arange(size, device=site.slots.device)
-    return None if size == old else places.masked_fill(places >= old, -1).expand(len(site.slots), -1)
+    return None if size == old else places.masked_fill(places >= old, NEW).expand(len(site.slots), -1)
 
 
 class LowRankProduct(torch.autograd.Function):
@@ -321,7 +326,7 @@ class LowRankAdapter(Adapter):
         """The low-rank sites in order, those inside a magnitude too."""
         return [getattr(site, "inner", site) for _, site in self.named_sites()]
 
-    def resize(self, places: Sequence[Int[Tensor, "K R"] | None]) -> dict[int, Rearranged]:
+    def resize(self, places: Sequence[Int[Tensor, "K _"] | None]) -> dict[int, Rearranged]:
         """Rearranges the slots of each site (see `LowRank.resize`); None leaves one as it is.
 
         Returns:
