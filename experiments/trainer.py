@@ -388,11 +388,13 @@ class Trainer:
                 "peak_memory_bytes": peak if self.pack.members == 1 else None,
                 "pack_peak_memory_bytes": peak,
                 "trainable_parameters": counts["trainable"][member],
+                "nominal_parameters": counts["nominal"][member],
                 "active_parameters": counts["active"][member],
                 "head_parameters": counts["head"][member],
                 "scale": values[0] if len(set(values)) == 1 else dict(zip(scales, values, strict=True)) or None,
                 "ranks": {name: int(rank[member]) for name, rank in ranks.items()},
                 "nominal_ranks": {name: int(rank[member]) for name, rank in nominal.items()},
+                "physical_ranks": {name: int(rank[member]) for name, rank in self.adapter.physical_ranks().items()},
                 "final_train_loss": None if self.last_loss[member].isnan() else float(self.last_loss[member]),
                 "dropout_note": None
                 if not self.silent

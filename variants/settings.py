@@ -126,6 +126,8 @@ class AllocatedSettings(LowRankSettings):
     """Other [least, most] ranks for some sites: name, suffix or pattern of a module -> [least, most]."""
     group_bounds: Bounds = {}
     """[least, most] ranks of several sites together: pattern that matches them -> [least, most]."""
+    shrink: bool = False
+    """Whether cut ranks leave the tensors when the final phase begins; penalty and clipping then see the others alone."""
     beta1: Fraction = 0.85
     """Smoothing of the score (AdaLoRA eq. 9)."""
     beta2: Fraction = 0.85
@@ -134,7 +136,7 @@ class AllocatedSettings(LowRankSettings):
     LATER = (
         *LowRankSettings.LATER,
         *("target_parameters", "score", "schedule", "direction", "exchange", "cost"),
-        *("least_rank", "most_rank", "rank_bounds", "group_bounds"),
+        *("least_rank", "most_rank", "rank_bounds", "group_bounds", "shrink"),
     )
 
     @model_validator(mode="after")
