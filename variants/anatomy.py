@@ -3,7 +3,7 @@
     dW = B diag(c) A         sigma(dW) = sigma(R_B R_A^T)        B diag(c) = Q_B R_B,  A^T = Q_A R_A
 
 A low-rank site is measured through its thin factors: two QR decompositions and the singular values of an (R, R) core.  What
-has no thin form (full fine-tuning, weight-decomposed DoRA) is measured dense.  Effective rank: Roy & Vetterli 2007 (spectrum.py).
+has no thin form (full fine-tuning, weight-decomposed DoRA) is measured dense.  Effective rank: Roy & Vetterli 2007.
 Intruder dimensions: the top left singular vectors of W + dW whose greatest |cosine| with every left singular vector of W is
 below a threshold (Shuttleworth et al. 2024); the cosines are kept, so that any other threshold can be asked for afterwards.
 
@@ -147,7 +147,7 @@ NO_SCORE: Facts = {"importance": None, "greatest_importance": None, "scores": No
 
 
 def _importance(adapter: Adapter) -> dict[str, list[Facts]]:
-    """Site -> for each member what the allocator's own score says: of every slot, and summed and greatest over the kept ones."""
+    """Site -> for each member the allocator's own score: of every slot, and summed and greatest over the kept ones."""
     if not hasattr(adapter, "triplet_scores"):
         return {}
     found: dict[str, list[Facts]] = {}
