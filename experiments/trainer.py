@@ -16,7 +16,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -290,23 +290,9 @@ class Trainer:
     @torch.no_grad()
     def predictions(self, split: str) -> list[np.ndarray | Undefined]:
         """Each member's predictions for a split, in the order of its rows, as `Task.metrics` takes them."""
-        pack, encoded = self.pack, self.data[split]
-        K, kind, by_token = pack.members, pack.task.kind, KINDS[pack.task.kind].by_token
-        number, shape = KINDS[kind].predictions
-        kept = np.zeros((K, len(encoded.ids) if by_token else len(encoded), *shape), number)
-        finite = torch.ones(K, dtype=torch.bool, device=pack.device)
+        encoded = self.data[split]
         self.model.eval()
-        for rows, length, logits in self._evaluation_logits(encoded):
-            finite &= logits.isfinite().view(K, -1).all(1)
-            found = objective.predictions(kind, logits)
-            found = found.view(K, len(rows), *found.shape[1:]).cpu().numpy()
-            if by_token:
-                mask = np.arange(length) < encoded.lengths[rows][:, None]
-                kept[:, (encoded.offsets[rows][:, None] + np.arange(length))[mask]] = found[:, mask]
-            else:
-                kept[:, rows] = found
-        infinite = Undefined("collapsed", "the model's outputs are not finite numbers")
-        return [kept[k] if finite[k] else infinite for k in range(K)]
+        return collect(self.pack.task.kind, encoded, self._evaluation_logits(encoded), self.pack.members)
 
     def _evaluation_logits(self, encoded: Encoded) -> Iterator[tuple[np.ndarray, int, Tensor]]:
         """For each batch its rows, their length, and the logits of every member, (K*N, ...).
@@ -534,6 +520,30 @@ class Trainer:
         return True
 
 
+def collect(
+    kind: str, encoded: Encoded, evaluated: Iterable[tuple[np.ndarray, int, Tensor]], members: int
+) -> list[np.ndarray | Undefined]:
+    """Each member's predictions for a split, in the order of its rows, as `Task.metrics` takes them.
+
+    evaluated: for each batch its rows, their length, and the logits of every member, (K*N, ...).
+    """
+    by_token = KINDS[kind].by_token
+    number, shape = KINDS[kind].predictions
+    kept = np.zeros((members, len(encoded.ids) if by_token else len(encoded), *shape), number)
+    finite = np.ones(members, bool)
+    for rows, length, logits in evaluated:
+        finite &= logits.isfinite().view(members, -1).all(1).cpu().numpy()
+        found = objective.predictions(kind, logits)
+        found = found.view(members, len(rows), *found.shape[1:]).cpu().numpy()
+        if by_token:
+            mask = np.arange(length) < encoded.lengths[rows][:, None]
+            kept[:, (encoded.offsets[rows][:, None] + np.arange(length))[mask]] = found[:, mask]
+        else:
+            kept[:, rows] = found
+    infinite = Undefined("collapsed", "the model's outputs are not finite numbers")
+    return [kept[k] if finite[k] else infinite for k in range(members)]
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary sibling to write to, which takes `path`'s place when all went well and goes away when not."""
@@ -552,10 +562,10 @@ def as_os_error(error: SafetensorError, path: Path) -> OSError:
     return OSError(str(error)) if found is None else OSError(int(found[1]), os.strerror(int(found[1])), str(path))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Strict JSON, whole or not at all, on the disk before it has its name."""
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """Strict JSON, whole or not at all, on the disk before it has its name; without an indent on one line."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
+        json.dump(value, file, indent=indent, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())

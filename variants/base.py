@@ -6,6 +6,7 @@ contiguously: (K*N, ...).  A method writes `choose` and `make_site`, and as many
 detaching, merging and counting are given here once.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -359,6 +360,14 @@ class Adapter(nn.Module):
             raise ValueError(f"{self.method} changes no weight at {name}")
         return site.delta(self.base(name))
 
+    def changed_weights(self) -> list[str]:
+        """Names of the modules whose weight this adapter changes, in the model's order: those that have a `delta`."""
+        return [name for name, site in self.named_sites() if hasattr(site, "delta")]
+
+    def pretrained_weight(self, name: str) -> Tensor:
+        """(O, I): the weight of that module without this adapter; while it is merged, with it."""
+        return weight_of(self.base(name)).detach()
+
     def ranks(self) -> dict[str, Tensor]:
         """(K,) active rank of each site that has a rank."""
         return {name: site.rank() for name, site in self.named_sites() if hasattr(site, "rank")}
@@ -437,6 +446,32 @@ class Adapter(nn.Module):
         for module in self.model.modules():
             if isinstance(module, Adapted):
                 module.merged = False
+
+    @contextlib.contextmanager
+    def without(self, name: str) -> Iterator[None]:
+        """The model with one site's change taken out: dW = 0 there, of every member, or of the one that is merged.
+
+        Raises:
+            ValueError: no site has that name.
+        """
+        self.site(name)
+        adapted = self.model.get_submodule(name)
+        if not adapted.merged:
+            adapted.merged = True  # the frozen module alone
+            try:
+                yield
+            finally:
+                adapted.merged = False
+            return
+        originals = {id(tensor): value for tensor, value in self._surgery.kept}
+        changed = [(p, p.data) for p in adapted.base.parameters() if id(p) in originals]
+        try:
+            for parameter, _ in changed:
+                parameter.data = originals[id(parameter)]
+            yield
+        finally:
+            for parameter, value in changed:
+                parameter.data = value
 
     # -- members ---------------------------------------------------------------------------------------------------
 
