@@ -217,9 +217,10 @@ class Trainer:
         self.skipped += self.alive & ~taken
         if pack.training.clip is not None:
             self.optimizer.clip(norms, pack.training.clip)
-        state = Step(self.step, self.total, None if bool(taken.all()) else taken)
+        factor = schedule_factor(pack.training.schedule, self.step, self.total, self.warmup)
+        state = Step(self.step, self.total, None if bool(taken.all()) else taken, factor)
         adapter.before_step(state)
-        self.optimizer.step(schedule_factor(pack.training.schedule, self.step, self.total, self.warmup), state.taken)
+        self.optimizer.step(factor, state.taken)
         adapter.after_step(state)
         self.optimizer.follow(adapter.take_changes())
         self.optimizer.zero_grad()

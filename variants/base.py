@@ -35,11 +35,13 @@ class Step:
 
     index: the step being taken, 1-based; total: steps of the run.
     taken: (K,) bool, the members whose gradient was finite, so that their step counts; None means all.
+    factor: what the schedule multiplies the learning rates by in this step.
     """
 
     index: int
     total: int
     taken: Tensor | None = None
+    factor: float = 1.0
 
 
 @dataclass
