@@ -25,6 +25,8 @@ _PLACES = {
     "AdaLoRADoRA": "variants.dora",
     "Allocated": "variants.adalora",
     "DynamicDoRA": "variants.dynamic_dora",
+    "SoRA": "variants.sora",
+    "DyLoRA": "variants.dylora",
     "HeadOnly": "variants.subset",
     "BitFit": "variants.subset",
     "FullFineTuning": "variants.subset",
