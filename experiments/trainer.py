@@ -190,7 +190,8 @@ class Trainer:
         pack, adapter = self.pack, self.adapter
         began = time.perf_counter()
         self.model.train()
-        state = Step(self.step, self.total)
+        factor = schedule_factor(pack.training.schedule, self.step, self.total, self.warmup)
+        state = Step(self.step, self.total, learning_rates=self.optimizer.learning_rates * factor)
         chunks = self._chunks(self.step)
         self.tokens += sum(int(batch["attention_mask"].sum()) for batch, _ in chunks)
         totals = sum(count for _, count in chunks).clamp_min(1)
@@ -217,9 +218,9 @@ class Trainer:
         self.skipped += self.alive & ~taken
         if pack.training.clip is not None:
             self.optimizer.clip(norms, pack.training.clip)
-        state = Step(self.step, self.total, None if bool(taken.all()) else taken)
+        state = replace(state, taken=None if bool(taken.all()) else taken)
         adapter.before_step(state)
-        self.optimizer.step(schedule_factor(pack.training.schedule, self.step, self.total, self.warmup), state.taken)
+        self.optimizer.step(factor, state.taken)
         adapter.after_step(state)
         self.optimizer.follow(adapter.take_changes())
         self.optimizer.zero_grad()
