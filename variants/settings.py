@@ -365,6 +365,9 @@ class SoRASettings(LowRankSettings):
     cost: Literal["rank", "parameters"] = "rank"
     """What a gate takes out of the target: one, or its parameters; gates are then cut by size per parameter."""
 
+    shrink: bool = False
+    """When the final steps begin, gates that are zero leave parameters, gradients and the optimizer's averages."""
+
     @model_validator(mode="after")
     def _settings_have_effect(self) -> "SoRASettings":
         unread = "tau" if self.threshold == "soft" else "sparsity"
