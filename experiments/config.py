@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from variants.settings import (
     METHODS,
-    AllocatedSettings,
     Count,
     Fraction,
     NonNegative,
@@ -163,7 +162,8 @@ class Entry(_Section):
         """
         values = {k: _steps(v, total_steps) if k in STEP_COUNTS else v for k, v in self.settings.items()}
         settings = check(self.method, values)
-        if isinstance(settings, AllocatedSettings) and settings.warmup_steps + settings.final_steps >= total_steps:
+        allocates = settings.get("final_steps") is not None
+        if allocates and settings.warmup_steps + settings.final_steps >= total_steps:
             raise ValueError(
                 f"{self.label}: warmup_steps = {self.settings.get('warmup_steps', 0)} and final_steps = "
                 f"{self.settings.get('final_steps', 0)} are {settings.warmup_steps} + {settings.final_steps} steps and leave "
@@ -198,6 +198,10 @@ class Study(_Section):
     """Most members that train at once over one frozen model."""
     checkpoint_seconds: Positive = 60.0
     """Seconds from one checkpoint to the next."""
+    anatomy: bool = True
+    """Write what became of each weight (spectrum, effective rank, intruder dimensions) for each final run: sites.json."""
+    knock_out: bool | Literal["first seed"] = False
+    """Measure for each final run (or those of the first seed) what each site's rank is worth: knockout.json."""
     accept_licences: list[str] = []
     """Research-only data whose terms the user accepts."""
     training: Training = Training()
@@ -307,7 +311,10 @@ def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study
     return study
 
 
-BUDGETED = ("rank", "initial_rank", "target_rank", "target_total", "alpha", "rank_pattern", "alpha_pattern")
+BUDGETED = (
+    *("rank", "initial_rank", "target_rank", "target_total", "target_parameters", "total_rank", "total_parameters"),
+    *("alpha", "rank_pattern", "alpha_pattern"),
+)
 UNSOLVED = {"rank": 1, "initial_rank": 1, "target_rank": 1}  # until experiments/budget.py has seen the model's shapes
 
 

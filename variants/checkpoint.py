@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from variants.base import Adapted, Adapter, name_of, weight_of
+from variants.base import Adapted, Adapter, Uncalibrated, name_of, weight_of
 from variants.lowrank import LowRank, LowRankAdapter, first_slots
 from variants.settings import METHODS, Settings, method, nearest
 from variants.targets import KEYWORDS, is_conv1d, is_linear, matches
@@ -508,7 +508,8 @@ def _load_peft(model: nn.Module, contents: _Contents) -> Adapter:
         adapter, fill = _read_lora(sites, config, facts)
     with _whole(adapter):
         linears = [n for n, m in model.named_modules() if is_linear(m)]
-        adapter.attach(model, [_pattern(name, linears) for name in fill] or "all-linear", head=head)
+        targets = [_pattern(name, linears) for name in fill] or "all-linear"
+        adapter.attach(model, targets, head=head, calibration=Uncalibrated({name: slots.size for name, slots in fill.items()}))
         adapter.targets = facts.get("targets", list(fill)) if facts is not None else list(fill)
         _fill_head(adapter, rest)
         _fill_sites(adapter, fill)
