@@ -76,6 +76,7 @@ class Result(Stored):
     score_standard_error: Number | None = None
     ranks: Ranks = {}
     nominal_ranks: Ranks = {}
+    rank_scores: dict[str, Number | None] = {}
     device: str
     precision: str
     dropout_note: str | None = None
