@@ -256,7 +256,7 @@ def _factors(adapter: Adapter, alone: Adapter, member: int, facts: dict | None) 
     """Tensors and configuration of a PEFT LORA, and in `facts` what undoes it where the settings alone do not say."""
     settings = alone.settings
     parts = {name: _acting(name, _inner(site), member) for name, site in adapter.named_sites()}
-    scales = {name: _told_scale(alone, name, _inner(site).scale[member]) for name, site in adapter.named_sites()}
+    scales = {name: _told_scale(alone, name, _inner(site), member) for name, site in adapter.named_sites()}
     folds = any(told for _, _, told in parts.values()) or any(own for _, own in scales.values())
     folds = folds or any(len(A) != alone.site_ranks(name, _rank(settings))[0] for name, (A, _, _) in parts.items())
     rooted = settings.scaling == "alpha/sqrt(r)" and not folds
@@ -314,11 +314,13 @@ def _acting(name: str, site: LowRank, member: int) -> tuple[Tensor, Tensor, dict
     return A, B, {"kept": _bits(kept), "alive": _bits(alive), "E": E[alive].tolist()}
 
 
-def _told_scale(alone: Adapter, name: str, scale: Tensor) -> tuple[float, bool]:
-    """The scale in force of a site, by the settings where they say it; and whether it is the site's own instead."""
-    told = alone.site_scales(name, alone.site_ranks(name, _rank(alone.settings)))[0]
-    own = bool(scale != torch.tensor(told, dtype=scale.dtype))
-    return (scale.item() if own else told), own
+def _told_scale(alone: Adapter, name: str, site: LowRank, member: int) -> tuple[float, bool]:
+    """The scale in force of a site, in full precision where the settings say it; and whether they do not at its first rank."""
+    scale = site.scale[member]
+    ranks = (alone.site_ranks(name, _rank(alone.settings))[0], max(int(site.slots[member].sum()), 1))
+    first, now = (alone.site_scales(name, [rank])[0] for rank in ranks)
+    told = next((value for value in (first, now) if scale == torch.tensor(value, dtype=scale.dtype)), scale.item())
+    return told, told != first
 
 
 def _rank(settings: Settings) -> Any:
