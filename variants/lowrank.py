@@ -292,7 +292,7 @@ def squared_row_norms(
     # One product for all members; a 16-bit weight is widened a block of rows at a time, never as a whole.
     blocks = (weight,) if weight.dtype == A.dtype else weight.split(1024)
     products = torch.cat([A.flatten(0, 1) @ block.to(A.dtype).mT for block in blocks], 1)  # (K*R, O)
-    cross = (products.view(*A.shape[:2], -1).mT * B).sum(2)  # (K, O)
+    cross = (products.view(*A.shape[:2], len(weight)).mT * B).sum(2)  # (K, O)
     square = (torch.bmm(B, torch.bmm(A, A.mT)) * B).sum(2)
     return (weight_squared + 2 * cross + square).clamp_min(0)
 
