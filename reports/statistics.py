@@ -219,7 +219,6 @@ def share_found(differences: Float[np.ndarray, "D S"], m: int = 1) -> float:
     return float(np.mean(as_far <= ALPHA / m + 1e-12))
 
 
-@lru_cache(maxsize=32)
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Spearman's rank correlation, ties at their mean rank; None below three pairs, and where one side is constant."""
     from scipy.stats import rankdata
@@ -239,6 +238,7 @@ def jaccard(first: Mapping[str, int], second: Mapping[str, int]) -> float | None
     return sum(min(first.get(site, 0), second.get(site, 0)) for site in sites) / union if union else None
 
 
+@lru_cache(maxsize=32)
 def _noise(n: int) -> Float[np.ndarray, "4000 n"]:
     return np.random.default_rng(n).normal(size=(SIMULATED, n))
 
