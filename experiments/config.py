@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from variants.settings import (
     METHODS,
-    AllocatedSettings,
     Count,
     Fraction,
     NonNegative,
@@ -76,7 +75,7 @@ class Training(_Section):
     """Steps from one line of metrics.jsonl to the next."""
 
     head_learning_rate: Positive | None = None
-    """Learning rate of the task head, the same for every method; that of the rest of the run, if not given."""
+    """Learning rate of the task head of every method that trains more than the head; that of the rest, if not given."""
 
     def identity(self) -> dict[str, Any]:
         """What tells one run from another; a setting that came later is left out while it has its default."""
@@ -163,7 +162,8 @@ class Entry(_Section):
         """
         values = {k: _steps(v, total_steps) if k in STEP_COUNTS else v for k, v in self.settings.items()}
         settings = check(self.method, values)
-        if isinstance(settings, AllocatedSettings) and settings.warmup_steps + settings.final_steps >= total_steps:
+        allocates = settings.get("final_steps") is not None
+        if allocates and settings.warmup_steps + settings.final_steps >= total_steps:
             raise ValueError(
                 f"{self.label}: warmup_steps = {self.settings.get('warmup_steps', 0)} and final_steps = "
                 f"{self.settings.get('final_steps', 0)} are {settings.warmup_steps} + {settings.final_steps} steps and leave "
@@ -311,7 +311,10 @@ def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study
     return study
 
 
-BUDGETED = ("rank", "initial_rank", "target_rank", "target_total", "alpha", "rank_pattern", "alpha_pattern")
+BUDGETED = (
+    *("rank", "initial_rank", "target_rank", "target_total", "target_parameters", "total_rank", "total_parameters"),
+    *("alpha", "rank_pattern", "alpha_pattern"),
+)
 UNSOLVED = {"rank": 1, "initial_rank": 1, "target_rank": 1}  # until experiments/budget.py has seen the model's shapes
 
 

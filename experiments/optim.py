@@ -1,11 +1,13 @@
 """AdamW for K members at once: each with its own rate, its own step count, its own clipping.
 
 The mathematics is torch.optim.AdamW's (Loshchilov & Hutter 2019, alg. 2); what is added is the leading member axis of
-every parameter.  The step itself is torch's fused one, member by member.
+every parameter, and that parameters may change their size: averages follow, and those of a new slot start as if training
+did, with a step count of their own.  The step itself is torch's fused one, member by member, where one rate and one count
+hold for a member's whole tensor.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,11 +32,13 @@ class MemberAdamW:
     ):
         self.groups = list(groups)
         self.params = [p for g in self.groups for p in g.params]
+        self._within = [j for g in self.groups for j in range(len(g.params))]  # place of each in its group
         self.learning_rates = learning_rates
         self.weight_decay, self.betas, self.epsilon = weight_decay, betas, epsilon
         self.first = [torch.zeros_like(p) for p in self.params]
         self.second = [torch.zeros_like(p) for p in self.params]
         self.taken = torch.zeros_like(learning_rates)  # (K,) steps that each member has taken
+        self.born: list[Tensor | None] = [None] * len(self.params)  # (K, R..): steps that were taken before a slot was new
         self._counters = {p.device: torch.zeros((), dtype=torch.float32, device=p.device) for p in self.params}
 
     @torch.no_grad()
@@ -61,36 +65,56 @@ class MemberAdamW:
             gradient.mul_(_along_members(factor.to(gradient.dtype), gradient))
 
     @torch.no_grad()
+    def follow(self, changes: Sequence[tuple[Tensor, Callable[[Tensor], Tensor]]]) -> None:
+        """Averages follow what was done to their parameters (`Adapter.take_changes`); those of new slots start anew."""
+        place = {id(p): i for i, p in enumerate(self.params)}
+        for parameter, change in changes:
+            i = place[id(parameter)]
+            self.first[i], self.second[i] = change(self.first[i]), change(self.second[i])
+            new = change.new(parameter.dim())
+            born = self.born[i]
+            if born is not None:
+                born = change(born)
+            elif bool(new.any()):
+                born = torch.zeros_like(new, dtype=self.taken.dtype)
+            self.born[i] = None if born is None else torch.where(new, _along_members(self.taken, born), born)
+
+    @torch.no_grad()
     def step(self, factor: float, taken: Tensor | None = None) -> None:
         """One step at `factor` times the rates; members not `taken` (K,) bool keep parameters and averages."""
         everyone = taken is None or bool(taken.all())
         if not everyone and not bool(taken.any()):
             return
         self.taken += 1 if everyone else taken.to(self.taken)
-        if self._is_fusable():
-            self._step_fused(factor, range(len(self.taken)) if everyone else taken.nonzero()[:, 0].tolist())
-            return
-        before = None if everyone else [[t.clone() for t in ts] for ts in (self.params, self.first, self.second)]
-        self._step_elementwise(factor)
-        if before is not None:
-            for news, olds in zip((self.params, self.first, self.second), before, strict=True):
-                for new, old in zip(news, olds, strict=True):
-                    new[~taken] = old[~taken]
+        whole, apart = self._parts()
+        self._step_fused(factor, whole, range(len(self.taken)) if everyone else taken.nonzero()[:, 0].tolist())
+        some = [i for _, indices in apart for i in indices]
+        kept = [tensors[i] for tensors in (self.params, self.first, self.second) for i in some]
+        before = [] if everyone else [tensor.clone() for tensor in kept]
+        self._step_elementwise(factor, apart)
+        for new, old in zip(kept, before, strict=False):
+            new[~taken] = old[~taken]
 
     def _is_fusable(self) -> bool:
-        """The rates of a member are one number for each group; and one call a member is cheap, as it is not on a GPU."""
-        plain = all(s.dim() < 2 for s in (g.lr_scale for g in self.groups) if isinstance(s, Tensor))
-        return plain and (len(self.taken) == 1 or self.learning_rates.device.type == "cpu")
+        """One call a member is cheap, as it is not on a GPU."""
+        return len(self.taken) == 1 or self.learning_rates.device.type == "cpu"
 
-    def _step_fused(self, factor: float, members: Sequence[int]) -> None:
-        """torch's fused step over the slices of one member after the other: one pass over the memory, few launches."""
-        rates, done = (factor * self.learning_rates).tolist(), self.taken.tolist()
-        at = 0
+    def _parts(self) -> tuple[list[tuple[Group, list[int]]], list[tuple[Group, list[int]]]]:
+        """For each group its parameters with a gradient: those of one rate and count a member, to be fused; and others."""
+        fused, whole, apart, at = self._is_fusable(), [], [], 0
         for group in self.groups:
+            scale = group.lr_scale
+            plain = fused and not isinstance(scale, list) and not (isinstance(scale, Tensor) and scale.dim() > 1)
             some = [i for i in range(at, at + len(group.params)) if self.params[i].grad is not None]
             at += len(group.params)
-            if not some:
-                continue
+            whole.append((group, [i for i in some if plain and self.born[i] is None]))
+            apart.append((group, [i for i in some if not plain or self.born[i] is not None]))
+        return [(g, indices) for g, indices in whole if indices], [(g, indices) for g, indices in apart if indices]
+
+    def _step_fused(self, factor: float, parts: Sequence[tuple[Group, list[int]]], members: Sequence[int]) -> None:
+        """torch's fused step over the slices of one member after the other: one pass over the memory, few launches."""
+        rates, done = (factor * self.learning_rates).tolist(), self.taken.tolist()
+        for group, some in parts:
             scale = torch.as_tensor(group.lr_scale).expand(len(rates)).tolist()
             whole = [
                 [self.params[i] for i in some],
@@ -116,34 +140,32 @@ class MemberAdamW:
             # The fused step tells no version counter that it wrote, and DoRA keeps its norm for as long as those stand still.
             torch.autograd.graph.increment_version([self.params[i] for i in some])
 
-    def _step_elementwise(self, factor: float) -> None:
-        """The same for all members at once, also for rates that differ within a member's tensor."""
+    def _step_elementwise(self, factor: float, parts: Sequence[tuple[Group, list[int]]]) -> None:
+        """The same for all members at once, also for rates and counts that differ within a member's tensor."""
         beta1, beta2 = self.betas
-        steps = self.taken.clamp_min(1)
-        correction1, root2 = 1 - beta1**steps, (1 - beta2**steps).sqrt()  # (K,)
-        at = 0
-        for group in self.groups:
-            some = [i for i in range(at, at + len(group.params)) if self.params[i].grad is not None]
-            at += len(group.params)
-            if not some:
-                continue
+        for group, some in parts:
             params, first, second = ([tensors[i] for i in some] for tensors in (self.params, self.first, self.second))
             gradients = [p.grad for p in params]
+            steps = [
+                self.taken if self.born[i] is None else _along_members(self.taken, self.born[i]) - self.born[i] for i in some
+            ]
+            steps = [counts.clamp_min(1) for counts in steps]  # (K,) or (K, R..)
             torch._foreach_lerp_(first, gradients, 1 - beta1)
             torch._foreach_mul_(second, beta2)
             torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
             spread = torch._foreach_sqrt(second)
-            for p, s in zip(params, spread, strict=True):
-                s.div_(_along_members(root2.to(p.dtype), p))
+            for p, s, counts in zip(params, spread, steps, strict=True):
+                s.div_(_along_members((1 - beta2**counts).sqrt().to(p.dtype), p))
             torch._foreach_add_(spread, self.epsilon)
             change = torch._foreach_div(first, spread)
-            scale = torch.as_tensor(group.lr_scale, dtype=self.learning_rates.dtype, device=params[0].device)  # () or (K, ...)
-            rates = factor * (_along_members(self.learning_rates, scale) if scale.dim() else self.learning_rates) * scale
-            for p, c in zip(params, change, strict=True):
+            for i, p, c, counts in zip(some, params, change, steps, strict=True):
+                scale = group.lr_scale[self._within[i]] if isinstance(group.lr_scale, list) else group.lr_scale
+                scale = torch.as_tensor(scale, dtype=self.learning_rates.dtype, device=p.device)  # () or (K, ...)
+                rates = factor * (_along_members(self.learning_rates, scale) if scale.dim() else self.learning_rates) * scale
                 rate = _along_members(rates, p)
                 if group.weight_decay:
                     p.mul_((1 - rate * (self.weight_decay * group.weight_decay)).to(p.dtype))
-                c.mul_((rate / _along_members(correction1, p)).to(p.dtype))
+                c.mul_((rate / _along_members(1 - beta1**counts, p)).to(p.dtype))
             torch._foreach_sub_(params, change)
 
     def zero_grad(self) -> None:
@@ -153,12 +175,18 @@ class MemberAdamW:
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, by name."""
         named = {f"first.{i}": t for i, t in enumerate(self.first)} | {f"second.{i}": t for i, t in enumerate(self.second)}
+        named |= {f"born.{i}": t for i, t in enumerate(self.born) if t is not None}
         return {**named, "taken": self.taken}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in self.state().items():
-            tensor.copy_(state[name])
+        """Takes over what `state` gave, whatever size the parameters had then: the adapter's state brings them back to it."""
+        for i in range(len(self.params)):
+            self.first[i] = state[f"first.{i}"].to(self.first[i], copy=True)
+            self.second[i] = state[f"second.{i}"].to(self.second[i], copy=True)
+            born = state.get(f"born.{i}")
+            self.born[i] = None if born is None else born.to(self.taken, copy=True)
+        self.taken.copy_(state["taken"])
 
 
 def schedule_factor(schedule: str, index: int, total: int, warmup: int) -> float:

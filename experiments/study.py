@@ -183,7 +183,7 @@ class Runner:
             for entry in self.study.methods:
                 with collecting(faults):
                     adapter = variants.create(entry.method, **_given(entry.resolved(total)))
-                    adapter.attach(model, entry.targets, head=info.heads)
+                    adapter.attach(model, entry.targets, head=info.heads, calibration=variants.Uncalibrated())
                     targets[entry.label] = [n for n, site in adapter.named_sites() if hasattr(site, "rank")]
                     equal = self.study.budget
                     if equal.equal == "parameters":
@@ -725,11 +725,13 @@ NO_FACTS = {
     "peak_memory_bytes": None,
     "pack_peak_memory_bytes": None,
     "trainable_parameters": None,
+    "nominal_parameters": None,
     "active_parameters": None,
     "head_parameters": None,
     "scale": None,
     "ranks": {},
     "nominal_ranks": {},
+    "physical_ranks": {},
     "final_train_loss": None,
     "dropout_note": None,
     "scored_step": None,

@@ -3,7 +3,7 @@
 The order of one step belongs to the trainer:
 
     begin -> forward -> losses (K,) -> (losses + penalty).sum().backward() -> clip per member -> before_step
-    -> optimizer.step -> after_step -> zero_grad
+    -> optimizer.step -> after_step -> the optimizer follows changes of size -> zero_grad
 
 Everything random is keyed by (seed, step, ...), so a checkpoint holds no generator: the adapter's tensors, the
 optimizer's averages and a few counts are all that a killed run needs to end bit for bit where it would have ended.
@@ -17,7 +17,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from experiments.config import Training
 from experiments.optim import MemberAdamW, schedule_factor
 from experiments.tasks.common import KINDS, Encoded, Task, Undefined, batches, collate, evaluation_batches
 from variants import native
-from variants.base import Adapter, CannotMerge, Step
+from variants.base import Adapter, Calibration, CannotMerge, Group, Step
 from variants.settings import Settings, method
 
 
@@ -110,29 +110,45 @@ class Trainer:
         self.model, self.tokenizer, self.info = models.load(pack.model, pack.task, precision, str(pack.device))
         settings = pack.settings.model_dump(exclude_unset=True)
         self.adapter: Adapter = variants.create(pack.method, members=pack.members, seeds=list(pack.seeds), **settings)
+        self.rows = len(data["train"])
+        self.per_epoch = training.steps_per_epoch(self.rows)
+        self.pad = self.tokenizer.pad_token_id or 0
+        self._plan: tuple[int, list[list[tuple[np.ndarray, int]]]] | None = None
         first_token.only(self.model, self.adapter.draw)
-        self.adapter.attach(self.model, pack.targets, head=self.info.heads)
+        began = time.perf_counter()
+        self.adapter.attach(self.model, pack.targets, head=self.info.heads, calibration=self._calibration())
+        self.seconds = 0.0 if self.adapter.needs is None else time.perf_counter() - began
         if training.gradient_checkpointing:
             keyed = {"use_reentrant": False, "context_fn": self.adapter.draw.recompute_contexts}
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keyed)
         rates = torch.tensor(pack.learning_rates, dtype=torch.float64, device=pack.device)
-        self.optimizer = MemberAdamW(self.adapter.parameter_groups(), rates, training.weight_decay)
-        self.rows = len(data["train"])
+        self.optimizer = MemberAdamW(self._groups(rates), rates, training.weight_decay)
         self.total = training.total_steps(self.rows)
-        self.per_epoch = training.steps_per_epoch(self.rows)
         self.warmup = round(training.warmup_ratio * self.total)
         self.evaluate_after = training.evaluation_steps(self.rows)
-        self.pad = self.tokenizer.pad_token_id or 0
         self.step = 0
         self.skipped = torch.zeros(pack.members, dtype=torch.int64, device=pack.device)
         self.alive = torch.ones(pack.members, dtype=torch.bool, device=pack.device)
         self.sums = torch.zeros(3, pack.members, dtype=torch.float64, device=pack.device)  # loss, penalty, steps since a log
         self.last_loss = torch.full((pack.members,), torch.nan, dtype=torch.float64, device=pack.device)
-        self.seconds = self.training_seconds = 0.0
+        self.training_seconds = 0.0
         self.tokens = 0
         self.peak: int | None = 0
         self.silent: list[str] | None = None  # dropout that no step draws; known after the first step
-        self._plan: tuple[int, list[list[tuple[np.ndarray, int]]]] | None = None
+
+    def _groups(self, rates: Tensor) -> list[Group]:
+        """The adapter's groups, the head's tensors with the head's own rate where the study gives one."""
+        groups, rate = self.adapter.parameter_groups(), self.pack.training.head_learning_rate
+        head = {id(p) for p in self.adapter.heads.parameters()}
+        if rate is None or len(head) == len(list(self.adapter.parameters())):
+            return groups
+        found = []
+        for group in groups:
+            body = [p for p in group.params if id(p) not in head]
+            mine = [p for p in group.params if id(p) in head]
+            found += [replace(group, params=body)] if body else []
+            found += [replace(group, params=mine, lr_scale=rate / rates)] if mine else []
+        return found
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -174,8 +190,10 @@ class Trainer:
         pack, adapter = self.pack, self.adapter
         began = time.perf_counter()
         self.model.train()
-        state = Step(self.step, self.total)
-        chunks = self._chunks()
+        factor = schedule_factor(pack.training.schedule, self.step, self.total, self.warmup)
+        state = Step(self.step, self.total, learning_rates=self.optimizer.learning_rates * factor)
+        chunks = self._chunks(self.step)
+        self.tokens += sum(int(batch["attention_mask"].sum()) for batch, _ in chunks)
         totals = sum(count for _, count in chunks).clamp_min(1)
         loss = torch.zeros(pack.members, dtype=torch.float64, device=pack.device)
         penalty = None
@@ -200,10 +218,11 @@ class Trainer:
         self.skipped += self.alive & ~taken
         if pack.training.clip is not None:
             self.optimizer.clip(norms, pack.training.clip)
-        state = Step(self.step, self.total, None if bool(taken.all()) else taken)
+        state = replace(state, taken=None if bool(taken.all()) else taken)
         adapter.before_step(state)
-        self.optimizer.step(schedule_factor(pack.training.schedule, self.step, self.total, self.warmup), state.taken)
+        self.optimizer.step(factor, state.taken)
         adapter.after_step(state)
+        self.optimizer.follow(adapter.take_changes())
         self.optimizer.zero_grad()
         self.alive &= self.skipped <= pack.training.max_skipped_steps
         self.sums += torch.where(taken, torch.stack([loss, penalty.detach().double(), torch.ones_like(loss)]), 0.0)
@@ -218,18 +237,36 @@ class Trainer:
             self._plan = epoch, [batches(train, size, seed, epoch) for seed in self.pack.seeds]
         return [plan[at] for plan in self._plan[1]]
 
-    def _chunks(self) -> list[tuple[dict[str, Tensor], Tensor]]:
-        """The step's micro-batches, members' rows one after the other, and how much each member's mean is over (K,)."""
-        members = self._rows(self.step)
+    def _chunks(self, step: int) -> list[tuple[dict[str, Tensor], Tensor]]:
+        """A step's micro-batches, members' rows one after the other, and how much each member's mean is over (K,)."""
+        members = self._rows(step)
         length = members[0][1]
         pieces = [np.array_split(rows, self.pack.training.accumulation) for rows, _ in members]
         chunks = []
         for parts in zip(*pieces, strict=True):
             if len(parts[0]):
                 batch = self._tensors(collate(self.data["train"], np.concatenate(parts), length, self.pad))
-                self.tokens += int(batch["attention_mask"].sum())
                 chunks.append((batch, objective.counts(self.pack.task.kind, batch["labels"], self.pack.members)))
         return chunks
+
+    def _calibration(self) -> Calibration | None:
+        """The first batches of each member's own order, for a method that measures the model before it trains.
+
+        A run that goes on from a checkpoint measures again, the same bit for bit: sizes come from it, values from the file.
+        """
+        if self.adapter.needs is None:
+            return None
+        steps = range(1, self.pack.settings.calibration_batches + 1)
+        return Calibration([batch for step in steps for batch, _ in self._chunks(step)], self._calibration_losses)
+
+    def _calibration_losses(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """(K,): each member's loss on a batch, in which every token passes through every layer."""
+        kind, inputs = self.pack.task.kind, {k: v for k, v in batch.items() if k != "labels"}
+        torch.manual_seed(random_seed(self.pack.seeds, 0, 0))
+        with first_token.every(self.model), self._autocast():
+            output = self.model(**self.adapter.prepare(inputs))
+        logits = objective.logits(kind, output, batch["attention_mask"])
+        return objective.losses(kind, logits, batch["labels"], self.pack.members)
 
     def _tensors(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         takes = self.model_inputs
@@ -338,11 +375,13 @@ class Trainer:
                 "peak_memory_bytes": peak if self.pack.members == 1 else None,
                 "pack_peak_memory_bytes": peak,
                 "trainable_parameters": counts["trainable"][member],
+                "nominal_parameters": counts["nominal"][member],
                 "active_parameters": counts["active"][member],
                 "head_parameters": counts["head"][member],
                 "scale": values[0] if len(set(values)) == 1 else dict(zip(scales, values, strict=True)) or None,
                 "ranks": {name: int(rank[member]) for name, rank in ranks.items()},
                 "nominal_ranks": {name: int(rank[member]) for name, rank in nominal.items()},
+                "physical_ranks": {name: int(rank[member]) for name, rank in self.adapter.physical_ranks().items()},
                 "final_train_loss": None if self.last_loss[member].isnan() else float(self.last_loss[member]),
                 "dropout_note": None
                 if not self.silent

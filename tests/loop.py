@@ -35,13 +35,13 @@ class Loop:
         self.clip, self.weight_decay = clip, weight_decay
         self.losses = losses or task_losses
         self.index = 0
-        self.moments: dict[int, tuple[Tensor, Tensor]] = {}  # by position among adapter.parameters()
+        self.moments: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # mean, square, steps; by position in adapter.parameters()
 
     def step(self, batch: Any) -> Tensor:
         """One step over a batch that holds each member's rows; (K,) task losses."""
         adapter = self.adapter
         self.index += 1
-        step = Step(self.index, self.total)
+        step = Step(self.index, self.total, learning_rates=torch.tensor(self.rates, dtype=torch.float64))
         adapter.begin(step, 0, training=True)
         losses = self.losses(adapter, batch)
         (losses + adapter.penalty(step)).sum().backward()
@@ -49,6 +49,7 @@ class Loop:
         adapter.before_step(step)
         self._update()
         adapter.after_step(step)
+        self._follow()
         for parameter in adapter.parameters():
             parameter.grad = None
         return losses.detach()
@@ -67,28 +68,40 @@ class Loop:
     def _update(self) -> None:
         position = {id(p): i for i, p in enumerate(self.adapter.parameters())}
         for group in self.adapter.parameter_groups():
-            for parameter in group.params:
+            for j, parameter in enumerate(group.params):
                 if parameter.grad is None:
                     continue
                 i = position[id(parameter)]
                 zeros = torch.zeros_like(parameter)
-                mean, square = self.moments.setdefault(i, (zeros, zeros.clone()))
+                if i not in self.moments:  # each element counts its steps, as a new slot's begin anew
+                    self.moments[i] = zeros, zeros.clone(), torch.full_like(zeros, self.index - 1)
+                mean, square, steps = self.moments[i]
+                steps += 1
                 mean.copy_(BETA1 * mean + (1 - BETA1) * parameter.grad)
                 square.copy_(BETA2 * square + (1 - BETA2) * parameter.grad**2)
-                direction = mean / (1 - BETA1**self.index) / ((square / (1 - BETA2**self.index)).sqrt() + EPSILON)
+                direction = mean / (1 - BETA1**steps) / ((square / (1 - BETA2**steps)).sqrt() + EPSILON)
+                scale = group.lr_scale[j] if isinstance(group.lr_scale, list) else group.lr_scale
                 for k, rate in enumerate(self.rates):
-                    rate = rate * (group.lr_scale[k] if isinstance(group.lr_scale, Tensor) else group.lr_scale)
+                    rate = rate * (scale[k] if isinstance(scale, Tensor) else scale)
                     parameter[k] -= rate * (self.weight_decay * group.weight_decay * parameter[k] + direction[k])
+
+    def _follow(self) -> None:
+        """What the adapter did to the shape of a parameter is done to its moments and counts."""
+        position = {id(p): i for i, p in enumerate(self.adapter.parameters())}
+        for parameter, change in self.adapter.take_changes():
+            i = position[id(parameter)]
+            if i in self.moments:
+                self.moments[i] = tuple(change(moment) for moment in self.moments[i])
 
     def state(self) -> dict:
         """A copy of all that the next step depends on."""
-        moments = {i: (m.clone(), s.clone()) for i, (m, s) in self.moments.items()}
+        moments = {i: tuple(m.clone() for m in moments) for i, moments in self.moments.items()}
         adapter = {name: value.clone() for name, value in self.adapter.state_dict().items()}
         return {"index": self.index, "moments": moments, "adapter": adapter}
 
     def load(self, state: dict) -> None:
         self.index = state["index"]
-        self.moments = {i: (m.clone(), s.clone()) for i, (m, s) in state["moments"].items()}
+        self.moments = {i: tuple(m.clone() for m in moments) for i, moments in state["moments"].items()}
         self.adapter.load_state_dict(state["adapter"])
 
 

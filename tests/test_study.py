@@ -342,6 +342,7 @@ def test_fingerprints_change_with_each_setting_that_changes_results_and_with_no_
         {"dropout": 0.2},
         {"targets": "attention"},
         {"lr_ratio": 2.0},
+        {"magnitude": True},
         {"scaling": "alpha/sqrt(r)"},
         {"initialization": "gaussian"},
         {"method": "dora"},
@@ -357,6 +358,7 @@ def test_fingerprints_change_with_each_setting_that_changes_results_and_with_no_
         **{"epochs": 2, "max_steps": 5, "batch_size": 5, "accumulation": 2, "warmup_ratio": 0.5, "schedule": "cosine"},
         **{"weight_decay": 0.5, "clip": None, "max_length": 16, "gradient_checkpointing": True, "evaluations_per_epoch": 3},
         **{"evaluation_batch_size": 9, "train_examples": 23, "evaluation_examples": 11, "max_skipped_steps": 1},
+        "head_learning_rate": 2e-2,
     }
     assert {*others, "precision", "log_every"} == set(config.Training.model_fields)  # a new one must be sorted in here
     different |= {name: changed(training_changes={name: value}) for name, value in others.items()}

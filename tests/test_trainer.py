@@ -575,3 +575,27 @@ def test_dropout_that_no_key_reaches_is_drawn_from_seed_and_step(model, tmp_path
         return [json.loads(line)["loss"] for line in (trainer.logs[0] / "metrics.jsonl").open() if "train" in line]
 
     assert losses("one") == losses("another")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_head_has_its_own_rate_where_the_study_gives_one(model, tmp_path, doubled, method):
+    """One step of AdamW moves every element by its rate, so that a head's rate is what its elements move by."""
+    changes = {"warmup_ratio": 0.0, "schedule": "constant", "max_steps": 1, "weight_decay": 0.0}
+    rates = (1e-2, 1e-3) if method == "lora" else (1e-3,)
+    one = small_world.pack(model, method, seeds=(3, 4)[: len(rates)], learning_rates=rates, head_learning_rate=5e-2, **changes)
+    trainer = small_world.trainer(one, tmp_path)
+    before = {name: value.clone() for name, value in trained_tensors(trainer).items()}
+    trainer.run()
+    head = {f"heads.{name}" for name, _ in trainer.adapter.heads.named_parameters()}
+    assert head
+    for name, value in trained_tensors(trainer).items():
+        moved = (value - before[name]).abs().flatten(1).amax(1)
+        for k, rate in enumerate(rates):
+            expected = 5e-2 if name in head else rate
+            assert moved[k].item() < 1e-9 or moved[k].item() == pytest.approx(expected, rel=2e-2), (name, k)
+    assert any(name in head for name in before)
+
+
+def test_a_method_that_trains_the_head_alone_keeps_its_rate(model, tmp_path):
+    groups = small_world.trainer(small_world.pack(model, "head", head_learning_rate=1.0), tmp_path).optimizer.groups
+    assert all(not isinstance(group.lr_scale, torch.Tensor) for group in groups)

@@ -30,6 +30,7 @@ class AdaLoRA(AllocatedAdapter):
     """K members of AdaLoRA."""
 
     method = "adalora"
+    peft_type = "ADALORA"
 
     def penalty(self, step: Step) -> Tensor:
         """(K,): gamma R(P, Q), eq. (4); in the release's form the mean over all matrices of |M M^T - I|, not squared."""
@@ -50,6 +51,7 @@ class Allocated(AdaLoRA):
     """
 
     method = "allocated"
+    peft_type = "LORA"
 
     @property
     def form(self) -> str:

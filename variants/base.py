@@ -8,9 +8,9 @@ detaching, merging and counting are given here once.
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,20 +35,66 @@ class Step:
 
     index: the step being taken, 1-based; total: steps of the run.
     taken: (K,) bool, the members whose gradient was finite, so that their step counts; None means all.
+    learning_rates: (K,) the rate in force at this step, the schedule's factor in it; None where nobody said.
     """
 
     index: int
     total: int
     taken: Tensor | None = None
+    learning_rates: Tensor | None = None
 
 
 @dataclass
 class Group:
-    """Parameters that share a factor on the learning rate and on the weight decay."""
+    """Parameters that share a factor on the learning rate and on the weight decay.
+
+    lr_scale: a number, a tensor (K,) or (K, ...) for all of them, or such a tensor for each; read at every step.
+    """
 
     params: list[nn.Parameter]
-    lr_scale: float | Tensor = 1.0
+    lr_scale: float | Tensor | list[Tensor] = 1.0
     weight_decay: float = 1.0
+
+
+def torch_groups(adapter: "Adapter", lr: float, weight_decay: float = 0.01) -> list[dict[str, Any]]:
+    """The adapter's parameters as an optimizer of torch takes them, each group with its own rate and decay.
+
+    Raises:
+        ValueError: a method whose rates differ within a tensor, which no group of torch's can say.
+    """
+    found = []
+    for group in adapter.parameter_groups():
+        if not isinstance(group.lr_scale, int | float):
+            raise ValueError(
+                f"{adapter.method} gives the members or ranks of a tensor rates of their own, which no parameter group of "
+                f"torch.optim can say: train it with experiments.optim.MemberAdamW"
+            )
+        rates = {"lr": lr * group.lr_scale, "weight_decay": weight_decay * group.weight_decay}
+        found.append({"params": list(group.params), **rates})
+    return found
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a method that measures the model before it trains is given.
+
+    batches: of the model's input, each with every member's own rows, one member's after the other, as many of each.
+    loss: of such a batch the (K,) losses of the members.  A method that measures gradients needs it; any other runs it in
+        place of `model(**batch)` where it is given (for autocast, say).
+    """
+
+    batches: Sequence[Any]
+    loss: Callable[[Any], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Uncalibrated:
+    """In place of a calibration: the start is to come from elsewhere, as from a file, or does not matter.
+
+    ranks: site -> the rank of each member, or of all; those of a uniform start where none are given.
+    """
+
+    ranks: Mapping[str, list[int] | int] | None = None
 
 
 class Adapted(nn.Module):
@@ -97,6 +143,8 @@ class Adapter(nn.Module):
     mergeable: ClassVar[bool] = True
     trains_base: ClassVar[bool] = False  # the model's own weights are what is trained
     exact_gradient: ClassVar[bool] = True  # no term of the forward pass is held constant in the backward pass
+    starts_at_identity: ClassVar[bool] = True  # attaching leaves the output of the body as it was
+    needs: ClassVar[Literal["activations", "gradients"] | None] = None  # what it measures in the model before it trains
 
     def __init__(self, *, members: int = 1, seeds: Sequence[int] | None = None, **settings: Any):
         """
@@ -124,6 +172,7 @@ class Adapter(nn.Module):
         self.targets: str | list[str] = []
         self.head_names: list[str] = []
         self._surgery: _Surgery | None = None
+        self._calibration: Calibration | Uncalibrated | None = Uncalibrated()  # what `attach` was given, while it runs
 
     # -- what a method writes ----------------------------------------------------------------------------------
 
@@ -134,6 +183,9 @@ class Adapter(nn.Module):
     def make_site(self, name: str, module: nn.Module) -> nn.Module | None:
         """What to insert at this module, if anything."""
         return None
+
+    def place(self, names: Sequence[str], calibration: Calibration | Uncalibrated | None) -> None:
+        """Before the sites of these names are made, with the heads in place: what a method measures in order to start."""
 
     def parameter_groups(self) -> list[Group]:
         """What the optimizer trains.  Biases and norms do not decay."""
@@ -166,6 +218,13 @@ class Adapter(nn.Module):
     def after_step(self, step: Step) -> None:
         """Parameters are new, gradients are still there."""
 
+    def take_changes(self) -> list[tuple[nn.Parameter, Callable[[Tensor], Tensor]]]:
+        """What was done to the shapes of parameters since the last call, in order, for an optimizer to follow.
+
+        Each function does to a tensor of the parameter's old shape what was done to the parameter; new places are zero.
+        """
+        return []
+
     def budget(self, step: Step) -> Tensor | None:
         """(K,) total rank that the schedule asks for after this step; None for a method without a schedule."""
         return None
@@ -195,16 +254,20 @@ class Adapter(nn.Module):
         head: Sequence[str] | None = None,
         calibration: Any = None,
     ) -> "Adapter":
-        """Freezes `model` and inserts the method's sites and K heads; the output of the body is unchanged at first.
+        """Freezes `model` and inserts the method's sites and K heads.
+
+        The output of the body is unchanged at first, but for a method that says otherwise (`starts_at_identity`).
 
         Args:
             targets: see `variants.targets.resolve`.
             head: names of modules that are trained whole; found by their usual names if not given.
-            calibration: a batch of the model's input (dict, tuple or tensor), for the probe of K > 1 where the
-                input's form cannot be told from the model.
+            calibration: a `Calibration`, for a method that measures the model before it trains (`needs`), or a batch of
+                the model's input (dict, tuple or tensor); also for the probe of K > 1 where the input's form cannot be told
+                from the model.
 
         Raises:
-            ValueError: a target that matches nothing, or a model that has an adapter already.
+            ValueError: a target that matches nothing, a model that has an adapter already, or no calibration for a method
+                that needs one.
             NotPackable: K > 1, and packed members do not equal members alone in this model.
         """
         if self._surgery is not None:
@@ -216,9 +279,15 @@ class Adapter(nn.Module):
         self.sites.clear()  # of an earlier model
         self.heads.clear()
         names = self.choose(model, self.targets, head)
+        if calibration is not None and not isinstance(calibration, Calibration | Uncalibrated):
+            calibration = Calibration([calibration])
         if self.members > 1:
             _probe(self, model, self.targets, head, calibration)
-        self._insert(model, names, head)
+        self._calibration = calibration
+        try:
+            self._insert(model, names, head)
+        finally:
+            self._calibration = Uncalibrated()  # it may hold data, or a trainer
         return self
 
     def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None:
@@ -227,12 +296,13 @@ class Adapter(nn.Module):
         try:
             self._surgery.freeze()
             self._surgery.key_dropout(self.draw)
-            for name in names:
-                self._put(name, self.make_site(name, model.get_submodule(name)), self.sites)
             for name in head:
                 for path, module in _leaves(model, name):
                     self._put(path, make_head(path, module, self.draw), self.heads)
             self._surgery.watch_rows(self.draw)
+            self.place(names, self._calibration)
+            for name in names:
+                self._put(name, self.make_site(name, model.get_submodule(name)), self.sites)
         except BaseException:
             self.detach()
             raise
@@ -253,6 +323,11 @@ class Adapter(nn.Module):
         self._surgery.undo()
         self._surgery = None
         return model
+
+    def when_detached(self, undo: Callable[[], Any]) -> None:
+        """Has `detach` call this too, before it puts the model's own modules back."""
+        if self._surgery is not None:
+            self._surgery.undo_too(undo)
 
     def named_sites(self) -> Iterator[tuple[str, nn.Module]]:
         """(module name, site) of what the method inserted, in the model's order."""
@@ -304,22 +379,25 @@ class Adapter(nn.Module):
         return {n: getattr(s, "live", s.rank)() for n, s in self.named_sites() if hasattr(s, "rank")}
 
     def nominal_ranks(self) -> dict[str, Tensor]:
-        """(K,) rank slots that each member was given."""
+        """(K,) rank slots that each member was given at the start, or has now where there are more."""
         return {name: site.nominal() for name, site in self.named_sites() if hasattr(site, "rank")}
+
+    def physical_ranks(self) -> dict[str, Tensor]:
+        """(K,) rank slots that parameters are held for."""
+        return {name: site.physical() for name, site in self.named_sites() if hasattr(site, "rank")}
 
     def scales(self) -> dict[str, Tensor]:
         """(K,) the scale in force (alpha/r) of each site that has one."""
         return {name: site.scale for name, site in self.named_sites() if hasattr(site, "scale")}
 
     def parameter_counts(self) -> dict[str, Tensor]:
-        """(K,) numbers of parameters: "trainable" and "active" without the head, and "head"."""
+        """(K,) numbers of parameters without the head: "nominal", "trainable" now and "active"; and "head"."""
         zero = torch.zeros(self.members, dtype=torch.int64)
-        trainable, active = zero.clone(), zero.clone()
+        counts = {name: zero.clone() for name in ("nominal", "trainable", "active")}
         for _, site in self.named_sites():
-            trainable += site.count(getattr(site, "nominal", lambda: zero)().cpu())
-            active += site.count(getattr(site, "rank", lambda: zero)().cpu())
-        head = sum((p[0].numel() for p in self.heads.parameters()), 0) + zero
-        return {"trainable": trainable, "active": active, "head": head}
+            for name, ranks in zip(counts, ("nominal", "physical", "rank"), strict=True):
+                counts[name] += site.count(getattr(site, ranks, lambda: zero)().cpu())
+        return {**counts, "head": sum((p[0].numel() for p in self.heads.parameters()), 0) + zero}
 
     # -- merging ---------------------------------------------------------------------------------------------------
 
@@ -545,6 +623,9 @@ class _Surgery:
         ]
         self._undo.extend(hook.remove for hook in hooks)
 
+    def undo_too(self, step: Callable[[], Any]) -> None:
+        self._undo.append(step)
+
     def undo(self) -> None:
         for step in reversed(self._undo):
             step()
@@ -563,7 +644,13 @@ def _parameter_places(model: nn.Module) -> dict[int, set[str]]:
 # -- the probe ----------------------------------------------------------------------------------------------------------
 
 
-def _probe(adapter: Adapter, model: nn.Module, targets: Any, head: Sequence[str], calibration: Any) -> None:
+def _probe(
+    adapter: Adapter,
+    model: nn.Module,
+    targets: Any,
+    head: Sequence[str],
+    calibration: Calibration | Uncalibrated | None,
+) -> None:
     """One forward of up to three members with different rows must equal as many forwards apart, in float64.
 
     Raises:
@@ -623,10 +710,11 @@ def _forward(adapter: Adapter, model: nn.Module, batch: Any) -> Tensor:
     return next(t for t in (output.values() if isinstance(output, Mapping) else output) if isinstance(t, Tensor))
 
 
-def _example(model: nn.Module, rows: int, calibration: Any) -> Any:
-    """A batch that the model takes: the given one, or random tokens, pixels or features."""
-    if calibration is not None:
-        return calibration
+def _example(model: nn.Module, rows: int, calibration: Calibration | Uncalibrated | None) -> Any:
+    """A batch that the model takes: the first of the given ones, or random tokens, pixels or features."""
+    if isinstance(calibration, Calibration) and len(calibration.batches):
+        first = calibration.batches[0]
+        return {k: v for k, v in first.items() if k != "labels"} if isinstance(first, Mapping) else first
     device = next(model.parameters()).device
     random = initialization.generator(0, "probe")
     config = getattr(model, "config", None)

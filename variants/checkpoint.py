@@ -3,18 +3,18 @@
     adapter_config.json         peft_type, r, lora_alpha, target_modules, ...  (the keys that every PEFT knows)
     adapter_model.safetensors   base_model.model.<module>.lora_A.weight ...
 
-LoRA, DoRA    a PEFT LORA: lora_A.weight (r, I), lora_B.weight (O, r), lora_magnitude_vector (O,); ranks and alphas of
-              sites that differ stand in rank_pattern and alpha_pattern.
+any low-rank  a PEFT LORA: lora_A.weight (r, I), lora_B.weight (O, r) of the slots that act, a trained coefficient E
+method        folded into A, and lora_magnitude_vector (O,) with use_dora; ranks and alphas (scale * r) of sites that differ
+              stand in rank_pattern and alpha_pattern.  A site without a slot that acts is left out; PEFT knows no rank 0,
+              so where it has a magnitude, or no site would be left, it holds one slot of zeros.
 AdaLoRA       a PEFT ADALORA: lora_A (r', I), lora_B (O, r'), lora_E (r', 1) of the triplets that are kept or have E != 0, so
               that the file equals the live model at any step; r' may be 0.  rank_pattern says which of init_r they were.
               PEFT's scale is alpha / (init_r + 1e-5) at every site: E is multiplied by our scale over that one.
-AdaLoRA+DoRA  a PEFT LORA with use_dora: the triplets with E != 0, E folded into A, alpha = scale * r'.  A site at rank 0
-              still has a magnitude, and PEFT knows no rank 0 there: it holds one triplet of zeros.
 head only     a PEFT LORA whose target_modules is PEFT's own word for none.
 full, BitFit  no PEFT form: adapter_model.safetensors alone, with "format": "rankwise" in its metadata.
 
-Heads are PEFT's modules_to_save.  What PEFT's keys cannot say (settings, seed, triplets kept) is JSON under "rankwise" in
-the metadata of the safetensors file, which PEFT does not read; without it a file is read as PEFT would.
+Heads are PEFT's modules_to_save.  What PEFT's keys cannot say (settings, seed, slots kept, E that was folded) is JSON under
+"rankwise" in the metadata of the safetensors file, which PEFT does not read; without it a file is read as PEFT would.
 """
 
 import contextlib
@@ -32,12 +32,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from variants.adalora import AdaLoRA
-from variants.base import Adapted, Adapter, name_of, weight_of
-from variants.lowrank import LowRank, LowRankAdapter
-from variants.settings import METHODS, method, nearest
+from variants.base import Adapted, Adapter, Uncalibrated, name_of, weight_of
+from variants.lowrank import LowRank, LowRankAdapter, first_slots
+from variants.settings import METHODS, Settings, method, nearest
 from variants.targets import KEYWORDS, is_conv1d, is_linear, matches
-from variants.triplets import Triplets
+from variants.triplets import AllocatedAdapter, Triplets
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # PEFT's wrapper and tuner around the model
@@ -83,6 +82,15 @@ class _Contents:
     facts: dict[str, Any] | None
 
 
+@dataclass
+class _Slots:
+    """What a file says of one site: how many slots there are, which of them it has values for, and the values."""
+
+    size: int
+    acting: Tensor
+    values: dict[str, Any]
+
+
 def save_pretrained(adapter: Adapter, folder: str | Path, member: int = 0) -> None:
     """Writes one member of an attached adapter, whole or not at all.
 
@@ -112,6 +120,36 @@ def export_lora(adapter: Adapter, folder: str | Path, member: int = 0) -> None:
         )
     contents = _as_peft(adapter, member, plain=True)
     _write(Path(folder), contents)
+
+
+def export_merged(adapter: Adapter, folder: str | Path, member: int = 0, tokenizer: Any = None) -> None:
+    """Writes the whole model with one member merged into it, as transformers writes one: no trace of an adapter is left.
+
+    `AutoModel...from_pretrained(folder)` gives equal outputs, up to the rounding of the base's type.  The tokenizer, where
+    one is given, is written beside it.
+
+    Raises:
+        ValueError: as `save_pretrained`; a model that is not of transformers, or that is merged already.
+        CannotMerge: a weight that the adapter changes is also used elsewhere.
+        OSError: as `save_pretrained`.
+    """
+    _check_member(adapter, member)
+    model = adapter.model
+    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
+        raise ValueError(
+            f"{type(model).__name__} is no model of transformers: call adapter.merge({member}) and save its weights yourself"
+        )
+    config = dict(vars(model.config))  # save_pretrained notes the type and the class in it
+    adapter.merge(member)
+    try:
+        with _placed(Path(folder)) as partial:
+            model.save_pretrained(partial, state_dict=_bare_state(model))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+    finally:
+        adapter.unmerge()
+        vars(model.config).clear()
+        vars(model.config).update(config)
 
 
 def load_pretrained(model: nn.Module, folder: str | Path) -> Adapter:
@@ -168,7 +206,7 @@ def _as_peft(adapter: Adapter, member: int, plain: bool = False) -> _Contents:
     if not sites:
         tensors, more = {}, {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}}
         more |= {"use_rslora": False, "use_dora": False}
-    elif not plain and all(isinstance(site, Triplets) for site in sites.values()):
+    elif not plain and adapter.peft_type == "ADALORA" and all(isinstance(site, Triplets) for site in sites.values()):
         tensors, more = _triplets(adapter, alone, member, facts)
     else:
         tensors, more = _factors(adapter, alone, member, None if plain else facts)
@@ -181,7 +219,7 @@ def _as_peft(adapter: Adapter, member: int, plain: bool = False) -> _Contents:
     return _Contents(tensors, config, None if plain else facts)
 
 
-def _triplets(adapter: AdaLoRA, alone: AdaLoRA, member: int, facts: dict) -> tuple[dict[str, Tensor], dict]:
+def _triplets(adapter: AllocatedAdapter, alone: Adapter, member: int, facts: dict) -> tuple[dict[str, Tensor], dict]:
     """Tensors and configuration of a PEFT ADALORA."""
     settings = alone.settings
     initial = max(int(site.slots[member].sum()) for _, site in adapter.named_sites())
@@ -213,37 +251,31 @@ def _triplets(adapter: AdaLoRA, alone: AdaLoRA, member: int, facts: dict) -> tup
 
 
 def _factors(adapter: Adapter, alone: Adapter, member: int, facts: dict | None) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and configuration of a PEFT LORA.  Coefficients are folded into A, and told in `facts` to undo that."""
+    """Tensors and configuration of a PEFT LORA, and in `facts` what undoes it where the settings alone do not say."""
     settings = alone.settings
-    folds = isinstance(adapter, AdaLoRA)
+    parts = {name: _acting(name, _inner(site), member) for name, site in adapter.named_sites()}
+    scales = {name: _told_scale(alone, name, _inner(site).scale[member]) for name, site in adapter.named_sites()}
+    folds = any(told for _, _, told in parts.values()) or any(own for _, own in scales.values())
+    folds = folds or any(len(A) != alone.site_ranks(name, _rank(settings))[0] for name, (A, _, _) in parts.items())
     rooted = settings.scaling == "alpha/sqrt(r)" and not folds
-    default = settings.get("rank", settings.get("initial_rank"))
     tensors, ranks, alphas, folded = {}, {}, {}, {}
-    empty = [n for n, site in adapter.named_sites() if folds and not (_inner(site).E[member] != 0).any()]
-    needed = empty[:1] if len(empty) == len(adapter.sites) else []  # a LORA has at least one site
+    needed = next(iter(parts)) if not any(len(A) for A, _, _ in parts.values()) else None  # a LORA has at least one site
     for name, site in adapter.named_sites():
-        inner, magnitude = _inner(site), getattr(site, "magnitude", None)
-        slots = inner.slots[member].bool()
-        A, B = inner.A[member][slots], inner.B[member][:, slots]
-        if folds:
-            E = inner.E[member][slots]
-            alive = E != 0
-            if not E.isfinite().all():
-                raise ValueError(f"{name} has singular values that are not finite: this member diverged and cannot be folded")
-            folded[name] = {"kept": _bits(inner.kept[member][slots]), "alive": _bits(alive), "E": E[alive].tolist()}
-            A, B = (A[alive].double() * E[alive].double()[:, None]).to(A.dtype), B[:, alive]
-            if not len(A) and magnitude is None and name not in needed:
-                continue
-            if not len(A):
-                A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
+        (A, B, told), (scale, own), magnitude = parts[name], scales[name], getattr(site, "magnitude", None)
+        folded[name] = (told or {"alive": "1" * len(A)}) | ({"scale": scale} if own else {})
+        if not len(A) and magnitude is None and name != needed:
+            continue
+        if not len(A):
+            A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = A, B
         if magnitude is not None:
             tensors[f"{name}.lora_magnitude_vector"] = magnitude[member]
         ranks[name] = len(A)
-        scale = alone.site_scales(name, alone.site_ranks(name, default))[0]
         alphas[name] = _plain_number(float(f"{scale * len(A) ** (0.5 if rooted else 1.0):.15g}"))
     if folds and facts is not None:
-        facts |= {"folded": folded, "total_step": adapter.total_steps}
+        facts |= {"folded": folded}
+        if isinstance(adapter, AllocatedAdapter):
+            facts |= {"total_step": adapter.total_steps}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     names = list(dict(adapter.model.named_modules()))
     return tensors, {
@@ -254,6 +286,42 @@ def _factors(adapter: Adapter, alone: Adapter, member: int, facts: dict | None) 
         "use_rslora": rooted,
         "use_dora": all(hasattr(site, "magnitude") for _, site in adapter.named_sites()),
     }
+
+
+def _acting(name: str, site: LowRank, member: int) -> tuple[Tensor, Tensor, dict]:
+    """A (r, I) and B (O, r) of the slots of one member that act, a coefficient folded into A; and what undoes that.
+
+    What a slot acts by is its coefficient; without one, being kept or having a column of B.
+
+    Raises:
+        ValueError: coefficients that are not finite.
+    """
+    slots = site.slots[member].bool()
+    A, B = site.A[member][slots], site.B[member][:, slots]
+    if not hasattr(site, "kept"):
+        return A, B, {}
+    kept = site.kept[member][slots]
+    if not hasattr(site, "E"):
+        alive = kept | (B != 0).any(0)
+        return A[alive], B[:, alive], {"kept": _bits(kept), "alive": _bits(alive)}
+    E = site.E[member][slots]
+    if not E.isfinite().all():
+        raise ValueError(f"{name} has singular values that are not finite: this member diverged and cannot be folded")
+    alive = E != 0
+    A, B = (A[alive].double() * E[alive].double()[:, None]).to(A.dtype), B[:, alive]
+    return A, B, {"kept": _bits(kept), "alive": _bits(alive), "E": E[alive].tolist()}
+
+
+def _told_scale(alone: Adapter, name: str, scale: Tensor) -> tuple[float, bool]:
+    """The scale in force of a site, by the settings where they say it; and whether it is the site's own instead."""
+    told = alone.site_scales(name, alone.site_ranks(name, _rank(alone.settings)))[0]
+    own = bool(scale != torch.tensor(told, dtype=scale.dtype))
+    return (scale.item() if own else told), own
+
+
+def _rank(settings: Settings) -> Any:
+    """The rank that a site without a pattern starts with."""
+    return settings.get("rank", settings.get("initial_rank"))
 
 
 def _head_tensors(adapter: Adapter, member: int) -> dict[str, Tensor]:
@@ -305,34 +373,61 @@ def _as_rankwise(adapter: Adapter, member: int) -> _Contents:
     return _Contents({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, None, facts)
 
 
+def _bare_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model with an adapter in it, by the names that it has without."""
+    adapted = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Adapted)]
+    state = {}
+    for key, value in model.state_dict().items():
+        owner = next((name for name in adapted if key.startswith(f"{name}.")), None)
+        if owner is not None:
+            part, _, rest = key.removeprefix(f"{owner}.").partition(".")
+            if part == "site":
+                continue
+            key = f"{owner}.{rest}"
+        state[key] = value
+    return state
+
+
 def _write(folder: Path, contents: _Contents) -> None:
-    """Writes beside `folder`, then puts the files in place."""
+    with _placed(folder) as partial:
+        metadata = {"format": "rankwise" if contents.config is None else "pt"}
+        if contents.facts is not None:
+            metadata["rankwise"] = json.dumps(contents.facts, sort_keys=True, allow_nan=False)
+        save_file(contents.tensors, partial / WEIGHTS, metadata=metadata)
+        if contents.config is not None:
+            text = json.dumps(contents.config, indent=2, sort_keys=True, allow_nan=False)
+            (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
+    if contents.config is None:
+        (folder / CONFIG).unlink(missing_ok=True)  # of another adapter that was there before
+
+
+@contextlib.contextmanager
+def _placed(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write to, whose files are put in place when all are there.
+
+    Raises:
+        ValueError: `folder` is a file.
+        OSError: what safetensors could not write.
+    """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: give a folder for {WEIGHTS} and {CONFIG}")
+        raise ValueError(f"{folder} is a file: give a folder to write to")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
     partial.mkdir()
     try:
-        metadata = {"format": "rankwise" if contents.config is None else "pt"}
-        if contents.facts is not None:
-            metadata["rankwise"] = json.dumps(contents.facts, sort_keys=True, allow_nan=False)
-        weights = partial / WEIGHTS
-        weights.touch()
-        mode = weights.stat().st_mode
-        save_file(contents.tensors, weights, metadata=metadata)
-        weights.chmod(mode)  # safetensors 0.8 leaves it readable for its owner only
-        if contents.config is not None:
-            text = json.dumps(contents.config, indent=2, sort_keys=True, allow_nan=False)
-            (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
+        plain = partial / "permissions"
+        plain.touch()
+        mode = plain.stat().st_mode
+        plain.unlink()
+        yield partial
+        for file in partial.glob("*.safetensors"):
+            file.chmod(mode)  # safetensors 0.8 leaves it readable for its owner only
         if not folder.exists():
             partial.rename(folder)
             return
-        weights.replace(folder / WEIGHTS)
-        if contents.config is not None:
-            (partial / CONFIG).replace(folder / CONFIG)
-        else:
-            (folder / CONFIG).unlink(missing_ok=True)
+        for file in sorted(partial.iterdir(), key=lambda file: file.suffix != ".safetensors"):
+            file.replace(folder / file.name)
     except SafetensorError as error:
         raise OSError(f"{folder} cannot be written: {error}") from error
     finally:
@@ -411,23 +506,12 @@ def _load_peft(model: nn.Module, contents: _Contents) -> Adapter:
         adapter, fill = _read_lora(sites, config, facts)
     with _whole(adapter):
         linears = [n for n, m in model.named_modules() if is_linear(m)]
-        adapter.attach(model, [_pattern(name, linears) for name in sites] or "all-linear", head=head)
-        adapter.targets = facts.get("targets", list(sites)) if facts is not None else list(sites)
+        targets = [_pattern(name, linears) for name in fill] or "all-linear"
+        adapter.attach(model, targets, head=head, calibration=Uncalibrated({name: slots.size for name, slots in fill.items()}))
+        adapter.targets = facts.get("targets", list(fill)) if facts is not None else list(fill)
         _fill_head(adapter, rest)
-        with torch.no_grad():
-            for name, (slots, values) in fill.items():
-                site = adapter.site(name)
-                inner = _inner(site)
-                for key, value in values.items():
-                    if key == "magnitude":
-                        site.magnitude[0].copy_(value)
-                    elif key == "kept":
-                        inner.kept[0, : len(value)] = value
-                    else:  # A (r, I), B (O, r), E (r,)
-                        slot_axis = -1 if key == "B" else 0
-                        into = getattr(inner, key)[0]
-                        into.index_copy_(slot_axis, slots.to(into.device), value.to(into))
-        if isinstance(adapter, AdaLoRA):
+        _fill_sites(adapter, fill)
+        if isinstance(adapter, AllocatedAdapter):
             adapter.loaded(facts.get("total_step") if "folded" in (facts or {}) else config.get("total_step"))
     return adapter
 
@@ -516,13 +600,35 @@ def _find_head(model: nn.Module, rest: dict[str, Tensor], config: dict, facts: d
     return [head for head in names if any(name.startswith(f"{head}.") for name in rest)]
 
 
+@torch.no_grad()
+def _fill_sites(adapter: Adapter, fill: dict[str, "_Slots"]) -> None:
+    """Gives each site the size that it was saved with, and its slots what the file says of them."""
+    inner = {name: _inner(adapter.site(name)) for name in fill}
+    sizes = {name: slots.size if slots.size != int(inner[name].slots.sum()) else None for name, slots in fill.items()}
+    if any(size is not None for size in sizes.values()):
+        order = [name for name, _ in adapter.named_sites()]
+        adapter.resize([None if sizes[n] is None else first_slots(inner[n], sizes[n]) for n in order])
+        adapter.take_changes()  # no optimizer has seen the old size
+    for name, slots in fill.items():
+        if sizes[name] is not None:
+            inner[name].slots.fill_(1)
+        for key, value in slots.values.items():
+            if key == "magnitude":
+                adapter.site(name).magnitude[0].copy_(value)
+            elif key in ("kept", "scale"):
+                getattr(inner[name], key)[0] = value
+            else:  # A (r, I), B (O, r), E (r,)
+                into = getattr(inner[name], key)[0]
+                into.index_copy_(-1 if key == "B" else 0, slots.acting.to(into.device), value.to(into))
+
+
 def _fill_head(adapter: Adapter, rest: dict[str, Tensor]) -> None:
     for name, key, parameter in _trained(adapter.heads):
         _copy(parameter, rest, f"{name}.{key}")
 
 
 def _read_lora(sites: dict, config: dict, facts: dict | None) -> tuple[Adapter, dict]:
-    """LoRA or DoRA, and what to fill in: (slots, values) of each site."""
+    """LoRA or DoRA, and what to fill in."""
     default_rank, default_alpha = _number(config, "r"), _number(config, "lora_alpha")
     power = 0.5 if config.get("use_rslora") else 1.0
     alphas, ranks = {}, {name: len(parts["lora_A"]) for name, parts in sites.items()}
@@ -536,7 +642,7 @@ def _read_lora(sites: dict, config: dict, facts: dict | None) -> tuple[Adapter, 
         adapter = method(facts["method"]).load()(seeds=_seeds(facts), **facts["settings"])
         for name, rank in ranks.items():  # a file whose alpha was edited by hand means what it says
             scale = adapter.site_scales(name, [rank])[0]
-            told = adapter.site_ranks(name, adapter.settings.rank)[0]
+            told = adapter.site_ranks(name, _rank(adapter.settings))[0]
             if told != rank or abs(scale - alphas[name] / rank**power) > 1e-9 * scale:
                 adapter = None
                 break
@@ -559,7 +665,7 @@ def _read_lora(sites: dict, config: dict, facts: dict | None) -> tuple[Adapter, 
         values = {"A": parts["lora_A"], "B": parts["lora_B"]}
         if "lora_magnitude_vector" in parts:
             values["magnitude"] = parts["lora_magnitude_vector"]
-        fill[name] = torch.arange(ranks[name]), values
+        fill[name] = _Slots(ranks[name], torch.arange(ranks[name]), values)
     return adapter, fill
 
 
@@ -604,46 +710,59 @@ def _read_adalora(sites: dict, config: dict, facts: dict | None) -> tuple[Adapte
     fill = {}
     for name, parts in sites.items():
         ranks = adapter.site_ranks(name, adapter.settings.initial_rank)
-        kept = alive[name][: ranks[0]]
-        if facts is not None:
-            kept = _unbits(facts.get("kept", {}).get(name), ranks[0], name)
-        if alive[name][ranks[0] :].any():
-            raise ValueError(
-                f"rank_pattern of {name} keeps triplets beyond its initial rank {ranks[0]}: save the adapter again"
-            )
+        kept = alive[name]
+        if facts is not None:  # other bits than the initial rank: the site has grown or shrunk since
+            kept = _unbits(facts.get("kept", {}).get(name), ranks[0], name, exact=False)
+        if alive[name][len(kept) :].any():
+            raise ValueError(f"rank_pattern of {name} keeps triplets beyond its {len(kept)}: save the adapter again")
         scale = torch.tensor(adapter.site_scales(name, ranks)[0], dtype=parts["lora_E"].dtype).item()
         factor = alpha / (initial + RANK_EPSILON) / scale
         E = parts["lora_E"][:, 0]
         values = {"A": parts["lora_A"], "B": parts["lora_B"], "E": (E.double() * factor).to(E.dtype), "kept": kept}
-        fill[name] = alive[name].nonzero()[:, 0], values
+        fill[name] = _Slots(len(kept), alive[name].nonzero()[:, 0], values)
     return adapter, fill
 
 
 def _read_folded(sites: dict, config: dict, facts: dict) -> tuple[Adapter, dict]:
-    """AdaLoRA+DoRA out of the DoRA that it was written as: A = A' / E."""
+    """Any low-rank method out of the LORA that it was written as, sites that were left out too: A = A' / E."""
     adapter = method(facts["method"]).load()(seeds=_seeds(facts), **facts["settings"])
     default_rank, default_alpha = _number(config, "r"), _number(config, "lora_alpha")
     fill = {}
-    for name, parts in sites.items():
-        told = facts["folded"].get(name)
-        if not isinstance(told, dict) or not all(isinstance(e, float) for e in told.get("E", [None])):
+    for name in {**facts["folded"], **sites}:
+        told, parts = facts["folded"].get(name), sites.get(name)
+        E = told.get("E", []) if isinstance(told, dict) else None
+        if not isinstance(E, list) or not all(isinstance(e, float) for e in E):
             raise ValueError(f"the metadata of {name} is {told!r}, without its singular values: save the adapter again")
-        ranks = adapter.site_ranks(name, adapter.settings.initial_rank)
-        alive, kept = _unbits(told.get("alive"), ranks[0], name), _unbits(told.get("kept"), ranks[0], name)
-        rank = len(parts["lora_A"])
-        E = torch.tensor(told["E"], dtype=torch.float64)
-        configured = _patterned(config, "rank_pattern", name, default_rank)
-        if not configured == rank == max(len(E), 1) or len(E) != alive.sum():
+        alive = _unbits(told.get("alive"), adapter.site_ranks(name, _rank(adapter.settings))[0], name, exact=False)
+        acting = alive.nonzero()[:, 0]
+        values: dict[str, Any] = {}
+        if "kept" in told:
+            values["kept"] = _unbits(told["kept"], len(alive), name)
+        scale = adapter.site_scales(name, adapter.site_ranks(name, _rank(adapter.settings)))[0]
+        if "scale" in told:
+            values["scale"] = scale = _number(told, "scale")
+        rank, configured, least = 0, 0, 0
+        if parts is not None:  # not left out
+            rank, configured, least = len(parts["lora_A"]), _patterned(config, "rank_pattern", name, default_rank), 1
+        count = len(acting)
+        if not configured == rank == max(count, least) or ("E" in told and len(E) != count):
             raise ValueError(
-                f"{name} has rank {rank} in {WEIGHTS}, {configured} in {CONFIG} and {len(E)} in the metadata: save it again"
+                f"{name} has rank {rank} in {WEIGHTS}, {configured} in {CONFIG} and {count} in the metadata: save it again"
             )
-        # The scale that the file tells PEFT, over ours: 1 unless alpha was edited by hand.
-        factor = _patterned(config, "alpha_pattern", name, default_alpha) / rank / adapter.site_scales(name, ranks)[0]
-        factor = 1.0 if abs(factor - 1) < 1e-9 else factor
-        A = parts["lora_A"][: len(E)]
-        values = {"A": (A.double() / E[:, None]).to(A.dtype), "B": parts["lora_B"][:, : len(E)], "E": E * factor}
-        values |= {"kept": kept, "magnitude": parts["lora_magnitude_vector"]}
-        fill[name] = alive.nonzero()[:, 0], values
+        if parts is not None:
+            # The scale that the file tells PEFT, over ours: 1 unless alpha was edited by hand.
+            power = 0.5 if config.get("use_rslora") else 1.0
+            factor = _patterned(config, "alpha_pattern", name, default_alpha) / rank**power / scale
+            factor = 1.0 if abs(factor - 1) < 1e-9 else factor
+            A, B = parts["lora_A"][:count], parts["lora_B"][:, :count]
+            if "E" in told:
+                coefficients = torch.tensor(E, dtype=torch.float64)
+                values |= {"A": (A.double() / coefficients[:, None]).to(A.dtype), "B": B, "E": coefficients * factor}
+            else:
+                values |= {"A": A, "B": B if factor == 1 else (B.double() * factor).to(B.dtype)}
+            if "lora_magnitude_vector" in parts:
+                values["magnitude"] = parts["lora_magnitude_vector"]
+        fill[name] = _Slots(len(alive), acting, values)
     return adapter, fill
 
 
@@ -747,7 +866,7 @@ def _bits(mask: Tensor) -> str:
     return "".join("1" if bit else "0" for bit in mask.tolist())
 
 
-def _unbits(bits: Any, length: int, name: str) -> Tensor:
-    if not isinstance(bits, str) or len(bits) != length or set(bits) - {"0", "1"}:
+def _unbits(bits: Any, length: int, name: str, exact: bool = True) -> Tensor:
+    if not isinstance(bits, str) or (exact and len(bits) != length) or set(bits) - {"0", "1"}:
         raise ValueError(f"the metadata of {name} is {bits!r}, not {length} bits: a foreign file; save the adapter again")
-    return torch.tensor([bit == "1" for bit in bits])
+    return torch.tensor([bit == "1" for bit in bits], dtype=torch.bool)

@@ -4,12 +4,17 @@
 
 Legend: K member, N rows or tokens, I in, O out, R rank slots.  A (K, R, I), B (K, O, R), e (K, R) the coefficients of
 the slots (ones here, AdaLoRA's E there), slots (K, R) which slots exist for a member, scale (K,) = alpha/r.
+
+R may change while training: `resize` says for each new slot which old one it is, and what an optimizer keeps for each
+element follows (`Adapter.take_changes`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -19,9 +24,45 @@ from variants.dropout import Draw, Dropping, drop
 from variants.settings import nearest, per_member
 from variants.targets import is_conv1d, matches
 
+NEW, NONE = -1, -2
+
+
+@dataclass(frozen=True)
+class Rearranged:
+    """What became of a tensor's slots: along `axis`, slot j of member k is now its old slot places[k, j].
+
+    places: NEW for a slot that is new, zero, and starts its averages; NONE for one that only other members have, zero too.
+    """
+
+    places: Int[Tensor, "K R"]
+    axis: int
+    size: int  # of the axis before
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The same for any tensor whose slots lie along that axis, such as an optimizer's average of the parameter."""
+        if tensor.shape[self.axis] != self.size:
+            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has not the {self.size} slots along axis {self.axis}")
+        places = self._along(self.places, tensor.dim())
+        whole = [-1 if axis in (0, self.axis) else n for axis, n in enumerate(tensor.shape)]
+        if not self.size:  # nothing to gather from
+            shape = [places.shape[axis] if n == -1 else n for axis, n in enumerate(whole)]
+            return tensor.new_zeros(shape)
+        taken = tensor.gather(self.axis, places.clamp_min(0).expand(whole).to(tensor.device))
+        return taken.masked_fill_((places < 0).to(tensor.device), 0)
+
+    def new(self, dim: int) -> Bool[Tensor, "..."]:
+        """Which slots are new, as a mask on a tensor of so many axes."""
+        return self._along(self.places == NEW, dim)
+
+    def _along(self, values: Tensor, dim: int) -> Tensor:
+        return values.view(len(values), *(-1 if axis == self.axis else 1 for axis in range(1, dim)))
+
 
 class LowRank(nn.Module):
     """A, B and their slots at one linear: y = base(x) + s B A x."""
+
+    # Every tensor that has slots, and their axis; a subclass with more of them adds its own.
+    slot_axes: ClassVar[dict[str, int]] = {"A": 1, "B": 2, "slots": 1}
 
     def __init__(
         self,
@@ -49,15 +90,27 @@ class LowRank(nn.Module):
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.register_buffer("slots", (torch.arange(max(ranks)) < torch.tensor(ranks)[:, None]).to(**like))
         self.register_buffer("scale", torch.tensor(scale, **like))
+        self.register_buffer("given", torch.tensor(ranks), persistent=False)  # (K,) slots at the start
         self.name, self.dropout = name, dropout
+        self.changes: list[tuple[nn.Parameter, Rearranged]] = []  # what an optimizer has yet to follow
         self._draw = draw
 
     def coefficients(self) -> Float[Tensor, "K R"]:
         """What multiplies each slot: s e, zero where a slot does not exist."""
         return self.slots * self.scale[:, None]
 
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A, B and the coefficients as the forward pass takes them."""
+        return self.A, self.B, self.coefficients()
+
+    def version(self) -> tuple[Any, ...]:
+        """Changes whenever the update may have changed; the step in it is None where nobody drives the adapter."""
+        return self._draw.step, *(p._version for p in self.parameters())
+
     def onto(self, y: Tensor, x: Tensor) -> Float[Tensor, "rows O"]:
         """y + update(x), for y (rows, O) that nothing else needs and x (rows, I): the members' rows one after the other."""
+        if not self.slots.shape[1]:
+            return y
         draw, rate = self._draw, self.dropout if self.training else 0.0
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.A.dtype
@@ -65,10 +118,10 @@ class LowRank(nn.Module):
         if native.usable(x, y) and self.A.dtype == torch.float32:
             dropping = draw.dropping(self.name, x, rate) if rate and draw.step is not None else None
             x = nn.functional.dropout(x, rate) if rate and dropping is None else x
-            return NativeProduct.apply(y, x, self.A, self.B, self.coefficients(), dropping)
+            return NativeProduct.apply(y, x, *self.operands(), dropping)
         x = drop(x, rate, draw, self.name)
         apart = (t.view(len(draw.seeds), -1, t.shape[-1]) for t in (y, x))  # (K, N, O) and (K, N, I)
-        return LowRankProduct.apply(*apart, *(t.to(dtype) for t in (self.A, self.B, self.coefficients()))).view(y.shape)
+        return LowRankProduct.apply(*apart, *(t.to(dtype) for t in self.operands())).view(y.shape)
 
     def rows(self, x: Tensor) -> Float[Tensor, "rows I"]:
         """The input as rows, the members' one after the other; refused where it is not that."""
@@ -91,10 +144,47 @@ class LowRank(nn.Module):
     def merged(self, base: nn.Module, member: int) -> dict[str, Tensor]:
         return {"weight": as_stored(base, self.direction(base, member))}
 
-    def nominal(self) -> Tensor:
+    def physical(self) -> Tensor:
+        """(K,) slots that exist, which parameters, gradients and averages are held for."""
         return self.slots.sum(1).long()
 
-    rank = nominal
+    def nominal(self) -> Tensor:
+        """(K,) slots given at the start, or those of now where there are more."""
+        return torch.maximum(self.given, self.physical())
+
+    rank = physical
+
+    @torch.no_grad()
+    def resize(self, places: Int[Tensor, "K R"]) -> None:
+        """Rearranges the slots, in place: the parameters stay the same objects.
+
+        Args:
+            places: for each slot the old one that it is, or NEW, or NONE; both are zero everywhere, and of no member until
+                `slots` says so.
+        """
+        size = self.slots.shape[1]
+        for name, axis in self.slot_axes.items():
+            tensor, change = getattr(self, name), Rearranged(places, axis, size)
+            new = change(tensor)
+            if isinstance(tensor, nn.Parameter):
+                gradient = None if tensor.grad is None else change(tensor.grad)
+                tensor.grad = None
+                # Of another type in between: autograd then forgets the old shape, which else lives as long as an old loss does.
+                other = torch.float64 if new.dtype == torch.float32 else torch.float32
+                tensor.data = torch.empty(0, dtype=other, device=new.device)
+                tensor.data = new
+                tensor.grad = gradient
+                torch.autograd.graph.increment_version(tensor)  # what was computed from the old values is out of date
+                self.changes.append((tensor, change))
+            else:
+                tensor.data = new
+
+    def forget(self, mask: Bool[Tensor, "K R"], tensors: Sequence[str] | None = None) -> None:
+        """Optimizers start anew for these slots, of all the site's parameters or of those named; the values stay."""
+        places = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape).masked_fill(mask, NEW)
+        for name, axis in self.slot_axes.items():
+            if isinstance(getattr(self, name), nn.Parameter) and (tensors is None or name in tensors):
+                self.changes.append((getattr(self, name), Rearranged(places, axis, mask.shape[1])))
 
     def count(self, ranks: Tensor) -> Tensor:
         """(K,) parameters of so many slots."""
@@ -111,6 +201,13 @@ def base_output(base: nn.Module, rows: Tensor) -> Tensor:
     """The frozen module's output, to be changed in place: a copy where a hook of somebody's may have kept it."""
     y = base(rows)
     return y.clone() if base._forward_hooks else y
+
+
+def first_slots(site: LowRank, size: int) -> Int[Tensor, "K R"] | None:
+    """Places that leave the first `size` slots, with new ones behind them where there are fewer; None if it has so many."""
+    old = site.slots.shape[1]
+    places = torch.arange(size, device=site.slots.device)
+    return None if size == old else places.masked_fill(places >= old, NEW).expand(len(site.slots), -1)
 
 
 class LowRankProduct(torch.autograd.Function):
@@ -190,6 +287,8 @@ def squared_row_norms(
 
     `weight_squared` is the squared row norm of `weight`, which never changes.  Zelenin & Zhuravlyova 2026, sec. 3.
     """
+    if not A.shape[1]:
+        return weight_squared.expand(len(A), -1)
     # One product for all members; a 16-bit weight is widened a block of rows at a time, never as a whole.
     blocks = (weight,) if weight.dtype == A.dtype else weight.split(1024)
     products = torch.cat([A.flatten(0, 1) @ block.to(A.dtype).mT for block in blocks], 1)  # (K*R, O)
@@ -203,8 +302,74 @@ def as_stored(base: nn.Module, weight: Tensor) -> Tensor:
     return weight.mT if is_conv1d(base) else weight
 
 
+def follow(optimizer: torch.optim.Optimizer, adapter: Adapter) -> None:
+    """Has an optimizer of torch's follow what the adapter did to its parameters; call it after `adapter.after_step`.
+
+    Averages of slots that are new are zero; torch counts steps for whole tensors, so bias correction goes on as it was.
+
+    Raises:
+        ValueError: an optimizer that keeps something of another shape than the parameter.
+    """
+    for parameter, change in adapter.take_changes():
+        state = optimizer.state.get(parameter, {})
+        for name, value in state.items():
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                continue
+            shape = list(parameter.shape)
+            shape[change.axis] = change.size
+            if list(value.shape) != shape:
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps {name} of shape {tuple(value.shape)} for a parameter of another shape, "
+                    f"which cannot follow a change of rank: use one that keeps an average for each element, such as AdamW"
+                )
+            state[name] = change(value)
+
+
 class LowRankAdapter(Adapter):
-    """What the low-rank methods share: ranks and scales of each site by pattern, and LoRA+'s faster B."""
+    """What the low-rank methods share: ranks and scales of each site by pattern, LoRA+'s faster B, and sizes that change."""
+
+    peft_type: ClassVar[str] = "LORA"  # the form of PEFT's that it is saved in
+
+    def low_rank_sites(self) -> list[LowRank]:
+        """The low-rank sites in order, those inside a magnitude too."""
+        return [getattr(site, "inner", site) for _, site in self.named_sites()]
+
+    def resize(self, places: Sequence[Int[Tensor, "K _"] | None]) -> dict[int, Rearranged]:
+        """Rearranges the slots of each site (see `LowRank.resize`); None leaves one as it is.
+
+        Returns:
+            What was done, by a parameter's id.
+        """
+        done = {}
+        for site, places_here in zip(self.low_rank_sites(), places, strict=True):
+            if places_here is not None:
+                before = len(site.changes)
+                site.resize(places_here)
+                done |= {id(parameter): change for parameter, change in site.changes[before:]}
+        return done
+
+    def take_changes(self) -> list[tuple[nn.Parameter, Rearranged]]:
+        taken = [change for site in self.low_rank_sites() for change in site.changes]
+        for site in self.low_rank_sites():
+            site.changes.clear()
+        return taken
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Sites first take the size that theirs have in the state; an optimizer's averages are loaded in that size too."""
+        names = {id(module): name for name, module in self.named_modules()}
+        places = []
+        for site in self.low_rank_sites():
+            slots = state_dict.get(f"{names[id(site)]}.slots", site.slots)
+            places.append(first_slots(site, slots.shape[1]))
+        self.resize(places)
+        self.take_changes()
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def copy_member(self, source: Adapter, member: int) -> None:
+        sizes = [max(site.slots[member].nonzero()[:, 0].tolist(), default=-1) + 1 for site in source.low_rank_sites()]
+        self.resize([first_slots(site, size) for site, size in zip(self.low_rank_sites(), sizes, strict=True)])
+        self.take_changes()
+        super().copy_member(source, member)
 
     def choose(self, model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
         names = super().choose(model, targets, head)

@@ -84,6 +84,10 @@ SMOOTHS = {
     "norm-share": ("beta1",),
     "gradient": ("beta1",),
 }
+ScoreName = Literal[
+    "sensitivity", "smoothed-sensitivity", "raw-sensitivity", "magnitude", "norm-share", "gradient", "random", "uniform"
+]
+ScheduleName = Literal["cubic", "cubic-late", "linear", "cosine", "constant"]
 Bounds = dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]
 
 
@@ -104,11 +108,9 @@ class AllocatedSettings(LowRankSettings):
     """Steps at the final budget, with the ranks fixed."""
     interval: PositiveInt = 1
     """Steps from one allocation to the next."""
-    score: Literal[
-        "sensitivity", "smoothed-sensitivity", "raw-sensitivity", "magnitude", "norm-share", "gradient", "random", "uniform"
-    ] = "sensitivity"
+    score: ScoreName = "sensitivity"
     """What a rank is worth: see variants/allocation.py."""
-    schedule: Literal["cubic", "cubic-late", "linear", "cosine", "constant"] = "cubic"
+    schedule: ScheduleName = "cubic"
     """How the total goes from the initial to the target ranks."""
     direction: Literal["prune", "grow", "both"] = "prune"
     """prune: any rank may be cut, and may come back; grow: none is cut; both: at most `exchange` change places at a time."""
@@ -124,6 +126,8 @@ class AllocatedSettings(LowRankSettings):
     """Other [least, most] ranks for some sites: name, suffix or pattern of a module -> [least, most]."""
     group_bounds: Bounds = {}
     """[least, most] ranks of several sites together: pattern that matches them -> [least, most]."""
+    shrink: bool = False
+    """Whether cut ranks leave the tensors when the final phase begins; penalty and clipping then see the others alone."""
     beta1: Fraction = 0.85
     """Smoothing of the score (AdaLoRA eq. 9)."""
     beta2: Fraction = 0.85
@@ -132,7 +136,7 @@ class AllocatedSettings(LowRankSettings):
     LATER = (
         *LowRankSettings.LATER,
         *("target_parameters", "score", "schedule", "direction", "exchange", "cost"),
-        *("least_rank", "most_rank", "rank_bounds", "group_bounds"),
+        *("least_rank", "most_rank", "rank_bounds", "group_bounds", "shrink"),
     )
 
     @model_validator(mode="after")
@@ -149,7 +153,7 @@ class AllocatedSettings(LowRankSettings):
 
     @staticmethod
     def prunes() -> str:
-        return "AdaLoRA prunes"
+        return "this method prunes"
 
     @model_validator(mode="after")
     def _settings_have_effect(self) -> "AllocatedSettings":
@@ -184,6 +188,25 @@ class AdaLoRASettings(AllocatedSettings):
     penalty_form: Literal["release", "paper"] = "release"
     """release: mean of Frobenius norms over all matrices; paper: sum of squared norms (eq. 4)."""
 
+    @staticmethod
+    def prunes() -> str:
+        return "AdaLoRA prunes"
+
+
+class DynamicDoRASettings(AllocatedSettings):
+    """Settings of dynamic-rank DoRA (Mao et al. 2024)."""
+
+    score: ScoreName = "norm-share"
+    """What a component is worth (eq. 7)."""
+    schedule: ScheduleName = "cubic-late"
+    """How the total falls; the release's cube is on the progress made: slow first, fast at the end."""
+    beta1: Fraction = 0.9
+    """Smoothing of the score (eq. 8)."""
+    modulator: NonNegative = 0.1
+    """Weight eta of the dimensional equilibrium modulator (eq. 10); the paper takes 0.1 to 0.5."""
+    penalty_form: Literal["paper", "release"] = "paper"
+    """paper: mean over components of both variances; release: mean over their vectors, half of it."""
+
 
 class FreelyAllocatedSettings(AdaLoRASettings):
     """Settings of any combination of the allocator's parts."""
@@ -192,6 +215,219 @@ class FreelyAllocatedSettings(AdaLoRASettings):
     """triplet: P diag(E) Q, which starts at E = 0; doublet: LoRA's B A, which starts at B = 0."""
     orthogonality: list[NonNegative] | NonNegative = 0.0
     """Weight of AdaLoRA's orthogonality penalty on the factors."""
+
+
+class PlacedSettings(LowRankSettings):
+    """What every method has that places rank once, before training, which then is LoRA's."""
+
+    rank: PerMember
+    """Mean rank of a site: the budget is that of a uniform start, `rank` (or rank_pattern's) at every site."""
+    total_rank: PositiveInt | None = None
+    """Ranks of all sites together, where rank times the number of sites is not what is wanted."""
+    total_parameters: PositiveInt | None = None
+    """Parameters of all ranks together, with cost = "parameters"; those of the uniform start if not given."""
+    cost: Literal["rank", "parameters"] = "rank"
+    """What a rank takes out of the budget: one, or its parameters, of which never more are used than the budget."""
+    least_rank: Count = 0
+    """Least rank of every site."""
+    most_rank: PositiveInt | None = None
+    """Most rank of every site."""
+    rank_bounds: Bounds = {}
+    """Other [least, most] ranks for some sites: name, suffix or pattern of a module -> [least, most]."""
+    group_bounds: Bounds = {}
+    """[least, most] ranks of several sites together: pattern that matches them -> [least, most]."""
+    scale_by: Literal["mean rank", "own rank"] = "mean rank"
+    """Which r the scale alpha/r has at a site: that of the uniform start, so that every site has LoRA's scale whatever rank
+    it was given (PEFT's adjust_scaling_factors), or the rank that it was given, so that more rank comes with less scale."""
+
+    @model_validator(mode="after")
+    def _budget_is_told_once(self) -> "PlacedSettings":
+        other = "total_parameters" if self.cost == "rank" else "total_rank"
+        if getattr(self, other) is not None:
+            raise ValueError(f'{other} = {getattr(self, other)} has no effect with cost = "{self.cost}": take it out')
+        bounds = {"least_rank": (self.least_rank or 0, self.most_rank), **self.rank_bounds, **self.group_bounds}
+        for name, (least, most) in bounds.items():
+            if most is not None and least > most:
+                raise ValueError(f"{name}: least rank {least} is above the most rank {most}: exchange them")
+        return self
+
+
+class EVASettings(PlacedSettings):
+    """Settings of EVA."""
+
+    rho: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
+    """A site gets at most rho times its rank in the uniform start; 1 is no redistribution.  2: the paper's."""
+    tau: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """Cosine to the step before from which a direction counts as found (decomposition = "incremental").  0.99: the paper's."""
+    decomposition: Literal["incremental", "exact"] = "incremental"
+    """incremental: batch after batch, until the directions that are used stand still (the paper's); exact: of all batches."""
+    ratio: Literal["release", "paper"] = "release"
+    """What a direction is worth: sigma^2 over the whole variance (PEFT's), or over (M - 1) sum sigma (the paper's)."""
+    tokens: Literal["unpadded", "labelled"] = "unpadded"
+    """Whose inputs count: all tokens but padding, or of these the ones with a label (PEFT's, for one label a token)."""
+    calibration_batches: PositiveInt = 16
+    """Batches of its own training data that the trainer lets each member measure, at most."""
+
+
+class GoRASettings(PlacedSettings):
+    """Settings of GoRA."""
+
+    scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/sqrt(r)"
+    """How alpha becomes a scale; the paper's is alpha/sqrt(r)."""
+    scale_by: Literal["mean rank", "own rank"] = "own rank"
+    """Which r that is at a site: of the uniform start, or its own; the paper's is its own."""
+    least_rank: Count | None = None
+    """Least rank of every site; half its rank in the uniform start if not given (4 of 8 in the release's scripts)."""
+    most_rank: PositiveInt | None = None
+    """Most rank of every site; four times its rank in the uniform start if not given (32 of 8 in the release's scripts)."""
+    rounding: Literal["paper", "release", "exact"] = "paper"
+    """paper: the nearest rank, then the bounds; release: the rank below; both miss the budget; exact: they meet it."""
+    importance: Literal["mean", "frobenius"] = "mean"
+    """What a weight is worth: mean |W * G| (the paper's and the scripts'), or ||W * G||_F (the release's default)."""
+    gamma: NonNegative = 0.05
+    """Size of the start: s B A is about -gamma G in norm.  0.05: the release's scripts."""
+    sign: Literal["descent", "ascent"] = "descent"
+    """descent: the start is a step against the gradient, as in the paper; ascent: along it, as in the release."""
+    calibration_batches: PositiveInt = 8
+    """Batches of its own training data over which the trainer lets each member average its gradient.  8: the release's."""
+
+    @model_validator(mode="after")
+    def _budget_has_effect(self) -> "GoRASettings":
+        for name, value in (
+            ("cost", self.cost != "rank"),
+            ("total_rank", self.total_rank),
+            ("group_bounds", self.group_bounds),
+        ):
+            if value and self.rounding != "exact":
+                raise ValueError(
+                    f'{name} = {getattr(self, name)} has no effect with rounding = "{self.rounding}", whose budget is '
+                    f'sum sqrt(in + out) rank: take it out or set rounding = "exact"'
+                )
+        return self
+
+
+class DyLoRASettings(LoRASettings):
+    """Settings of DyLoRA; `rank` is the most that it can be used at."""
+
+    least_rank: PositiveInt = 1
+    """Least rank that is drawn, and that the trained adapter is meant for."""
+    sampling: Literal["uniform", "geometric"] = "uniform"
+    """How the rank of a step is drawn; geometric: small ranks more often, with p = 0.15."""
+    update: Literal["nested", "frozen", "frozen-release"] = "nested"
+    """Which slots a step at rank b moves: all of 1 .. b; b alone; b alone by its gradient, and others by AdamW's momentum."""
+
+    @model_validator(mode="after")
+    def _ranks_are_left(self) -> "DyLoRASettings":
+        for rank in [*_spread(self.rank, 1), *self.rank_pattern.values()]:
+            if rank < self.least_rank:
+                raise ValueError(f"least_rank = {self.least_rank} is above rank = {rank}: lower it or raise the rank")
+        return self
+
+
+class SoRASettings(LowRankSettings):
+    """Settings of SoRA."""
+
+    # What an allocator asks for and this method has no choice in.
+    warmup_steps: ClassVar[int] = 0
+    score: ClassVar[str] = "magnitude"
+    schedule: ClassVar[str] = "constant"
+    direction: ClassVar[str] = "prune"
+    beta1: ClassVar[float] = 0.0
+    beta2: ClassVar[float] = 0.0
+    least_rank: ClassVar[int] = 0
+    most_rank: ClassVar[int | None] = None
+    rank_bounds: ClassVar[Bounds] = {}
+    group_bounds: ClassVar[Bounds] = {}
+
+    initial_rank: PerMember
+    """Rank of each site at the start; the scale stays alpha over it."""
+    threshold: Literal["soft", "release"] = "soft"
+    """The step after the optimizer's: soft, the paper's, by the gates' rate times `sparsity`; release: its own, by `tau`."""
+    sparsity: NonNegative = 0.375
+    """Weight lambda of the gates' L1 norm, by which the soft threshold acts."""
+    # 0.375: the release's script for STS-B has a threshold of 3e-4 at a rate of 8e-4.
+    tau: NonNegative = 3e-4
+    """Threshold of the release's step, whatever the rate; 3e-4: its script for STS-B."""
+    lambda_schedule: list[NonNegative] = []
+    """Values that take the place of `sparsity` or `tau`, one after the other, for equal parts of the run before final_steps."""
+    l1: NonNegative = 0.0
+    """Weight of the mean |gate| in the loss, besides the threshold; the release has 1e-3 or, for STS-B, 10."""
+    gate_lr_ratio: Positive = 1.0
+    """Learning rate of the gates over that of A."""
+    final_steps: Count = 0
+    """Steps at the end with the ranks fixed: no gate comes back or is shrunk by the threshold or by `l1`."""
+    target_rank: PerMember | None = None
+    """Mean rank of a site at the end, to which the largest gates are cut when the final steps begin; no cut if not given."""
+    target_total: PositiveInt | None = None
+    """The same as the ranks of all sites together."""
+    target_parameters: PositiveInt | None = None
+    """The same as parameters of all sites together, with cost = "parameters"."""
+    cost: Literal["rank", "parameters"] = "rank"
+    """What a gate takes out of the target: one, or its parameters; gates are then cut by size per parameter."""
+
+    @model_validator(mode="after")
+    def _settings_have_effect(self) -> "SoRASettings":
+        unread = "tau" if self.threshold == "soft" else "sparsity"
+        for name in (unread, *(("sparsity", "tau") if self.lambda_schedule else ())):
+            if getattr(self, name) != type(self).model_fields[name].get_default():
+                why = f'threshold = "{self.threshold}"' if name == unread else "a lambda_schedule"
+                raise ValueError(f"{name} = {getattr(self, name)} has no effect with {why}: take it out")
+        other = "target_parameters" if self.cost == "rank" else "target_total"
+        if getattr(self, other) is not None:
+            raise ValueError(f'{other} = {getattr(self, other)} has no effect with cost = "{self.cost}": take it out')
+        if self.cost == "parameters" and self.target_rank is None and self.target_parameters is None:
+            raise ValueError('cost = "parameters" has no effect without a target: give target_rank or target_parameters')
+        length = max(len(value) if isinstance(value, list) else 1 for value in (self.initial_rank, self.target_rank))
+        for start, end in zip(_spread(self.initial_rank, length), _spread(self.target_rank, length), strict=False):
+            if end is not None and end > start:
+                raise ValueError(
+                    f"target_rank = {end} is above initial_rank = {start}: SoRA prunes, so give an initial_rank "
+                    f"of at least {end}"
+                )
+        return self
+
+
+NORMALISATIONS = ("none", "site-share", "site-largest", "weight")  # how truncation compares the sites' singular values
+
+
+class TruncatedSettings(LowRankSettings):
+    """Settings of LoRA that is truncated after training."""
+
+    initial_rank: PerMember
+    """Rank of each site in training."""
+    target_rank: PerMember
+    """Mean rank of a site after it; the budget is target_rank times the number of sites."""
+    target_total: PositiveInt | None = None
+    """Ranks of all sites together, where target_rank times the number of sites is not what is wanted."""
+    target_parameters: PositiveInt | None = None
+    """Parameters of all ranks together, with cost = "parameters"; those of target_rank at every site if not given."""
+    cost: Literal["rank", "parameters"] = "rank"
+    """What a rank takes out of the budget: one, or its parameters; squared singular values are then compared per parameter."""
+    least_rank: Count = 0
+    """Least rank of every site, however small its singular values."""
+    most_rank: PositiveInt | None = None
+    """Most rank of every site."""
+    normalisation: Literal[NORMALISATIONS] = "none"
+    """How the singular values of different sites are compared: see variants/truncation.py."""
+    initialization: Literal["kaiming", "gaussian"] = "kaiming"
+    """Where A starts; B starts at zero."""
+
+    @model_validator(mode="after")
+    def _something_is_cut(self) -> "TruncatedSettings":
+        length = max(len(value) if isinstance(value, list) else 1 for value in (self.initial_rank, self.target_rank))
+        pairs = zip(_spread(self.initial_rank, length), _spread(self.target_rank, length), strict=False)
+        for start, end in pairs:
+            if end > start:
+                raise ValueError(
+                    f"target_rank = {end} is above initial_rank = {start}: truncation adds no rank, so give an initial_rank "
+                    f"of at least {end}"
+                )
+        other = "target_parameters" if self.cost == "rank" else "target_total"
+        if getattr(self, other) is not None:
+            raise ValueError(f'{other} = {getattr(self, other)} has no effect with cost = "{self.cost}": take it out')
+        if self.most_rank is not None and self.least_rank > self.most_rank:
+            raise ValueError(f"least_rank = {self.least_rank} is above most_rank = {self.most_rank}: exchange them")
+        return self
 
 
 class NoSettings(Settings):
@@ -241,11 +477,51 @@ METHODS: dict[str, Method] = {
             "variants/allocation.py",
         ),
         Method(
+            "dynamic-dora",
+            "variants.dynamic_dora:DynamicDoRA",
+            DynamicDoRASettings,
+            "rank-one components pruned by their share of the update; not the weight-decomposed DoRA",
+            "Mao et al. 2024",
+        ),
+        Method(
             "adalora+dora",
             "variants.dora:AdaLoRADoRA",
             AdaLoRASettings,
             "AdaLoRA on the direction, magnitudes apart",
             "Zhang et al. 2023 with Liu et al. 2024",
+        ),
+        Method("eva", "variants.eva:EVA", EVASettings, "rank and A from the sites' inputs, then LoRA", "Paischer et al. 2025"),
+        Method(
+            "gora", "variants.gora:GoRA", GoRASettings, "rank and B from the first gradients, then LoRA", "arXiv 2502.12171"
+        ),
+        Method(
+            "stable-rank",
+            "variants.stable_rank:StableRank",
+            PlacedSettings,
+            "rank by the stable rank of the weights, then LoRA",
+            "after SR-LoRA, arXiv 2507.00327",
+        ),
+        Method("random-rank", "variants.random_rank:RandomRank", PlacedSettings, "rank placed at random, then LoRA", "control"),
+        Method(
+            "sora",
+            "variants.sora:SoRA",
+            SoRASettings,
+            "LoRA with a gate for each rank, which a threshold sends to zero",
+            "Ding et al. 2023",
+        ),
+        Method(
+            "dylora",
+            "variants.dylora:DyLoRA",
+            DyLoRASettings,
+            "LoRA that is trained to be used at any rank up to its own",
+            "Valipour et al. 2023",
+        ),
+        Method(
+            "truncated",
+            "variants.truncation:Truncated",
+            TruncatedSettings,
+            "LoRA whose update is cut after training by one threshold over all singular values",
+            "inspired by PARA (arXiv 2604.27796)",
         ),
     )
 }

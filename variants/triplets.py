@@ -6,11 +6,13 @@ and may come back until the final phase begins.  Where the direction is "grow" o
 after every step, so that ranks really start small.
 
 The order of one step (`AllocatedAdapter.after_step`, with new parameters and gradients still there): the score is updated;
-every `interval` steps after the warm-up, and once at the start of the final phase, the slots to keep are chosen.
+every `interval` steps after the warm-up, and once at the start of the final phase, the slots to keep are chosen.  Then the
+pattern is final, and with shrink = true the slots that were cut leave the tensors.
 """
 
 import warnings
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +21,15 @@ from variants import initialization
 from variants.allocation import SCORES, Bound, choose, protected, scheduled_budget
 from variants.base import Step
 from variants.lora import module_in, module_out
-from variants.lowrank import LowRank, LowRankAdapter
+from variants.lowrank import NONE, LowRank, LowRankAdapter, Rearranged
 from variants.settings import per_member
 from variants.targets import matches
 
 
 class Triplets(LowRank):
     """A low-rank site with a trained coefficient E for each slot."""
+
+    slot_axes = LowRank.slot_axes | {"E": 1, "kept": 1}
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -64,6 +68,8 @@ class Triplets(LowRank):
 class Doublets(LowRank):
     """LoRA's own factors under an allocator: a slot that is cut has its column of B at zero, so that it may come back."""
 
+    slot_axes = LowRank.slot_axes | {"kept": 1}
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.register_buffer("kept", self.slots.bool())
@@ -85,6 +91,9 @@ class Doublets(LowRank):
         return ((self.B != 0).any(1) | self.kept).sum(1)
 
 
+Site = TypeVar("Site", Triplets, Doublets)
+
+
 class AllocatedAdapter(LowRankAdapter):
     """K members whose ranks an allocator places: score x schedule x direction x cost, by name in the settings."""
 
@@ -92,7 +101,15 @@ class AllocatedAdapter(LowRankAdapter):
     form = "triplet"
 
     def make_low_rank(self, name: str, module: nn.Module) -> LowRank:
-        ranks = self.site_slots(name)
+        return self.make_allocated(name, module, Doublets if self.form == "doublet" else Triplets)
+
+    def make_allocated(self, name: str, module: nn.Module, kind: type[Site]) -> Site:
+        starts = self.starts(name, module, self.site_slots(name))
+        scale = self.site_scales(name, self.site_ranks(name, self.settings.initial_rank))
+        return kind(name, module, starts, scale, self.settings.dropout, self.draw)
+
+    def starts(self, name: str, module: nn.Module, ranks: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """For each member where A (r, I) and B (O, r) start; E starts at zero."""
         A, B = [], []
         for rank, seed in zip(ranks, self.seeds, strict=True):
             draws = [initialization.generator(seed, name, part) for part in "AB"]
@@ -102,9 +119,7 @@ class AllocatedAdapter(LowRankAdapter):
             else:
                 A.append(initialization.triplet(rank, module_in(module), draws[0]))
                 B.append(initialization.triplet(rank, module_out(module), draws[1]).mT)
-        scale = self.site_scales(name, self.site_ranks(name, self.settings.initial_rank))
-        kind = Doublets if self.form == "doublet" else Triplets
-        return kind(name, module, (A, B), scale, self.settings.dropout, self.draw)
+        return A, B
 
     def site_slots(self, name: str) -> list[int]:
         """Slots of a site for each member: its initial rank, or what it may grow to."""
@@ -137,7 +152,8 @@ class AllocatedAdapter(LowRankAdapter):
             site.kept &= torch.arange(site.slots.shape[1], device=site.slots.device) < initial[:, None]
         settings = self.settings
         self.score = SCORES[settings.score](self.triplets(), self.seeds, settings.beta1, settings.beta2).to(self.device)
-        self._steps_driven = 0
+        self._steps_driven, self._has_warned = 0, False
+        self.when_detached(model.register_forward_pre_hook(self._before_forward).remove)
 
     def _check_budget(self, sites: int) -> None:
         """
@@ -187,11 +203,14 @@ class AllocatedAdapter(LowRankAdapter):
     def loaded(self, total_steps: int | None) -> None:
         """Takes note that the tensors were set from outside, by a start or a file, which is no training."""
         self.total_steps = total_steps
-        self._undriven_version = self._versions()
+        self._untrained = self._norms()
         self._totals: tuple[list[int], list[int]] | None = None  # slots are what a file may change too
 
-    def _versions(self) -> list[int]:
-        return [site.factors()[-1]._version for site in self.triplets()]
+    @torch.no_grad()
+    def _norms(self) -> Tensor:
+        """(sites,): changes with a step of any optimizer; version counters do not, where it is a fused one."""
+        norms = [site.factors()[-1].norm() for site in self.triplets()]
+        return torch.stack(norms) if norms else torch.zeros(0)
 
     def load_state_dict(self, *args, **kwargs):
         result = super().load_state_dict(*args, **kwargs)
@@ -200,7 +219,13 @@ class AllocatedAdapter(LowRankAdapter):
 
     def triplets(self) -> Sequence[Triplets | Doublets]:
         """The sites whose slots are allocated, in order; inside DoRA's magnitudes where there are some."""
-        return [getattr(site, "inner", site) for _, site in self.named_sites()]
+        return self.low_rank_sites()
+
+    def resize(self, places: Sequence[Tensor | None]) -> dict[int, Rearranged]:
+        done = super().resize(places)
+        if done:
+            self.score.follow(self.triplets(), done)
+        return done
 
     # -- the budget ------------------------------------------------------------------------------------------------
 
@@ -281,6 +306,8 @@ class AllocatedAdapter(LowRankAdapter):
                 self.project()
         elif step.index == final:
             self._allocate(step)
+            if self.settings.shrink:
+                self.shrink()
         else:
             self.project()
         super().after_step(step)
@@ -292,6 +319,20 @@ class AllocatedAdapter(LowRankAdapter):
     def project(self) -> None:
         for site in self.triplets():
             site.project()
+
+    @torch.no_grad()
+    def shrink(self) -> None:
+        """Slots that are cut leave parameters, gradients and averages for good; the output stays what it is.
+
+        A pack keeps, at each site, as many as its largest member needs; for the others those are spare, and no slots.
+        """
+        places = []
+        for site in self.triplets():
+            order = (~site.kept).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(site.kept.sum(1).max())]
+            places.append(order.masked_fill(~site.kept.gather(1, order), NONE))
+        self.resize(places)
+        for site in self.triplets():
+            site.slots.copy_(site.kept)
 
     def _allocate(self, step: Step) -> None:
         sites, settings = self.triplets(), self.settings
@@ -314,13 +355,23 @@ class AllocatedAdapter(LowRankAdapter):
         return super().ranks()
 
     def warn_if_undriven(self) -> None:
-        """Says so where the tensors moved but `after_step` was never called, so that nothing was allocated."""
-        if self._versions() != self._undriven_version and not self._steps_driven:
-            warnings.warn(
-                f"{type(self).__name__} was trained but after_step was never called, so no rank was pruned: call "
-                f"adapter.after_step(step) after optimizer.step() and before zero_grad()",
-                stacklevel=3,
-            )
+        """Says so, once, where the tensors moved but `after_step` was never called, so that nothing was allocated."""
+        if self._steps_driven or self._has_warned:
+            return
+        now = self._norms()
+        if torch.allclose(now, self._untrained.to(now), rtol=1e-6, atol=0.0):  # another device rounds otherwise
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"{type(self).__name__} was trained but after_step was never called, so no rank was pruned: call "
+            f"adapter.after_step(step) after optimizer.step() and before zero_grad(), or give Trainer "
+            f"callbacks=[variants.AdapterCallback(adapter)]",
+            stacklevel=3,
+        )
+
+    def _before_forward(self, model: nn.Module, args: tuple) -> None:
+        if model.training and torch.is_grad_enabled():
+            self.warn_if_undriven()
 
 
 def check_phases(warmup_steps: int, final_steps: int, total: int) -> None:
