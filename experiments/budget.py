@@ -67,7 +67,8 @@ def solved(entry: Entry, adapter: variants.Adapter, parameters: int, scale: floa
 
     A method that prunes starts at 1.5 times its ranks (AdaLoRA sec. 4.1: b(0) = 1.5 b(T)) and ends with as many; which
     sites keep them, and so how many parameters, is its own choice, unless its cost is one of parameters.  One that places
-    ranks uniformly has nothing to prune, and starts with the ranks that it ends with.
+    ranks uniformly has nothing to prune, and starts with the ranks that it ends with; one that places ranks before training is
+    told the budget, and the mean rank whose scale every site gets.
     """
     costs = site_costs(adapter)
     if not costs:
@@ -75,23 +76,30 @@ def solved(entry: Entry, adapter: variants.Adapter, parameters: int, scale: floa
     ranks = ranks_for(costs, parameters)
     settings = {k: v for k, v in entry.settings.items() if k not in UNSOLVED}
     fields = method(entry.method).settings.model_fields
-    if "target_rank" in fields:
-        total = sum(ranks.values())
-        mean = total / len(ranks)
+    total, left = sum(ranks.values()), parameters - sum(cost.fixed for cost in costs.values())
+    mean = total / len(ranks)
+    by_parameters = settings.get("cost", "rank") == "parameters"
+    if "total_rank" in fields:  # ranks are placed once, before training
+        starts = dict.fromkeys(ranks, round(mean))
+        first = settings["rank"] = round(mean)
+        settings |= {"total_parameters": left} if by_parameters else {"total_rank": total}
+    elif "target_rank" in fields:
         starts = ranks if settings.get("score") == "uniform" else dict.fromkeys(ranks, ceil(1.5 * mean))
         first = min(starts.values())
         settings |= {"initial_rank": first, "target_rank": min(round(mean), first)}
-        if settings.get("cost", "rank") == "parameters":
-            settings["target_parameters"] = parameters - sum(cost.fixed for cost in costs.values())
+        if by_parameters:
+            settings["target_parameters"] = left
         elif total != settings["target_rank"] * len(ranks):
             settings["target_total"] = total
     else:
         starts = ranks
         first = settings["rank"] = min(ranks.values())
+        if "total_parameters" in fields and settings.get("cost") == "parameters":
+            settings["total_parameters"] = parameters - sum(cost.fixed for cost in costs.values())
     others = {f"^{re.escape(name)}$": rank for name, rank in starts.items() if rank != first}
     if others:
         settings["rank_pattern"] = others
-    power = 1.0 if settings.get("scaling", "alpha/r") == "alpha/r" else 0.5
+    power = 1.0 if settings.get("scaling", fields["scaling"].default) == "alpha/r" else 0.5
     base = min(starts.values())
     settings["alpha"] = scale * base**power
     if max(starts.values()) > base:

@@ -206,6 +206,10 @@ class Study(_Section):
     """Most members that train at once over one frozen model."""
     checkpoint_seconds: Positive = 60.0
     """Seconds from one checkpoint to the next."""
+    anatomy: bool = True
+    """Write what became of each weight (spectrum, effective rank, intruder dimensions) for each final run: sites.json."""
+    knock_out: bool | Literal["first seed"] = False
+    """Measure for each final run (or those of the first seed) what each site's rank is worth: knockout.json."""
     accept_licences: list[str] = []
     """Research-only data whose terms the user accepts."""
     training: Training = Training()
@@ -319,7 +323,7 @@ def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study
 
 
 BUDGETED = (
-    *("rank", "initial_rank", "target_rank", "target_total", "target_parameters"),
+    *("rank", "initial_rank", "target_rank", "target_total", "target_parameters", "total_rank", "total_parameters"),
     *("alpha", "rank_pattern", "alpha_pattern"),
 )
 TAKEN = ("rank", "alpha", "rank_pattern", "alpha_pattern", "targets")  # what follows from the entry that ranks_of names

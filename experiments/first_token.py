@@ -7,6 +7,7 @@ seven ninths of a layer of BERT's shape: 13 % of the products of a model with 6 
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,6 +41,18 @@ def only(model: nn.Module, draw: Draw) -> bool:
     if not same:
         vars(layer).pop("forward", None)
     return same
+
+
+@contextlib.contextmanager
+def every(model: nn.Module) -> Iterator[None]:
+    """While every layer computes all its tokens again: for what looks at a site's inputs, not at the logits alone."""
+    shortened = [m for m in model.modules() if getattr(vars(m).get("forward"), "func", None) is _first_token]
+    kept = [(layer, vars(layer).pop("forward")) for layer in shortened]
+    try:
+        yield
+    finally:
+        for layer, forward in kept:
+            layer.forward = forward
 
 
 def _first_token(layer: Any, draw: Draw, hidden: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:

@@ -32,6 +32,7 @@ class MemberAdamW:
     ):
         self.groups = list(groups)
         self.params = [p for g in self.groups for p in g.params]
+        self._within = [j for g in self.groups for j in range(len(g.params))]  # place of each in its group
         self.learning_rates = learning_rates
         self.weight_decay, self.betas, self.epsilon = weight_decay, betas, epsilon
         self.first = [torch.zeros_like(p) for p in self.params]
@@ -157,12 +158,9 @@ class MemberAdamW:
                 s.div_(_along_members((1 - beta2**counts).sqrt().to(p.dtype), p))
             torch._foreach_add_(spread, self.epsilon)
             change = torch._foreach_div(first, spread)
-            scales = group.lr_scale if isinstance(group.lr_scale, list) else [group.lr_scale] * len(group.params)
-            scales = [scale for p, scale in zip(group.params, scales, strict=True) if p.grad is not None]
-            scales = [
-                torch.as_tensor(scale, dtype=self.learning_rates.dtype, device=self.learning_rates.device) for scale in scales
-            ]
-            for p, c, counts, scale in zip(params, change, steps, scales, strict=True):  # scale: () or (K, ...)
+            for i, p, c, counts in zip(some, params, change, steps, strict=True):
+                scale = group.lr_scale[self._within[i]] if isinstance(group.lr_scale, list) else group.lr_scale
+                scale = torch.as_tensor(scale, dtype=self.learning_rates.dtype, device=p.device)  # () or (K, ...)
                 rates = factor * (_along_members(self.learning_rates, scale) if scale.dim() else self.learning_rates) * scale
                 rate = _along_members(rates, p)
                 if group.weight_decay:

@@ -29,19 +29,20 @@ import numpy as np
 import torch
 
 import variants
-from experiments import budget, measure, models, sweep
+from experiments import budget, knockout, measure, models, sweep
 from experiments.checks import check_phases, collecting, phase_training
 from experiments.config import Entry, Study, Training
 from experiments.tasks import get as get_task
-from experiments.tasks.common import Encoded, Task, shuffled
+from experiments.tasks.common import Encoded, Task
 from experiments.trainer import Outcome, Pack, Trainer, replacing, write_json
-from variants.base import NotPackable
+from variants.anatomy import COSINE, INTRUDERS, TOP, anatomy
+from variants.base import NotPackable, weight_of
 from variants.settings import Settings, method, together
 
 SCHEMA = 1
 NUMERICS = 2  # raised by every commit that changes what a run computes
 COMMITTED = Path(__file__).parent.parent / "reports" / "studies"
-RESULT_FILES = ("config.json", "metrics.jsonl", "ranks.jsonl", "result.json")
+RESULT_FILES = ("config.json", "metrics.jsonl", "ranks.jsonl", "sites.json", knockout.FILE, "result.json")
 AUTO_PACK = {"cpu": 8, "cuda": 32}
 PROBE_STEPS = 6  # a step's time is the median of so many, the first left out; its peak that of all
 
@@ -154,6 +155,7 @@ class Runner:
         self.sources = {e.ranks_of: e.source for e in takers if e.ranks_of not in labels}  # those that --methods leaves out
         self._placements: dict[tuple[str, str, int], tuple[dict[str, int], dict[str, float]]] = {}
         self._makes = True  # False: what is missing is not made
+        self._bases: dict[str, Any] = {}  # what anatomy asks of the pre-trained weights, the same for every run
         self._strangers: set[str] = set()
         self._made: set[str] = set()  # fingerprints of the runs that ended here, which are not tried again
 
@@ -187,10 +189,9 @@ class Runner:
             for entry in (*self.study.methods, *self.sources.values()):
                 with collecting(faults):
                     adapter = variants.create(entry.method, **_given(entry.resolved(total)))
-                    adapter.attach(model, entry.targets, head=info.heads)
-                    sites = {n: getattr(site, "inner", site) for n, site in adapter.named_sites() if hasattr(site, "rank")}
-                    targets[entry.label] = list(sites)
-                    shapes |= {name: (site.B.shape[1], site.A.shape[2]) for name, site in sites.items()}
+                    adapter.attach(model, entry.targets, head=info.heads, calibration=variants.Uncalibrated())
+                    targets[entry.label] = [n for n, site in adapter.named_sites() if hasattr(site, "rank")]
+                    shapes |= {name: tuple(weight_of(adapter.base(name)).shape) for name in targets[entry.label]}
                     equal = self.study.budget
                     if equal.equal == "parameters" and entry.ranks_of is None:
                         entry = budget.solved(entry, adapter, equal.parameters, equal.scale)
@@ -527,12 +528,47 @@ class Runner:
             write_json(folder / "pack.json", {**pack_file, "size": size, "note": why})
             self._apart(runs, folder, index, what, size, why)
             return
+        if runs[0].phase == "final" and any(outcome.error is None for outcome in outcomes):
+            self._examine(trainer, runs, outcomes)
         for member, (run, outcome) in enumerate(zip(runs, outcomes, strict=True)):
             if self._result(run) is not None:  # finished before this pack was cut off
                 continue
             if run.phase == "final" and outcome.error is None:
                 variants.save_pretrained(trainer.adapter, self.out / run.fingerprint / "adapter", member=member)
             self._write_result(run, outcome, index, len(runs), note)
+
+    def _examine(self, trainer: Trainer, runs: Sequence[Run], outcomes: Sequence[Outcome]) -> None:
+        """Writes what became of each weight (sites.json) and, where asked for, what each site's rank is worth."""
+        adapter, study = trainer.adapter, self.study
+        is_new = [outcome.error is None and self._result(run) is None for run, outcome in zip(runs, outcomes, strict=True)]
+        if not any(is_new) or not adapter.changed_weights():
+            return
+        if study.anatomy:
+            try:
+                found = anatomy(adapter, bases=self._bases)
+            except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:
+                self.say(f"note: {runs[0].entry.label}: no sites.json, a decomposition did not converge ({error})")
+                found = None
+            head = {"schema": SCHEMA, "kept": TOP, "intruders": {"looked_at": INTRUDERS, "cosine": COSINE}}
+            for run, new, sites in zip(runs, is_new, found or [], strict=found is not None):
+                if new:
+                    write_json(self.out / run.fingerprint / "sites.json", {**head, "sites": sites}, indent=None)
+        wanted = knockout.seeds(study.knock_out, study.seeds)
+        if any(new and run.seed in wanted for run, new in zip(runs, is_new, strict=True)):
+            prepared = self.prepared[runs[0].task]
+            split = self._selection_split(prepared.task)
+            measured = knockout.knock_out(
+                adapter,
+                trainer.tokenizer,
+                prepared.task,
+                split,
+                prepared.data[split].random_part(knockout.ROWS, knockout.KEY),
+                trainer.pack.training.evaluation_batch_size,
+                self.precision,
+            )
+            for run, new, one in zip(runs, is_new, measured, strict=True):
+                if new and run.seed in wanted:
+                    write_json(self.out / run.fingerprint / knockout.FILE, one, indent=None)
 
     def _as_pack(self, runs: Sequence[Run]) -> Pack:
         first = runs[0]
@@ -567,6 +603,9 @@ class Runner:
             return (task.selection_split,)
         selection = (task.selection_split,) if self.study.training.evaluations_per_epoch else ()
         return (*selection, task.score_split)
+
+    def _selection_split(self, task: Task) -> str:
+        return task.dev_split if self.study.protocol == "best-dev-epoch" else task.selection_split
 
     def _train_split(self, task: Task) -> str:
         """What is trained on: a paper's own protocol keeps nothing back to choose on."""
@@ -763,11 +802,13 @@ NO_FACTS = {
     "peak_memory_bytes": None,
     "pack_peak_memory_bytes": None,
     "trainable_parameters": None,
+    "nominal_parameters": None,
     "active_parameters": None,
     "head_parameters": None,
     "scale": None,
     "ranks": {},
     "nominal_ranks": {},
+    "physical_ranks": {},
     "final_train_loss": None,
     "dropout_note": None,
     "scored_step": None,
@@ -816,10 +857,7 @@ def _given(settings: Settings) -> dict[str, Any]:
 
 def _subset(encoded: Encoded, split: str, training: Training) -> Encoded:
     """A fixed random part of a split, the same for every method and seed, where the study asks for one."""
-    wanted = training.train_examples if split == "train" else training.evaluation_examples
-    if wanted is None or wanted >= encoded.num_examples:
-        return encoded
-    return encoded.select_examples(np.sort(shuffled(encoded.num_examples, 0, 3)[:wanted]))
+    return encoded.random_part(training.train_examples if split == "train" else training.evaluation_examples, 3)
 
 
 def _unfit(model: Any, training: Training) -> list[str]:

@@ -16,7 +16,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from experiments.config import Training
 from experiments.optim import MemberAdamW, schedule_factor
 from experiments.tasks.common import KINDS, Encoded, Task, Undefined, batches, collate, evaluation_batches
 from variants import native
-from variants.base import Adapter, CannotMerge, Group, Step
+from variants.base import Adapter, Calibration, CannotMerge, Group, Step
 from variants.settings import Settings, method
 
 
@@ -110,29 +110,31 @@ class Trainer:
         self.model, self.tokenizer, self.info = models.load(pack.model, pack.task, precision, str(pack.device))
         settings = pack.settings.model_dump(exclude_unset=True)
         self.adapter: Adapter = variants.create(pack.method, members=pack.members, seeds=list(pack.seeds), **settings)
+        self.rows = len(data["train"])
+        self.per_epoch = training.steps_per_epoch(self.rows)
+        self.pad = self.tokenizer.pad_token_id or 0
+        self._plan: tuple[int, list[list[tuple[np.ndarray, int]]]] | None = None
         first_token.only(self.model, self.adapter.draw)
-        self.adapter.attach(self.model, pack.targets, head=self.info.heads)
+        began = time.perf_counter()
+        self.adapter.attach(self.model, pack.targets, head=self.info.heads, calibration=self._calibration())
+        self.seconds = 0.0 if self.adapter.needs is None else time.perf_counter() - began
         if training.gradient_checkpointing:
             keyed = {"use_reentrant": False, "context_fn": self.adapter.draw.recompute_contexts}
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keyed)
         rates = torch.tensor(pack.learning_rates, dtype=torch.float64, device=pack.device)
         self.optimizer = MemberAdamW(self._groups(rates), rates, training.weight_decay)
-        self.rows = len(data["train"])
         self.total = training.total_steps(self.rows)
-        self.per_epoch = training.steps_per_epoch(self.rows)
         self.warmup = round(training.warmup_ratio * self.total)
         self.evaluate_after = training.evaluation_steps(self.rows)
-        self.pad = self.tokenizer.pad_token_id or 0
         self.step = 0
         self.skipped = torch.zeros(pack.members, dtype=torch.int64, device=pack.device)
         self.alive = torch.ones(pack.members, dtype=torch.bool, device=pack.device)
         self.sums = torch.zeros(3, pack.members, dtype=torch.float64, device=pack.device)  # loss, penalty, steps since a log
         self.last_loss = torch.full((pack.members,), torch.nan, dtype=torch.float64, device=pack.device)
-        self.seconds = self.training_seconds = 0.0
+        self.training_seconds = 0.0
         self.tokens = 0
         self.peak: int | None = 0
         self.silent: list[str] | None = None  # dropout that no step draws; known after the first step
-        self._plan: tuple[int, list[list[tuple[np.ndarray, int]]]] | None = None
 
     def _groups(self, rates: Tensor) -> list[Group]:
         """The adapter's groups, the head's tensors with the head's own rate where the study gives one."""
@@ -189,7 +191,8 @@ class Trainer:
         began = time.perf_counter()
         self.model.train()
         state = Step(self.step, self.total)
-        chunks = self._chunks()
+        chunks = self._chunks(self.step)
+        self.tokens += sum(int(batch["attention_mask"].sum()) for batch, _ in chunks)
         totals = sum(count for _, count in chunks).clamp_min(1)
         loss = torch.zeros(pack.members, dtype=torch.float64, device=pack.device)
         penalty = None
@@ -233,18 +236,36 @@ class Trainer:
             self._plan = epoch, [batches(train, size, seed, epoch) for seed in self.pack.seeds]
         return [plan[at] for plan in self._plan[1]]
 
-    def _chunks(self) -> list[tuple[dict[str, Tensor], Tensor]]:
-        """The step's micro-batches, members' rows one after the other, and how much each member's mean is over (K,)."""
-        members = self._rows(self.step)
+    def _chunks(self, step: int) -> list[tuple[dict[str, Tensor], Tensor]]:
+        """A step's micro-batches, members' rows one after the other, and how much each member's mean is over (K,)."""
+        members = self._rows(step)
         length = members[0][1]
         pieces = [np.array_split(rows, self.pack.training.accumulation) for rows, _ in members]
         chunks = []
         for parts in zip(*pieces, strict=True):
             if len(parts[0]):
                 batch = self._tensors(collate(self.data["train"], np.concatenate(parts), length, self.pad))
-                self.tokens += int(batch["attention_mask"].sum())
                 chunks.append((batch, objective.counts(self.pack.task.kind, batch["labels"], self.pack.members)))
         return chunks
+
+    def _calibration(self) -> Calibration | None:
+        """The first batches of each member's own order, for a method that measures the model before it trains.
+
+        A run that goes on from a checkpoint measures again, the same bit for bit: sizes come from it, values from the file.
+        """
+        if self.adapter.needs is None:
+            return None
+        steps = range(1, self.pack.settings.calibration_batches + 1)
+        return Calibration([batch for step in steps for batch, _ in self._chunks(step)], self._calibration_losses)
+
+    def _calibration_losses(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """(K,): each member's loss on a batch, in which every token passes through every layer."""
+        kind, inputs = self.pack.task.kind, {k: v for k, v in batch.items() if k != "labels"}
+        torch.manual_seed(random_seed(self.pack.seeds, 0, 0))
+        with first_token.every(self.model), self._autocast():
+            output = self.model(**self.adapter.prepare(inputs))
+        logits = objective.logits(kind, output, batch["attention_mask"])
+        return objective.losses(kind, logits, batch["labels"], self.pack.members)
 
     def _tensors(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         takes = self.model_inputs
@@ -269,23 +290,9 @@ class Trainer:
     @torch.no_grad()
     def predictions(self, split: str) -> list[np.ndarray | Undefined]:
         """Each member's predictions for a split, in the order of its rows, as `Task.metrics` takes them."""
-        pack, encoded = self.pack, self.data[split]
-        K, kind, by_token = pack.members, pack.task.kind, KINDS[pack.task.kind].by_token
-        number, shape = KINDS[kind].predictions
-        kept = np.zeros((K, len(encoded.ids) if by_token else len(encoded), *shape), number)
-        finite = torch.ones(K, dtype=torch.bool, device=pack.device)
+        encoded = self.data[split]
         self.model.eval()
-        for rows, length, logits in self._evaluation_logits(encoded):
-            finite &= logits.isfinite().view(K, -1).all(1)
-            found = objective.predictions(kind, logits)
-            found = found.view(K, len(rows), *found.shape[1:]).cpu().numpy()
-            if by_token:
-                mask = np.arange(length) < encoded.lengths[rows][:, None]
-                kept[:, (encoded.offsets[rows][:, None] + np.arange(length))[mask]] = found[:, mask]
-            else:
-                kept[:, rows] = found
-        infinite = Undefined("collapsed", "the model's outputs are not finite numbers")
-        return [kept[k] if finite[k] else infinite for k in range(K)]
+        return collect(self.pack.task.kind, encoded, self._evaluation_logits(encoded), self.pack.members)
 
     def _evaluation_logits(self, encoded: Encoded) -> Iterator[tuple[np.ndarray, int, Tensor]]:
         """For each batch its rows, their length, and the logits of every member, (K*N, ...).
@@ -367,11 +374,13 @@ class Trainer:
                 "peak_memory_bytes": peak if self.pack.members == 1 else None,
                 "pack_peak_memory_bytes": peak,
                 "trainable_parameters": counts["trainable"][member],
+                "nominal_parameters": counts["nominal"][member],
                 "active_parameters": counts["active"][member],
                 "head_parameters": counts["head"][member],
                 "scale": values[0] if len(set(values)) == 1 else dict(zip(scales, values, strict=True)) or None,
                 "ranks": {name: int(rank[member]) for name, rank in ranks.items()},
                 "nominal_ranks": {name: int(rank[member]) for name, rank in nominal.items()},
+                "physical_ranks": {name: int(rank[member]) for name, rank in self.adapter.physical_ranks().items()},
                 "final_train_loss": None if self.last_loss[member].isnan() else float(self.last_loss[member]),
                 "dropout_note": None
                 if not self.silent
@@ -511,6 +520,30 @@ class Trainer:
         return True
 
 
+def collect(
+    kind: str, encoded: Encoded, evaluated: Iterable[tuple[np.ndarray, int, Tensor]], members: int
+) -> list[np.ndarray | Undefined]:
+    """Each member's predictions for a split, in the order of its rows, as `Task.metrics` takes them.
+
+    evaluated: for each batch its rows, their length, and the logits of every member, (K*N, ...).
+    """
+    by_token = KINDS[kind].by_token
+    number, shape = KINDS[kind].predictions
+    kept = np.zeros((members, len(encoded.ids) if by_token else len(encoded), *shape), number)
+    finite = np.ones(members, bool)
+    for rows, length, logits in evaluated:
+        finite &= logits.isfinite().view(members, -1).all(1).cpu().numpy()
+        found = objective.predictions(kind, logits)
+        found = found.view(members, len(rows), *found.shape[1:]).cpu().numpy()
+        if by_token:
+            mask = np.arange(length) < encoded.lengths[rows][:, None]
+            kept[:, (encoded.offsets[rows][:, None] + np.arange(length))[mask]] = found[:, mask]
+        else:
+            kept[:, rows] = found
+    infinite = Undefined("collapsed", "the model's outputs are not finite numbers")
+    return [kept[k] if finite[k] else infinite for k in range(members)]
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary sibling to write to, which takes `path`'s place when all went well and goes away when not."""
@@ -529,10 +562,10 @@ def as_os_error(error: SafetensorError, path: Path) -> OSError:
     return OSError(str(error)) if found is None else OSError(int(found[1]), os.strerror(int(found[1])), str(path))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Strict JSON, whole or not at all, on the disk before it has its name."""
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """Strict JSON, whole or not at all, on the disk before it has its name; without an indent on one line."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
+        json.dump(value, file, indent=indent, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())

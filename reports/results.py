@@ -66,6 +66,7 @@ class Result(Stored):
     peak_memory_bytes: Count | None = None
     pack_peak_memory_bytes: Count | None = None
     trainable_parameters: Count | None = None
+    nominal_parameters: Count | None = None  # what trainable_parameters were before a run shrank; the same where none did
     active_parameters: Count | None = None
     head_parameters: Count | None = None
     scale: dict[str, Number] | Number | None = None
@@ -76,6 +77,7 @@ class Result(Stored):
     score_standard_error: Number | None = None
     ranks: Ranks = {}
     nominal_ranks: Ranks = {}
+    physical_ranks: Ranks = {}  # what parameters were held for at the end
     device: str
     precision: str
     dropout_note: str | None = None

@@ -43,6 +43,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     | {"interval": 2, "orthogonality": 0.3},
 }
 SETTINGS["adalora+dora"] = SETTINGS["adalora"]
+# Of 10 steps of an epoch 4 are measured; sites may end without a rank.
+SETTINGS["eva"] = SETTINGS["gora"] = SETTINGS["lora"] | {"calibration_batches": 4}
+SETTINGS["stable-rank"] = SETTINGS["random-rank"] = SETTINGS["lora"]
 RATES = {"full": 3e-3, "head": 1e-2, "bitfit": 1e-2}  # any other 1e-2
 
 

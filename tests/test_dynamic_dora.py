@@ -112,9 +112,8 @@ def test_every_allocation_of_a_training_is_the_plain_one():
 def test_the_penalty_is_the_mean_spread_of_the_vectors_until_the_ranks_are_fixed(form):
     adapter = create(penalty_form=form)
     for k, r in enumerate(SETTINGS["initial_rank"]):
-        spreads = [
-            float(vector.var()) for site in adapter.triplets() for i in range(r) for vector in (site.A[k, i], site.B[k, :, i])
-        ]
+        vectors = [v.detach() for site in adapter.triplets() for i in range(r) for v in (site.A[k, i], site.B[k, :, i])]
+        spreads = [float(vector.var()) for vector in vectors]
         count = len(spreads) if form == "release" else len(spreads) / 2
         assert adapter.penalty(Step(TOTAL - FINAL - 1, TOTAL))[k].item() == pytest.approx(0.3 * sum(spreads) / count)
     assert not adapter.penalty(Step(TOTAL - FINAL, TOTAL)).any()

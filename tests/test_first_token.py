@@ -35,7 +35,7 @@ def trained(method: str, name: str, only: bool) -> list[torch.Tensor]:
     adapter = contract.create(method)
     members = adapter.members
     assert not only or first_token.only(model, adapter.draw)
-    adapter.attach(model)
+    adapter.attach(model, calibration=variants.Uncalibrated())
     fill(adapter)
     model.train()
     adapter.begin(Step(3, 10**6))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import variants
-from tests.contract import SEEDS, TARGETS, create, kind, members_of, packed_equals_alone
+from tests.contract import SEEDS, TARGETS, attach, create, kind, members_of, packed_equals_alone
 from tests.loop import Loop, outputs
 from tests.tiny import LABELS, TINY, packed_batch, tiny
 from variants.base import NotPackable, Step, fill
@@ -57,7 +57,7 @@ def test_packed_equals_alone(model, method):
         packed_equals_alone(method, model, TINY[model].targets, alone=2)
         return
     with pytest.raises(NotPackable, match="whose first axis is not the") as refusal:
-        create(method).attach(tiny(model), TINY[model].targets)
+        attach(create(method), tiny(model), TINY[model].targets)
     assert any(name in str(refusal.value) for name in blocked)
 
 
@@ -66,10 +66,10 @@ def test_relative_positions_without_a_batch_axis_are_refused_by_name(method):
     model = tiny("deberta")
     before = list(dict(model.named_modules()))
     with pytest.raises(NotPackable, match=r"(query|key)_proj got an input of shape \(1, 16, 32\)") as refusal:
-        create(method).attach(model, "all-linear")
+        attach(create(method), model, "all-linear")
     assert "run its members with K = 1" in str(refusal.value)
     assert list(dict(model.named_modules())) == before
-    create(method, 1).attach(model, "all-linear")  # one member alone is fine
+    attach(create(method, 1), model, "all-linear")  # one member alone is fine
     outputs(model, packed_batch([0]))
 
 
@@ -120,7 +120,7 @@ def test_a_model_whose_input_is_unknown_asks_for_a_batch():
 
 @pytest.mark.parametrize("method", PACKABLE)
 def test_every_site_refuses_an_input_that_is_not_the_members_rows(method):
-    adapter = create(method).attach(tiny("bert"))
+    adapter = attach(create(method), tiny("bert"))
     adapter.draw.rows = 12
     sites = [*adapter.named_sites(), *((name.replace("/", "."), site) for name, site in adapter.heads.items())]
     for name, site in sites:
@@ -151,7 +151,7 @@ def test_rows_that_do_not_divide_by_the_members_are_refused():
 @pytest.mark.parametrize("method", PACKABLE)
 def test_a_member_that_diverges_leaves_the_others_alone(method):
     def run(spoil: bool) -> Tensor:
-        adapter = create(method, warmup_steps=1).attach(tiny("bert"), TARGETS)
+        adapter = attach(create(method, warmup_steps=1), tiny("bert"), TARGETS)
         loop = Loop(adapter, 1e-2, total=8)
         for i in range(8):
             if spoil and i == 2:
@@ -179,12 +179,12 @@ def test_the_probe_leaves_the_model_and_the_global_generator_as_they_were():
 
 def test_copy_member_takes_one_member_out():
     for method in PACKABLE:
-        packed = create(method).attach(tiny("bert"), TARGETS)
+        packed = attach(create(method), tiny("bert"), TARGETS)
         fill(packed)
         inputs = packed_batch(SEEDS)
         together = outputs(packed.model.eval(), inputs).view(3, -1, LABELS)
         for member in range(members_of(method)):
-            alone = packed.alone(member).attach(tiny("bert").eval(), TARGETS)
+            alone = attach(packed.alone(member), tiny("bert").eval(), TARGETS)
             alone.copy_member(packed, member)
             own = {k: v.view(3, -1, *v.shape[1:])[member] for k, v in inputs.items()}
             torch.testing.assert_close(outputs(alone.model, own), together[member], rtol=1e-10, atol=1e-12)

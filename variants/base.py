@@ -6,10 +6,11 @@ contiguously: (K*N, ...).  A method writes `choose` and `make_site`, and as many
 detaching, merging and counting are given here once.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,29 @@ def torch_groups(adapter: "Adapter", lr: float, weight_decay: float = 0.01) -> l
     return found
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What a method that measures the model before it trains is given.
+
+    batches: of the model's input, each with every member's own rows, one member's after the other, as many of each.
+    loss: of such a batch the (K,) losses of the members.  A method that measures gradients needs it; any other runs it in
+        place of `model(**batch)` where it is given (for autocast, say).
+    """
+
+    batches: Sequence[Any]
+    loss: Callable[[Any], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Uncalibrated:
+    """In place of a calibration: the start is to come from elsewhere, as from a file, or does not matter.
+
+    ranks: site -> the rank of each member, or of all; those of a uniform start where none are given.
+    """
+
+    ranks: Mapping[str, list[int] | int] | None = None
+
+
 class Adapted(nn.Module):
     """A frozen module and the site that decides how to use it.  What the base shows, this shows."""
 
@@ -117,6 +141,8 @@ class Adapter(nn.Module):
     mergeable: ClassVar[bool] = True
     trains_base: ClassVar[bool] = False  # the model's own weights are what is trained
     exact_gradient: ClassVar[bool] = True  # no term of the forward pass is held constant in the backward pass
+    starts_at_identity: ClassVar[bool] = True  # attaching leaves the output of the body as it was
+    needs: ClassVar[Literal["activations", "gradients"] | None] = None  # what it measures in the model before it trains
 
     def __init__(self, *, members: int = 1, seeds: Sequence[int] | None = None, **settings: Any):
         """
@@ -143,6 +169,7 @@ class Adapter(nn.Module):
         self.targets: str | list[str] = []
         self.head_names: list[str] = []
         self._surgery: _Surgery | None = None
+        self._calibration: Calibration | Uncalibrated | None = Uncalibrated()  # what `attach` was given, while it runs
 
     # -- what a method writes ----------------------------------------------------------------------------------
 
@@ -153,6 +180,9 @@ class Adapter(nn.Module):
     def make_site(self, name: str, module: nn.Module) -> nn.Module | None:
         """What to insert at this module, if anything."""
         return None
+
+    def place(self, names: Sequence[str], calibration: Calibration | Uncalibrated | None) -> None:
+        """Before the sites of these names are made, with the heads in place: what a method measures in order to start."""
 
     def parameter_groups(self) -> list[Group]:
         """What the optimizer trains.  Biases and norms do not decay."""
@@ -221,16 +251,20 @@ class Adapter(nn.Module):
         head: Sequence[str] | None = None,
         calibration: Any = None,
     ) -> "Adapter":
-        """Freezes `model` and inserts the method's sites and K heads; the output of the body is unchanged at first.
+        """Freezes `model` and inserts the method's sites and K heads.
+
+        The output of the body is unchanged at first, but for a method that says otherwise (`starts_at_identity`).
 
         Args:
             targets: see `variants.targets.resolve`.
             head: names of modules that are trained whole; found by their usual names if not given.
-            calibration: a batch of the model's input (dict, tuple or tensor), for the probe of K > 1 where the
-                input's form cannot be told from the model.
+            calibration: a `Calibration`, for a method that measures the model before it trains (`needs`), or a batch of
+                the model's input (dict, tuple or tensor); also for the probe of K > 1 where the input's form cannot be told
+                from the model.
 
         Raises:
-            ValueError: a target that matches nothing, or a model that has an adapter already.
+            ValueError: a target that matches nothing, a model that has an adapter already, or no calibration for a method
+                that needs one.
             NotPackable: K > 1, and packed members do not equal members alone in this model.
         """
         if self._surgery is not None:
@@ -242,9 +276,15 @@ class Adapter(nn.Module):
         self.sites.clear()  # of an earlier model
         self.heads.clear()
         names = self.choose(model, self.targets, head)
+        if calibration is not None and not isinstance(calibration, Calibration | Uncalibrated):
+            calibration = Calibration([calibration])
         if self.members > 1:
             _probe(self, model, self.targets, head, calibration)
-        self._insert(model, names, head)
+        self._calibration = calibration
+        try:
+            self._insert(model, names, head)
+        finally:
+            self._calibration = Uncalibrated()  # it may hold data, or a trainer
         return self
 
     def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None:
@@ -253,12 +293,13 @@ class Adapter(nn.Module):
         try:
             self._surgery.freeze()
             self._surgery.key_dropout(self.draw)
-            for name in names:
-                self._put(name, self.make_site(name, model.get_submodule(name)), self.sites)
             for name in head:
                 for path, module in _leaves(model, name):
                     self._put(path, make_head(path, module, self.draw), self.heads)
             self._surgery.watch_rows(self.draw)
+            self.place(names, self._calibration)
+            for name in names:
+                self._put(name, self.make_site(name, model.get_submodule(name)), self.sites)
         except BaseException:
             self.detach()
             raise
@@ -317,6 +358,14 @@ class Adapter(nn.Module):
         if not hasattr(site, "delta"):
             raise ValueError(f"{self.method} changes no weight at {name}")
         return site.delta(self.base(name))
+
+    def changed_weights(self) -> list[str]:
+        """Names of the modules whose weight this adapter changes, in the model's order: those that have a `delta`."""
+        return [name for name, site in self.named_sites() if hasattr(site, "delta")]
+
+    def pretrained_weight(self, name: str) -> Tensor:
+        """(O, I): the weight of that module without this adapter; while it is merged, with it."""
+        return weight_of(self.base(name)).detach()
 
     def ranks(self) -> dict[str, Tensor]:
         """(K,) active rank of each site that has a rank."""
@@ -396,6 +445,32 @@ class Adapter(nn.Module):
         for module in self.model.modules():
             if isinstance(module, Adapted):
                 module.merged = False
+
+    @contextlib.contextmanager
+    def without(self, name: str) -> Iterator[None]:
+        """The model with one site's change taken out: dW = 0 there, of every member, or of the one that is merged.
+
+        Raises:
+            ValueError: no site has that name.
+        """
+        self.site(name)
+        adapted = self.model.get_submodule(name)
+        if not adapted.merged:
+            adapted.merged = True  # the frozen module alone
+            try:
+                yield
+            finally:
+                adapted.merged = False
+            return
+        originals = {id(tensor): value for tensor, value in self._surgery.kept}
+        changed = [(p, p.data) for p in adapted.base.parameters() if id(p) in originals]
+        try:
+            for parameter, _ in changed:
+                parameter.data = originals[id(parameter)]
+            yield
+        finally:
+            for parameter, value in changed:
+                parameter.data = value
 
     # -- members ---------------------------------------------------------------------------------------------------
 
@@ -566,7 +641,13 @@ def _parameter_places(model: nn.Module) -> dict[int, set[str]]:
 # -- the probe ----------------------------------------------------------------------------------------------------------
 
 
-def _probe(adapter: Adapter, model: nn.Module, targets: Any, head: Sequence[str], calibration: Any) -> None:
+def _probe(
+    adapter: Adapter,
+    model: nn.Module,
+    targets: Any,
+    head: Sequence[str],
+    calibration: Calibration | Uncalibrated | None,
+) -> None:
     """One forward of up to three members with different rows must equal as many forwards apart, in float64.
 
     Raises:
@@ -624,10 +705,11 @@ def _forward(adapter: Adapter, model: nn.Module, batch: Any) -> Tensor:
     return next(t for t in (output.values() if isinstance(output, Mapping) else output) if isinstance(t, Tensor))
 
 
-def _example(model: nn.Module, rows: int, calibration: Any) -> Any:
-    """A batch that the model takes: the given one, or random tokens, pixels or features."""
-    if calibration is not None:
-        return calibration
+def _example(model: nn.Module, rows: int, calibration: Calibration | Uncalibrated | None) -> Any:
+    """A batch that the model takes: the first of the given ones, or random tokens, pixels or features."""
+    if isinstance(calibration, Calibration) and len(calibration.batches):
+        first = calibration.batches[0]
+        return {k: v for k, v in first.items() if k != "labels"} if isinstance(first, Mapping) else first
     device = next(model.parameters()).device
     random = initialization.generator(0, "probe")
     config = getattr(model, "config", None)

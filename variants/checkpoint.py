@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from variants.base import Adapted, Adapter, name_of, weight_of
+from variants.base import Adapted, Adapter, Uncalibrated, name_of, weight_of
 from variants.lowrank import LowRank, LowRankAdapter, first_slots
 from variants.settings import METHODS, PATTERNS, Settings, method, nearest
 from variants.targets import KEYWORDS, is_conv1d, is_linear, matches
@@ -120,6 +120,36 @@ def export_lora(adapter: Adapter, folder: str | Path, member: int = 0) -> None:
         )
     contents = _as_peft(adapter, member, plain=True)
     _write(Path(folder), contents)
+
+
+def export_merged(adapter: Adapter, folder: str | Path, member: int = 0, tokenizer: Any = None) -> None:
+    """Writes the whole model with one member merged into it, as transformers writes one: no trace of an adapter is left.
+
+    `AutoModel...from_pretrained(folder)` gives equal outputs, up to the rounding of the base's type.  The tokenizer, where
+    one is given, is written beside it.
+
+    Raises:
+        ValueError: as `save_pretrained`; a model that is not of transformers, or that is merged already.
+        CannotMerge: a weight that the adapter changes is also used elsewhere.
+        OSError: as `save_pretrained`.
+    """
+    _check_member(adapter, member)
+    model = adapter.model
+    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
+        raise ValueError(
+            f"{type(model).__name__} is no model of transformers: call adapter.merge({member}) and save its weights yourself"
+        )
+    config = dict(vars(model.config))  # save_pretrained notes the type and the class in it
+    adapter.merge(member)
+    try:
+        with _placed(Path(folder)) as partial:
+            model.save_pretrained(partial, state_dict=_bare_state(model))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+    finally:
+        adapter.unmerge()
+        vars(model.config).clear()
+        vars(model.config).update(config)
 
 
 def load_pretrained(model: nn.Module, folder: str | Path) -> Adapter:
@@ -343,34 +373,61 @@ def _as_rankwise(adapter: Adapter, member: int) -> _Contents:
     return _Contents({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, None, facts)
 
 
+def _bare_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model with an adapter in it, by the names that it has without."""
+    adapted = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Adapted)]
+    state = {}
+    for key, value in model.state_dict().items():
+        owner = next((name for name in adapted if key.startswith(f"{name}.")), None)
+        if owner is not None:
+            part, _, rest = key.removeprefix(f"{owner}.").partition(".")
+            if part == "site":
+                continue
+            key = f"{owner}.{rest}"
+        state[key] = value
+    return state
+
+
 def _write(folder: Path, contents: _Contents) -> None:
-    """Writes beside `folder`, then puts the files in place."""
+    with _placed(folder) as partial:
+        metadata = {"format": "rankwise" if contents.config is None else "pt"}
+        if contents.facts is not None:
+            metadata["rankwise"] = json.dumps(contents.facts, sort_keys=True, allow_nan=False)
+        save_file(contents.tensors, partial / WEIGHTS, metadata=metadata)
+        if contents.config is not None:
+            text = json.dumps(contents.config, indent=2, sort_keys=True, allow_nan=False)
+            (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
+    if contents.config is None:
+        (folder / CONFIG).unlink(missing_ok=True)  # of another adapter that was there before
+
+
+@contextlib.contextmanager
+def _placed(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write to, whose files are put in place when all are there.
+
+    Raises:
+        ValueError: `folder` is a file.
+        OSError: what safetensors could not write.
+    """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: give a folder for {WEIGHTS} and {CONFIG}")
+        raise ValueError(f"{folder} is a file: give a folder to write to")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
     partial.mkdir()
     try:
-        metadata = {"format": "rankwise" if contents.config is None else "pt"}
-        if contents.facts is not None:
-            metadata["rankwise"] = json.dumps(contents.facts, sort_keys=True, allow_nan=False)
-        weights = partial / WEIGHTS
-        weights.touch()
-        mode = weights.stat().st_mode
-        save_file(contents.tensors, weights, metadata=metadata)
-        weights.chmod(mode)  # safetensors 0.8 leaves it readable for its owner only
-        if contents.config is not None:
-            text = json.dumps(contents.config, indent=2, sort_keys=True, allow_nan=False)
-            (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
+        plain = partial / "permissions"
+        plain.touch()
+        mode = plain.stat().st_mode
+        plain.unlink()
+        yield partial
+        for file in partial.glob("*.safetensors"):
+            file.chmod(mode)  # safetensors 0.8 leaves it readable for its owner only
         if not folder.exists():
             partial.rename(folder)
             return
-        weights.replace(folder / WEIGHTS)
-        if contents.config is not None:
-            (partial / CONFIG).replace(folder / CONFIG)
-        else:
-            (folder / CONFIG).unlink(missing_ok=True)
+        for file in sorted(partial.iterdir(), key=lambda file: file.suffix != ".safetensors"):
+            file.replace(folder / file.name)
     except SafetensorError as error:
         raise OSError(f"{folder} cannot be written: {error}") from error
     finally:
@@ -449,7 +506,8 @@ def _load_peft(model: nn.Module, contents: _Contents) -> Adapter:
         adapter, fill = _read_lora(sites, config, facts)
     with _whole(adapter):
         linears = [n for n, m in model.named_modules() if is_linear(m)]
-        adapter.attach(model, [_pattern(name, linears) for name in fill] or "all-linear", head=head)
+        targets = [_pattern(name, linears) for name in fill] or "all-linear"
+        adapter.attach(model, targets, head=head, calibration=Uncalibrated({name: slots.size for name, slots in fill.items()}))
         adapter.targets = facts.get("targets", list(fill)) if facts is not None else list(fill)
         _fill_head(adapter, rest)
         _fill_sites(adapter, fill)

@@ -24,10 +24,15 @@ from variants.dropout import Draw, Dropping, drop
 from variants.settings import nearest, per_member
 from variants.targets import is_conv1d, matches
 
+NEW, NONE = -1, -2
+
 
 @dataclass(frozen=True)
 class Rearranged:
-    """What became of a tensor's slots: along `axis`, slot j of member k is now its old slot places[k, j]; -1: new, zero."""
+    """What became of a tensor's slots: along `axis`, slot j of member k is now its old slot places[k, j].
+
+    places: NEW for a slot that is new, zero, and starts its averages; NONE for one that only other members have, zero too.
+    """
 
     places: Int[Tensor, "K R"]
     axis: int
@@ -47,7 +52,7 @@ class Rearranged:
 
     def new(self, dim: int) -> Bool[Tensor, "..."]:
         """Which slots are new, as a mask on a tensor of so many axes."""
-        return self._along(self.places < 0, dim)
+        return self._along(self.places == NEW, dim)
 
     def _along(self, values: Tensor, dim: int) -> Tensor:
         return values.view(len(values), *(-1 if axis == self.axis else 1 for axis in range(1, dim)))
@@ -146,8 +151,8 @@ class LowRank(nn.Module):
         """Rearranges the slots, in place: the parameters stay the same objects.
 
         Args:
-            places: for each new slot the old one that it is, -1 for a new one, which is zero everywhere and of no member
-                until `slots` says so.
+            places: for each slot the old one that it is, or NEW, or NONE; both are zero everywhere, and of no member until
+                `slots` says so.
         """
         size = self.slots.shape[1]
         for name, axis in self.slot_axes.items():
@@ -168,7 +173,7 @@ class LowRank(nn.Module):
 
     def forget(self, mask: Bool[Tensor, "K R"], tensors: Sequence[str] | None = None) -> None:
         """Optimizers start anew for these slots, of all the site's parameters or of those named; the values stay."""
-        places = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape).masked_fill(mask, -1)
+        places = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape).masked_fill(mask, NEW)
         for name, axis in self.slot_axes.items():
             if isinstance(getattr(self, name), nn.Parameter) and (tensors is None or name in tensors):
                 self.changes.append((getattr(self, name), Rearranged(places, axis, mask.shape[1])))
@@ -194,7 +199,7 @@ def first_slots(site: LowRank, size: int) -> Int[Tensor, "K R"] | None:
     """Places that leave the first `size` slots, with new ones behind them where there are fewer; None if it has so many."""
     old = site.slots.shape[1]
     places = torch.arange(size, device=site.slots.device)
-    return None if size == old else places.masked_fill(places >= old, -1).expand(len(site.slots), -1)
+    return None if size == old else places.masked_fill(places >= old, NEW).expand(len(site.slots), -1)
 
 
 class LowRankProduct(torch.autograd.Function):
@@ -274,6 +279,8 @@ def squared_row_norms(
 
     `weight_squared` is the squared row norm of `weight`, which never changes.  Zelenin & Zhuravlyova 2026, sec. 3.
     """
+    if not A.shape[1]:
+        return weight_squared.expand(len(A), -1)
     # One product for all members; a 16-bit weight is widened a block of rows at a time, never as a whole.
     blocks = (weight,) if weight.dtype == A.dtype else weight.split(1024)
     products = torch.cat([A.flatten(0, 1) @ block.to(A.dtype).mT for block in blocks], 1)  # (K*R, O)
@@ -300,7 +307,9 @@ def follow(optimizer: torch.optim.Optimizer, adapter: Adapter) -> None:
         for name, value in state.items():
             if not isinstance(value, Tensor) or value.dim() == 0:
                 continue
-            if value.dim() != parameter.dim() or value.shape[change.axis] != change.size:
+            shape = list(parameter.shape)
+            shape[change.axis] = change.size
+            if list(value.shape) != shape:
                 raise ValueError(
                     f"{type(optimizer).__name__} keeps {name} of shape {tuple(value.shape)} for a parameter of another shape, "
                     f"which cannot follow a change of rank: use one that keeps an average for each element, such as AdamW"
@@ -317,11 +326,19 @@ class LowRankAdapter(Adapter):
         """The low-rank sites in order, those inside a magnitude too."""
         return [getattr(site, "inner", site) for _, site in self.named_sites()]
 
-    def resize(self, places: Sequence[Int[Tensor, "K R"] | None]) -> None:
-        """Rearranges the slots of each site (see `LowRank.resize`); None leaves one as it is."""
+    def resize(self, places: Sequence[Int[Tensor, "K _"] | None]) -> dict[int, Rearranged]:
+        """Rearranges the slots of each site (see `LowRank.resize`); None leaves one as it is.
+
+        Returns:
+            What was done, by a parameter's id.
+        """
+        done = {}
         for site, places_here in zip(self.low_rank_sites(), places, strict=True):
             if places_here is not None:
+                before = len(site.changes)
                 site.resize(places_here)
+                done |= {id(parameter): change for parameter, change in site.changes[before:]}
+        return done
 
     def take_changes(self) -> list[tuple[nn.Parameter, Rearranged]]:
         taken = [change for site in self.low_rank_sites() for change in site.changes]

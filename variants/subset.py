@@ -1,6 +1,7 @@
 """Methods that insert no low-rank update: the head only, the biases only (BitFit), every parameter (full fine-tuning)."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from variants import initialization
 from variants.base import Adapted, Adapter, Group, _leaves, _Surgery, key_of, trained_dtype
 from variants.dropout import Draw
-from variants.targets import is_conv1d
+from variants.targets import is_conv1d, resolve
 
 
 class HeadOnly(Adapter):
@@ -121,6 +122,27 @@ class FullFineTuning(Adapter):
         module = self.model.get_submodule(name)
         change = module.weight.detach() - old
         return (change.mT if is_conv1d(module) else change)[None]
+
+    def changed_weights(self) -> list[str]:
+        """The linears of the layers, which are what other methods adapt; the rest is trained too."""
+        return resolve(self.model, "all-linear", self.head_names)
+
+    def pretrained_weight(self, name: str) -> Tensor:
+        old = self._originals[f"{name}.weight"].detach()
+        return old.mT if is_conv1d(self.model.get_submodule(name)) else old
+
+    @contextlib.contextmanager
+    def without(self, name: str) -> Iterator[None]:
+        """The model with that module's weight as it was before training; its bias stays."""
+        if f"{name}.weight" not in self._originals:
+            raise ValueError(f'no module "{name}" with a weight in {type(self.model).__name__}')
+        live = self.model.get_submodule(name).weight
+        trained = live.data
+        try:
+            live.data = self._originals[f"{name}.weight"].data.to(trained)
+            yield
+        finally:
+            live.data = trained
 
     def _take(self, name: str, old: nn.Parameter, head: bool, is_norm: bool) -> nn.Parameter:
         """A trained copy for the model, whose memory and gradient are those of a tensor (1, ...) of this adapter."""

@@ -6,7 +6,8 @@ and may come back until the final phase begins.  Where the direction is "grow" o
 after every step, so that ranks really start small.
 
 The order of one step (`AllocatedAdapter.after_step`, with new parameters and gradients still there): the score is updated;
-every `interval` steps after the warm-up, and once at the start of the final phase, the slots to keep are chosen.
+every `interval` steps after the warm-up, and once at the start of the final phase, the slots to keep are chosen.  Then the
+pattern is final, and with shrink = true the slots that were cut leave the tensors.
 """
 
 import warnings
@@ -19,7 +20,7 @@ from variants import initialization
 from variants.allocation import SCORES, Bound, choose, protected, scheduled_budget
 from variants.base import Step
 from variants.lora import module_in, module_out
-from variants.lowrank import LowRank, LowRankAdapter
+from variants.lowrank import NONE, LowRank, LowRankAdapter, Rearranged
 from variants.settings import per_member
 from variants.targets import matches
 
@@ -212,7 +213,13 @@ class AllocatedAdapter(LowRankAdapter):
 
     def triplets(self) -> Sequence[Triplets | Doublets]:
         """The sites whose slots are allocated, in order; inside DoRA's magnitudes where there are some."""
-        return [getattr(site, "inner", site) for _, site in self.named_sites()]
+        return self.low_rank_sites()
+
+    def resize(self, places: Sequence[Tensor | None]) -> dict[int, Rearranged]:
+        done = super().resize(places)
+        if done:
+            self.score.follow(self.triplets(), done)
+        return done
 
     # -- the budget ------------------------------------------------------------------------------------------------
 
@@ -293,6 +300,8 @@ class AllocatedAdapter(LowRankAdapter):
                 self.project()
         elif step.index == final:
             self._allocate(step)
+            if self.settings.shrink:
+                self.shrink()
         else:
             self.project()
         super().after_step(step)
@@ -304,6 +313,20 @@ class AllocatedAdapter(LowRankAdapter):
     def project(self) -> None:
         for site in self.triplets():
             site.project()
+
+    @torch.no_grad()
+    def shrink(self) -> None:
+        """Slots that are cut leave parameters, gradients and averages for good; the output stays what it is.
+
+        A pack keeps, at each site, as many as its largest member needs; for the others those are spare, and no slots.
+        """
+        places = []
+        for site in self.triplets():
+            order = (~site.kept).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(site.kept.sum(1).max())]
+            places.append(order.masked_fill(~site.kept.gather(1, order), NONE))
+        self.resize(places)
+        for site in self.triplets():
+            site.slots.copy_(site.kept)
 
     def _allocate(self, step: Step) -> None:
         sites, settings = self.triplets(), self.settings

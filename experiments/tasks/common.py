@@ -119,6 +119,12 @@ class Encoded:
         """All rows of these examples alone, in this order (of a split of questions: in the split's)."""
         return self.select(examples if self.questions is None else np.flatnonzero(np.isin(self.questions.rows, examples)))
 
+    def random_part(self, examples: int | None, key: int) -> "Encoded":
+        """A fixed random part of so many examples, the same for every method and seed; all where there are no more."""
+        if examples is None or examples >= self.num_examples:
+            return self
+        return self.select_examples(np.sort(shuffled(self.num_examples, 0, key)[:examples]))
+
     def content(self) -> Iterator[bytes]:
         """All that a run's results can depend on, for a hash."""
         for array in (self.ids, self.offsets, self.labels, self.token_type_ids):

@@ -1,0 +1,218 @@
+"""Taking a trained adapter elsewhere: as a plain LoRA, or as a whole model with the adapter merged into it.
+
+What is exported is a run's folder or any adapter's, ours or PEFT's.  The base model is the one that the run or the adapter
+names.  `find` looks without torch, so that what cannot be exported is refused within a second; `export` does it.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+KINDS = ("lora", "merged")
+RECORD = "export.json"  # in every folder that was exported to: what it was made of
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+AUTO = {  # PEFT's task types
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is to be exported.
+
+    adapter: its folder. model: name of its base. run: config.json of the run, None for an adapter of no run.
+    config: PEFT's adapter_config.json, empty for an adapter in our own format. labels: outputs of its head, where it has one.
+    """
+
+    adapter: Path
+    model: str
+    run: dict[str, Any] | None
+    config: dict[str, Any]
+    labels: int | None
+
+
+def find(path: Path, to: str, model: str | None) -> Source:
+    """
+    Args:
+        path: a run's folder, or an adapter's.
+        model: name of the base, where another than the one that `path` names is wanted.
+
+    Raises:
+        ValueError: no adapter there, one without the form that is asked for, or no base model to be told.
+    """
+    if to not in KINDS:
+        raise ValueError(f"--to {to}: give {' or '.join(KINDS)}")
+    adapter = path / "adapter" if (path / "adapter").is_dir() else path
+    if not (adapter / WEIGHTS).is_file() and not (adapter / "adapter_model.bin").is_file():
+        if (path / "config.json").is_file() and (path / "result.json").is_file():
+            raise ValueError(f"{path} is a run without its adapter/: results are kept without weights; run the study again")
+        raise ValueError(f"{path} holds no adapter: give a run's folder, or one with {WEIGHTS}")
+    run = _object(adapter.parent / "config.json")
+    run = run if run is not None and {"fingerprint", "task", "model", "method"} <= run.keys() else None
+    config = _object(adapter / CONFIG) or {}
+    shapes, ours = _read(adapter / WEIGHTS)
+    if to == "lora" and ours is not None and not config:
+        raise ValueError(f"{path}: {ours} changes the model's own tensors, which no low-rank update expresses: use --to merged")
+    if to == "lora" and config.get("use_dora"):
+        raise ValueError(
+            f"{path} has DoRA's magnitudes, which a plain LoRA cannot hold: programs that know use_dora load the adapter as "
+            f"it is; for all others use --to merged"
+        )
+    if run is None and not config:
+        raise ValueError(f"{path}: an adapter of {ours or 'no PEFT form'} says neither model nor task: give its run's folder")
+    named = model or (run or {}).get("model") or config.get("base_model_name_or_path")
+    if not named:
+        raise ValueError(f"{path} names no base model: name it with --model")
+    return Source(adapter, named, run, config, _labels(shapes, config))
+
+
+def check_out(out: Path, adapter: Path) -> None:
+    """
+    Raises:
+        ValueError: a folder that holds anything but an earlier export, or the adapter itself.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: this is a file; name a folder")
+    if out.resolve() in (adapter.resolve(), *adapter.resolve().parents):
+        raise ValueError(f"--out {out}: the adapter itself is in there; name another folder")
+    if out.is_dir() and any(out.iterdir()) and _object(out / RECORD) is None:
+        raise ValueError(f"--out {out}: this folder holds something that is no earlier export; name a new or an empty one")
+
+
+def export(
+    source: Source, to: str, out: Path, total_rank: int | None = None, total_parameters: int | None = None
+) -> dict[str, Any]:
+    """Writes `out`, whole or not at all, and says what is in it: what RECORD holds.
+
+    Raises:
+        ValueError: the adapter does not fit the model, or a budget cannot be met.
+        OSError: the base model is not to be had, or the disk is full.
+    """
+    import variants
+    from experiments import models
+
+    with models.quiet():
+        model, tokenizer = _load(source, whole=to == "merged")
+        adapter = variants.load_pretrained(model, source.adapter)
+        if total_rank is not None or total_parameters is not None:
+            variants.truncate(adapter, total_rank=total_rank, total_parameters=total_parameters)
+        ranks = {name: int(rank[0]) for name, rank in adapter.ranks().items()}
+        record = {
+            "exported": to,
+            "of": str(source.adapter),
+            "method": adapter.method,
+            "model": source.model,
+            "total_rank": sum(ranks.values()) if ranks else None,
+            "sites": sum(rank > 0 for rank in ranks.values()) if ranks else None,
+            "truncated": total_rank is not None or total_parameters is not None,
+        }
+        with _replaced(out) as partial:
+            if to == "lora":
+                variants.export_lora(adapter, partial)
+            else:
+                variants.export_merged(adapter, partial, tokenizer=tokenizer)
+            (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
+
+
+def _load(source: Source, whole: bool) -> tuple[Any, Any]:
+    """The base model with the head that the adapter was trained with, and its tokenizer where it has one.
+
+    whole: refuse a base that lacks weights which the adapter does not hold either.
+    """
+    from experiments import catalogue, models, tasks
+
+    if source.run is not None:
+        model, tokenizer, _ = models.load(source.model, tasks.get(source.run["task"]))
+        return model, tokenizer
+    try:
+        folder = catalogue.fetch(source.model)
+    except catalogue.Unavailable as error:
+        raise ValueError(f"{error}; name a copy that is at hand with --model") from None
+    import transformers
+
+    options = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        if source.labels is not None:
+            config.num_labels = source.labels
+        known = AUTO.get(source.config.get("task_type")) or next(iter(config.architectures or ()), "AutoModel")
+        options |= {"dtype": "auto", "use_safetensors": True, "ignore_mismatched_sizes": True}
+        loader = getattr(transformers, known).from_pretrained
+        model, found = loader(folder, config=config, output_loading_info=True, **options)
+    except (ValueError, KeyError, ImportError, OSError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{source.model} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    missing = [*found["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in found["mismatched_keys"])]
+    heads = source.config.get("modules_to_save") or []
+    astray = sorted(key for key in missing if not any(f".{head}." in f".{key}" for head in heads))
+    if whole and astray:
+        raise ValueError(
+            f"{source.model} lacks {len(astray)} weights of a {type(model).__name__}, {astray[0]} among them, and the adapter "
+            f"does not hold them: name the model that it was trained on with --model"
+        )
+    model.config._name_or_path = source.model
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, KeyError, ImportError, OSError):
+        tokenizer = None
+    return model.eval(), tokenizer
+
+
+def _labels(shapes: dict[str, list[int]], config: dict[str, Any]) -> int | None:
+    """Outputs of a classifier in the file: rows of the last matrix of its head."""
+    heads = config.get("modules_to_save")
+    if config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS") or not isinstance(heads, list):
+        return None
+    ends = [f"{head}{end}" for head in heads for end in (".weight", ".out_proj.weight")]
+    found = [shape[0] for name, shape in shapes.items() if len(shape) == 2 and name.endswith(tuple(ends))]
+    return min(found, default=None)
+
+
+def _read(path: Path) -> tuple[dict[str, list[int]], str | None]:
+    """Shapes of the tensors in a file, and the method that our metadata names; of a faulty one nothing, as loading says why."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
+            facts = json.loads((file.metadata() or {}).get("rankwise", "{}"))
+    except (SafetensorError, OSError, ValueError):
+        return {}, None
+    return shapes, facts.get("method") if isinstance(facts, dict) else None
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+@contextlib.contextmanager
+def _replaced(out: Path) -> Iterator[Path]:
+    """A folder to write to that takes the place of `out`, an earlier export or nothing, when all went well."""
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = (out.with_name(f".{out.name}.{word}") for word in ("new", "old"))
+    for left in (partial, old):  # of an export that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        yield partial
+        if out.exists():
+            out.rename(old)
+        partial.rename(out)
+    finally:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
