@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from variants.base import Adapted, Adapter, Uncalibrated, name_of, weight_of
 from variants.lowrank import LowRank, LowRankAdapter, first_slots
-from variants.settings import METHODS, Settings, method, nearest
+from variants.settings import METHODS, PATTERNS, Settings, method, nearest
 from variants.targets import KEYWORDS, is_conv1d, is_linear, matches
 from variants.triplets import AllocatedAdapter, Triplets
 
@@ -643,7 +643,11 @@ def _read_lora(sites: dict, config: dict, facts: dict | None) -> tuple[Adapter, 
         alphas[name] = _patterned(config, "alpha_pattern", name, default_alpha)
     adapter = None
     if facts is not None:
-        adapter = method(facts["method"]).load()(seeds=_seeds(facts), **facts["settings"])
+        settings = dict(facts["settings"])
+        for key in PATTERNS:  # those of sites that the file has not, because they had no rank, match nothing
+            if key in settings:
+                settings[key] = {p: v for p, v in settings[key].items() if any(matches(p, name) for name in ranks)}
+        adapter = method(facts["method"]).load()(seeds=_seeds(facts), **settings)
         for name, rank in ranks.items():  # a file whose alpha was edited by hand means what it says
             scale = adapter.site_scales(name, [rank])[0]
             told = adapter.site_ranks(name, _rank(adapter.settings))[0]

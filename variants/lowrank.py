@@ -417,11 +417,11 @@ class LowRankAdapter(Adapter):
         return per_member(patterned, self.members, "rank")
 
     def site_scales(self, name: str, ranks: list[int]) -> list[float]:
-        """alpha/r or alpha/sqrt(r) of the site for each member."""
+        """alpha/r or alpha/sqrt(r) of the site for each member; alpha itself where it has no rank."""
         settings = self.settings
         patterned = next((a for p, a in settings.alpha_pattern.items() if matches(p, name)), settings.alpha)
         power = 1.0 if settings.scaling == "alpha/r" else 0.5
-        return [a / r**power for a, r in zip(per_member(patterned, self.members, "alpha"), ranks, strict=True)]
+        return [a / max(r, 1) ** power for a, r in zip(per_member(patterned, self.members, "alpha"), ranks, strict=True)]
 
     def parameter_groups(self) -> list[Group]:
         """A, E and the head's weights; B with its own rate; biases, norms and magnitudes, which do not decay."""
