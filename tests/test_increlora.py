@@ -89,7 +89,7 @@ class Plain:
                 square = 0
                 for i, one in enumerate(rows):
                     for j, other in enumerate(rows):
-                        square = square + (one @ other - (i == j)) ** 2
+                        square = square + (one @ other - float(i == j)) ** 2
                 penalty = penalty + square.sqrt() / 6
         dense = torch.autograd.grad(loss, changes, retain_graph=True)
         leaves = []
@@ -113,7 +113,7 @@ class Plain:
         if t < TOTAL - FINAL and not self.is_done():
             for s, (change, G) in enumerate(zip(changes, dense, strict=True)):
                 size = G.numel() if self.settings.get("score_form") == "paper" else math.sqrt(G.numel())
-                S = sum(abs(float(change[o, i]) * float(G[o, i])) for o in range(len(G)) for i in range(G.shape[1])) / size
+                S = sum(abs(float(change[o, i].detach() * G[o, i])) for o in range(len(G)) for i in range(G.shape[1])) / size
                 self.smoothed[s] = 0.8 * self.smoothed[s] + 0.2 * S
                 self.uncertain[s] = 0.7 * self.uncertain[s] + 0.3 * abs(S - self.smoothed[s])
         if t <= TOTAL - FINAL and not self.is_done():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from variants import initialization
 from variants.dropout import Draw, KeyedDropout
-from variants.settings import PER_MEMBER, Settings, check, per_member
+from variants.settings import Settings, check, per_member
 from variants.targets import find_head, is_conv1d, resolve
 
 
@@ -36,12 +36,14 @@ class Step:
     index: the step being taken, 1-based; total: steps of the run.
     taken: (K,) bool, the members whose gradient was finite, so that their step counts; None means all.
     factor: what the schedule multiplies the learning rates by in this step.
+    learning_rates: (K,) the rate in force at this step, the schedule's factor in it; None where nobody said.
     """
 
     index: int
     total: int
     taken: Tensor | None = None
     factor: float = 1.0
+    learning_rates: Tensor | None = None
 
 
 @dataclass
@@ -164,8 +166,7 @@ class Adapter(nn.Module):
         self.members = members
         self.seeds = per_member(list(range(members)) if seeds is None else list(seeds), members, "seeds")
         self.settings: Settings = check(self.method, settings)
-        for name in PER_MEMBER:
-            per_member(self.settings.get(name), members, name)
+        self.settings.check_members(members)
         self.draw = Draw(self.seeds)
         self.sites = nn.ModuleDict()  # what the method inserts, by module name with "/" for "."
         self.heads = nn.ModuleDict()  # the task head's modules, trained whole, K of them
@@ -664,9 +665,7 @@ def _probe(
             f"{type(model).__name__} cannot be copied to probe packing ({error}); run its members with K = 1"
         ) from None
     batch = _rows(_example(model, members * rows, calibration), members * rows)
-    settings = adapter.settings.model_copy(
-        update={k: v[:members] for k, v in adapter.settings if isinstance(v, list)}
-    ).model_dump(exclude_unset=True)
+    settings = adapter.settings.first_members(members).model_dump(exclude_unset=True)
     packed = type(adapter)(members=members, seeds=adapter.seeds[:members], **settings)
     reason = None
     packed._insert(double, packed.choose(double, targets, head), head)

@@ -74,12 +74,13 @@ class AdapterCallback(TrainerCallback):
                 in which the adapter cannot be driven.
         """
         if model is not self.adapter.model:
-            raise ValueError("the Trainer's model is not the one that the adapter is attached to: attach it before Trainer(...)")
+            raise ValueError("the Trainer's model is not the one that the adapter is attached to: give it that one")
         if args.world_size > 1 or args.n_gpu > 1:
-            raise ValueError(f"{max(args.world_size, args.n_gpu)} processes or GPUs: an adapter is driven in one; show it one GPU")
+            raise ValueError(f"{max(args.world_size, args.n_gpu)} processes or GPUs: an adapter is driven in one: show it one")
         if args.torch_compile:
             raise ValueError("torch_compile = True: the keys of one step would be compiled in: take it out")
-        if getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing:  # recomputation must draw the dropout that the first pass drew
+        if getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing:
+            # The recomputation must draw the dropout that the first pass drew.
             keyed = {"use_reentrant": False, "context_fn": self.adapter.draw.recompute_contexts}
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keyed)
         self.adapter.to(next(model.parameters()).device)  # its averages are not among the model's modules
@@ -105,6 +106,8 @@ class AdapterCallback(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any, **kwargs: Any) -> None:
         if getattr(optimizer, "step_was_skipped", False):  # by fp16's GradScaler
             self.step = dataclasses.replace(self.step, taken=torch.zeros(1, dtype=torch.bool, device=self.adapter.device))
+        rates = torch.tensor([rate_in_force(optimizer, self.adapter)], dtype=torch.float64, device=self.adapter.device)
+        self.step = dataclasses.replace(self.step, learning_rates=rates)
         self.adapter.after_step(self.step)
         follow(optimizer, self.adapter)
 
@@ -173,6 +176,14 @@ class _State(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """Nothing: `AdapterCallback._before_load` has done it."""
+
+
+def rate_in_force(optimizer: Any, adapter: Adapter) -> float:
+    """The rate that the optimizer has now, without the factors of the adapter's groups."""
+    meant = torch_groups(adapter, lr=1.0)[0]
+    first = meant["params"][0]
+    now = next(group["lr"] for group in optimizer.param_groups if any(p is first for p in group["params"]))
+    return float(now) / meant["lr"]
 
 
 def check_optimizer(optimizer: Any, adapter: Adapter) -> None:

@@ -130,8 +130,10 @@ class IncreLoRA(AdaLoRA):
     method = "increlora"
     peft_type = "LORA"
     budget_moves = 1
-    site_kind = Reserving
     scores = {"weight-sensitivity": WeightSensitivity}
+
+    def make_low_rank(self, name: str, module: nn.Module) -> Reserving:
+        return self.make_allocated(name, module, Reserving)
 
     def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None:
         super()._insert(model, names, head)

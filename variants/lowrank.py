@@ -99,6 +99,14 @@ class LowRank(nn.Module):
         """What multiplies each slot: s e, zero where a slot does not exist."""
         return self.slots * self.scale[:, None]
 
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A, B and the coefficients as the forward pass takes them."""
+        return self.A, self.B, self.coefficients()
+
+    def version(self) -> tuple[Any, ...]:
+        """Changes whenever the update may have changed; the step in it is None where nobody drives the adapter."""
+        return self._draw.step, *(p._version for p in self.parameters())
+
     def onto(self, y: Tensor, x: Tensor) -> Float[Tensor, "rows O"]:
         """y + update(x), for y (rows, O) that nothing else needs and x (rows, I): the members' rows one after the other."""
         if not self.slots.shape[1]:
@@ -113,10 +121,10 @@ class LowRank(nn.Module):
         if native.usable(x, y) and self.A.dtype == torch.float32:
             dropping = draw.dropping(self.name, x, rate) if rate and draw.step is not None else None
             x = nn.functional.dropout(x, rate) if rate and dropping is None else x
-            return NativeProduct.apply(y, x, self.A, self.B, self.coefficients(), dropping)
+            return NativeProduct.apply(y, x, *self.operands(), dropping)
         x = drop(x, rate, draw, self.name)
         apart = (t.view(len(draw.seeds), -1, t.shape[-1]) for t in (y, x))  # (K, N, O) and (K, N, I)
-        return LowRankProduct.apply(*apart, *(t.to(dtype) for t in (self.A, self.B, self.coefficients()))).view(y.shape)
+        return LowRankProduct.apply(*apart, *(t.to(dtype) for t in self.operands())).view(y.shape)
 
     def rows(self, x: Tensor) -> Float[Tensor, "rows I"]:
         """The input as rows, the members' one after the other; refused where it is not that."""
@@ -287,7 +295,7 @@ def squared_row_norms(
     # One product for all members; a 16-bit weight is widened a block of rows at a time, never as a whole.
     blocks = (weight,) if weight.dtype == A.dtype else weight.split(1024)
     products = torch.cat([A.flatten(0, 1) @ block.to(A.dtype).mT for block in blocks], 1)  # (K*R, O)
-    cross = (products.view(*A.shape[:2], -1).mT * B).sum(2)  # (K, O)
+    cross = (products.view(*A.shape[:2], len(weight)).mT * B).sum(2)  # (K, O)
     square = (torch.bmm(B, torch.bmm(A, A.mT)) * B).sum(2)
     return (weight_squared + 2 * cross + square).clamp_min(0)
 
@@ -412,11 +420,11 @@ class LowRankAdapter(Adapter):
         return per_member(patterned, self.members, "rank")
 
     def site_scales(self, name: str, ranks: list[int]) -> list[float]:
-        """alpha/r or alpha/sqrt(r) of the site for each member."""
+        """alpha/r or alpha/sqrt(r) of the site for each member; alpha itself where it has no rank."""
         settings = self.settings
         patterned = next((a for p, a in settings.alpha_pattern.items() if matches(p, name)), settings.alpha)
         power = 1.0 if settings.scaling == "alpha/r" else 0.5
-        return [a / r**power for a, r in zip(per_member(patterned, self.members, "alpha"), ranks, strict=True)]
+        return [a / max(r, 1) ** power for a, r in zip(per_member(patterned, self.members, "alpha"), ranks, strict=True)]
 
     def parameter_groups(self) -> list[Group]:
         """A, E and the head's weights; B with its own rate; biases, norms and magnitudes, which do not decay."""
