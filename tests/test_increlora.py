@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 import variants
+from experiments.budget import ranks_for, site_costs, solved
+from experiments.config import Entry
 from tests.loop import BETA1, BETA2, EPSILON, Loop
 from tests.test_adalora import NAMES, Net, data, squared_error
 from tests.tiny import batch, packed_batch, tiny
@@ -336,3 +338,38 @@ def test_a_target_that_cannot_be_reached_is_refused():
     adapter = variants.create("increlora", target_rank=5, top_sites=1, interval=3).attach(tiny("bert"), ["query"])
     with pytest.raises(ValueError, match="top_sites = 1 takes 8 rounds to the target and there are 6"):
         adapter.begin(Step(1, 20))
+
+
+@pytest.mark.parametrize("cost", ["rank", "parameters"])
+@pytest.mark.parametrize("method", ["increlora", "elalora"])
+def test_a_study_s_budget_is_what_it_ends_with(method, cost):
+    def attached(**settings):
+        return variants.create(method, **settings).attach(tiny("bert"), "all-linear")
+
+    entry = Entry(
+        method=method, label=method, learning_rates=[1e-2], settings={"cost": cost, "warmup_steps": 2, "final_steps": 2}
+    )
+    found = solved(entry, attached(**{"initial_rank": 1, "target_rank": 1}), 3000, 2.0).settings
+    adapter = attached(**found)
+    loop = Loop(adapter, 1e-2, 10)
+    for index in range(10):
+        loop.step(packed_batch([0], index))
+    each = {name: site.A.shape[2] + site.B.shape[1] + 1 for name, site in adapter.named_sites()}
+    ranks = {name: int(rank) for name, rank in adapter.ranks().items()}
+    assert len(set(ranks.values())) > 1
+    if cost == "parameters":
+        assert 3000 - 2 * min(each.values()) < sum(ranks[name] * each[name] for name in ranks) <= 3000
+    else:
+        uniform = ranks_for(site_costs(adapter), 3000)
+        assert sum(ranks.values()) == sum(uniform.values())
+    scales = {name: scale.item() for name, scale in adapter.scales().items()}
+    if method == "elalora":
+        assert set(scales.values()) == {2.0}
+    else:
+        assert scales == {
+            name: pytest.approx(2 * round(sum(uniform_of(adapter)) / len(ranks)) / r) for name, r in ranks.items()
+        }
+
+
+def uniform_of(adapter) -> list[int]:
+    return list(ranks_for(site_costs(adapter), 3000).values())
