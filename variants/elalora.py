@@ -127,8 +127,9 @@ class ElaLoRA(AdaLoRA):
         for matrix, part in ((site.A[k], "A"), (site.B[k].mT, "B")):  # (R, F)
             random = initialization.generator(self.seeds[k], site.name, part, f"step {step.index}, slot {j}")
             z, there = torch.empty(matrix.shape[1]).normal_(generator=random).to(matrix), matrix[:j]
-            z = z - there.mT @ (there @ z)
-            matrix[j] = z / (z.norm() + 1e-6)
+            apart = z - there.mT @ (there @ z)
+            apart = apart / (apart.norm() + 1e-6)
+            matrix[j] = apart if bool(apart.isfinite().all()) else z  # rows of a member that diverges overflow here
         site.E[k, j] = site.E[k, :j].abs().min().clamp_max(1e-13)
 
     def _forget_everything(self) -> None:
