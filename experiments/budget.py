@@ -67,15 +67,18 @@ def solved(entry: Entry, adapter: variants.Adapter, parameters: int, scale: floa
 
     A method that prunes starts at 1.5 times its ranks (AdaLoRA sec. 4.1: b(0) = 1.5 b(T)) and ends with as many; which
     sites keep them, and so how many parameters, is its own choice, unless its cost is one of parameters.  One that places
-    ranks uniformly has nothing to prune, and starts with the ranks that it ends with; one that places ranks before training
-    is told the budget, and the mean rank whose scale every site gets.
+    ranks uniformly has nothing to prune, and starts with the ranks that it ends with, and so does one that keeps its
+    total; one that grows starts at rank 1; one that places ranks before training is told the budget, and the mean rank
+    whose scale every site gets.
     """
     costs = site_costs(adapter)
     if not costs:
         return entry
     ranks = ranks_for(costs, parameters)
     settings = {k: v for k, v in entry.settings.items() if k not in UNSOLVED}
-    fields = method(entry.method).settings.model_fields
+    kind = method(entry.method).settings
+    fields = kind.model_fields
+    direction = settings.get("direction", fields["direction"].default if "direction" in fields else None)
     total, left = sum(ranks.values()), parameters - sum(cost.fixed for cost in costs.values())
     mean = total / len(ranks)
     by_parameters = settings.get("cost", "rank") == "parameters"
@@ -83,6 +86,13 @@ def solved(entry: Entry, adapter: variants.Adapter, parameters: int, scale: floa
         starts = dict.fromkeys(ranks, round(mean))
         first = settings["rank"] = round(mean)
         settings |= {"total_parameters": left} if by_parameters else {"total_rank": total}
+    elif "target_rank" in fields and direction == "both" and kind.GROWS:  # the total stays
+        starts = ranks
+        first = settings["initial_rank"] = min(ranks.values())
+    elif "target_rank" in fields and direction == "grow":
+        starts, first = dict.fromkeys(ranks, 1), 1
+        settings |= {"initial_rank": 1, "target_rank": round(mean)}
+        settings |= {"target_parameters": left} if by_parameters else {"target_total": total}
     elif "target_rank" in fields:
         starts = ranks if settings.get("score") == "uniform" else dict.fromkeys(ranks, ceil(1.5 * mean))
         first = min(starts.values())
@@ -98,9 +108,10 @@ def solved(entry: Entry, adapter: variants.Adapter, parameters: int, scale: floa
     if others:
         settings["rank_pattern"] = others
     power = 1.0 if settings.get("scaling", fields["scaling"].default) == "alpha/r" else 0.5
-    base = min(starts.values())
+    # A site that takes slots as it grows has alpha over its rank of the moment; the mean one gets the scale in the end.
+    base = round(mean) if direction == "grow" and kind.GROWS else min(starts.values())
     settings["alpha"] = scale * base**power
-    if max(starts.values()) > base:
+    if max(starts.values()) > min(starts.values()):
         settings["alpha_pattern"] = {f"^{re.escape(n)}$": scale * r**power for n, r in starts.items() if r != base}
     return entry.model_copy(update={"settings": settings})
 

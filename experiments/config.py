@@ -30,7 +30,7 @@ STUDIES = Path(__file__).parent / "studies"
 PAPERS = STUDIES / "papers"  # recipes of published tables, which experiments/recipes.py reads
 DEFAULT_STUDY = STUDIES / "default.toml"
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-STEP_COUNTS = ("warmup_steps", "final_steps", "interval")  # may be given as a share of the run, "10%"
+STEP_COUNTS = ("warmup_steps", "final_steps", "interval", "rise_steps")  # may be given as a share of the run, "10%"
 
 
 class _Section(BaseModel):

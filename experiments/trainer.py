@@ -191,7 +191,8 @@ class Trainer:
         began = time.perf_counter()
         self.model.train()
         factor = schedule_factor(pack.training.schedule, self.step, self.total, self.warmup)
-        state = Step(self.step, self.total, learning_rates=self.optimizer.learning_rates * factor)
+        rates = self.optimizer.learning_rates * factor
+        state = Step(self.step, self.total, learning_rates=rates, factor=factor)
         chunks = self._chunks(self.step)
         self.tokens += sum(int(batch["attention_mask"].sum()) for batch, _ in chunks)
         totals = sum(count for _, count in chunks).clamp_min(1)

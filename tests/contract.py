@@ -321,11 +321,10 @@ def autocast_in_bf16_gives_nearly_the_same_gradients(method: str) -> None:
 def ranks_stay_within_the_budget(method: str) -> None:
     adapter = attached(method)
     loop = Loop(adapter, RATES[: adapter.members], TOTAL)
-    nominal = adapter.nominal_ranks()
     budgets = []
     for index in range(1, TOTAL + 1):
         loop.step(rows(adapter, index))
-        ranks, budget = adapter.ranks(), adapter.budget(Step(index, TOTAL))
+        ranks, nominal, budget = adapter.ranks(), adapter.nominal_ranks(), adapter.budget(Step(index, TOTAL))
         assert ranks.keys() == nominal.keys() == adapter.live_ranks().keys()
         for name, rank in ranks.items():
             assert rank.shape == (adapter.members,)
@@ -334,7 +333,7 @@ def ranks_stay_within_the_budget(method: str) -> None:
             assert (sum(ranks.values()) == budget).all(), (index, sum(ranks.values()), budget)
             budgets.append(budget)
     if budgets:
-        assert (budgets[-1] < budgets[0]).all(), "the schedule never asked for less"
+        assert ((budgets[-1] - budgets[0]).sign() == adapter.budget_moves).all(), (budgets[0], budgets[-1])
 
 
 def a_seed_reproduces_exactly_and_another_differs(method: str) -> None:

@@ -52,6 +52,8 @@ SETTINGS["sora"] = {
     "sparsity": 8.0,
     "l1": 0.1,
 }
+SETTINGS["increlora"] = {"target_rank": 3, "alpha": 5, "dropout": 0.1, "warmup_steps": 2, "final_steps": 3, "interval": 2}
+SETTINGS["elalora"] = SETTINGS["increlora"] | {"initial_rank": 3}
 SETTINGS["adalora+dora"] = SETTINGS["adalora"]
 # Of 10 steps of an epoch 4 are measured; sites may end without a rank.
 SETTINGS["eva"] = SETTINGS["gora"] = SETTINGS["lora"] | {"calibration_batches": 4}

@@ -25,6 +25,8 @@ _PLACES = {
     "DoRA": "variants.dora",
     "AdaLoRA": "variants.adalora",
     "AdaLoRADoRA": "variants.dora",
+    "IncreLoRA": "variants.increlora",
+    "ElaLoRA": "variants.elalora",
     "Allocated": "variants.adalora",
     "DynamicDoRA": "variants.dynamic_dora",
     "EVA": "variants.eva",

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from variants.base import Step
 from variants.settings import per_member
-from variants.triplets import AllocatedAdapter
+from variants.triplets import AllocatedAdapter, Triplets
 
 
 class AdaLoRA(AllocatedAdapter):
@@ -37,11 +37,15 @@ class AdaLoRA(AllocatedAdapter):
         sites = self.triplets()
         is_paper = self.settings.penalty_form == "paper"
         slots = [site.slots for site in sites for _ in "AB"]
-        total = Orthogonality.apply(is_paper, slots, *(m for site in sites for m in (site.A, site.B.mT)))
+        total = Orthogonality.apply(is_paper, slots, *(m for site in sites for m in self.penalized(site)))
         if not is_paper:
             total = total / len(slots)
         weight = per_member(self.settings.orthogonality, self.members, "orthogonality")
         return total * torch.tensor(weight, dtype=total.dtype, device=total.device)
+
+    def penalized(self, site: Triplets) -> tuple[Tensor, Tensor]:
+        """The matrices (K, R, F) of a site whose rows should be orthonormal."""
+        return site.A, site.B.mT
 
 
 class Allocated(AdaLoRA):

@@ -35,12 +35,14 @@ class Step:
 
     index: the step being taken, 1-based; total: steps of the run.
     taken: (K,) bool, the members whose gradient was finite, so that their step counts; None means all.
+    factor: what the schedule multiplies the learning rates by in this step.
     learning_rates: (K,) the rate in force at this step, the schedule's factor in it; None where nobody said.
     """
 
     index: int
     total: int
     taken: Tensor | None = None
+    factor: float = 1.0
     learning_rates: Tensor | None = None
 
 

@@ -29,6 +29,7 @@ class Draw:
         self.step: int | None = None  # None: nobody drives the adapter, dropout is PyTorch's own
         self.micro_batch = 0
         self.calls: Counter[str] = Counter()
+        self.is_again = False  # a segment is computed once more in the backward pass
         self.rows: int | None = None  # rows of the model's input in this forward: members times batch
         self.length: int | None = None  # tokens of a sequence, where only its first one is being computed
 
@@ -77,11 +78,11 @@ class Draw:
 
         @contextlib.contextmanager
         def again() -> Iterator[None]:
-            now, self.calls = self.calls, before.copy()
+            now, self.calls, self.is_again = self.calls, before.copy(), True
             try:
                 yield
             finally:
-                self.calls = now
+                self.calls, self.is_again = now, False
 
         return contextlib.nullcontext(), again()
 

@@ -111,10 +111,13 @@ class LowRank(nn.Module):
         """y + update(x), for y (rows, O) that nothing else needs and x (rows, I): the members' rows one after the other."""
         if not self.slots.shape[1]:
             return y
-        draw, rate = self._draw, self.dropout if self.training else 0.0
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.A.dtype
-        x, y = x.to(dtype), y.to(dtype).contiguous()
+        return self.product(y.to(dtype).contiguous(), x.to(dtype), self.dropout if self.training else 0.0)
+
+    def product(self, y: Tensor, x: Tensor, rate: float) -> Float[Tensor, "rows O"]:
+        """The same for y and x of one type, elements of x dropped at that rate."""
+        draw, dtype = self._draw, x.dtype
         if native.usable(x, y) and self.A.dtype == torch.float32:
             dropping = draw.dropping(self.name, x, rate) if rate and draw.step is not None else None
             x = nn.functional.dropout(x, rate) if rate and dropping is None else x

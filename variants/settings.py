@@ -125,6 +125,7 @@ SMOOTHS = {
     "smoothed-sensitivity": ("beta1",),
     "norm-share": ("beta1",),
     "gradient": ("beta1",),
+    "weight-sensitivity": ("beta1", "beta2"),
 }
 ScoreName = Literal[
     "sensitivity", "smoothed-sensitivity", "raw-sensitivity", "magnitude", "norm-share", "gradient", "random", "uniform"
@@ -136,6 +137,7 @@ Bounds = dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]
 class AllocatedSettings(LowRankSettings):
     """What every method has whose ranks an allocator places: score x schedule x direction x cost, and bounds."""
 
+    GROWS: ClassVar[bool] = False  # sites take new slots as they need them, without a most rank
     initial_rank: PerMember
     """Rank of each site at the start."""
     target_rank: PerMember
@@ -210,7 +212,7 @@ class AllocatedSettings(LowRankSettings):
         other = "target_parameters" if self.cost == "rank" else "target_total"
         if getattr(self, other) is not None:
             raise ValueError(f'{other} = {getattr(self, other)} has no effect with cost = "{self.cost}": take it out')
-        if self.direction != "prune" and self.most_rank is None:
+        if self.direction != "prune" and self.most_rank is None and not self.GROWS:
             raise ValueError(f'direction = "{self.direction}" needs most_rank: what a site may grow to')
         for name, (least, most) in {
             "least_rank": (self.least_rank, self.most_rank),
@@ -233,6 +235,78 @@ class AdaLoRASettings(AllocatedSettings):
     @staticmethod
     def prunes() -> str:
         return "AdaLoRA prunes"
+
+
+class IncreLoRASettings(AdaLoRASettings):
+    """Settings of IncreLoRA."""
+
+    GROWS = True
+
+    initial_rank: PerMember = 1
+    """Rank of each site at the start.  1: the release's scripts."""
+    score: Literal["weight-sensitivity"] = "weight-sensitivity"
+    """What a site is worth: smoothed |dW * dL/ddW|, and its uncertainty."""
+    schedule: ScheduleName = "linear"
+    """How the total goes from the initial to the target ranks, where top_sites does not say it."""
+    direction: Literal["grow"] = "grow"
+    """No rank is ever cut."""
+    orthogonality: list[NonNegative] | NonNegative = 0.1
+    """Weight of the orthogonality penalty.  0.1: most of the release's scripts."""
+    added_rank: PositiveInt = 1
+    """Ranks that a site grows by at a time, and as many that it holds in reserve."""
+    top_sites: PositiveInt | None = None
+    """Sites that grow at each allocation, as in the release; if not given, as many as the schedule asks for."""
+    advance_learning: bool = True
+    """Whether ranks in reserve learn already, through a tiny fixed coefficient."""
+    rise_steps: Count | None = None
+    """Steps over which a new rank's learning rate rises, to fall to zero at the end of training; interval, if not given.
+    0: the rate of all others."""
+    score_form: Literal["release", "paper"] = "release"
+    """Sum of |dW * dL/ddW| over sqrt(out * in) (release), or over out * in (paper)."""
+    overshoot: bool = False
+    """Whether a round may go beyond the target, as in the release: every site of a round, ties too, grows by added_rank."""
+
+    @model_validator(mode="after")
+    def _growth_has_effect(self) -> "IncreLoRASettings":
+        if self.top_sites is not None and self.schedule != "linear":
+            raise ValueError(f'schedule = "{self.schedule}" has no effect with top_sites = {self.top_sites}: take one out')
+        if self.overshoot and (self.top_sites is None or self.cost != "rank"):
+            raise ValueError('overshoot = true needs top_sites and cost = "rank": give them, or take it out')
+        for name in ("least_rank", "group_bounds"):
+            if getattr(self, name):
+                raise ValueError(f"{name} = {getattr(self, name)} has no effect on a method that only grows: take it out")
+        return self
+
+
+class ElaLoRASettings(AdaLoRASettings):
+    """Settings of ElaLoRA."""
+
+    GROWS = True
+
+    target_rank: PerMember | None = None
+    """Mean rank of a site at the end, which is that of the start."""
+    direction: Literal["both"] = "both"
+    """Ranks are cut at some sites, and as many added at others."""
+    schedule: Literal["cubic-late", "steady"] = "cubic-late"
+    """How many ranks are exchanged over time: exchange (1 - progress^3), or always `exchange`."""
+    orthogonality: list[NonNegative] | NonNegative = 0.1
+    """Weight of the orthogonality penalty.  0.1: the release's default."""
+    candidates: PositiveInt = 2
+    """Weakest ranks of each site that may be cut at one time."""
+    optimizer_reset: Literal["never", "release"] = "never"
+    """release: after each exchange all averages of the optimizer start anew, those of ranks that stay and of the head too."""
+
+    @model_validator(mode="after")
+    def _budget_is_reached(self) -> "ElaLoRASettings":
+        if self.target_rank not in (None, self.initial_rank):
+            raise ValueError(
+                f"target_rank = {self.target_rank} is not initial_rank = {self.initial_rank}: ElaLoRA keeps its total, so "
+                f"take it out and set initial_rank"
+            )
+        for name in ("target_total", "target_parameters", "group_bounds"):
+            if getattr(self, name):
+                raise ValueError(f"{name} = {getattr(self, name)} has no effect: ElaLoRA keeps its total; take it out")
+        return self
 
 
 class DynamicDoRASettings(AllocatedSettings):
@@ -557,6 +631,20 @@ METHODS: dict[str, Method] = {
             "after SR-LoRA, arXiv 2507.00327",
         ),
         Method("random-rank", "variants.random_rank:RandomRank", PlacedSettings, "rank placed at random, then LoRA", "control"),
+        Method(
+            "increlora",
+            "variants.increlora:IncreLoRA",
+            IncreLoRASettings,
+            "triplets that are added where the update matters, learning in reserve before",
+            "Zhang et al. 2023 (IncreLoRA)",
+        ),
+        Method(
+            "elalora",
+            "variants.elalora:ElaLoRA",
+            ElaLoRASettings,
+            "triplets that are cut at some sites and added at others, orthogonal to what is there",
+            "Chang et al. 2025",
+        ),
         Method(
             "sora",
             "variants.sora:SoRA",

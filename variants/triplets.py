@@ -12,13 +12,13 @@ pattern is final, and with shrink = true the slots that were cut leave the tenso
 
 import warnings
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from variants import initialization
-from variants.allocation import SCORES, Bound, choose, protected, scheduled_budget
+from variants.allocation import SCORES, Bound, Score, choose, protected, scheduled_budget
 from variants.base import Step
 from variants.lora import module_in, module_out
 from variants.lowrank import NONE, LowRank, LowRankAdapter, Rearranged
@@ -99,6 +99,8 @@ class AllocatedAdapter(LowRankAdapter):
 
     total_steps: int | None = None  # of the run, as last seen
     form = "triplet"
+    budget_moves: ClassVar[int] = -1  # the total falls, stays (0) or rises (1)
+    scores: ClassVar[dict[str, type[Score]]] = SCORES
 
     def make_low_rank(self, name: str, module: nn.Module) -> LowRank:
         return self.make_allocated(name, module, Doublets if self.form == "doublet" else Triplets)
@@ -124,7 +126,7 @@ class AllocatedAdapter(LowRankAdapter):
     def site_slots(self, name: str) -> list[int]:
         """Slots of a site for each member: its initial rank, or what it may grow to."""
         initial = self.site_ranks(name, self.settings.initial_rank)
-        if self.settings.direction == "prune":
+        if self.settings.direction == "prune" or self.settings.GROWS:
             return initial
         return [max(rank, self.site_bounds(name)[1] or rank) for rank in initial]
 
@@ -151,7 +153,7 @@ class AllocatedAdapter(LowRankAdapter):
             initial = torch.tensor(self.site_ranks(site.name, self.settings.initial_rank), device=site.slots.device)
             site.kept &= torch.arange(site.slots.shape[1], device=site.slots.device) < initial[:, None]
         settings = self.settings
-        self.score = SCORES[settings.score](self.triplets(), self.seeds, settings.beta1, settings.beta2).to(self.device)
+        self.score = self.scores[settings.score](self.triplets(), self.seeds, settings.beta1, settings.beta2).to(self.device)
         self._steps_driven, self._has_warned = 0, False
         self.when_detached(model.register_forward_pre_hook(self._before_forward).remove)
 
@@ -331,8 +333,6 @@ class AllocatedAdapter(LowRankAdapter):
             order = (~site.kept).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(site.kept.sum(1).max())]
             places.append(order.masked_fill(~site.kept.gather(1, order), NONE))
         self.resize(places)
-        for site in self.triplets():
-            site.slots.copy_(site.kept)
 
     def _allocate(self, step: Step) -> None:
         sites, settings = self.triplets(), self.settings
