@@ -170,9 +170,7 @@ def test_a_source_that_failed_is_said(model, tmp_path, monkeypatch):  # noqa: F8
         step(self)
 
     monkeypatch.setattr(Trainer, "train_step", fail)
-    with pytest.raises(
-        ValueError, match=r'the run of "adalora" .* seed 0 failed \(RuntimeError: broken\).*--retry-failed'
-    ):
+    with pytest.raises(ValueError, match=r'the run of "adalora" .* seed 0 failed \(RuntimeError: broken\).*--retry-failed'):
         ran(study(model, [SOURCE, FROZEN, "lora"]), tmp_path)
     assert len([r for r in tmp_path.glob("*/result.json") if '"lora"' in r.read_text()]) == 2  # the others were made before
 

@@ -472,7 +472,14 @@ METHODS: dict[str, Method] = {
             "rank by the stable rank of the weights, then LoRA",
             "after SR-LoRA, arXiv 2507.00327",
         ),
-        Method("random-rank", "variants.random_rank:RandomRank", PlacedSettings, "rank placed at random, then LoRA", "control"),
+        Method(
+            "random-rank",
+            "variants.random_rank:RandomRank",
+            PlacedSettings,
+            "rank placed at random, then LoRA",
+            "control",
+            allocation="random",
+        ),
         Method(
             "truncated",
             "variants.truncation:Truncated",
