@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from variants.settings import (
     METHODS,
     PATTERNS,
-    AllocatedSettings,
     Count,
     Fraction,
     NonNegative,
@@ -171,7 +170,8 @@ class Entry(_Section):
         """
         values = {k: _steps(v, total_steps) if k in STEP_COUNTS else v for k, v in self.settings.items()}
         settings = check(self.method, values)
-        if isinstance(settings, AllocatedSettings) and settings.warmup_steps + settings.final_steps >= total_steps:
+        allocates = settings.get("final_steps") is not None
+        if allocates and settings.warmup_steps + settings.final_steps >= total_steps:
             raise ValueError(
                 f"{self.label}: warmup_steps = {self.settings.get('warmup_steps', 0)} and final_steps = "
                 f"{self.settings.get('final_steps', 0)} are {settings.warmup_steps} + {settings.final_steps} steps and leave "

@@ -41,7 +41,7 @@ class Loop:
         """One step over a batch that holds each member's rows; (K,) task losses."""
         adapter = self.adapter
         self.index += 1
-        step = Step(self.index, self.total)
+        step = Step(self.index, self.total, learning_rates=torch.tensor(self.rates, dtype=torch.float64))
         adapter.begin(step, 0, training=True)
         losses = self.losses(adapter, batch)
         (losses + adapter.penalty(step)).sum().backward()

@@ -31,6 +31,8 @@ _PLACES = {
     "GoRA": "variants.gora",
     "StableRank": "variants.stable_rank",
     "RandomRank": "variants.random_rank",
+    "SoRA": "variants.sora",
+    "DyLoRA": "variants.dylora",
     "HeadOnly": "variants.subset",
     "BitFit": "variants.subset",
     "FullFineTuning": "variants.subset",

@@ -35,11 +35,13 @@ class Step:
 
     index: the step being taken, 1-based; total: steps of the run.
     taken: (K,) bool, the members whose gradient was finite, so that their step counts; None means all.
+    learning_rates: (K,) the rate in force at this step, the schedule's factor in it; None where nobody said.
     """
 
     index: int
     total: int
     taken: Tensor | None = None
+    learning_rates: Tensor | None = None
 
 
 @dataclass

@@ -106,6 +106,8 @@ class AdapterCallback(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any, **kwargs: Any) -> None:
         if getattr(optimizer, "step_was_skipped", False):  # by fp16's GradScaler
             self.step = dataclasses.replace(self.step, taken=torch.zeros(1, dtype=torch.bool, device=self.adapter.device))
+        rates = torch.tensor([rate_in_force(optimizer, self.adapter)], dtype=torch.float64, device=self.adapter.device)
+        self.step = dataclasses.replace(self.step, learning_rates=rates)
         self.adapter.after_step(self.step)
         follow(optimizer, self.adapter)
 
@@ -174,6 +176,14 @@ class _State(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """Nothing: `AdapterCallback._before_load` has done it."""
+
+
+def rate_in_force(optimizer: Any, adapter: Adapter) -> float:
+    """The rate that the optimizer has now, without the factors of the adapter's groups."""
+    meant = torch_groups(adapter, lr=1.0)[0]
+    first = meant["params"][0]
+    now = next(group["lr"] for group in optimizer.param_groups if any(p is first for p in group["params"]))
+    return float(now) / meant["lr"]
 
 
 def check_optimizer(optimizer: Any, adapter: Adapter) -> None:

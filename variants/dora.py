@@ -36,8 +36,8 @@ class Decomposed(nn.Module):
     def norm(self, base: nn.Module) -> Tensor:
         """(K, O): |W + dW| of each row, computed once a step where a trainer says which step it is."""
         inner = self.inner
-        state = (inner._draw.step, *(p._version for p in inner.parameters()))
-        if inner._draw.step is None or self._norm is None or self._norm[0] != state:
+        state = inner.version()
+        if state[0] is None or self._norm is None or self._norm[0] != state:
             with torch.autocast(base.weight.device.type, enabled=False):
                 B = inner.B * inner.coefficients()[:, None]
                 square = squared_row_norms(weight_of(base), self.weight_squared, inner.A, B)

@@ -7,9 +7,10 @@ With scaling = "alpha/sqrt(r)" it is rsLoRA (Kalajdzievski 2023), with lr_ratio 
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from variants import initialization
+from variants.dropout import Draw
 from variants.lowrank import LowRank, LowRankAdapter
 
 
@@ -19,12 +20,16 @@ class LoRA(LowRankAdapter):
     method = "lora"
 
     def make_low_rank(self, name: str, module: nn.Module) -> LowRank:
+        return LowRank(name, module, *self.start(name, module))
+
+    def start(self, name: str, module: nn.Module) -> tuple[tuple[list[Tensor], list[Tensor]], list[float], float, Draw]:
+        """Where A and B start for each member, their scales, the dropout and its draw: the arguments of a site."""
         ranks = self.site_ranks(name, self.settings.rank)
         start = initialization.STARTS[self.settings.initialization]
         draws = [initialization.generator(seed, name, "A") for seed in self.seeds]
         A = [start(r, module_in(module), random) for r, random in zip(ranks, draws, strict=True)]
         B = [torch.zeros(module_out(module), r) for r in ranks]
-        return LowRank(name, module, (A, B), self.site_scales(name, ranks), self.settings.dropout, self.draw)
+        return (A, B), self.site_scales(name, ranks), self.settings.dropout, self.draw
 
 
 def module_in(module: nn.Module) -> int:

@@ -99,6 +99,14 @@ class LowRank(nn.Module):
         """What multiplies each slot: s e, zero where a slot does not exist."""
         return self.slots * self.scale[:, None]
 
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A, B and the coefficients as the forward pass takes them."""
+        return self.A, self.B, self.coefficients()
+
+    def version(self) -> tuple[Any, ...]:
+        """Changes whenever the update may have changed; the step in it is None where nobody drives the adapter."""
+        return self._draw.step, *(p._version for p in self.parameters())
+
     def onto(self, y: Tensor, x: Tensor) -> Float[Tensor, "rows O"]:
         """y + update(x), for y (rows, O) that nothing else needs and x (rows, I): the members' rows one after the other."""
         if not self.slots.shape[1]:
@@ -110,10 +118,10 @@ class LowRank(nn.Module):
         if native.usable(x, y) and self.A.dtype == torch.float32:
             dropping = draw.dropping(self.name, x, rate) if rate and draw.step is not None else None
             x = nn.functional.dropout(x, rate) if rate and dropping is None else x
-            return NativeProduct.apply(y, x, self.A, self.B, self.coefficients(), dropping)
+            return NativeProduct.apply(y, x, *self.operands(), dropping)
         x = drop(x, rate, draw, self.name)
         apart = (t.view(len(draw.seeds), -1, t.shape[-1]) for t in (y, x))  # (K, N, O) and (K, N, I)
-        return LowRankProduct.apply(*apart, *(t.to(dtype) for t in (self.A, self.B, self.coefficients()))).view(y.shape)
+        return LowRankProduct.apply(*apart, *(t.to(dtype) for t in self.operands())).view(y.shape)
 
     def rows(self, x: Tensor) -> Float[Tensor, "rows I"]:
         """The input as rows, the members' one after the other; refused where it is not that."""

@@ -348,6 +348,90 @@ class GoRASettings(PlacedSettings):
         return self
 
 
+class DyLoRASettings(LoRASettings):
+    """Settings of DyLoRA; `rank` is the most that it can be used at."""
+
+    least_rank: PositiveInt = 1
+    """Least rank that is drawn, and that the trained adapter is meant for."""
+    sampling: Literal["uniform", "geometric"] = "uniform"
+    """How the rank of a step is drawn; geometric: small ranks more often, with p = 0.15."""
+    update: Literal["nested", "frozen", "frozen-release"] = "nested"
+    """Which slots a step at rank b moves: all of 1 .. b; b alone; b alone by its gradient, and others by AdamW's momentum."""
+
+    @model_validator(mode="after")
+    def _ranks_are_left(self) -> "DyLoRASettings":
+        for rank in [*_spread(self.rank, 1), *self.rank_pattern.values()]:
+            if rank < self.least_rank:
+                raise ValueError(f"least_rank = {self.least_rank} is above rank = {rank}: lower it or raise the rank")
+        return self
+
+
+class SoRASettings(LowRankSettings):
+    """Settings of SoRA."""
+
+    # What an allocator asks for and this method has no choice in.
+    warmup_steps: ClassVar[int] = 0
+    score: ClassVar[str] = "magnitude"
+    schedule: ClassVar[str] = "constant"
+    direction: ClassVar[str] = "prune"
+    beta1: ClassVar[float] = 0.0
+    beta2: ClassVar[float] = 0.0
+    least_rank: ClassVar[int] = 0
+    most_rank: ClassVar[int | None] = None
+    rank_bounds: ClassVar[Bounds] = {}
+    group_bounds: ClassVar[Bounds] = {}
+
+    initial_rank: PerMember
+    """Rank of each site at the start; the scale stays alpha over it."""
+    threshold: Literal["soft", "release"] = "soft"
+    """The step after the optimizer's: soft, the paper's, by the gates' rate times `sparsity`; release: its own, by `tau`."""
+    sparsity: NonNegative = 0.375
+    """Weight lambda of the gates' L1 norm, by which the soft threshold acts."""
+    # 0.375: the release's script for STS-B has a threshold of 3e-4 at a rate of 8e-4.
+    tau: NonNegative = 3e-4
+    """Threshold of the release's step, whatever the rate; 3e-4: its script for STS-B."""
+    lambda_schedule: list[NonNegative] = []
+    """Values that take the place of `sparsity` or `tau`, one after the other, for equal parts of the run before final_steps."""
+    l1: NonNegative = 0.0
+    """Weight of the mean |gate| in the loss, besides the threshold; the release has 1e-3 or, for STS-B, 10."""
+    gate_lr_ratio: Positive = 1.0
+    """Learning rate of the gates over that of A."""
+    final_steps: Count = 0
+    """Steps at the end with the ranks fixed: no gate comes back or is shrunk by the threshold or by `l1`."""
+    target_rank: PerMember | None = None
+    """Mean rank of a site at the end, to which the largest gates are cut when the final steps begin; no cut if not given."""
+    target_total: PositiveInt | None = None
+    """The same as the ranks of all sites together."""
+    target_parameters: PositiveInt | None = None
+    """The same as parameters of all sites together, with cost = "parameters"."""
+    cost: Literal["rank", "parameters"] = "rank"
+    """What a gate takes out of the target: one, or its parameters; gates are then cut by size per parameter."""
+
+    shrink: bool = False
+    """When the final steps begin, gates that are zero leave parameters, gradients and the optimizer's averages."""
+
+    @model_validator(mode="after")
+    def _settings_have_effect(self) -> "SoRASettings":
+        unread = "tau" if self.threshold == "soft" else "sparsity"
+        for name in (unread, *(("sparsity", "tau") if self.lambda_schedule else ())):
+            if getattr(self, name) != type(self).model_fields[name].get_default():
+                why = f'threshold = "{self.threshold}"' if name == unread else "a lambda_schedule"
+                raise ValueError(f"{name} = {getattr(self, name)} has no effect with {why}: take it out")
+        other = "target_parameters" if self.cost == "rank" else "target_total"
+        if getattr(self, other) is not None:
+            raise ValueError(f'{other} = {getattr(self, other)} has no effect with cost = "{self.cost}": take it out')
+        if self.cost == "parameters" and self.target_rank is None and self.target_parameters is None:
+            raise ValueError('cost = "parameters" has no effect without a target: give target_rank or target_parameters')
+        length = max(len(value) if isinstance(value, list) else 1 for value in (self.initial_rank, self.target_rank))
+        for start, end in zip(_spread(self.initial_rank, length), _spread(self.target_rank, length), strict=False):
+            if end is not None and end > start:
+                raise ValueError(
+                    f"target_rank = {end} is above initial_rank = {start}: SoRA prunes, so give an initial_rank "
+                    f"of at least {end}"
+                )
+        return self
+
+
 NORMALISATIONS = ("none", "site-share", "site-largest", "weight")  # how truncation compares the sites' singular values
 
 
@@ -479,6 +563,20 @@ METHODS: dict[str, Method] = {
             "rank placed at random, then LoRA",
             "control",
             allocation="random",
+        ),
+        Method(
+            "sora",
+            "variants.sora:SoRA",
+            SoRASettings,
+            "LoRA with a gate for each rank, which a threshold sends to zero",
+            "Ding et al. 2023",
+        ),
+        Method(
+            "dylora",
+            "variants.dylora:DyLoRA",
+            DyLoRASettings,
+            "LoRA that is trained to be used at any rank up to its own",
+            "Valipour et al. 2023",
         ),
         Method(
             "truncated",

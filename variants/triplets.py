@@ -12,6 +12,7 @@ pattern is final, and with shrink = true the slots that were cut leave the tenso
 
 import warnings
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,9 @@ class Doublets(LowRank):
         return ((self.B != 0).any(1) | self.kept).sum(1)
 
 
+Site = TypeVar("Site", Triplets, Doublets)
+
+
 class AllocatedAdapter(LowRankAdapter):
     """K members whose ranks an allocator places: score x schedule x direction x cost, by name in the settings."""
 
@@ -97,9 +101,11 @@ class AllocatedAdapter(LowRankAdapter):
     form = "triplet"
 
     def make_low_rank(self, name: str, module: nn.Module) -> LowRank:
+        return self.make_allocated(name, module, Doublets if self.form == "doublet" else Triplets)
+
+    def make_allocated(self, name: str, module: nn.Module, kind: type[Site]) -> Site:
         starts = self.starts(name, module, self.site_slots(name))
         scale = self.site_scales(name, self.site_ranks(name, self.settings.initial_rank))
-        kind = Doublets if self.form == "doublet" else Triplets
         return kind(name, module, starts, scale, self.settings.dropout, self.draw)
 
     def starts(self, name: str, module: nn.Module, ranks: list[int]) -> tuple[list[Tensor], list[Tensor]]:
