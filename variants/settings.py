@@ -197,6 +197,13 @@ class AllocatedSettings(LowRankSettings):
     def prunes() -> str:
         return "this method prunes"
 
+    @property
+    def allocation(self) -> str:
+        is_fixed = self.direction == "prune" and self.initial_rank == self.target_rank and not self.rank_pattern
+        if is_fixed and self.target_total is None and self.target_parameters is None:  # nothing is ever cut
+            return "uniform"
+        return self.score if self.score in ("random", "uniform") else "learned"
+
     @model_validator(mode="after")
     def _settings_have_effect(self) -> "AllocatedSettings":
         def changed(name: str) -> bool:
