@@ -93,7 +93,7 @@ def thin_singular_values(B: Tensor, A: Tensor) -> Tensor:
     """(min(O, R, I),) of B A, the greatest first, in float64; B (O, R), A (R, I), no (O, I) matrix is made."""
     left, right = (torch.linalg.qr(thin.double(), mode="r").R for thin in (B, A.mT))
     values = torch.linalg.svdvals(left @ right.mT)
-    return values.masked_fill(values < 1e-12 * values[0], 0.0)  # slots that are zero leave rounding
+    return values.masked_fill(values < 1e-12 * values[:1], 0.0)  # slots that are zero leave rounding
 
 
 def dense_singular_values(change: Tensor) -> Tensor:

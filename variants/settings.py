@@ -199,6 +199,13 @@ class AllocatedSettings(LowRankSettings):
     def prunes() -> str:
         return "this method prunes"
 
+    @property
+    def allocation(self) -> str:
+        is_fixed = self.direction == "prune" and self.initial_rank == self.target_rank and not self.rank_pattern
+        if is_fixed and self.target_total is None and self.target_parameters is None:  # nothing is ever cut
+            return "uniform"
+        return self.score if self.score in ("random", "uniform") else "learned"
+
     @model_validator(mode="after")
     def _settings_have_effect(self) -> "AllocatedSettings":
         def changed(name: str) -> bool:
@@ -630,7 +637,14 @@ METHODS: dict[str, Method] = {
             "rank by the stable rank of the weights, then LoRA",
             "after SR-LoRA, arXiv 2507.00327",
         ),
-        Method("random-rank", "variants.random_rank:RandomRank", PlacedSettings, "rank placed at random, then LoRA", "control"),
+        Method(
+            "random-rank",
+            "variants.random_rank:RandomRank",
+            PlacedSettings,
+            "rank placed at random, then LoRA",
+            "control",
+            allocation="random",
+        ),
         Method(
             "increlora",
             "variants.increlora:IncreLoRA",
