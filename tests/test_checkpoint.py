@@ -17,7 +17,7 @@ from tests.tiny import batch, packed_batch, tiny
 from variants.base import Adapter, fill
 
 # Triplets are cut by hand here, which AdaLoRA warns of; PEFT warns of its own AdaLoRA files.
-pytestmark = pytest.mark.filterwarnings("ignore:AdaLoRA.* was trained", "ignore:The following rank_pattern")
+pytestmark = pytest.mark.filterwarnings("ignore:.*was trained but after_step", "ignore:The following rank_pattern")
 TARGETS = ["query", "value", "intermediate.dense"]
 LOW_RANK = {"rank": 3, "alpha": 7, "dropout": 0.1, "lr_ratio": 4.0}
 SVD = {"initial_rank": 5, "target_rank": 2, "alpha": 7, "warmup_steps": 2, "final_steps": 3, "interval": 2, "beta1": 0.8}
