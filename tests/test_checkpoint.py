@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import variants
-from tests.loop import outputs
+from tests.loop import Loop, outputs
 from tests.tiny import batch, packed_batch, tiny
 from variants.base import Adapter, fill
 
@@ -228,6 +228,9 @@ def test_sites_that_grew_or_shrank_and_scales_that_changed_come_back(case, tmp_p
     torch.testing.assert_close(forward(oracle), forward(adapter.model), rtol=0, atol=1e-5)
     variants.export_lora(adapter, tmp_path / "plain")
     torch.testing.assert_close(forward(loaded(tmp_path / "plain").model), forward(adapter.model), rtol=0, atol=1e-5)
+    loop = Loop(again, total=7)
+    for step in range(7):  # training goes on in the new sizes, allocations and all
+        assert loop.step(batch(0, step)).isfinite().all()
 
 
 def test_conv1d_and_a_head_inside_a_folder_of_a_folder(tmp_path):
