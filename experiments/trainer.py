@@ -387,7 +387,26 @@ class Trainer:
                 if not self.silent
                 else f"dropout inside the attention is off ({len(self.silent)} places): a fused kernel cannot draw it by key",
             }
+        if hasattr(self.adapter, "nested_ranks") and bool(self.alive.any()):
+            for outcome, scores in zip(outcomes, self._rank_scores(), strict=True):
+                outcome.facts["rank_scores"] = scores
         return outcomes
+
+    def _rank_scores(self) -> list[dict[str, float | None]]:
+        """For each member its metric on the last split at every rank that it can be used at; None where it has no value."""
+        found: list[dict[str, float | None]] = [{} for _ in range(self.pack.members)]
+        own = self.adapter.nested_ranks()
+        report, self.progress = self.progress, lambda rows: None  # these evaluations are not in the plan of the work
+        try:
+            for rank in range(min(r.start for r in own), max(r.stop for r in own)):
+                with self.adapter.at_rank(rank):
+                    for scores, ranks, metrics in zip(found, own, self.evaluate(self.pack.splits[-1]), strict=True):
+                        value = None if isinstance(metrics, Undefined) else metrics.get(self.pack.task.metric)
+                        if rank in ranks:
+                            scores[str(rank)] = value
+        finally:
+            self.progress = report
+        return found
 
     def _take_best_epoch(self, member: int, outcome: Outcome) -> int:
         """Gives a member the metrics of its best evaluation, the first of equal ones; the step of that evaluation.

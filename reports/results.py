@@ -79,6 +79,7 @@ class Result(Stored):
     score_standard_error: Number | None = None
     ranks: Ranks = {}
     nominal_ranks: Ranks = {}
+    rank_scores: dict[str, Number | None] = {}
     physical_ranks: Ranks = {}  # what parameters were held for at the end
     device: str
     precision: str

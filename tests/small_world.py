@@ -42,6 +42,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "adalora": {"initial_rank": 4, "target_rank": 2, "alpha": 5, "dropout": 0.1, "warmup_steps": 3, "final_steps": 3}
     | {"interval": 2, "orthogonality": 0.3},
 }
+SETTINGS["dylora"] = {"rank": 4, "alpha": 5, "dropout": 0.1, "update": "frozen"}
+SETTINGS["sora"] = {
+    "initial_rank": 4,
+    "target_rank": 2,
+    "alpha": 5,
+    "dropout": 0.1,
+    "final_steps": 3,
+    "sparsity": 8.0,
+    "l1": 0.1,
+}
 SETTINGS["adalora+dora"] = SETTINGS["adalora"]
 # Of 10 steps of an epoch 4 are measured; sites may end without a rank.
 SETTINGS["eva"] = SETTINGS["gora"] = SETTINGS["lora"] | {"calibration_batches": 4}

@@ -129,18 +129,19 @@ class DyLoRA(LoRA):
 
     def full_ranks(self) -> list[int]:
         """The most rank that each member can be used at: that of its largest site."""
-        return torch.stack([site.full() for site in self.low_rank_sites()]).amax(0).tolist()
+        found = [1] * self.members
+        for site in self.low_rank_sites():
+            ranks = self.site_ranks(site.name, self.settings.rank)
+            found = [max(most, min(rank, site.slots.shape[1])) for most, rank in zip(found, ranks, strict=True)]
+        return found
 
     def drawn_ranks(self, index: int) -> list[int]:
         """The rank b that each member draws for step `index`."""
-        least, found = self.settings.least_rank, []
-        for seed, most in zip(self.seeds, self.full_ranks(), strict=True):
-            random = initialization.generator(seed, "rank", str(index))
-            ranks = torch.arange(min(least, most), most + 1)
-            weights = torch.ones(len(ranks), dtype=torch.float64)
-            if self.settings.sampling == "geometric":
-                weights = (1 - P) ** (ranks - ranks[0]).double()
-            found.append(int(ranks[weights.multinomial(1, generator=random)]))
+        keep = 1 - P if self.settings.sampling == "geometric" else 1.0
+        found = []
+        for seed, ranks in zip(self.seeds, self.nested_ranks(), strict=True):
+            weights = torch.tensor([keep**i for i in range(len(ranks))], dtype=torch.float64)
+            found.append(ranks[int(weights.multinomial(1, generator=initialization.generator(seed, "rank", str(index))))])
         return found
 
     def begin(self, step: Step, micro_batch: int = 0, training: bool = True) -> None:
@@ -178,10 +179,9 @@ class DyLoRA(LoRA):
 
     # -- the rank in force -------------------------------------------------------------------------------------------------
 
-    def nested_ranks(self) -> range:
-        """The ranks that were trained to be used, of the largest member."""
-        most = max(self.full_ranks())
-        return range(min(self.settings.least_rank, most), most + 1)
+    def nested_ranks(self) -> list[range]:
+        """The ranks that each member was trained to be used at."""
+        return [range(min(self.settings.least_rank, most), most + 1) for most in self.full_ranks()]
 
     @torch.no_grad()
     def at_rank(self, rank: Sequence[int] | int | None) -> contextlib.AbstractContextManager:
