@@ -23,6 +23,9 @@ ROWS = {"rows": 16, "length": 9}
 
 def batches(seeds: list[int], count: int, labels: bool = False) -> list[dict[str, Tensor]]:
     found = [packed_batch(seeds, 50 + i, **ROWS) for i in range(count)]
+    for one in found:
+        for k, seed in enumerate(seeds):  # padding of each member's own
+            one["attention_mask"][ROWS["rows"] * k + seed, seed:] = 0
     return found if labels else [{k: v for k, v in one.items() if k != "labels"} for one in found]
 
 
