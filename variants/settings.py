@@ -362,6 +362,8 @@ class SoRASettings(LowRankSettings):
     """The same as the ranks of all sites together."""
     target_parameters: PositiveInt | None = None
     """The same as parameters of all sites together, with cost = "parameters"."""
+    shrink: bool = False
+    """Whether gates that are zero leave the tensors when the final steps begin."""
     cost: Literal["rank", "parameters"] = "rank"
     """What a gate takes out of the target: one, or its parameters; gates are then cut by size per parameter."""
 
