@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
+import numpy as np
 import torch
 
 import variants
-from experiments.config import UNSOLVED, Entry, Training
+from experiments.config import TAKEN, UNSOLVED, Entry, Training
 from variants.settings import method
 
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly however many are taken (Weyl)
@@ -104,6 +105,41 @@ def solved(entry: Entry, adapter: variants.Adapter, parameters: int, scale: floa
     if max(starts.values()) > base:
         settings["alpha_pattern"] = {f"^{re.escape(n)}$": scale * r**power for n, r in starts.items() if r != base}
     return entry.model_copy(update={"settings": settings})
+
+
+def taking(entry: Entry, ranks: Mapping[str, int], scales: Mapping[str, float]) -> Entry:
+    """The entry with these ranks, 0 among them, and alphas that give every site its scale alpha/r.
+
+    Raises:
+        ValueError: no site has a rank.
+    """
+    if not any(ranks.values()):
+        raise ValueError(f'{entry.label}: "{entry.ranks_of}" ended with no rank at any site, so there is nothing to train')
+    settings = {k: v for k, v in entry.settings.items() if k not in TAKEN}
+    power = 1.0 if settings.get("scaling", "alpha/r") == "alpha/r" else 0.5
+    alphas = {name: scales[name] * max(rank, 1) ** power for name, rank in ranks.items()}
+    settings["rank"] = max(ranks.values())
+    settings["alpha"] = max(alphas.values())
+    for key, values, default in (("rank_pattern", ranks, "rank"), ("alpha_pattern", alphas, "alpha")):
+        if others := _beside(values, settings[default]):
+            settings[key] = others
+    return entry.model_copy(update={"settings": settings})
+
+
+def _beside(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """The values that are not the default, each by a pattern that matches its site alone."""
+    return {f"^{re.escape(name)}$": value for name, value in values.items() if value != default}
+
+
+def permuted(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], seed: int) -> dict[str, int]:
+    """The ranks permuted among the sites of the same shape, so that the parameters stay as many; drawn by the seed."""
+    random = np.random.default_rng([seed, *b"permuted"])
+    found = dict(ranks)
+    for shape in dict.fromkeys(shapes[name] for name in ranks):
+        names = [name for name in ranks if shapes[name] == shape]
+        for name, at in zip(names, random.permutation(len(names)), strict=True):
+            found[name] = ranks[names[at]]
+    return found
 
 
 def steps_for_time(training: Training, rows: int, own_seconds: float, reference_seconds: float) -> Training:

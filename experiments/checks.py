@@ -28,6 +28,13 @@ def check(study: Study) -> None:
         ValueError: an unknown task, terms not accepted, phases longer than the run; one line for each fault.
     """
     faults = []
+    for entry in study.methods:
+        if entry.ranks_of is not None and entry.swept and not set(study.sweep.seeds) <= set(study.seeds):
+            beside = sorted(set(study.sweep.seeds) - set(study.seeds))
+            faults.append(
+                f'{entry.label}: the sweep has seeds {beside}, with which "{entry.ranks_of}" has no final run to take ranks '
+                f"of: take sweep.seeds among the study's seeds, or give one learning rate"
+            )
     for name in study.tasks:
         try:
             task = get_task(name)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from variants.settings import (
     METHODS,
+    PATTERNS,
     Count,
     Fraction,
     NonNegative,
@@ -148,6 +149,13 @@ class Entry(_Section):
     """Modules to adapt."""
     settings: dict[str, Any] = {}
     """The method's own settings; step counts may be shares of the run, "10%"."""
+    ranks_of: str | None = None
+    """Label of another entry: each seed takes the ranks, and the scale alpha/r of each site, that this one's final run of the
+    same seed ended with, and trains them from scratch."""
+    permuted: bool = False
+    """With `ranks_of`: these ranks permuted over the sites of the same shape, by the seed; the parameters stay as many."""
+    source: "Entry | None" = None
+    """The entry that `ranks_of` names, filled in by `parse`, so that it is known where --methods leaves it out."""
 
     @property
     def swept(self) -> bool:
@@ -288,12 +296,15 @@ def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study
         faults.append(f'{where}.tasks: a study names at least one task; add tasks = ["glue/stsb"]')
         raw["tasks"] = ["-"]
     used: set[str] = set()
-    built = []
+    built, whole = [], True
     for index, entry in enumerate(entries):
         try:
             built.append(_entry(entry, defaults, used, f"{where}.methods[{index}]", solved))
         except ValueError as error:
             faults.append(str(error))
+            whole = False
+    if whole:
+        faults += _give_sources(built, where)
     for key in sorted(set(defaults) - used):
         readable = sorted({f for m in METHODS.values() for f in m.settings.model_fields} | set(Entry.model_fields))
         hint = nearest(key, readable) if key not in readable else ""
@@ -315,6 +326,7 @@ BUDGETED = (
     *("rank", "initial_rank", "target_rank", "target_total", "target_parameters", "total_rank", "total_parameters"),
     *("alpha", "rank_pattern", "alpha_pattern"),
 )
+TAKEN = ("rank", "alpha", "rank_pattern", "alpha_pattern", "targets")  # what follows from the entry that ranks_of names
 UNSOLVED = {"rank": 1, "initial_rank": 1, "target_rank": 1}  # until experiments/budget.py has seen the model's shapes
 
 
@@ -335,13 +347,21 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
         raise ValueError(f"{where}: {error}") from None
     own = set(spec.settings.model_fields)
     shared = {"method", "label", "learning_rate", "learning_rates"} | ({"targets"} if spec.takes_targets else set())
+    taken = "ranks_of" in entry
+    if spec.takes_ranks:
+        shared |= {"ranks_of", "permuted"}
     faults = []
     for key in [k for k in entry if k not in own | shared]:
         if key == "targets":
             faults.append(f"{where}.targets: {spec.name} inserts nothing at targets, so it has no effect: take it out")
+        elif key in ("ranks_of", "permuted"):
+            takers = ", ".join(one.name for one in METHODS.values() if one.takes_ranks)
+            faults.append(f"{where}.{key}: {spec.name} takes no ranks; methods that do: {takers}")
         else:
             faults.append(f"{where}.{key}: unknown setting of {spec.name}{nearest(key, own | shared)}")
-    inherited = {k: v for k, v in defaults.items() if k in own | (shared - {"method", "label"})}
+    inherited = {k: v for k, v in defaults.items() if k in own | (shared - {"method", "label", "ranks_of", "permuted"})}
+    if taken:
+        inherited = {k: v for k, v in inherited.items() if k not in TAKEN}
     used |= set(inherited)
     if {"learning_rate", "learning_rates"} & set(entry):
         inherited = {k: v for k, v in inherited.items() if k not in ("learning_rate", "learning_rates")}
@@ -353,7 +373,11 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
     if rates is None and rate is None:
         faults.append(f"{where}.learning_rate: missing; give one, or learning_rates to choose from")
     settings = {k: v for k, v in merged.items() if k in own}
-    if solved:
+    if taken:
+        given = sorted(set(TAKEN) & set(merged))
+        faults.extend(f"{where}.{k}: follows from ranks_of: take it out" for k in given)
+        settings |= {k: v for k, v in UNSOLVED.items() if k in own}
+    elif solved:
         given = sorted(set(BUDGETED) & set(settings))
         faults.extend(f"{where}.{k}: follows from the budget of parameters: take it out, or [budget]" for k in given)
         settings |= {k: v for k, v in UNSOLVED.items() if k in own}
@@ -365,6 +389,7 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
     try:
         check(spec.name, {k: _steps(v, 100) if k in STEP_COUNTS else v for k, v in settings.items()})
         lists = [k for k, v in settings.items() if isinstance(v, list)]
+        lists += [k for k in PATTERNS if any(isinstance(v, list) for v in settings.get(k, {}).values())]
         faults.extend(f"{where}.{k} = {settings[k]}: a study's entry has one value; write an entry for each" for k in lists)
     except ValueError as error:
         faults.extend(line.replace(spec.name, where, 1) for line in str(error).splitlines())
@@ -376,7 +401,33 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
         "learning_rates": [rate] if rates is None else rates,
         **({"targets": merged["targets"]} if "targets" in merged else {}),
         "settings": settings,
+        **{k: merged[k] for k in ("ranks_of", "permuted") if k in merged},
     }
+
+
+def _give_sources(entries: list[dict[str, Any]], where: str) -> list[str]:
+    """Gives each entry that takes its ranks from another that one and its targets; the faults of those that cannot."""
+    faults = []
+    by_label = {entry["label"]: entry for entry in entries}
+    for index, entry in enumerate(entries):
+        place = f"{where}.methods[{index}]"
+        if "ranks_of" not in entry:
+            if entry.get("permuted"):
+                faults.append(f"{place}.permuted has no effect without ranks_of: take it out, or name whose ranks")
+            continue
+        label = entry["ranks_of"]
+        source = by_label.get(label) if isinstance(label, str) else None
+        if source is None:
+            faults.append(f'{place}.ranks_of = "{label}" is no label of a method{nearest(str(label), by_label)}')
+        elif "ranks_of" in source:
+            faults.append(f'{place}.ranks_of = "{label}": this takes its own ranks from "{source["ranks_of"]}": name that')
+        elif not method(source["method"]).takes_targets:
+            faults.append(f'{place}.ranks_of = "{label}": {source["method"]} has no ranks: name a low-rank method')
+        else:
+            entry["source"] = source
+            if "targets" in source:
+                entry["targets"] = source["targets"]
+    return faults
 
 
 def _contradictions(study: Study) -> list[str]:
@@ -397,6 +448,12 @@ def _contradictions(study: Study) -> list[str]:
         given = ", ".join(f"{k} {v}" for k, v in numbers.items())
         faults.append(f"methods have unequal numbers of learning rates ({given}): give each as many, or set quick = true")
     faults += _budget_faults(study.budget)
+    takers = [entry.label for entry in study.methods if entry.ranks_of is not None]
+    if takers and study.budget.equal in ("time", "memory"):
+        faults.append(
+            f'{takers[0]}: ranks_of needs runs that are not made when budget.equal = "{study.budget.equal}" measures a step: '
+            f"take another budget, or the entry out"
+        )
     if study.protocol == "best-dev-epoch" and study.training.evaluations_per_epoch == 0:
         faults.append('training.evaluations_per_epoch = 0: protocol = "best-dev-epoch" scores every epoch, so give at least 1')
     sweep = study.sweep

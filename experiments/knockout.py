@@ -125,7 +125,7 @@ def of_run(folder: Path, rows: int = ROWS) -> dict[str, Any]:
     folder = Path(folder)
     if not (folder / "adapter").is_dir():
         raise ValueError(
-            f"{folder}: no adapter/ there, so nothing can be taken out: a committed run holds no weights; make it again"
+            f"{folder} has no adapter/ (a committed run holds no weights), so nothing can be taken out: make it again"
         )
     config, result = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "result.json"))
     task = get_task(config["task"])

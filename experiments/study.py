@@ -36,8 +36,8 @@ from experiments.tasks import get as get_task
 from experiments.tasks.common import Encoded, Task
 from experiments.trainer import Outcome, Pack, Trainer, replacing, write_json
 from variants.anatomy import COSINE, INTRUDERS, TOP, anatomy
-from variants.base import NotPackable
-from variants.settings import Settings, method
+from variants.base import NotPackable, weight_of
+from variants.settings import Settings, method, together
 
 SCHEMA = 1
 NUMERICS = 2  # raised by every commit that changes what a run computes
@@ -55,6 +55,7 @@ class Prepared:
     data: dict[str, Encoded]  # "train", and each split that is evaluated
     data_hash: str
     targets: dict[str, list[str]]  # entry label -> names of the sites
+    shapes: dict[str, tuple[int, int]]  # site -> (out, in)
     captions: list[str]
 
 
@@ -149,6 +150,11 @@ class Runner:
         self.added: list[Group] = []  # packs that became known while running
         self.prepared: dict[str, Prepared] = {}
         self.measured: dict[str, dict[str, dict[str, float]]] = {}  # task -> label -> what a step of it takes
+        labels = [entry.label for entry in study.methods]
+        takers = [entry for entry in study.methods if entry.ranks_of is not None]
+        self.sources = {e.ranks_of: e.source for e in takers if e.ranks_of not in labels}  # those that --methods leaves out
+        self._placements: dict[tuple[str, str, int], tuple[dict[str, int], dict[str, float]]] = {}
+        self._makes = True  # False: what is missing is not made
         self._bases: dict[str, Any] = {}  # what anatomy asks of the pre-trained weights, the same for every run
         self._strangers: set[str] = set()
         self._made: set[str] = set()  # fingerprints of the runs that ended here, which are not tried again
@@ -177,20 +183,22 @@ class Runner:
             for split in sorted(data):
                 for block in data[split].content():
                     digest.update(block)
-            targets = {}
+            targets, shapes = {}, {}
             total = training.total_steps(len(data["train"]))
             entries = []
-            for entry in self.study.methods:
+            for entry in (*self.study.methods, *self.sources.values()):
                 with collecting(faults):
                     adapter = variants.create(entry.method, **_given(entry.resolved(total)))
                     adapter.attach(model, entry.targets, head=info.heads, calibration=variants.Uncalibrated())
                     targets[entry.label] = [n for n, site in adapter.named_sites() if hasattr(site, "rank")]
+                    shapes |= {name: tuple(weight_of(adapter.base(name)).shape) for name in targets[entry.label]}
                     equal = self.study.budget
-                    if equal.equal == "parameters":
+                    if equal.equal == "parameters" and entry.ranks_of is None:
                         entry = budget.solved(entry, adapter, equal.parameters, equal.scale)
                     adapter.detach()
                 entries.append(entry)
-            self._take(entries)
+            self.sources = {entry.label: entry for entry in entries[len(self.study.methods) :]}
+            self._take(entries[: len(self.study.methods)])
             faults.extend(_twins(self.study.methods, total, targets))
             check_phases(self.study, len(data["train"]), faults)
             captions = [
@@ -198,7 +206,7 @@ class Runner:
                 *task.captions_by_model.get(self.study.model, ()),
                 *_subset_captions(task, data, training),
             ]
-            self.prepared[name] = Prepared(task, data, digest.hexdigest(), targets, captions)
+            self.prepared[name] = Prepared(task, data, digest.hexdigest(), targets, shapes, captions)
         if faults:
             raise ValueError("\n".join(dict.fromkeys(faults)))
 
@@ -229,13 +237,17 @@ class Runner:
             known = _read_json(self.out / "study.json") or {}
             self._measure()
             self._write_study(known, complete=False)
+            for source in self.sources.values():
+                self._look_up(source)
             results = []
-            for task in self.study.tasks:
-                for entry in self.study.methods:
-                    results += self._sweep(entry, task) if entry.swept else []
-                for group in self.groups:
-                    if group.phase == "final" and group.task == task:
-                        results += self._run_group(group)
+            for takes in (False, True):  # those that take ranks of others come after these
+                for task in self.study.tasks:
+                    for entry in self.study.methods:
+                        if entry.swept and (entry.ranks_of is not None) == takes:
+                            results += self._sweep(entry, task)
+                    for group in self.groups:
+                        if group.phase == "final" and group.task == task and (group.entry.ranks_of is not None) == takes:
+                            results += self._run_group(group)
             self._write_study(known, complete=True)
         if self._strangers:
             self.say(f"note: some results come from {'; '.join(sorted(self._strangers))}, and are kept as they are")
@@ -255,7 +267,8 @@ class Runner:
 
     def _sweep(self, entry: Entry, task: str) -> list[dict[str, Any]]:
         """Runs a method's grid, widens it while its best rate stands at the edge, and goes up the rungs; all results."""
-        grid = [g for g in self.groups if g.phase == "sweep" and g.entry.label == entry.label and g.task == task]
+        known = (*self.groups, *self.added)
+        grid = [g for g in known if g.phase == "sweep" and g.entry.label == entry.label and g.task == task]
         results = [result for group in grid for result in self._run_group(group)]
         size = len(entry.learning_rates)
         most = self.study.sweep.most_trials(size, self.study.quick)
@@ -284,6 +297,62 @@ class Runner:
                     if result is not None:
                         found.append((rate, result["selection_score"]))
         return sweep.by_rate(found)
+
+    # -- ranks of another entry -------------------------------------------------------------------------------------
+
+    def _look_up(self, source: Entry) -> None:
+        """Finds the finished runs of an entry that others take their ranks of, and that was not asked for.
+
+        Raises:
+            ValueError: some are not finished.
+        """
+        self._makes = False
+        alone = groups(self.study.model_copy(update={"methods": [source]}), self.pack)
+        self.added += alone
+        self.more(sum(self._work(group) for group in alone))
+        try:
+            for task in self.study.tasks:
+                if source.swept:
+                    self._sweep(source, task)
+                for group in alone:
+                    if group.phase == "final" and group.task == task:
+                        self._run_group(group)
+        finally:
+            self._makes = True
+
+    def _placement(self, entry: Entry, task: str, seed: int) -> tuple[dict[str, int], dict[str, float]]:
+        """Rank and scale of each site at the end of the final run, with that seed, of the entry that this one takes them of.
+
+        Raises:
+            ValueError: that run is not there, or failed.
+        """
+        key = entry.ranks_of, task, seed
+        if key not in self._placements:
+            known = (*self.groups, *self.added)
+            finals = [g for g in known if (g.phase, g.entry.label, g.task) == ("final", entry.ranks_of, task)]
+            group = next((g for g in finals if seed in [s for s, _ in g.members]), None)
+            if group is None:
+                raise ValueError(f'{entry.label}: "{entry.ranks_of}" has no final run with seed {seed}: add it to the seeds')
+            result = self._result(self._specify(group, seed, dict(self._rates(group))[seed]))
+            if result is None or result["status"] != "completed":
+                what = "is not finished" if result is None else f"failed ({result['error']})"
+                raise ValueError(
+                    f'{entry.label}: the run of "{entry.ranks_of}" on {task} with seed {seed} {what}, so that there are no '
+                    f"ranks to take: run it again (--retry-failed), or take the entry out"
+                )
+            scale = result["scale"]
+            scales = scale if isinstance(scale, dict) else dict.fromkeys(result["ranks"], scale)
+            self._placements[key] = result["ranks"], scales
+        return self._placements[key]
+
+    def _settings(self, entry: Entry, task: str, seed: int, total: int) -> Settings:
+        """The settings of a run: the entry's, with the ranks of another entry's run where it takes them."""
+        if entry.ranks_of is not None:
+            ranks, scales = self._placement(entry, task, seed)
+            if entry.permuted:
+                ranks = budget.permuted(ranks, self.prepared[task].shapes, seed)
+            entry = budget.taking(entry, ranks, scales)
+        return entry.resolved(total)
 
     # -- equal time, equal memory -----------------------------------------------------------------------------------
 
@@ -373,6 +442,12 @@ class Runner:
         done = len(runs) - len(missing)
         if done:
             self.progress(what, self._work(group) * done / len(runs))
+        if missing and not self._makes:
+            takers = ", ".join(e.label for e in self.study.methods if e.ranks_of == group.entry.label)
+            raise ValueError(
+                f'{takers}: takes its ranks from "{group.entry.label}", of which {len(missing)} of {len(runs)} runs '
+                f"({group.phase}, {group.task}) are not finished in {self.out}: name it in --methods too"
+            )
         while missing:
             begun = self._begun(group, runs, missing)
             members = missing if begun is None else begun
@@ -500,7 +575,7 @@ class Runner:
         prepared = self.prepared[first.task]
         return Pack(
             method=first.entry.method,
-            settings=first.settings,
+            settings=together([run.settings for run in runs]),
             targets=["^" + re.escape(name) for name in prepared.targets[first.entry.label]] or first.entry.targets,
             task=prepared.task,
             model=self.study.model,
@@ -553,7 +628,7 @@ class Runner:
 
     def _specify(self, group: Group, seed: int, rate: float) -> Run:
         prepared, training = self.prepared[group.task], self._training(group)
-        settings = group.entry.resolved(training.total_steps(len(prepared.data["train"])))
+        settings = self._settings(group.entry, group.task, seed, training.total_steps(len(prepared.data["train"])))
         facts = {
             "numerics": NUMERICS,
             "phase": group.phase,
@@ -615,6 +690,8 @@ class Runner:
             **self._names(run),
             "quick": self.study.quick,
             "method_settings": run.settings.model_dump(mode="json"),
+            "allocation": _placed_by(run),
+            "ranks_of": run.entry.ranks_of,
             "training": run.training.model_dump(mode="json"),
             "targets": run.entry.targets if method(run.entry.method).takes_targets else None,
             "targets_resolved": prepared.targets[run.entry.label],
@@ -744,12 +821,20 @@ def _twins(entries: Sequence[Entry], total: int, targets: dict[str, list[str]]) 
     for entry in entries:
         if entry.label not in targets:
             continue  # it has a fault of its own
-        same = entry.method, entry.resolved(total).model_dump_json(), tuple(targets[entry.label])
+        taken = entry.ranks_of, entry.permuted
+        same = entry.method, entry.resolved(total).model_dump_json(), tuple(targets[entry.label]), taken
         for rate in entry.learning_rates:
             other = seen.setdefault((same, rate), entry.label)
             if other != entry.label:
                 faults.append(f'"{other}" and "{entry.label}" are the same runs at learning rate {rate:g}: take one out')
     return faults
+
+
+def _placed_by(run: Run) -> str:
+    """What placed the ranks of a run: see `Settings.allocation`; "taken" from another run, or taken and "permuted"."""
+    if run.entry.ranks_of is not None:
+        return "permuted" if run.entry.permuted else "taken"
+    return method(run.entry.method).placed_by(run.settings)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

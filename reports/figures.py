@@ -6,6 +6,7 @@ where there is nothing to draw. matplotlib is imported when the first figure is 
 """
 
 import io
+import itertools
 import textwrap
 import zlib
 from collections.abc import Iterable, Sequence
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reports.ranks import module_labels, site_order, split_site
+from reports.ranks import RankMap, believed_and_measured, module_labels, site_order, split_site
 from reports.results import Arm, Result, Run, Study, best_rate, rate_score, write_file
+from reports.statistics import jaccard, spearman
 from reports.tables import decimal, mean_ranks, rate_text
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ LINES = ("-", "--", ":", "-.")  # the first, second, ... setting of one method
 # Paul Tol's "muted": the kinds of modules, which must not be mistaken for methods.
 KIND_COLOURS = ("#332288", "#44aa99", "#cc6677", "#ddaa33", "#88ccee", "#882255", "#117733", "#aa4499", "#999933")
 INK, FAINT = "#222222", "#8a8a8a"
-RANK_COLOURS = "YlGnBu"
+RANK_COLOURS, DIFFERENCE_COLOURS = "YlGnBu", "PuOr"
 
 STYLE = {
     "font.family": "DejaVu Sans",  # matplotlib carries it: the same letters on every machine
@@ -83,7 +85,7 @@ class Drawing:
 
 def draw_all(study: Study) -> list[Drawing]:
     """Every figure that the part has data for, in the order of the report."""
-    drawings = (function(study) for function in (rank_map, budget, ranks_over_time, learning_curves, rates))
+    drawings = (function(study) for function in DRAWN)
     return [drawing for drawing in drawings if drawing is not None]
 
 
@@ -114,12 +116,7 @@ def rank_map(study: Study) -> Drawing | None:
     ranks = [{site: rank.active for site, rank in mean_ranks(arm).items()} for arm in arms]
     if not any(ranks):
         return None
-    sites = site_order(site for found in ranks for site in found)
-    labels = module_labels(sites)
-    layered = [site for site in sites if split_site(site)[1] is not None]
-    others = [site for site in sites if split_site(site)[1] is None]
-    layers = sorted({split_site(site)[1] for site in layered})
-    kinds = list(dict.fromkeys(labels[site] for site in layered))
+    layers, kinds, others, labels = _grid(site for found in ranks for site in found)
     top = max(rank.nominal for arm in arms for rank in mean_ranks(arm).values()) or 1
 
     wide = max(len(layers), 4)
@@ -161,6 +158,8 @@ def _rank_panel(
     labels: dict[str, str],
     top: float,
     small: bool,
+    colours: str = RANK_COLOURS,
+    bottom: float = 0.0,
 ) -> None:
     """Cells of the layers, then a row as wide as the panel for each site that belongs to no layer."""
     grid = np.full((len(kinds) + len(others), len(layers) or 1), np.nan)
@@ -175,7 +174,7 @@ def _rank_panel(
             row, column = kinds.index(labels[site]), layers.index(layer)
             grid[row, column] = rank
             where[row, column] = rank
-    mesh = ax.pcolormesh(np.ma.masked_invalid(grid), cmap=RANK_COLOURS, vmin=0, vmax=top)
+    mesh = ax.pcolormesh(np.ma.masked_invalid(grid), cmap=colours, vmin=bottom, vmax=top)
     ax.grid(False)
     for x in range(grid.shape[1] + 1):
         ax.plot([x, x], [0, len(kinds)], color="white", linewidth=1.2)
@@ -185,7 +184,7 @@ def _rank_panel(
     size = (7 if longest < 3 else 5.5) if small else (9 if longest < 4 else 8.2)
     for (row, column), rank in where.items():
         x = grid.shape[1] / 2 if column is None else column + 0.5
-        red, green, blue, _ = mesh.cmap(rank / top)
+        red, green, blue, _ = mesh.cmap((rank - bottom) / (top - bottom))
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
         ax.text(x, row + 0.52, decimal(rank), ha="center", va="center", fontsize=size, color="white" if dark else INK)
     ax.set_xticks(np.arange(len(layers)) + 0.5, layers, fontsize=7.5 if small else None)
@@ -194,6 +193,278 @@ def _rank_panel(
     ax.tick_params(length=0)
     for spine in ax.spines.values():
         spine.set_visible(False)
+
+
+def allocation_pair(study: Study) -> Drawing | None:
+    """The two allocations that differ most of the part's settings, side by side; None where all are alike."""
+    found = [(arm, {site: rank.active for site, rank in mean_ranks(arm).items()}) for arm in study.arms if arm.has_ranks]
+    pairs = [
+        (sum(abs(one.get(site, 0) - other.get(site, 0)) for site in one.keys() | other.keys()), -i, -j)
+        for i, (_, one) in enumerate(found)
+        for j, (_, other) in enumerate(found)
+        if i < j
+    ]
+    if not pairs or not max(pairs)[0]:
+        return None
+    _, i, j = max(pairs)
+    (first, one), (second, other) = found[-i], found[-j]
+    return side_by_side(first.setting, one, second.setting, other, f"{_of(study)} ({_seeds([first, second])})")
+
+
+def one_map(found: RankMap) -> Drawing:
+    """Layer x module of one run or adapter."""
+    ranks = {site.site: float(site.active) for site in found.sites}
+    layers, kinds, others, labels = _grid(ranks)
+    wide = max(len(layers), 4)
+    with house_style():
+        figure, (ax,) = panels(1, 1, (wide * 0.44 + 3.2, 0.36 * (len(kinds) + len(others)) + 1.6))
+        top = max(site.nominal for site in found.sites) or 1
+        _rank_panel(ax, ranks, layers, kinds, others, labels, top, small=wide > 16)
+        ax.set_xlabel("layer")
+        title = f"Active rank of each layer and module, {found.name} (total {decimal(sum(ranks.values()))})"
+        title_above(figure, title)
+    return Drawing("rank-map", title, f"Heat-map of ranks, {len(kinds)} kinds of modules by {len(layers)} layers.", figure)
+
+
+def one_spectrum(found: RankMap) -> Drawing:
+    """Singular values of every site's dW in one run or adapter, a colour a kind of module."""
+    labels = module_labels([site.site for site in found.sites])
+    kinds = list(dict.fromkeys(labels.values()))
+    with house_style():
+        figure, (ax,) = panels(1, 1, (7.6, 4.2))
+        for site in found.sites:
+            tint = KIND_COLOURS[kinds.index(labels[site.site]) % len(KIND_COLOURS)]
+            ax.plot(range(1, len(site.singular_values) + 1), site.singular_values, color=tint, linewidth=1.1, alpha=0.75,
+                    label=labels[site.site])  # fmt: skip
+        ax.set_yscale("log")
+        ax.set_xlabel("place")
+        ax.set_ylabel("singular value of dW")
+        handles = {line.get_label(): line for line in ax.lines}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4))
+        title = f"Spectrum of each site's update, {found.name}"
+        title_above(figure, title)
+    return Drawing("spectra", title, f"Singular values of dW of {len(found.sites)} sites.", figure)
+
+
+def _grid(sites: Iterable[str]) -> tuple[list[int], list[str], list[str], dict[str, str]]:
+    """Layers, module kinds, the sites of no layer, and the label of each site."""
+    sites = site_order(sites)
+    labels = module_labels(sites)
+    layered = [site for site in sites if split_site(site)[1] is not None]
+    others = [site for site in sites if split_site(site)[1] is None]
+    layers = sorted({split_site(site)[1] for site in layered})
+    return layers, list(dict.fromkeys(labels[site] for site in layered)), others, labels
+
+
+def side_by_side(first: str, one: dict[str, float], second: str, other: dict[str, float], where: str) -> Drawing:
+    """Two allocations, and second minus first, in a grid of layers and modules each.
+
+    one, other: site -> active rank.
+    """
+    layers, kinds, others, labels = _grid([*one, *other])
+    difference = {site: other.get(site, 0.0) - one.get(site, 0.0) for site in labels}
+    top = max([*one.values(), *other.values()], default=0) or 1
+    most = max(map(abs, difference.values()), default=0) or 1
+    wide = max(len(layers), 4)
+    size = (min(3 * wide * 0.4 + 3.6, 22), 0.34 * (len(kinds) + len(others)) + 1.7)
+    with house_style():
+        figure, axes = panels(1, 3, size, sharey=True)
+        for ax, name, ranks in zip(axes, (first, second), (one, other), strict=False):
+            _rank_panel(ax, ranks, layers, kinds, others, labels, top, small=wide > 16)
+            ax.set_title(f"{name}   total {decimal(sum(ranks.values()))}", pad=5)
+        _rank_panel(axes[2], difference, layers, kinds, others, labels, most, wide > 16, DIFFERENCE_COLOURS, -most)
+        axes[2].set_title("second minus first", pad=5)
+        for ax in axes:
+            ax.set_xlabel("layer")
+        for ax, words in ((axes[1], "active rank"), (axes[2], "difference")):
+            bar = figure.colorbar(ax.collections[0], ax=ax, shrink=0.8, aspect=20, pad=0.02)
+            bar.set_label(words)
+            bar.outline.set_visible(False)
+        title = f"{first} and {second}: where the rank went, {where}"
+        title_above(figure, title)
+    alt = (
+        f"Heat-maps of the ranks of {first}, of {second} and of their difference, {len(kinds)} modules by {len(layers)} layers."
+    )
+    return Drawing("side-by-side", title, alt, figure)
+
+
+def stability(study: Study) -> Drawing | None:
+    """How alike two seeds of one setting are: for each pair Spearman's correlation and Jaccard's overlap of their ranks."""
+    found = {arm: pairs for arm in study.arms if (pairs := seed_pairs(arm))}
+    if not found:
+        return None
+    measures = ("Spearman", "Jaccard, ranks", "Jaccard, sites")
+    with house_style():
+        figure, axes = panels(1, 3, (9.8, 0.42 * len(found) + 1.9), sharey=True)
+        for ax, name, at in zip(axes, measures, range(3), strict=True):
+            for row, (arm, pairs) in enumerate(found.items()):
+                values = [pair[at] for pair in pairs if pair[at] is not None]
+                # Points of one setting are moved apart up and down, so that equal ones can be counted.
+                spread = np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else [0.0]
+                ax.plot(values, row + np.asarray(spread)[: len(values)], linestyle="", marker=MARKERS.get(arm.method, "o"),
+                        markersize=4, alpha=0.6, color=colour(arm.method))  # fmt: skip
+                if values:
+                    ax.plot([np.mean(values)] * 2, [row - 0.34, row + 0.34], color=colour(arm.method), linewidth=2.2)
+            ax.set_title(name)
+            ax.set_xlim(-1.05 if name == "Spearman" else -0.05, 1.05)
+        axes[0].set_yticks(range(len(found)), _names(list(found)))
+        axes[0].set_ylim(len(found) - 0.5, -0.5)
+        title = f"Is the allocation the same at another seed? {_of(study)} (a point a pair of seeds, a line their mean)"
+        title_above(figure, title)
+    alt = f"Agreement of the ranks of pairs of seeds for {', '.join(_names(list(found)))}."
+    return Drawing("stability", title, alt, figure)
+
+
+def seed_pairs(arm: Arm) -> list[tuple[float | None, float | None, float | None]]:
+    """For each pair of seeds Spearman's correlation of their ranks, and Jaccard's overlap of ranks and of the sites kept.
+
+    Empty where there is one seed, or where every seed has one rank everywhere, so that there is nothing to be alike.
+    """
+    ranks = [result.ranks for result in arm.completed if result.ranks]
+    if all(len(set(one.values())) == 1 for one in ranks):
+        return []
+    found = []
+    for one, other in itertools.combinations(ranks, 2):
+        sites = [site for site in one if site in other]
+        kept = [{site: int(rank > 0) for site, rank in ranks.items()} for ranks in (one, other)]
+        correlation = spearman([one[site] for site in sites], [other[site] for site in sites])
+        found.append((correlation, jaccard(one, other), jaccard(*kept)))
+    return found
+
+
+# --- what became of the weights ------------------------------------------------------------------------------------
+
+
+def importance(study: Study) -> Drawing | None:
+    """The allocator's score of every slot against its place, kept and cut, of the first seed; a panel a setting."""
+    shown = {arm: run for arm in study.arms for run in _with_scores(arm)[:1]}
+    if not shown:
+        return None
+    columns = min(len(shown), 2)
+    rows = -(-len(shown) // columns)
+    with house_style():
+        figure, axes = panels(rows, columns, (9.6 if columns == 2 else 6.4, 3.0 * rows + 0.6))
+        for ax, (arm, run) in zip(axes, shown.items(), strict=False):
+            slots = [
+                (score, keep == "1")
+                for facts in run.sites.values()
+                for score, keep in zip(facts.scores or (), facts.kept or "", strict=True)
+                if score is not None
+            ]
+            slots.sort(key=lambda slot: -slot[0])
+            for keep, tint, label in ((False, FAINT, "cut"), (True, colour(arm.method), "kept")):
+                points = [(i + 1, score) for i, (score, kept) in enumerate(slots) if kept == keep]
+                if points:
+                    ax.plot(*zip(*points, strict=True), linestyle="", marker=".", markersize=4, color=tint, label=label)
+            kept = sum(keep for _, keep in slots)
+            ax.axvline(kept + 0.5, color=INK, linewidth=1.0, linestyle=(0, (4, 2.5)))
+            ax.annotate(f"{kept:,} kept", (kept + 0.5, 0.97), xycoords=("data", "axes fraction"), xytext=(4, 0),
+                        textcoords="offset points", va="top", fontsize=8.5, color=INK)  # fmt: skip
+            positive = [score for score, _ in slots if score > 0]
+            if len(positive) == len(slots) and max(positive) > 20 * min(positive):
+                ax.set_yscale("log")
+            ax.set_title(f"{arm.setting}, seed {run.config.seed}")
+            ax.set_xlabel("slot, the most important first")
+            ax.legend(loc="lower left")
+        axes[0].set_ylabel("importance (the allocator's score)")
+        for ax in axes[len(shown) :]:
+            ax.set_axis_off()
+        title = f"Importance of every slot at the end, and the cut, {_of(study)}"
+        title_above(figure, title)
+    alt = f"Sorted importance scores and which slots were kept, for {', '.join(_names(list(shown)))}."
+    return Drawing("importance", title, alt, figure)
+
+
+def _with_scores(arm: Arm) -> list[Run]:
+    return [run for run in arm.of("completed") if any(facts.scores for facts in run.sites.values())]
+
+
+def spectra(study: Study) -> Drawing | None:
+    """Singular values of dW, the mean over layers and seeds of each kind of module; full fine-tuning's real dW beside."""
+    found = {arm: values for arm in study.arms if (values := _mean_spectra(arm))}
+    if not found:
+        return None
+    sites = site_order(site for values in found.values() for site in values)
+    labels = module_labels(sites)
+    kinds = list(dict.fromkeys(labels[site] for site in sites))
+    columns = min(len(kinds), 3)
+    rows = -(-len(kinds) // columns)
+    with house_style():
+        figure, axes = panels(rows, columns, (3.3 * columns, 2.6 * rows + 0.9), sharex=True, sharey=True)
+        for ax, kind in zip(axes, kinds, strict=False):
+            for arm, line in _lines(list(found)):
+                members = [found[arm][site] for site in sites if labels[site] == kind and site in found[arm]]
+                length = max(map(len, members), default=0)
+                padded = np.array([values + [0.0] * (length - len(values)) for values in members])
+                if not length:
+                    continue
+                means = padded.mean(0)
+                shown = means > 0
+                ax.plot(np.arange(1, length + 1)[shown], means[shown], label=arm.setting, color=colour(arm.method),
+                        linestyle=line, linewidth=1.5, marker=MARKERS.get(arm.method, "o"), markersize=3)  # fmt: skip
+            ax.set_yscale("log")
+            ax.set_title(kind)
+        for ax in axes[len(kinds) :]:
+            ax.set_axis_off()
+        for ax in axes[: len(kinds)][-columns:]:
+            ax.set_xlabel("place")
+        for ax in axes[::columns]:
+            ax.set_ylabel("singular value of dW")
+        handles = {line.get_label(): line for ax in axes for line in ax.lines}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 6))
+        title = f"Spectrum of each update, {_of(study)} (means over layers; {_seeds(list(found))})"
+        title_above(figure, title)
+    alt = f"Singular values of dW by kind of module for {', '.join(_names(list(found)))}."
+    return Drawing("spectra", title, alt, figure)
+
+
+def _mean_spectra(arm: Arm) -> dict[str, list[float]]:
+    """Site -> the mean over seeds of each of its singular values that were kept; one that is not there is 0."""
+    runs = [run.sites for run in arm.of("completed") if run.sites]
+    found = {}
+    for site in dict.fromkeys(site for sites in runs for site in sites):
+        values = [sites[site].singular_values or [] for sites in runs if site in sites]
+        length = max(map(len, values), default=0)
+        if length:
+            found[site] = np.mean([one + [0.0] * (length - len(one)) for one in values], axis=0).tolist()
+    return found
+
+
+def knock_out(study: Study) -> Drawing | None:
+    """The rise of the loss without each site against what was believed of it: importance, or |dW|/|W| where there is none."""
+    shown = {}
+    for arm in study.arms:
+        runs = [run for run in arm.of("completed") if run.knock_out and run.sites]
+        if runs:
+            shown[arm] = runs
+    if not shown:
+        return None
+    columns = min(len(shown), 3)
+    rows = -(-len(shown) // columns)
+    with house_style():
+        figure, axes = panels(rows, columns, (3.3 * columns + 0.4, 2.8 * rows + 0.7))
+        for ax, (arm, runs) in zip(axes, shown.items(), strict=False):
+            by = "importance" if any(believed_and_measured(run, "importance")[0] for run in runs) else "relative_norm"
+            for run in runs:
+                believed, increases = believed_and_measured(run, by)
+                ax.plot(believed, increases, linestyle="", marker=MARKERS.get(arm.method, "o"), markersize=4, alpha=0.6,
+                        color=colour(arm.method))  # fmt: skip
+            correlations = [spearman(*believed_and_measured(run, by)) for run in runs]
+            known = [value for value in correlations if value is not None]
+            ax.axhline(0, color=FAINT, linewidth=0.8)
+            ax.set_title(arm.setting)
+            if known:
+                ax.set_title(f"rho {np.mean(known):+.2f}", loc="right", fontsize=9, fontweight="normal", color=INK)
+            ax.set_xlabel("importance, sum of the site" if by == "importance" else "|dW| / |W|")
+        for ax in axes[::columns]:
+            ax.set_ylabel("rise of the loss without it")
+        for ax in axes[len(shown) :]:
+            ax.set_axis_off()
+        n = max(map(len, shown.values()))
+        title = f"What each site is worth when it is taken out, {_of(study)} (rho: Spearman, mean over {n} seed{'s' * (n > 1)})"
+        title_above(figure, title)
+    alt = f"Rise of the loss without each site against what was believed of it, for {', '.join(_names(list(shown)))}."
+    return Drawing("knock-out", title, alt, figure)
 
 
 # --- ranks and budget while training -------------------------------------------------------------------------------
@@ -436,6 +707,21 @@ def rates(study: Study) -> Drawing | None:
 
 def _lost(runs: Sequence[Run], score: float | None) -> bool:
     return score is None and any(run.status == "failed" for run in runs)
+
+
+# The figures of a report, in its order.
+DRAWN = (
+    rank_map,
+    allocation_pair,
+    stability,
+    budget,
+    ranks_over_time,
+    importance,
+    spectra,
+    knock_out,
+    learning_curves,
+    rates,
+)
 
 
 # --- what they share -----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from reports import facts, figures, html, tables
+from reports import allocation, facts, figures, html, tables
 from reports.results import Study, load_all, write_file
 from reports.verdicts import verdicts, warnings
 
@@ -66,6 +66,7 @@ def section(study: Study, command: str | None = None) -> dict:
         "statistics": tables.statistics_table(study),
         "rates": tables.rate_sweep(study),
         "ranks": tables.ranks(study),
+        "allocation": allocation.study_tables(study),
         "troubles": facts.troubles(study),
         "places": facts.places(study),
         "settings": facts.settings(study),
@@ -77,7 +78,7 @@ def _named(entry: dict) -> list[tables.Table | None]:
     """The tables that get files of their own."""
     study = entry["study"]
     found = [entry["comparison"], tables.verdict_table(study), entry["statistics"], entry["rates"], entry["ranks"]]
-    return [*found, tables.every_run(study)]
+    return [*found, *entry["allocation"], tables.every_run(study)]
 
 
 def _write_table(table: tables.Table, folder: Path, prefix: str = "") -> str:

@@ -14,10 +14,15 @@ from dataclasses import asdict, dataclass, replace
 from math import sqrt
 from pathlib import Path
 
-from reports.results import is_run, load_run, read_json
+import numpy as np
+
+from reports import faults
+from reports.results import RankStep, Run, is_run, load_run, read_json
 
 PREFIX = "base_model.model."  # what PEFT puts before the model's own path
+FACTS = ("parameters", "share", "effective_rank", "stable_rank", "energy_rank", "relative_norm", "importance", "intruders")
 FACTOR = re.compile(r"^(?P<site>.+)\.lora_(?P<factor>embedding_A|embedding_B|A|B)(\.weight)?$")
+PART = re.compile(r"^(?P<site>.+)\.lora_(?P<factor>embedding_A|embedding_B|A|B|E)(\.weight)?$")
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,16 @@ class SiteRank:
     nominal: int
     alpha: float | None
     scale: float | None
+    parameters: int | None = None
+    share: float | None = None  # of all low-rank parameters
+    effective_rank: float | None = None
+    stable_rank: float | None = None
+    energy_rank: int | None = None
+    relative_norm: float | None = None  # |dW|/|W|
+    importance: float | None = None  # the allocator's score, summed over the slots it keeps
+    intruders: int | None = None
+    loss_increase: float | None = None  # without this site
+    singular_values: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,9 @@ class RankMap:
     method: str
     note: str | None
     sites: tuple[SiteRank, ...]
+    faults: tuple[str, ...] = ()
+    trajectory: tuple[RankStep, ...] = ()
+    evaluated: str | None = None  # what `loss_increase` was measured on
 
     @property
     def active(self) -> int:
@@ -60,7 +78,10 @@ class RankMap:
             "active": self.active,
             "nominal": self.nominal,
             "at_rank_0": sum(site.active == 0 for site in self.sites),
+            "faults": list(self.faults),
+            "evaluated": self.evaluated,
             "sites": [asdict(site) for site in self.sites],
+            "trajectory": [row.model_dump() for row in self.trajectory],
         }
 
 
@@ -142,7 +163,15 @@ def read(path: str | Path) -> RankMap:
 
 
 def _read_run(folder: Path) -> RankMap:
-    run = load_run(folder)
+    return of_run(load_run(folder))
+
+
+def of_run(run: Run) -> RankMap:
+    """What is known of the ranks of one run.
+
+    Raises:
+        ValueError: its method has none, and nothing was written of its weights either.
+    """
     config, result = run.config, run.result
     if result:
         active, nominal, scale, note = result.ranks, result.nominal_ranks, result.scale, None
@@ -152,13 +181,31 @@ def _read_run(folder: Path) -> RankMap:
         history = run.rank_history
         active, nominal = (history[-1].ranks, history[0].ranks) if history else ({}, {})
         scale, note = None, f"not finished: step {history[-1].step if history else 0}"
+    facts, knocked = run.sites, run.knock_out
+    if not active and facts:  # full fine-tuning
+        active, nominal = ({name: getattr(one, key) for name, one in facts.items()} for key in ("active", "nominal"))
     if not active:
-        raise ValueError(f"{folder}: {config.method} ({run.status}) has no ranks; give the run of a low-rank method")
+        raise ValueError(f"{run.folder}: {config.method} ({run.status}) has no ranks; give the run of a low-rank method")
     alpha = config.method_settings.get("alpha")
     alpha = float(alpha) if isinstance(alpha, int | float) and not isinstance(alpha, bool) else None
-    sites = [_site(name, active[name], nominal.get(name, active[name]), alpha, _of(scale, name)) for name in site_order(active)]
+    increases = knocked.increases if knocked else {}
+    sites = []
+    for name in site_order(active):
+        site = _site(name, active[name], nominal.get(name, active[name]), alpha, _of(scale, name))
+        known = {key: getattr(facts[name], key) for key in FACTS} if name in facts else {}
+        values = tuple(facts[name].singular_values or ()) if name in facts else ()
+        sites.append(replace(site, **known, singular_values=values, loss_increase=increases.get(name)))
     name = f"{config.setting}, {config.task}, {config.model}, seed {config.seed}, rate {config.learning_rate:g}"
-    return RankMap("run", name, config.method, note, tuple(sites))
+    evaluated = f"{knocked.rows} rows of the {knocked.split} split" if knocked else None
+    return RankMap("run", name, config.method, note, tuple(sites), (), tuple(run.rank_history), evaluated)
+
+
+def believed_and_measured(run: Run, by: str) -> tuple[list[float], list[float]]:
+    """For each site what was believed of it, `by` a field of `SiteFacts`, and the measured rise of the loss without it."""
+    increases = run.knock_out.increases if run.knock_out else {}
+    believed = {site: getattr(facts, by) for site, facts in run.sites.items()}
+    both = [site for site in increases if believed.get(site) is not None]
+    return [believed[site] for site in both], [increases[site] for site in both]
 
 
 def _of(scale: dict[str, float] | float | None, site: str) -> float | None:
@@ -182,6 +229,9 @@ def _read_adapter(folder: Path) -> RankMap:
     ranks = _factor_ranks(folder, shapes)
     adalora = kind == "ADALORA"
     sites = _adalora_sites(folder, config, ranks) if adalora else _lora_sites(folder, config, ranks)
+    of_patterns = _adalora_faults if adalora else _lora_faults
+    sites, found_faults = _measured(folder, sites, shapes)
+    found_faults = [*of_patterns(config, ranks), *found_faults]
     if not sites:
         raise ValueError(f"{folder}: adapter_model.safetensors holds no lora_A: head only, or a foreign file")
     dora = any(".lora_magnitude_vector" in name for name in shapes)
@@ -198,7 +248,57 @@ def _read_adapter(folder: Path) -> RankMap:
         method,
         None,
         tuple(by_name[name] for name in site_order(by_name)),
+        tuple(found_faults),
     )
+
+
+def _measured(folder: Path, sites: list[SiteRank], shapes: dict[str, tuple[int, ...]]) -> tuple[list[SiteRank], list[str]]:
+    """The sites with what their tensors say, and what is wrong with the tensors."""
+    stored = faults.tensors(folder / "adapter_model.safetensors")
+    parts: dict[str, dict[str, tuple]] = {}
+    found = []
+    for name in shapes:
+        match = PART.match(name.removeprefix(PREFIX))
+        if name not in stored:
+            found.append(f"{name} is stored in a type that is not read here: only its shape is known")
+        elif match:
+            parts.setdefault(match["site"], {})[match["factor"][-1]] = stored[name]
+        elif bad := int((~np.isfinite(stored[name][0])).sum()):
+            found.append(f"{name} holds {bad:,} numbers that are not finite")
+    updates = {}
+    for site in sites:
+        if {"A", "B"} <= set(of := parts.get(site.site, {})):
+            E = of["E"][0] if "E" in of else None
+            updates[site.site], more = faults.examine(site.site, of["A"][0], of["B"][0], E, site.scale or 1.0, of["A"][1])
+            found += more
+    total = sum(update.parameters for update in updates.values())
+    measured = []
+    for site in sites:
+        update = updates.get(site.site)
+        if update is not None:
+            site = replace(
+                site,
+                parameters=update.parameters,
+                share=update.parameters / total if total else None,
+                effective_rank=update.effective_rank,
+                stable_rank=update.stable_rank,
+                energy_rank=update.energy_rank,
+                singular_values=update.singular_values,
+            )
+        measured.append(site)
+    return measured, found
+
+
+def _lora_faults(config: dict, ranks: dict[str, int]) -> list[str]:
+    return faults.of_lora_patterns(config, ranks, _matches)
+
+
+def _adalora_faults(config: dict, ranks: dict[str, int]) -> list[str]:
+    return faults.of_adalora_patterns(config, ranks, _kept_triplets(config))
+
+
+def _kept_triplets(config: dict) -> dict[str, list]:
+    return {key.removesuffix(".lora_E"): kept for key, kept in (config.get("rank_pattern") or {}).items()}
 
 
 def _read_config(path: Path) -> dict:
@@ -290,7 +390,7 @@ def _lora_sites(folder: Path, config: dict, ranks: dict[str, int]) -> list[SiteR
 
 def _adalora_sites(folder: Path, config: dict, ranks: dict[str, int]) -> list[SiteRank]:
     initial, alpha = int(_number(folder, config, "init_r")), float(_number(folder, config, "lora_alpha"))
-    pattern = {key.removesuffix(".lora_E"): kept for key, kept in (config.get("rank_pattern") or {}).items()}
+    pattern = _kept_triplets(config)
     scale = (alpha if alpha > 0 else float(config.get("r", 8))) / (initial + 1e-5)  # peft adalora/layer.py
     return [
         _site(name, ranks.get(name, 0), len(pattern[name]) if name in pattern else initial, alpha, scale)

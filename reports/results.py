@@ -1,9 +1,10 @@
 """Read the folders that runs leave behind: one `Result` a run, one `Study` a comparison.
 
 A run is a folder DIR/<fingerprint>/ or DIR/runs/<fingerprint>/ with config.json (written first), metrics.jsonl and
-ranks.jsonl (a line at a time) and result.json (written last, at once). So a folder without result.json is an unfinished
-run, and a last line without its end is what a kill leaves: both are told, neither is an error. Everything else that is
-not what this file says is refused by name. The schema of a result is defined here and nowhere else in reports.
+ranks.jsonl (a line at a time), perhaps sites.json and knockout.json, and result.json (written last, at once). So a folder
+without result.json is an unfinished run, and a last line without its end is what a kill leaves: both are told, neither is an
+error. Everything else that is not what this file says is refused by name. The schema of a result is defined here and nowhere
+else in reports.
 """
 
 import json
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 REMEDY = "move that run's folder away and run `rankwise compare` again"
+FILES = ("config.json", "metrics.jsonl", "ranks.jsonl", "sites.json", "knockout.json", "result.json")  # the result last
 FULL = "full"  # the method that every difference is taken to: full fine-tuning
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -162,6 +164,62 @@ class RankStep(BaseModel):
     ranks: Ranks
 
 
+class SiteFacts(BaseModel):
+    """What became of one site's weight (variants/anatomy.py); None: not measured there, or no number."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+    nominal: Count
+    active: Count
+    parameters: Count
+    share: Number
+    update_norm: Number | None = None
+    weight_norm: Number | None = None
+    relative_norm: Number | None = None
+    effective_rank: Number | None = None
+    stable_rank: Number | None = None
+    energy_rank: Count | None = None
+    singular_values: list[Number] | None = None
+    familiarity: list[Number] | None = None
+    intruders: Count | None = None
+    importance: Number | None = None
+    greatest_importance: Number | None = None
+    scores: list[Number | None] | None = None
+    kept: str | None = None
+
+
+class SitesFile(Stored):
+    """sites.json: what became of every weight of one final run."""
+
+    intruders: dict[str, Number]
+    sites: dict[str, SiteFacts]
+
+
+class Measured(BaseModel):
+    """Loss and score of one evaluation; None where it is no number."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+    loss: Number | None
+    score: Number | None
+
+
+class KnockOut(Stored):
+    """knockout.json: loss and score of one run as trained, and with each site's change taken out."""
+
+    split: str
+    rows: Count
+    metric: str
+    loss: Number | None
+    score: Number | None
+    sites: dict[str, Measured]
+
+    @property
+    def increases(self) -> dict[str, float]:
+        """Site -> how much the loss rises without it."""
+        if self.loss is None:
+            return {}
+        return {name: one.loss - self.loss for name, one in self.sites.items() if one.loss is not None}
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """One run's folder; its histories are read when they are first asked for."""
@@ -195,6 +253,17 @@ class Run:
     @cached_property
     def rank_history(self) -> list[RankStep]:
         return [_check(RankStep, row, self.folder / "ranks.jsonl") for row in self._rank_lines[0]]
+
+    @cached_property
+    def sites(self) -> dict[str, SiteFacts]:
+        """Site -> what became of its weight; empty where nothing wrote it down (an older run, a sweep's)."""
+        path = self.folder / "sites.json"
+        return _check(SitesFile, read_json(path), path).sites if path.is_file() else {}
+
+    @cached_property
+    def knock_out(self) -> KnockOut | None:
+        path = self.folder / "knockout.json"
+        return _check(KnockOut, read_json(path), path) if path.is_file() else None
 
     @property
     def notes(self) -> list[str]:
@@ -379,7 +448,7 @@ def copy_finished(folder: str | Path, out: str | Path) -> list[Path]:
                 continue
             target = Path(out) / "runs" / run.config.fingerprint
             target.mkdir(parents=True, exist_ok=True)
-            for name in ("config.json", "metrics.jsonl", "ranks.jsonl", "result.json"):  # the result last
+            for name in FILES:
                 if (run.folder / name).is_file():
                     write_file(target / name, (run.folder / name).read_bytes())
             copied.append(target)
@@ -431,6 +500,11 @@ def _run_folders(folder: Path) -> list[Path]:
 
 def _folders(parent: Path) -> list[Path]:
     return sorted(path for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
+
+
+def is_study(path: Path) -> bool:
+    """Whether runs lie in this folder, or in its folder runs."""
+    return any(is_run(child) for parent in (path, path / "runs") for child in _folders(parent))
 
 
 def is_run(path: Path) -> bool:

@@ -7,7 +7,7 @@ it claims 95 %. scipy is imported where it is used, for it takes longer than mos
 fixed seed, so that the same runs give the same bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -217,6 +217,25 @@ def share_found(differences: Float[np.ndarray, "D S"], m: int = 1) -> float:
     sums = np.abs(differences @ _half_of_signs(differences.shape[1]).T)  # (D, 2^(S-1)); the other half are their negatives
     as_far = (sums >= sums[:, :1] - 1e-9).mean(1)
     return float(np.mean(as_far <= ALPHA / m + 1e-12))
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's rank correlation, ties at their mean rank; None below three pairs, and where one side is constant."""
+    from scipy.stats import rankdata
+
+    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    return float(np.corrcoef(rankdata(first), rankdata(second))[0, 1])
+
+
+def jaccard(first: Mapping[str, int], second: Mapping[str, int]) -> float | None:
+    """The overlap of two allocations of ranks: sum of the smaller over sum of the greater rank of each site.
+
+    With ranks of 0 and 1 it is Jaccard's index of the two sets of sites; None where no site has a rank in either.
+    """
+    sites = first.keys() | second.keys()
+    union = sum(max(first.get(site, 0), second.get(site, 0)) for site in sites)
+    return sum(min(first.get(site, 0), second.get(site, 0)) for site in sites) / union if union else None
 
 
 @lru_cache(maxsize=32)

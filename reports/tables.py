@@ -36,6 +36,10 @@ QUICK = (
     "A fair study tunes the rate of every method on the same kind of grid and repeats each over seeds."
 )
 ONE_SEED = "n = 1 has no interval, and one seed supports no claim."
+SPECTRA = (
+    "Of dW's singular values: effective is exp of the entropy of their shares (Roy & Vetterli 2007), stable |dW|_F^2/|dW|_2^2, "
+    "95 % how many hold that share of |dW|_F^2."
+)
 UNEQUAL = 0.005  # design: budgets are equal within 0.5 % of parameters, or the caption gives the difference
 
 
@@ -820,15 +824,35 @@ def every_run(study: Study) -> Table:
     return Table("runs", f"Every run: {study.task}, {study.model}", columns, tuple(rows), (), text_columns=3)
 
 
-def rank_table(path: str | Path) -> Table:
+# What `rankwise ranks` shows of a site beside its ranks, where it is known: heading, field of `SiteRank`, digits.
+KNOWN_OF_A_SITE = (
+    ("effective", "effective_rank", "{:.2f}"),
+    ("stable", "stable_rank", "{:.2f}"),
+    ("95 %", "energy_rank", "{}"),
+    ("|dW|/|W|", "relative_norm", "{:.4f}"),
+    ("parameters", "parameters", "{:,}"),
+    ("share", "share", "{:.4f}"),
+    ("importance", "importance", "{:.3g}"),
+    ("intruders", "intruders", "{}"),
+    ("loss without", "loss_increase", "{:+.5f}"),
+)
+
+
+def rank_table(path: str | Path | rank_maps.RankMap) -> Table:
     """The ranks of one run's folder or of any adapter folder in PEFT's format (`rankwise ranks`).
 
     Raises:
         ValueError: neither of the two, cut off, foreign, or pickled.
     """
-    found = rank_maps.read(path)
+    found = path if isinstance(path, rank_maps.RankMap) else rank_maps.read(path)
+    known = [entry for entry in KNOWN_OF_A_SITE if any(getattr(site, entry[1]) is not None for site in found.sites)]
+
+    def more(site: rank_maps.SiteRank) -> list[str]:
+        values = [(getattr(site, field), show) for _, field, show in known]
+        return ["" if value is None else show.format(value) for value, show in values]
+
     rows = [
-        (s.site, "-" if s.layer is None else str(s.layer), s.active, s.nominal, _short(s.alpha), _short(s.scale))
+        (s.site, "-" if s.layer is None else str(s.layer), s.active, s.nominal, _short(s.alpha), _short(s.scale), *more(s))
         for s in found.sites
     ]
     empty = sum(site.active == 0 for site in found.sites)
@@ -836,9 +860,12 @@ def rank_table(path: str | Path) -> Table:
         f"{found.active:,} of {found.nominal:,} ranks are active in {len(found.sites)} sites"
         + (f"; {empty} of them {'are' if empty > 1 else 'is'} at rank 0." if empty else "."),
         *([found.note[0].upper() + found.note[1:] + "."] if found.note else []),
+        *([SPECTRA] if any(site.effective_rank is not None for site in found.sites) else []),
+        *([f"Loss without: its rise with dW = 0 there, on {found.evaluated}."] if found.evaluated else []),
+        *(f"Warning: {fault}." for fault in found.faults),
     ]
-    columns = ("site", "layer", "active", "nominal", "alpha", "scale")
-    rows.append(("total", "", found.active, found.nominal, "", ""))
+    columns = ("site", "layer", "active", "nominal", "alpha", "scale", *(heading for heading, _, _ in known))
+    rows.append(("total", "", found.active, found.nominal, "", "", *("" for _ in known)))
     return Table("ranks", f"Ranks of {found.name} ({found.method})", columns, tuple(rows), tuple(caption))
 
 

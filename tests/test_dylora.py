@@ -253,5 +253,5 @@ def test_what_is_wrong_is_said():
         variants.create("dylora", rank=4, rank_pattern={"first": 2}, least_rank=3)
     adapter = create()
     adapter.begin(Step(1, TOTAL))
-    with pytest.raises(ValueError, match="call adapter"):
+    with pytest.raises(ValueError, match=r"call adapter.begin"):
         adapter.after_step(Step(1, TOTAL))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from variants import initialization
 from variants.dropout import Draw, KeyedDropout
-from variants.settings import PER_MEMBER, Settings, check, per_member
+from variants.settings import Settings, check, per_member
 from variants.targets import find_head, is_conv1d, resolve
 
 
@@ -164,8 +164,7 @@ class Adapter(nn.Module):
         self.members = members
         self.seeds = per_member(list(range(members)) if seeds is None else list(seeds), members, "seeds")
         self.settings: Settings = check(self.method, settings)
-        for name in PER_MEMBER:
-            per_member(self.settings.get(name), members, name)
+        self.settings.check_members(members)
         self.draw = Draw(self.seeds)
         self.sites = nn.ModuleDict()  # what the method inserts, by module name with "/" for "."
         self.heads = nn.ModuleDict()  # the task head's modules, trained whole, K of them
@@ -664,9 +663,7 @@ def _probe(
             f"{type(model).__name__} cannot be copied to probe packing ({error}); run its members with K = 1"
         ) from None
     batch = _rows(_example(model, members * rows, calibration), members * rows)
-    settings = adapter.settings.model_copy(
-        update={k: v[:members] for k, v in adapter.settings if isinstance(v, list)}
-    ).model_dump(exclude_unset=True)
+    settings = adapter.settings.first_members(members).model_dump(exclude_unset=True)
     packed = type(adapter)(members=members, seeds=adapter.seeds[:members], **settings)
     reason = None
     packed._insert(double, packed.choose(double, targets, head), head)

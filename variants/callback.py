@@ -74,12 +74,13 @@ class AdapterCallback(TrainerCallback):
                 in which the adapter cannot be driven.
         """
         if model is not self.adapter.model:
-            raise ValueError("the Trainer's model is not the one that the adapter is attached to: attach it before Trainer(...)")
+            raise ValueError("the Trainer's model is not the one that the adapter is attached to: give it that one")
         if args.world_size > 1 or args.n_gpu > 1:
-            raise ValueError(f"{max(args.world_size, args.n_gpu)} processes or GPUs: an adapter is driven in one; show it one GPU")
+            raise ValueError(f"{max(args.world_size, args.n_gpu)} processes or GPUs: an adapter is driven in one: show it one")
         if args.torch_compile:
             raise ValueError("torch_compile = True: the keys of one step would be compiled in: take it out")
-        if getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing:  # recomputation must draw the dropout that the first pass drew
+        if getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing:
+            # The recomputation must draw the dropout that the first pass drew.
             keyed = {"use_reentrant": False, "context_fn": self.adapter.draw.recompute_contexts}
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keyed)
         self.adapter.to(next(model.parameters()).device)  # its averages are not among the model's modules

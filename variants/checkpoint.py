@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from variants.base import Adapted, Adapter, Uncalibrated, name_of, weight_of
 from variants.lowrank import LowRank, LowRankAdapter, first_slots
-from variants.settings import METHODS, Settings, method, nearest
+from variants.settings import METHODS, PATTERNS, Settings, method, nearest
 from variants.targets import KEYWORDS, is_conv1d, is_linear, matches
 from variants.triplets import AllocatedAdapter, Triplets
 
@@ -223,17 +223,19 @@ def _triplets(adapter: AllocatedAdapter, alone: Adapter, member: int, facts: dic
     """Tensors and configuration of a PEFT ADALORA."""
     settings = alone.settings
     initial = max(int(site.slots[member].sum()) for _, site in adapter.named_sites())
-    tensors, pattern, kept = {}, {}, {}
+    tensors, pattern, kept, scales = {}, {}, {}, {}
     for name, site in adapter.named_sites():
         slots = site.slots[member].bool()
         A, B, E, keep = site.A[member][slots], site.B[member][:, slots], site.E[member][slots], site.kept[member][slots]
         alive = keep | (E != 0)
         factor = site.scale[member].item() * (initial + RANK_EPSILON) / settings.alpha
+        if (told := _told_scale(alone, name, site.scale[member]))[1]:
+            scales[name] = told[0]
         tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = A[alive], B[:, alive]
         tensors[f"{name}.lora_E"] = (E[alive].double() * factor).to(E.dtype)[:, None]
         pattern[f"{name}.lora_E"] = alive.tolist() + [False] * (initial - len(alive))
         kept[name] = _bits(keep)
-    facts["kept"] = kept
+    facts |= {"kept": kept} | ({"scales": scales} if scales else {})
     return tensors, {
         "peft_type": "ADALORA",
         "lora_alpha": _plain_number(settings.alpha),
@@ -463,7 +465,7 @@ def _read(folder: Path) -> _Contents:
             f"{path}: schema {facts.get('schema')}, method {facts.get('method')!r} is of another version of rankwise; "
             f"this one reads schema {SCHEMA}: load it with the version that saved it"
         )
-    kinds = {"settings": dict, "seed": int, "head": list, "kept": dict, "folded": dict}
+    kinds = {"settings": dict, "seed": int, "head": list, "kept": dict, "scales": dict, "folded": dict}
     for key, kind in kinds.items():
         if facts is not None and not isinstance(facts.get(key, None if key in ("settings", "seed", "head") else {}), kind):
             raise ValueError(f"{path}: {key} = {facts.get(key)!r} in its metadata is no {kind.__name__}: a foreign file")
@@ -641,7 +643,11 @@ def _read_lora(sites: dict, config: dict, facts: dict | None) -> tuple[Adapter, 
         alphas[name] = _patterned(config, "alpha_pattern", name, default_alpha)
     adapter = None
     if facts is not None:
-        adapter = method(facts["method"]).load()(seeds=_seeds(facts), **facts["settings"])
+        settings = dict(facts["settings"])
+        for key in PATTERNS:  # those of sites that the file has not, because they had no rank, match nothing
+            if key in settings:
+                settings[key] = {p: v for p, v in settings[key].items() if any(matches(p, name) for name in ranks)}
+        adapter = method(facts["method"]).load()(seeds=_seeds(facts), **settings)
         for name, rank in ranks.items():  # a file whose alpha was edited by hand means what it says
             scale = adapter.site_scales(name, [rank])[0]
             told = adapter.site_ranks(name, _rank(adapter.settings))[0]
@@ -717,10 +723,14 @@ def _read_adalora(sites: dict, config: dict, facts: dict | None) -> tuple[Adapte
             kept = _unbits(facts.get("kept", {}).get(name), ranks[0], name, exact=False)
         if alive[name][len(kept) :].any():
             raise ValueError(f"rank_pattern of {name} keeps triplets beyond its {len(kept)}: save the adapter again")
-        scale = torch.tensor(adapter.site_scales(name, ranks)[0], dtype=parts["lora_E"].dtype).item()
+        scale = adapter.site_scales(name, ranks)[0]
+        if facts is not None and name in facts.get("scales", {}):
+            scale = _number(facts["scales"], name)
+        scale = torch.tensor(scale, dtype=parts["lora_E"].dtype).item()
         factor = alpha / (initial + RANK_EPSILON) / scale
         E = parts["lora_E"][:, 0]
         values = {"A": parts["lora_A"], "B": parts["lora_B"], "E": (E.double() * factor).to(E.dtype), "kept": kept}
+        values["scale"] = scale
         fill[name] = _Slots(len(kept), alive[name].nonzero()[:, 0], values)
     return adapter, fill
 

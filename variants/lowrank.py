@@ -292,7 +292,7 @@ def squared_row_norms(
     # One product for all members; a 16-bit weight is widened a block of rows at a time, never as a whole.
     blocks = (weight,) if weight.dtype == A.dtype else weight.split(1024)
     products = torch.cat([A.flatten(0, 1) @ block.to(A.dtype).mT for block in blocks], 1)  # (K*R, O)
-    cross = (products.view(*A.shape[:2], -1).mT * B).sum(2)  # (K, O)
+    cross = (products.view(*A.shape[:2], len(weight)).mT * B).sum(2)  # (K, O)
     square = (torch.bmm(B, torch.bmm(A, A.mT)) * B).sum(2)
     return (weight_squared + 2 * cross + square).clamp_min(0)
 
@@ -417,11 +417,11 @@ class LowRankAdapter(Adapter):
         return per_member(patterned, self.members, "rank")
 
     def site_scales(self, name: str, ranks: list[int]) -> list[float]:
-        """alpha/r or alpha/sqrt(r) of the site for each member."""
+        """alpha/r or alpha/sqrt(r) of the site for each member; alpha itself where it has no rank."""
         settings = self.settings
         patterned = next((a for p, a in settings.alpha_pattern.items() if matches(p, name)), settings.alpha)
         power = 1.0 if settings.scaling == "alpha/r" else 0.5
-        return [a / r**power for a, r in zip(per_member(patterned, self.members, "alpha"), ranks, strict=True)]
+        return [a / max(r, 1) ** power for a, r in zip(per_member(patterned, self.members, "alpha"), ranks, strict=True)]
 
     def parameter_groups(self) -> list[Group]:
         """A, E and the head's weights; B with its own rate; biases, norms and magnitudes, which do not decay."""

@@ -6,6 +6,7 @@ mathematics of a method stands in its own file, which `Method.location` names.
 
 import difflib
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -28,7 +29,37 @@ class Settings(BaseModel):
 
     def for_member(self, member: int) -> "Settings":
         """The same settings with every per-member list replaced by that member's value."""
-        return self.model_copy(update={k: getattr(self, k)[member] for k in PER_MEMBER if isinstance(self.get(k), list)})
+        change = {k: getattr(self, k)[member] for k in PER_MEMBER if isinstance(self.get(k), list)}
+        for name in PATTERNS:
+            if any(isinstance(value, list) for value in self.get(name, {}).values()):
+                change[name] = {k: v[member] if isinstance(v, list) else v for k, v in getattr(self, name).items()}
+        return self.model_copy(update=change)
+
+    def check_members(self, members: int) -> None:
+        """
+        Raises:
+            ValueError: a list of another length than `members`.
+        """
+        for name in PER_MEMBER:
+            per_member(self.get(name), members, name)
+        for name in PATTERNS:
+            for pattern, value in self.get(name, {}).items():
+                per_member(value, members, f'{name}["{pattern}"]')
+
+    def first_members(self, members: int) -> "Settings":
+        """The same settings with every per-member list cut to so many members."""
+
+        def cut(value: Any) -> Any:
+            return value[:members] if isinstance(value, list) else value
+
+        change = {k: cut(getattr(self, k)) for k in PER_MEMBER if hasattr(self, k)}
+        change |= {k: {p: cut(v) for p, v in getattr(self, k).items()} for k in PATTERNS if hasattr(self, k)}
+        return self.model_copy(update={k: v for k, v in change.items() if v != getattr(self, k)})
+
+    @property
+    def allocation(self) -> str:
+        """What places the ranks: "none" has any, "uniform", "given" (by patterns), "random", or "learned"."""
+        return "none"
 
     def get(self, name: str, default: Any = None) -> Any:
         return getattr(self, name, default)
@@ -45,6 +76,7 @@ class Settings(BaseModel):
 
 
 PER_MEMBER = ("rank", "initial_rank", "target_rank", "alpha", "orthogonality")  # what members of a pack may differ in
+PATTERNS = ("rank_pattern", "alpha_pattern")  # module -> value, in which they may differ too
 
 
 class LowRankSettings(Settings):
@@ -57,16 +89,20 @@ class LowRankSettings(Settings):
     """Probability with which an element of the low-rank branch's input is dropped in training."""
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     """How alpha becomes a scale; alpha/sqrt(r) is rsLoRA's (Kalajdzievski 2023)."""
-    rank_pattern: dict[str, PositiveInt] = {}
-    """Other (initial) ranks for some sites: name, suffix or pattern of a module -> rank."""
-    alpha_pattern: dict[str, Positive] = {}
-    """Other alphas for some sites: name, suffix or pattern of a module -> alpha."""
+    rank_pattern: dict[str, list[Count] | Count] = {}
+    """Other (initial) ranks for some sites: name, suffix or pattern of a module -> rank, or one for each member."""
+    alpha_pattern: dict[str, list[Positive] | Positive] = {}
+    """Other alphas for some sites: name, suffix or pattern of a module -> alpha, or one for each member."""
     lr_ratio: Positive = 1.0
     """Learning rate of B over that of A; above 1 it is LoRA+ (Hayou et al. 2024)."""
     magnitude: bool = False
     """DoRA's trained magnitude around each site (Liu et al. 2024); "dora" and "adalora+dora" always have it."""
 
     LATER = ("magnitude",)
+
+    @property
+    def allocation(self) -> str:
+        return "learned"
 
 
 class LoRASettings(LowRankSettings):
@@ -76,6 +112,12 @@ class LoRASettings(LowRankSettings):
     """Rank of each site; one number, or one for each member."""
     initialization: Literal["kaiming", "gaussian"] = "kaiming"
     """Where A starts; B starts at zero."""
+
+    @property
+    def allocation(self) -> str:
+        ranks = [self.rank, *self.rank_pattern.values()]
+        flat = [rank for value in ranks for rank in (value if isinstance(value, list) else [value])]
+        return "uniform" if max(flat) - min(flat) <= 1 else "given"  # one more here and there meets a budget
 
 
 SMOOTHS = {
@@ -367,6 +409,9 @@ class SoRASettings(LowRankSettings):
     cost: Literal["rank", "parameters"] = "rank"
     """What a gate takes out of the target: one, or its parameters; gates are then cut by size per parameter."""
 
+    shrink: bool = False
+    """When the final steps begin, gates that are zero leave parameters, gradients and the optimizer's averages."""
+
     @model_validator(mode="after")
     def _settings_have_effect(self) -> "SoRASettings":
         unread = "tau" if self.threshold == "soft" else "sparsity"
@@ -445,6 +490,11 @@ class Method:
     settings: type[Settings]
     summary: str
     source: str
+    allocation: str | None = None  # what places the ranks, where the settings do not say
+
+    def placed_by(self, settings: Settings) -> str:
+        """What places the ranks of a run with these settings: see `Settings.allocation`."""
+        return self.allocation or settings.allocation
 
     def load(self) -> type:
         """The adapter class; imports torch."""
@@ -454,6 +504,11 @@ class Method:
     @property
     def takes_targets(self) -> bool:
         return issubclass(self.settings, LowRankSettings)
+
+    @property
+    def takes_ranks(self) -> bool:
+        """Whether each site has the rank that the settings give it, from start to end."""
+        return issubclass(self.settings, LoRASettings) and self.allocation is None
 
 
 METHODS: dict[str, Method] = {
@@ -551,6 +606,25 @@ def check(name: str, values: dict[str, Any]) -> Settings:
         return kind(**values)
     except ValidationError as error:
         raise ValueError("\n".join(explain(error, kind, where=name))) from None
+
+
+def together(members: Sequence[Settings]) -> Settings:
+    """Settings of one method, one for each member of a pack, as the pack's: lists where they differ (see `for_member`).
+
+    They differ in what `PER_MEMBER` and `PATTERNS` name; a pattern that a member has not means its rank, or its alpha.
+    """
+    first, change = members[0], {}
+    if all(one == first for one in members):
+        return first
+    for name in PER_MEMBER:
+        values = [one.get(name) for one in members]
+        if any(value != values[0] for value in values):
+            change[name] = values
+    for name, otherwise in zip(PATTERNS, ("rank", "alpha"), strict=True):
+        patterns = dict.fromkeys(pattern for one in members for pattern in getattr(one, name))
+        rows = {pattern: [getattr(one, name).get(pattern, one.get(otherwise)) for one in members] for pattern in patterns}
+        change[name] = {p: row[0] if all(value == row[0] for value in row) else row for p, row in rows.items()}
+    return first.model_copy(update=change)
 
 
 def explain(error: ValidationError, kind: type[BaseModel], where: str = "") -> list[str]:
