@@ -360,7 +360,7 @@ class DyLoRASettings(LoRASettings):
 
     @model_validator(mode="after")
     def _ranks_are_left(self) -> "DyLoRASettings":
-        for rank in [*_spread(self.rank, 1), *self.rank_pattern.values()]:
+        for rank in [rank for value in (self.rank, *self.rank_pattern.values()) for rank in _spread(value, 1)]:
             if rank < self.least_rank:
                 raise ValueError(f"least_rank = {self.least_rank} is above rank = {rank}: lower it or raise the rank")
         return self
