@@ -49,7 +49,7 @@ SETTINGS["sora"] = {
     "alpha": 5,
     "dropout": 0.1,
     "final_steps": 3,
-    "sparsity": 8.0,
+    "sparsity": 2.0,
     "l1": 0.1,
 }
 SETTINGS["increlora"] = {"target_rank": 3, "alpha": 5, "dropout": 0.1, "warmup_steps": 2, "final_steps": 3, "interval": 2}

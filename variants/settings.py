@@ -441,7 +441,7 @@ class DyLoRASettings(LoRASettings):
 
     @model_validator(mode="after")
     def _ranks_are_left(self) -> "DyLoRASettings":
-        for rank in [*_spread(self.rank, 1), *self.rank_pattern.values()]:
+        for rank in [rank for value in (self.rank, *self.rank_pattern.values()) for rank in _spread(value, 1)]:
             if rank < self.least_rank:
                 raise ValueError(f"least_rank = {self.least_rank} is above rank = {rank}: lower it or raise the rank")
         return self
@@ -485,6 +485,8 @@ class SoRASettings(LowRankSettings):
     """The same as the ranks of all sites together."""
     target_parameters: PositiveInt | None = None
     """The same as parameters of all sites together, with cost = "parameters"."""
+    shrink: bool = False
+    """Whether gates that are zero leave the tensors when the final steps begin."""
     cost: Literal["rank", "parameters"] = "rank"
     """What a gate takes out of the target: one, or its parameters; gates are then cut by size per parameter."""
 
