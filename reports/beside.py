@@ -263,8 +263,9 @@ def shape(found: Sequence[Line]) -> list[str]:
         tops = better(range(len(curve)), key=theirs.__getitem__), max(range(len(curve)), key=ours.__getitem__)
         sentences.append(
             f"{label}Shape over rank {first.position:g} to {curve[-1].position:g}, no numbers compared: published "
-            f"{first.title} is best at {curve[tops[0]].position:g} and spans {max(theirs) - min(theirs):.2f}; ours ({first.metric} "
-            f"of {first.cell}, {first.model}) is best at {curve[tops[1]].position:g} and spans {max(ours) - min(ours):.2f}; "
+            f"{first.title} is best at {curve[tops[0]].position:g} and spans {max(theirs) - min(theirs):.2f}; ours "
+            f"({first.metric} of {first.cell}, {first.model}) is best at {curve[tops[1]].position:g} and spans "
+            f"{max(ours) - min(ours):.2f}; "
             f"rank correlation of the two curves {_rank_correlation(theirs, ours, first.higher_is_better)}, "
             f"{len(curve)} points."
         )
