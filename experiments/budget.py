@@ -67,9 +67,9 @@ def solved(entry: Entry, adapter: variants.Adapter, parameters: int, scale: floa
 
     A method that prunes starts at 1.5 times its ranks (AdaLoRA sec. 4.1: b(0) = 1.5 b(T)) and ends with as many; which
     sites keep them, and so how many parameters, is its own choice, unless its cost is one of parameters.  One that places
-    ranks uniformly has nothing to prune, and starts with the ranks that it ends with, and so does one that keeps its total; one
-    that grows starts at rank 1; one that places ranks before training is told the budget, and the mean rank whose scale
-    every site gets.
+    ranks uniformly has nothing to prune, and starts with the ranks that it ends with, and so does one that keeps its
+    total; one that grows starts at rank 1, and has the scale at the mean rank that it ends with; one that places ranks
+    before training is told the budget, and the mean rank whose scale every site gets.
     """
     costs = site_costs(adapter)
     if not costs:
@@ -104,8 +104,6 @@ def solved(entry: Entry, adapter: variants.Adapter, parameters: int, scale: floa
     else:
         starts = ranks
         first = settings["rank"] = min(ranks.values())
-        if "total_parameters" in fields and settings.get("cost") == "parameters":
-            settings["total_parameters"] = parameters - sum(cost.fixed for cost in costs.values())
     others = {f"^{re.escape(name)}$": rank for name, rank in starts.items() if rank != first}
     if others:
         settings["rank_pattern"] = others

@@ -495,7 +495,7 @@ def _lengths(
         ValueError: a warm-up, or warm-up and final phase together, as long as the run.
     """
     training = {key: given[key] for key in given if key in TRAINING_KEYS}
-    settings = {key: given[key] for key in given if key in own}
+    settings = {key: given[key] for key in given if key in own and key not in TRAINING_KEYS}  # `schedule` is the rate's
     rows, _ = rows_of(task)
     full = Training(**training)
     total = full.total_steps(rows)

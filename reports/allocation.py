@@ -16,7 +16,7 @@ from reports import ranks as rank_maps
 from reports.ranks import RankMap, SiteRank, believed_and_measured
 from reports.results import Arm, Run, Study, is_run, is_study, load_all
 from reports.statistics import spearman, summary
-from reports.tables import SPECTRA, Estimate, Table, alarms, decimal
+from reports.tables import SPECTRA, Estimate, Table, alarms
 
 BELIEFS = ("importance", "relative_norm", "active")  # fields of SiteFacts that a knock-out is held against
 
@@ -37,11 +37,11 @@ def anatomy(study: Study) -> Table | None:
                 arm.setting,
                 len(runs),
                 len(runs[0].sites),
-                *(decimal(float(np.mean(total))) for total in totals),
+                *(f"{np.mean(total):,.0f}" for total in totals),
                 _mean(runs, "effective_rank", "{:.2f}"),
                 _mean(runs, "stable_rank", "{:.2f}"),
                 _mean(runs, "energy_rank", "{:.2f}"),
-                decimal(float(np.mean([sum(one.parameters for one in run.sites.values()) for run in runs]))),
+                f"{np.mean([sum(one.parameters for one in run.sites.values()) for run in runs]):,.0f}",
                 _mean(runs, "relative_norm", "{:.4f}"),
                 _mean(runs, "intruders", "{:.2f}"),
             )

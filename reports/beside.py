@@ -249,20 +249,23 @@ def shape(found: Sequence[Line]) -> list[str]:
     curves: dict[tuple, list[Line]] = {}
     for line in found:
         if line.miniature and line.position is not None and line.ours is not None:
-            curves.setdefault((line.column, line.cell, line.variant, line.scale, line.model), []).append(line)
+            what = line.row.rpartition(", ")[0]  # a row that names its size after a comma is a point of what stands before
+            curves.setdefault((what, line.column, line.cell, line.variant, line.scale, line.model), []).append(line)
     sentences = []
-    for curve in curves.values():
+    for (what, *_), curve in curves.items():
+        label = f"{what}: " if what else ""
         if len(curve) < 3:
-            sentences.append(f"The shape of a curve needs three points or more; here are {len(curve)}.")
+            sentences.append(f"{label}The shape of a curve needs three points or more; here are {len(curve)}.")
             continue
         curve = sorted(curve, key=lambda line: line.position)
         first, better = curve[0], max if curve[0].higher_is_better else min
         theirs, ours = [line.published for line in curve], [line.ours.mean for line in curve]
         tops = better(range(len(curve)), key=theirs.__getitem__), max(range(len(curve)), key=ours.__getitem__)
         sentences.append(
-            f"Shape over rank {first.position:g} to {curve[-1].position:g}, no numbers compared: published {first.title} is "
-            f"best at {curve[tops[0]].position:g} and spans {max(theirs) - min(theirs):.2f}; ours ({first.metric} of "
-            f"{first.cell}, {first.model}) is best at {curve[tops[1]].position:g} and spans {max(ours) - min(ours):.2f}; "
+            f"{label}Shape over rank {first.position:g} to {curve[-1].position:g}, no numbers compared: published "
+            f"{first.title} is best at {curve[tops[0]].position:g} and spans {max(theirs) - min(theirs):.2f}; ours "
+            f"({first.metric} of {first.cell}, {first.model}) is best at {curve[tops[1]].position:g} and spans "
+            f"{max(ours) - min(ours):.2f}; "
             f"rank correlation of the two curves {_rank_correlation(theirs, ours, first.higher_is_better)}, "
             f"{len(curve)} points."
         )

@@ -237,6 +237,7 @@ def one_spectrum(found: RankMap) -> Drawing:
             ax.plot(range(1, len(site.singular_values) + 1), site.singular_values, color=tint, linewidth=1.1, alpha=0.75,
                     label=labels[site.site])  # fmt: skip
         ax.set_yscale("log")
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_xlabel("place")
         ax.set_ylabel("singular value of dW")
         handles = {line.get_label(): line for line in ax.lines}
@@ -404,6 +405,7 @@ def spectra(study: Study) -> Drawing | None:
                         linestyle=line, linewidth=1.5, marker=MARKERS.get(arm.method, "o"), markersize=3)  # fmt: skip
             ax.set_yscale("log")
             ax.set_title(kind)
+            ax.xaxis.get_major_locator().set_params(integer=True)
         for ax in axes[len(kinds) :]:
             ax.set_axis_off()
         for ax in axes[: len(kinds)][-columns:]:

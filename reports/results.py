@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from variants.settings import METHODS, check
+
 REMEDY = "move that run's folder away and run `rankwise compare` again"
 FILES = ("config.json", "metrics.jsonl", "ranks.jsonl", "sites.json", "knockout.json", "result.json")  # the result last
 FULL = "full"  # the method that every difference is taken to: full fine-tuning
@@ -103,6 +105,8 @@ class Config(Stored):
     learning_rate: Number
     rung: Count = 0
     method_settings: dict[str, Any] = {}
+    allocation: str | None = None  # what placed the ranks; None in runs from before it was written
+    ranks_of: str | None = None  # label of the setting whose final ranks were taken
     training: dict[str, Any] = {}
     targets: Any = None
     targets_resolved: list[str] = []
@@ -114,6 +118,19 @@ class Config(Stored):
     precision: str | None = None
     commit: str | None = None
     dirty: bool | None = None
+
+    @property
+    def placed_by(self) -> str:
+        """What placed the ranks: "none" has any, "uniform", "given", "random", "learned", "taken", "permuted"."""
+        if self.allocation is not None:
+            return self.allocation
+        known = METHODS.get(self.method)
+        try:
+            return known.placed_by(check(self.method, self.method_settings))
+        except (ValueError, AttributeError):  # of another version, or a method that is no longer there
+            if known is None or not known.takes_targets:
+                return "none"
+            return known.allocation or ("uniform" if known.takes_ranks else "learned")
 
 
 class StudyFile(Stored):
@@ -292,6 +309,11 @@ class Arm:
     def scores(self) -> dict[int, float]:
         """Seed -> score on the score split."""
         return {result.seed: result.score for result in self.completed if result.score is not None}
+
+    @property
+    def allocations(self) -> set[str]:
+        """What placed the ranks of its runs: see `Config.placed_by`."""
+        return {run.config.placed_by for run in (*self.final, *(one for runs in self.grid.values() for one in runs))}
 
     @property
     def has_ranks(self) -> bool:

@@ -129,7 +129,10 @@ def missing_baselines(part: Study) -> list[str]:
         return []
     wanted = {"full": "Full fine-tuning", "lora": "Plain LoRA"}
     methods = {arm.method for arm in part.arms}
-    return [words for method, words in wanted.items() if method not in methods]
+    placed = set().union(*(arm.allocations for arm in part.arms))
+    controls = {"uniform": "A uniform allocation of the rank budget", "random": "A random allocation of the rank budget"}
+    lacking = [words for method, words in wanted.items() if method not in methods]
+    return [*lacking, *(words for allocation, words in controls.items() if allocation not in placed)]
 
 
 def test_set_error(arm: Arm) -> tuple[float, int] | None:

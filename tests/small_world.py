@@ -49,12 +49,15 @@ SETTINGS["sora"] = {
     "alpha": 5,
     "dropout": 0.1,
     "final_steps": 3,
-    "sparsity": 8.0,
+    "sparsity": 2.0,
     "l1": 0.1,
 }
 SETTINGS["increlora"] = {"target_rank": 3, "alpha": 5, "dropout": 0.1, "warmup_steps": 2, "final_steps": 3, "interval": 2}
 SETTINGS["elalora"] = SETTINGS["increlora"] | {"initial_rank": 3}
 SETTINGS["adalora+dora"] = SETTINGS["adalora"]
+SETTINGS["allocated"] = SETTINGS["adalora"] | {"score": "norm-share", "form": "doublet", "cost": "parameters"}
+SETTINGS["dynamic-dora"] = {k: v for k, v in SETTINGS["adalora"].items() if k != "orthogonality"}
+SETTINGS["truncated"] = {"initial_rank": 4, "target_rank": 2, "alpha": 5, "dropout": 0.1}
 # Of 10 steps of an epoch 4 are measured; sites may end without a rank.
 SETTINGS["eva"] = SETTINGS["gora"] = SETTINGS["lora"] | {"calibration_batches": 4}
 SETTINGS["stable-rank"] = SETTINGS["random-rank"] = SETTINGS["lora"]

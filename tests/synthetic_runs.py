@@ -149,6 +149,35 @@ def write_run(
     return folder
 
 
+def write_anatomy(folder: Path, *, knocked: bool = True, slots: int = 12) -> Path:
+    """sites.json, and knockout.json, beside a run that `write_run` wrote: the loss rises as the importance does."""
+    config = json.loads((folder / "config.json").read_text())
+    result = json.loads((folder / "result.json").read_text())
+    draw = np.random.default_rng(zlib.crc32(config["fingerprint"].encode()))
+    ranks = result["ranks"] or dict.fromkeys(BERT_SITES, 384)
+    sites, rises = {}, {}
+    for place, (site, active) in enumerate(ranks.items()):
+        scored = "adalora" in config["method"]
+        scores = sorted(draw.lognormal(-8, 1, slots).tolist(), reverse=True) if scored else None
+        sigma = [float(f"{0.3 * np.exp(-0.4 * i):.5g}") for i in range(min(active, 16))]
+        importance = float(sum(scores[:active])) if scored else None
+        sites[site] = {
+            "nominal": result["nominal_ranks"].get(site, active), "active": active, "parameters": 768 * active,
+            "share": active / max(sum(ranks.values()), 1), "update_norm": 0.5, "weight_norm": 20.0,
+            "relative_norm": 0.01 + 0.001 * place, "effective_rank": 0.8 * active, "stable_rank": min(1.5, active),
+            "energy_rank": min(3, active), "singular_values": sigma, "familiarity": [0.9] * 8 + [0.3] * 2, "intruders": 2,
+            "importance": importance, "greatest_importance": scores[0] if scored and active else None, "scores": scores,
+            "kept": "1" * active + "0" * (slots - active) if scored else None,
+        }  # fmt: skip
+        rises[site] = importance if scored else 0.001 * (place % 5)
+    write_json(folder / "sites.json", {"schema": 1, "intruders": {"looked_at": 10, "cosine": 0.5}, "sites": sites})
+    if knocked:
+        measured = {site: {"loss": 0.5 + rise, "score": 80.0} for site, rise in rises.items()}
+        write_json(folder / "knockout.json", {"schema": 1, "split": "validation", "rows": 128, "metric": "mean", "loss": 0.5,
+                                              "score": 84.0, "sites": measured})  # fmt: skip
+    return folder
+
+
 def write_study(
     folder: Path,
     *,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import variants
+from tests import contract
 from tests.tiny import tiny
 from variants import anatomy
 from variants.base import weight_of
@@ -158,6 +159,10 @@ def test_full_fine_tuning_shows_the_spectrum_of_its_real_change(model):
         assert facts["familiarity"] == pytest.approx(cosines.abs().amax(0).tolist(), abs=2e-3)
 
 
+def test_a_site_of_rank_0_changes_nothing():
+    assert len(anatomy.thin_singular_values(torch.zeros(7, 0), torch.zeros(0, 5))) == 0
+
+
 def test_a_large_weight_is_measured_thin_and_left_out_where_it_cannot_be(monkeypatch):
     monkeypatch.setattr(anatomy, "MOST_DENSE", 16)
     thin = next(iter(anatomy.anatomy(filled("lora"))[0].values()))
@@ -178,11 +183,7 @@ def test_what_is_not_finite_is_none_and_the_other_members_are_measured():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_s_sites_are_those_whose_weight_it_changes(name):
-    given = {"rank": 3} if name in ("lora", "dora") else {"initial_rank": 3, "target_rank": 2}
-    method = variants.method(name)
-    given = {key: value for key, value in given.items() if key in method.settings.model_fields}
-    needed = {key: 3 for key, f in method.settings.model_fields.items() if f.is_required() and key not in given}
-    adapter = variants.create(name, **given, **needed).attach(tiny("bert"))
+    adapter = contract.attach(contract.create(name, members=1), tiny("bert"))
     (found,) = anatomy.anatomy(adapter, intruders=False)
     assert set(found) == set(adapter.changed_weights())
     assert bool(found) == (name not in ("head", "bitfit"))

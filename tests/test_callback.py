@@ -27,6 +27,16 @@ METHODS = {
     "adalora": {**PRUNED, "lr_ratio": 3.0},
     "adalora+dora": PRUNED,
     "dora": {"rank": 3, "alpha": 7.0, "dropout": 0.1},
+    "sora": {
+        "initial_rank": 5,
+        "alpha": 7.0,
+        "target_rank": 2,
+        "final_steps": 5,
+        "gate_lr_ratio": 2.0,
+        "sparsity": 2.0,
+        "l1": 0.1,
+    },
+    "dylora": {"rank": 5, "alpha": 7.0, "dropout": 0.1, "update": "frozen"},
 }
 
 
@@ -89,7 +99,8 @@ def by_loop(adapter: variants.Adapter, micro_batches: int = 1) -> tuple[list[flo
 def accumulated(loop: Loop, index: int, parts: int) -> Tensor:
     """One step of the loop over several micro-batches, each the mean of its rows, the penalty once."""
     adapter, loop.index = loop.adapter, index
-    step, whole, total = Step(index, STEPS), batch(0, index), 0.0
+    step = Step(index, STEPS, learning_rates=torch.tensor([RATE], dtype=torch.float64))
+    whole, total = batch(0, index), 0.0
     for part in range(parts):
         adapter.begin(step, part)
         size = len(whole["labels"]) // parts

@@ -191,6 +191,17 @@ def test_ranks_of_an_adapter_folder(adapter_folder):
     assert {site["active"] for site in facts["sites"] if not site["site"].endswith("query")} == {3}
 
 
+def test_ranks_writes_csv_and_figures_and_warns_of_faults(adapter_folder, tmp_path):
+    done = rankwise("ranks", adapter_folder, "--csv", tmp_path / "sites.csv", "--figures", tmp_path / "figures")
+    assert done.returncode == 0 and "Warning: " in done.stdout and "dW is zero (B is all zero)" in done.stdout
+    head, *lines = (tmp_path / "sites.csv").read_text().splitlines()
+    assert head.startswith("method,site,layer") and len(lines) == 12
+    assert (tmp_path / "figures" / "rank-map.svg").is_file() and (tmp_path / "figures" / "rank-map.png").is_file()
+    refused(rankwise("ranks", adapter_folder, "--knock-out"), "--knock-out", "is not a run")
+    refused(rankwise("ranks", adapter_folder, "--rows", 3), "--rows", "--knock-out")
+    refused(rankwise("ranks", adapter_folder, "--beside", adapter_folder), "--beside", "--figures")
+
+
 def test_cut_off_adapter_is_refused(adapter_folder):
     path = adapter_folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:100])

@@ -249,8 +249,9 @@ def test_a_result_has_the_score_at_every_rank(tmp_path):
 
 
 def test_what_is_wrong_is_said():
-    with pytest.raises(ValueError, match="least_rank = 3 is above rank = 2: lower it or raise the rank"):
-        variants.create("dylora", rank=4, rank_pattern={"first": 2}, least_rank=3)
+    for pattern in (2, [4, 2]):
+        with pytest.raises(ValueError, match="least_rank = 3 is above rank = 2: lower it or raise the rank"):
+            variants.create("dylora", members=2, rank=4, rank_pattern={"first": pattern}, least_rank=3)
     adapter = create()
     adapter.begin(Step(1, TOTAL))
     with pytest.raises(ValueError, match=r"call adapter.begin"):

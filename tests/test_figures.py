@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from reports import figures, results
-from tests.synthetic_runs import METHODS, write_run, write_study
+from tests.synthetic_runs import BERT_SITES, METHODS, write_anatomy, write_run, write_study
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,85 @@ def labels(drawing):
 
 
 def test_a_study_has_every_figure(drawings):
-    assert list(drawings) == ["rank-map", "budget", "ranks-over-time", "learning-curves", "rates"]
+    assert list(drawings) == [
+        "rank-map", "side-by-side", "stability", "budget", "ranks-over-time", "learning-curves", "rates",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def examined(tmp_path_factory):
+    """The figures of runs that have sites.json and knockout.json."""
+    folder = tmp_path_factory.mktemp("examined")
+    for method in ("full", "lora", "adalora"):
+        for seed in (0, 1, 2):
+            write_anatomy(write_run(folder, method=method, seed=seed), knocked=method != "full")
+    return {drawing.name: drawing for drawing in figures.draw_all(results.load(folder))}
+
+
+def test_importance_is_drawn_against_the_cut(examined):
+    (ax,) = examined["importance"].figure.axes
+    points = {line.get_label(): line for line in ax.lines if line.get_marker() == "."}
+    assert {label: len(line.get_xdata()) for label, line in points.items()} == {"cut": 144, "kept": 288}
+    together = sorted(
+        zip(
+            [*points["cut"].get_xdata(), *points["kept"].get_xdata()],
+            [*points["cut"].get_ydata(), *points["kept"].get_ydata()],
+            strict=True,
+        )
+    )
+    heights = [y for _, y in together]
+    assert heights == sorted(heights, reverse=True) and [x for x, _ in together] == list(range(1, 433))
+    assert "288 kept" in labels(examined["importance"])
+
+
+def test_spectra_stand_beside_full_fine_tuning_s(examined):
+    (ax, *_) = examined["spectra"].figure.axes
+    lines = {line.get_label(): line for line in ax.lines}
+    assert set(lines) == {"full", "lora", "adalora"}
+    assert list(lines["full"].get_xdata()) == list(range(1, 17)) and len(lines["lora"].get_xdata()) == 8
+    assert lines["full"].get_ydata()[0] == pytest.approx(0.3)
+    assert lines["full"].get_color() == figures.METHOD_COLOURS["full"]
+
+
+def test_a_site_s_worth_is_drawn_against_what_was_believed_of_it(examined):
+    titles = {ax.get_title(loc="left"): ax for ax in examined["knock-out"].figure.axes}
+    assert set(titles) == {"lora", "adalora"}
+    assert titles["adalora"].get_title(loc="right") == "rho +1.00"
+    assert titles["adalora"].get_xlabel().startswith("importance") and titles["lora"].get_xlabel() == "|dW| / |W|"
+
+
+def test_two_allocations_are_drawn_with_their_difference():
+    one = {f"layer.{i}.{kind}": 4.0 for i in range(3) for kind in "ab"}
+    other = {**one, "layer.0.a": 1.0, "layer.2.b": 7.0, "pooler": 2.0}
+    drawing = figures.side_by_side("lora", one, "adalora", other, "here")
+    left, middle, right, *_ = drawing.figure.axes
+    assert [ax.get_title(loc="left") for ax in (left, middle)] == ["lora   total 24", "adalora   total 26"]
+    written = {(t.get_position()[0] - 0.5, int(t.get_position()[1])): t.get_text() for t in right.texts}
+    assert written == {(0, 0): "-3", (1, 0): "0", (2, 0): "0", (0, 1): "0", (1, 1): "0", (2, 1): "3", (1, 2): "2"}
+    assert right.collections[0].get_clim() == (-3.0, 3.0)  # 0 is the middle of the colours
+
+
+def test_the_pair_that_differs_most_is_laid_side_by_side(tmp_path):
+    ranks = [dict.fromkeys(BERT_SITES, 8), {**dict.fromkeys(BERT_SITES, 8), BERT_SITES[0]: 9}, dict.fromkeys(BERT_SITES, 2)]
+    for name, of in zip("abc", ranks, strict=True):
+        write_run(tmp_path, setting=name, ranks=of)
+    (first, second, *_) = figures.allocation_pair(results.load(tmp_path)).figure.axes
+    assert [ax.get_title(loc="left").split()[0] for ax in (first, second)] == ["b", "c"]
+
+
+def test_seeds_are_compared_by_spearman_and_jaccard(tmp_path):
+    ranks = [{"l.0.a": 0, "l.0.b": 1, "l.1.a": 4, "l.1.b": 2}, {"l.0.a": 0, "l.0.b": 2, "l.1.a": 3, "l.1.b": 0}]
+    for seed, of in enumerate(ranks):
+        write_run(tmp_path, method="adalora", seed=seed, ranks=of)
+    write_run(tmp_path, method="lora", seed=0)
+    write_run(tmp_path, method="lora", seed=1)
+    arms = {arm.setting: arm for arm in results.load(tmp_path).arms}
+    ((correlation, of_ranks, of_sites),) = figures.seed_pairs(arms["adalora"])
+    # Places 1 2 4 3 and 1.5 3 4 1.5: deviations -1.5 -.5 1.5 .5 and -1 .5 1.5 -1.
+    assert correlation == pytest.approx((1.5 - 0.25 + 2.25 - 0.5) / (5 * 4.5) ** 0.5)
+    assert of_ranks == pytest.approx((0 + 1 + 3 + 0) / (0 + 2 + 4 + 2))
+    assert of_sites == pytest.approx(2 / 3)
+    assert figures.seed_pairs(arms["lora"]) == []
 
 
 def test_the_same_runs_give_the_same_bytes(study, tmp_path):

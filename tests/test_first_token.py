@@ -1,5 +1,7 @@
 """The last layer computed at its first token alone gives the same logits, gradients and draws."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -64,6 +66,27 @@ def test_fewer_tokens_are_computed():
     with torch.no_grad():
         model(**batch(model, 4))
     assert seen == [9, 1]
+
+
+def test_what_measures_the_inputs_sees_every_token():
+    model, seen = models.tiny("bert"), []
+    assert first_token.only(model, variants.create("lora", rank=2).draw)
+    model.bert.encoder.layer[-1].output.dense.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+    with torch.no_grad():
+        with first_token.every(model):
+            model(**batch(model, 4))
+        model(**batch(model, 4))
+    assert seen == [9, 1]
+
+
+def test_the_trainer_measures_every_token(tmp_path, monkeypatch):
+    one = small_world.pack(small_world.model(tmp_path / "model"), "eva")
+    one = dataclasses.replace(one, targets=["layer.1.output.dense"])
+    first = small_world.trainer(one, tmp_path / "first").adapter
+    monkeypatch.setattr(first_token, "only", lambda model, draw: False)
+    whole = small_world.trainer(one, tmp_path / "whole").adapter
+    for (_, a), (_, b) in zip(first.named_sites(), whole.named_sites(), strict=True):
+        torch.testing.assert_close(a.A, b.A, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["deberta-v2", "gpt2", "llama", "albert"])

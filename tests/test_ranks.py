@@ -1,13 +1,14 @@
 """The ranks of runs and of PEFT's adapter folders."""
 
+import csv
 import json
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from reports import ranks, tables
-from tests.synthetic_runs import BERT_SITES, write_json, write_run
+from reports import allocation, figures, page, ranks, results, tables
+from tests.synthetic_runs import BERT_SITES, write_anatomy, write_json, write_run
 
 
 @pytest.mark.parametrize(
@@ -211,3 +212,260 @@ def test_adalora_with_dora_shows_the_ranks_it_kept_and_not_those_of_the_folded_f
     assert found.method == "adalora+dora"
     assert {s.site: s.active for s in found.sites} == {n: int(r) for n, r in adapter.ranks().items()}
     assert {s.nominal for s in found.sites} == {4} and 0 in {s.active for s in found.sites}
+
+
+# -- what the tensors say --------------------------------------------------------------------------------------------------
+
+
+def healthy(random=None):
+    """Two modules of rank 4 with a generic A and B."""
+    random = random or np.random.default_rng(0)
+    shapes = {f"m.layers.{i}.{kind}.lora_{factor}.weight": shape for i in range(2) for kind in "qk"
+              for factor, shape in (("A", (4, 9)), ("B", (7, 4)))}  # fmt: skip
+    return {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 6}
+
+
+def written(folder, tensors, **config):
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "adapter_config.json", CONFIG | config)
+    save_file({f"base_model.model.{name}": np.ascontiguousarray(t) for name, t in tensors.items()},
+              folder / "adapter_model.safetensors")  # fmt: skip
+    return ranks.read(folder)
+
+
+def test_an_adapter_s_ranks_are_those_of_its_dense_update(tmp_path):
+    tensors = healthy()
+    found = written(tmp_path, tensors)
+    assert found.faults == ()
+    for site in found.sites:
+        A, B = (tensors[f"{site.site}.lora_{factor}.weight"].astype(np.float64) for factor in "AB")
+        sigma = np.linalg.svd(1.5 * B @ A)[1][:4]
+        shares = sigma / sigma.sum()
+        assert site.effective_rank == pytest.approx(np.exp(-sum(p * np.log(p) for p in shares)))
+        assert site.stable_rank == pytest.approx((sigma**2).sum() / sigma[0] ** 2)
+        assert site.energy_rank == next(k for k in range(1, 5) if (sigma[:k] ** 2).sum() >= 0.95 * (sigma**2).sum())
+        assert site.singular_values == pytest.approx(tuple(sigma))
+        assert (site.parameters, site.share, site.relative_norm) == (64, 0.25, None)
+
+
+SITE = "m.layers.1.k"
+
+
+def planted(what):
+    """Tensors with one fault, the configuration's changes, and what must be said of it."""
+    tensors, config = healthy(), {}
+    A, B = tensors[f"{SITE}.lora_A.weight"], tensors[f"{SITE}.lora_B.weight"]
+    if what == "NaN":
+        A[1, 2] = np.nan
+    elif what == "infinity":
+        B[3, 0] = np.inf
+    elif what == "dead row of A":
+        A[[1, 3]] = 0
+    elif what == "dead column of B":
+        B[:, 2] = 0
+    elif what == "zero module":
+        B[:] = 0
+    elif what == "no rank with both":
+        A[:2], B[:, 2:] = 0, 0
+    elif what == "dependent":
+        A[3] = 2 * A[0] - A[1]
+    elif what == "equal columns":
+        B[:, 1] = -3 * B[:, 0]
+    elif what == "rank_pattern that matches nothing":
+        config["rank_pattern"] = {"v_proj": 2}
+    elif what == "alpha_pattern that matches nothing":
+        config["alpha_pattern"] = {r"layers\.7\.q": 3}
+    elif what == "rank_pattern against the tensors":
+        config["rank_pattern"] = {"1.k": 2}
+    elif what == "r against the tensors":
+        tensors[f"{SITE}.lora_A.weight"], tensors[f"{SITE}.lora_B.weight"] = A[:3], B[:, :3]
+    elif what == "NaN in the head":
+        tensors["classifier.weight"] = np.array([[1.0, np.nan]], np.float32)
+    return tensors, config
+
+
+FAULTS = {
+    "NaN": f"{SITE}: A holds 1 of 36 numbers that are NaN",
+    "infinity": f"{SITE}: B holds 1 of 28 numbers that are infinite",
+    "dead row of A": f"{SITE}: 2 of 4 ranks are dead (row of A zero at 1, 3)",
+    "dead column of B": f"{SITE}: 1 of 4 ranks are dead (column of B zero at 2)",
+    "zero module": f"{SITE}: dW is zero (B is all zero)",
+    "no rank with both": f"{SITE}: dW is zero (no rank has both factors)",
+    "dependent": f"{SITE}: the 4 live ranks of A span 3 dimensions up to rounding (f32)",
+    "equal columns": f"{SITE}: the 4 live ranks of B span 3 dimensions",
+    "rank_pattern that matches nothing": 'rank_pattern = {"v_proj": 2} matches none of the 4 modules',
+    "alpha_pattern that matches nothing": "alpha_pattern = ",
+    "rank_pattern against the tensors": f'{SITE}: rank_pattern["1.k"] is 2, its tensors have rank 4',
+    "r against the tensors": f"{SITE}: r is 4, its tensors have rank 3",
+    "NaN in the head": "base_model.model.classifier.weight holds 1 numbers that are not finite",
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_what_is_wrong_with_a_foreign_adapter_is_named(tmp_path, what):
+    tensors, config = planted(what)
+    found = written(tmp_path, tensors, **config)
+    (fault,) = found.faults
+    assert FAULTS[what] in fault
+    assert f"Warning: {fault}." in tables.rank_table(tmp_path).caption
+    assert found.as_dict()["faults"] == [fault]
+    json.dumps(found.as_dict(), allow_nan=False)
+
+
+def test_rows_that_bfloat16_rounded_apart_are_dependent_and_its_bits_are_read(tmp_path):
+    import torch
+    from safetensors.torch import save_file as save_torch
+
+    random = torch.Generator().manual_seed(1)
+    A, B = torch.randn(4, 64, generator=random), torch.randn(48, 4, generator=random)
+    A[2] = 0.7 * A[0]
+    write_json(tmp_path / "adapter_config.json", CONFIG)
+    tensors = {f"base_model.model.l.0.q.lora_{name}.weight": t.bfloat16() for name, t in (("A", A), ("B", B))}
+    save_torch(tensors, tmp_path / "adapter_model.safetensors")
+    found = ranks.read(tmp_path)
+    (fault,) = found.faults
+    assert "the 4 live ranks of A span 3 dimensions up to rounding (bf16)" in fault
+    dense = (
+        1.5
+        * tensors["base_model.model.l.0.q.lora_B.weight"].double()
+        @ tensors["base_model.model.l.0.q.lora_A.weight"].double()
+    )
+    assert found.sites[0].singular_values[0] == pytest.approx(float(torch.linalg.svdvals(dense)[0]))
+
+
+def test_adalora_s_patterns_are_held_against_its_tensors(tmp_path):
+    random = np.random.default_rng(2)
+    tensors = {}
+    for name, rank in (("h.0.a", 2), ("h.1.a", 2), ("h.2.a", 3)):
+        tensors |= {f"{name}.lora_A": random.normal(size=(rank, 5)), f"{name}.lora_B": random.normal(size=(7, rank)),
+                    f"{name}.lora_E": random.normal(size=(rank, 1))}  # fmt: skip
+    tensors["h.2.a.lora_E"][1] = 0
+    pattern = {"h.0.a.lora_E": [True, False, True], "h.1.a.lora_E": [True, True, True], "h.3.a.lora_E": [True, False, False]}
+    config = {"peft_type": "ADALORA", "r": 8, "init_r": 3, "target_r": 1, "lora_alpha": 24, "rank_pattern": pattern}
+    found = written(tmp_path, tensors, **config, alpha_pattern={"a": 3})
+    said = "\n".join(found.faults)
+    for words in (
+        "h.1.a: rank_pattern keeps 3 triplets, its tensors hold 2",
+        "rank_pattern keeps 1 triplets of h.3.a, which the file has no tensors for",
+        "h.2.a: rank_pattern does not name it",
+        "alpha_pattern has no effect in AdaLoRA",
+        "h.2.a: 1 of 3 ranks are dead (E zero at 1)",
+    ):
+        assert words in said
+    assert len(found.faults) == 5
+    A, B, E = (tensors[f"h.0.a.lora_{name}"] for name in "ABE")
+    sigma = np.linalg.svd(24 / (3 + 1e-5) * B @ (E * A))[1]
+    assert found.sites[0].singular_values == pytest.approx(tuple(sigma[:2]))
+
+
+def test_our_own_and_peft_s_adapters_are_without_fault_once_trained(tmp_path):
+    import torch
+
+    import variants
+    from tests.tiny import tiny
+
+    for name, given in (("lora", {"rank": 3, "alpha": 4, "rank_pattern": {"layer.0.attention.self.query": 5}}),
+                        ("adalora", {"initial_rank": 4, "target_rank": 2})):  # fmt: skip
+        adapter = variants.create(name, **given).attach(tiny("bert"))
+        random = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=random)
+            if name == "adalora":
+                for place, site in enumerate(adapter.triplets()):
+                    site.kept[0, place % 3 + 1 :] = False
+                    site.project()
+        variants.save_pretrained(adapter, tmp_path / name)
+        found = ranks.read(tmp_path / name)
+        assert found.faults == () and found.active == sum(int(rank) for rank in adapter.ranks().values())
+        for site in found.sites:
+            sigma = torch.linalg.svdvals(adapter.delta(site.site)[0].detach().double())
+            length = len(site.singular_values)
+            assert length == site.active
+            assert site.singular_values == pytest.approx(sigma[:length].tolist(), rel=1e-4)
+
+
+# -- runs and studies ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def examined(tmp_path):
+    for method in ("full", "lora", "adalora"):
+        for seed in (0, 1):
+            write_anatomy(write_run(tmp_path / "study", method=method, seed=seed), knocked=method == "adalora")
+    return tmp_path / "study"
+
+
+def test_a_run_shows_what_became_of_its_weights(examined):
+    folder = next(path for path in examined.iterdir() if '"adalora"' in (path / "config.json").read_text())
+    found = ranks.read(folder)
+    stored = json.loads((folder / "sites.json").read_text())["sites"]
+    for site in found.sites:
+        for key in ("parameters", "effective_rank", "stable_rank", "energy_rank", "relative_norm", "importance", "intruders"):
+            assert getattr(site, key) == stored[site.site][key]
+        assert site.loss_increase == pytest.approx(site.importance, abs=1e-12)
+    assert found.evaluated == "128 rows of the validation split"
+    assert {"effective", "|dW|/|W|", "importance", "loss without"} <= set(tables.rank_table(folder).columns)
+    assert [row["step"] for row in found.as_dict()["trajectory"]][-1] == 540
+    (folder / "sites.json").write_text('{"schema": 1')
+    with pytest.raises(ValueError, match=r"sites\.json is not strict JSON"):
+        ranks.read(folder)
+
+
+def test_full_fine_tuning_with_its_spectrum_is_shown(examined):
+    folder = next(path for path in examined.iterdir() if '"full"' in (path / "config.json").read_text())
+    found = ranks.read(folder)
+    assert found.method == "full" and found.sites[0].nominal == 384 and len(found.sites[0].singular_values) == 16
+
+
+def test_a_study_is_shown_with_its_tables_and_every_run(examined, tmp_path):
+    made = {table.name: table for table in allocation.shown(examined)}
+    assert list(made) == ["ranks", "anatomy", "stability", "knock-out"]
+    rows = {row[0]: row for row in made["anatomy"].rows}
+    assert rows["full"][:5] == ("full", 2, 36, "13,824", "13,824") and rows["adalora"][3:5] == ("288", "432")
+    assert rows["lora"][5] == "6.40" and rows["lora"][10] == "2.00"
+    assert [row[0] for row in made["stability"].rows] == ["adalora"]
+    ((label, n, *_, harmless, rho, _, _),) = made["knock-out"].rows
+    assert (label, n, rho.mean, rho.n) == ("adalora", 2, pytest.approx(1.0), 2) and harmless.endswith(" %")
+    whole = allocation.as_dict(examined)
+    (part,) = whole["parts"]
+    assert sorted((run["setting"], run["seed"]) for run in part["runs"]) == [
+        (setting, seed) for setting in ("adalora", "full", "lora") for seed in (0, 1)
+    ]
+    json.dumps(whole, allow_nan=False)
+    lines = list(csv.DictReader(allocation.as_csv(examined).splitlines()))
+    assert len(lines) == 6 * 36
+    assert {line["site"] for line in lines if line["setting"] == "lora"} == set(BERT_SITES)
+    names = [drawing.name for drawing in allocation.drawings(examined)]
+    assert names == ["rank-map", "side-by-side", "stability", "budget", "ranks-over-time", "importance", "spectra", "knock-out"]
+    with pytest.raises(ValueError, match="is a study, of many allocations"):
+        allocation.drawings(examined, tmp_path)
+
+
+def test_the_report_holds_these_tables_and_a_study_without_them_does_not(examined, tmp_path):
+    text = page.write(examined, tmp_path / "report").read_text()
+    for words in ("## What became of the weights", "## What each site is worth", "## The allocation at another seed"):
+        assert words in text
+    assert "What each site is worth" in (tmp_path / "report" / "report.html").read_text()
+    assert (tmp_path / "report" / "tables" / "knock-out.csv").is_file()
+    for path in examined.iterdir():
+        (path / "sites.json").unlink()
+        (path / "knockout.json").unlink(missing_ok=True)
+    bare = page.write(examined, tmp_path / "bare").read_text()
+    assert "What became" not in bare and "The allocation at another seed" in bare
+
+
+def test_finished_runs_are_copied_with_these_files(examined, tmp_path):
+    results.copy_finished(examined, tmp_path / "out")
+    names = [{path.name for path in folder.iterdir()} for folder in (tmp_path / "out" / "runs").iterdir()]
+    assert all("sites.json" in found for found in names) and sum("knockout.json" in found for found in names) == 2
+
+
+def test_one_run_is_drawn_and_two_are_laid_side_by_side(examined):
+    folders = {json.loads((p / "config.json").read_text())["method"]: p for p in examined.iterdir()}
+    assert [drawing.name for drawing in allocation.drawings(folders["lora"])] == ["rank-map", "spectra"]
+    (drawing,) = allocation.drawings(folders["lora"], folders["adalora"])
+    assert isinstance(drawing, figures.Drawing) and drawing.title.startswith("lora and adalora")

@@ -113,7 +113,7 @@ def test_the_verdict_table_at_the_top_is_that_of_the_committed_study():
 def test_study_example_is_a_study():
     import tomllib
 
-    text = next(text for kind, text in BLOCKS if kind == "toml")
+    text = next(text for kind, text in BLOCKS if kind == "toml" and "model" in tomllib.loads(text))
     study = config.parse(tomllib.loads(text), "my-study")
     checks.check(study)
     assert [entry.method for entry in study.methods] == ["lora", "dora"]
@@ -130,3 +130,17 @@ def test_printed_tree_names_what_is_there():
         for name in re.findall(r"[a-z_]+\.py|[a-z]+/(?= |\*|$)", line):
             missing += [] if (ROOT / folder / name).exists() else [folder + name]
     assert missing == []
+
+
+def test_the_entry_of_an_allocator_is_one_and_attaches():
+    import tomllib
+
+    import variants
+    from experiments import config
+    from tests.tiny import tiny
+
+    text = next(text for kind, text in BLOCKS if kind == "toml" and "allocated" in text)
+    frame = {"model": "m", "tasks": ["glue/stsb"], "quick": True}
+    (entry,) = config.parse({**frame, **tomllib.loads(text)}, "my-study").methods
+    adapter = variants.create(entry.method, **entry.settings).attach(tiny("bert"))
+    assert all(hasattr(site, "magnitude") for _, site in adapter.named_sites()) and len(adapter.ranks()) == 12

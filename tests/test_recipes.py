@@ -35,7 +35,11 @@ def planned(table: str, row: str, cell: str, variant: str = "paper", **options) 
 def test_every_published_table_has_a_recipe_and_every_recipe_a_table():
     of = {name: recipes.load(name).table for name in recipes.names()}
     assert set(of.values()) == set(papers.names())
-    assert [name for name, table in of.items() if name != table] == ["lora-18-miniature"]
+    assert [name for name, table in of.items() if name != table] == [
+        "adalora-4-miniature",
+        "adalora-5-miniature",
+        "lora-18-miniature",
+    ]
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -61,17 +65,18 @@ def test_what_can_run_is_what_the_methods_and_tasks_allow():
     counts = {name: len(runnable(recipes.load(name))) for name in recipes.names()}
     assert {name: count for name, count in counts.items() if count} == {
         "adalora-1": 2 * 6 * 8,  # full, BitFit, two of LoRA, two of AdaLoRA
-        "adalora-4": 2 * 3 * 3,  # AdaLoRA at three budgets
-        "adalora-5": 2 * 15 * 2,  # all but LoRA with the penalty
+        "adalora-4": 2 * 12 * 3,
+        "adalora-4-miniature": 2 * 12,
+        "adalora-5": 2 * 18 * 2,
+        "adalora-5-miniature": 2 * 18,
         "lora-2": 2 * 4 * 8,
         "lora-18-miniature": 7,
     } | ({"adalora-2": 2 * 9 * 2} if "squad/v1" in tasks.names() else {})
 
 
 def test_what_waits_says_for_what():
-    lora, ablation = recipes.load("lora-2"), recipes.load("adalora-4")
+    lora = recipes.load("lora-2")
     assert recipes.waits(lora, "RoBERTa-base BitFit, 0.1M", "rte", "paper").startswith("a recipe: the paper copied the row")
-    assert recipes.waits(ablation, "Prune LoRA, 0.08 %", "rte", "paper") == "the allocation laboratory"
     for name in (
         "lora-3",
         "lora-6",
@@ -239,6 +244,37 @@ def test_adaloras_ablations_have_the_budgets_of_the_table():
         settings = planned("adalora-4", "AdaLoRA, 0.08 %", cell, "script").study.methods[0].settings
         assert (settings["initial_rank"], settings["target_rank"]) == (initial, 1)
     assert planned("adalora-5", "AdaLoRA, 0.08 %", "mnli", "script").study.methods[0].settings["initial_rank"] == 3
+
+
+def test_adaloras_ablations_are_settings_of_the_allocator():
+    def settings(table: str, row: str, cell: str) -> dict:
+        one = planned(table, row, cell)
+        assert "schedule" not in one.study.methods[0].settings  # the rate's schedule is not the allocator's
+        return {"method": one.study.methods[0].method, **one.study.methods[0].settings}
+
+    for cell, table in (("rte", "adalora-4"), ("stsb", "adalora-4-miniature")):
+        whole = settings(table, "AdaLoRA, 0.16 %", cell)
+        weight = {"rte": 0.3, "stsb": 0.1}[cell]
+        assert whole["orthogonality"] == weight and "score" not in whole
+        assert settings(table, "AdaLoRA, score I, 0.16 %", cell) == whole | {"score": "raw-sensitivity"}
+        assert settings(table, "AdaLoRA, score |lambda|, 0.16 %", cell) == whole | {"score": "magnitude"}
+        pruned = {"method": "allocated", "form": "doublet", "score": "sensitivity", "orthogonality": 0.0}
+        assert settings(table, "Prune LoRA, 0.16 %", cell) == whole | pruned
+    for cell, table in (("sst2", "adalora-5"), ("stsb", "adalora-5-miniature")):
+        one = settings(table, "LoRA with orthogonality, 0.32 %", cell)
+        assert (one["method"], one["form"], one["initial_rank"], one["target_rank"]) == ("allocated", "doublet", 4, 4)
+        assert one["orthogonality"] == 0.1
+        svd = settings(table, "SVD-LoRA, 0.32 %", cell)
+        assert one == svd | {"method": "allocated", "form": "doublet"}
+
+
+@pytest.mark.parametrize("table", ["adalora-4-miniature", "adalora-5-miniature"])
+def test_a_miniature_of_the_ablations_has_every_row_of_its_table_with_the_same_settings(table):
+    whole, small = recipes.load(table.removesuffix("-miniature")), recipes.load(table)
+    assert list(small.rows) == list(whole.rows)
+    for label, row in small.rows.items():
+        assert (row.groups, row.settings) == (whole.rows[label].groups, whole.rows[label].settings)
+    assert recipes.plan(small, label, "stsb", scale=0.05).study.model == recipes.STAND_IN
 
 
 def test_adaloras_numbers_on_squad_are_those_of_table_10():
@@ -503,7 +539,7 @@ def test_the_list_says_what_runs_here(offline, monkeypatch):
 def test_with_a_hub_the_rest_runs_too(offline, monkeypatch):
     monkeypatch.setattr(recipes, "free_memory", lambda: None)
     monkeypatch.setattr(catalogue, "hub_out_of_reach", lambda: None)
-    found = recipes.here([recipes.load("adalora-4")], "script")
+    found = recipes.here([recipes.load("adalora-1")], "script")
     assert {one["here"] for one in found["tables"][0]["cells"]} == {"yes", "waits"}
 
 
@@ -715,6 +751,8 @@ def test_a_miniature_compares_the_shape_of_a_curve_and_no_number():
     falling = [one.model_copy(update={"higher_is_better": False}) for one in curve]
     assert "best at 1 " in beside.shape(falling)[0] and "-0.50" in beside.shape(falling)[0]
     assert "needs three points" in beside.shape(curve[:2])[0]
+    apart = [one.model_copy(update={"row": f"{name}, {one.position:g} %"}) for name in ("this", "that") for one in curve]
+    assert [text.split(":")[0] for text in beside.shape(apart)] == ["this", "that"]
     assert beside.shape([line()]) == []
 
 

@@ -34,7 +34,7 @@ def test_it_tunes_repeats_and_has_its_baselines(study):
     assert study.protocol == "held-out" and study.reference == "lora" and study.margin > 0
     assert len(study.seeds) >= max(10, seeds_needed(len(study.methods) - 1))
     methods = {entry.method for entry in study.methods}
-    assert {"full", "lora"} <= methods
+    assert {"full", "lora", "random-rank"} <= methods  # LoRA is the uniform allocation
     steps = {label: [round(b / a, 1) for a, b in itertools.pairwise(grid)] for label, grid in rates.items()}
     assert all(max(step) / min(step) < 1.6 for step in steps.values())  # geometric: the same kind of grid
     ratio = centre(rates["lora"]) / centre(rates["full"])

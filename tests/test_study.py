@@ -242,7 +242,7 @@ def test_committed_results_are_taken_as_finished_and_copied(model, tmp_path, mon
 
 @pytest.mark.parametrize("name", experiments.study.RESULT_FILES)
 def test_a_committed_result_that_was_half_copied_is_copied_again(model, tmp_path, monkeypatch, name):
-    what = study(model, ["head"], seeds=1)
+    what = study(model, ["lora"], seeds=1, knock_out=True)
     (made,) = ran(what, tmp_path / "committed" / "small" / "runs")
     copy = shutil.copyfile
 
@@ -784,7 +784,7 @@ def test_a_run_s_folder_holds_what_the_contract_says_in_strict_json(model, tmp_p
     for r in results:
         folder = tmp_path / r["fingerprint"]
         files = {p.name for p in folder.iterdir()}
-        assert files == {"config.json", "metrics.jsonl", "ranks.jsonl", "result.json", "adapter"}
+        assert files == {"config.json", "metrics.jsonl", "ranks.jsonl", "sites.json", "result.json", "adapter"}
         written, made = strict((folder / "result.json").read_text()), strict((folder / "config.json").read_text())
         assert written == r
         assert made["fingerprint"] == r["fingerprint"]

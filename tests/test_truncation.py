@@ -336,6 +336,7 @@ def test_a_member_that_diverged_leaves_the_others_their_budget():
     assert ranks(adapter).sum(0)[[0, 2]].tolist() == [15, 10]
     for _, site in adapter.named_sites():
         assert site.A[[0, 2]].isfinite().all()
+    assert adapter.site("bert.encoder.layer.0.attention.self.query").A[1].isnan().all(), "it stays as it is"
 
 
 WRONG = [

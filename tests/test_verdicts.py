@@ -8,7 +8,7 @@ import pytest
 from reports import tables
 from reports.results import load
 from reports.statistics import holm, seeds_needed, sign_flip_power, sign_flip_test
-from reports.verdicts import budget_reached, verdicts, warnings
+from reports.verdicts import budget_reached, missing_baselines, verdicts, warnings
 from tests.synthetic_runs import write_json, write_lines, write_run
 
 RATES = (1e-3, 3e-3, 9e-3)
@@ -152,6 +152,39 @@ def test_a_papers_own_protocol_is_labelled_and_missing_baselines_are_named(tmp_p
     part = study(tmp_path, {"dora": plus(2), "adalora": BASE}, reference="adalora", protocol="best-dev-epoch")
     text = " ".join(warnings(part))
     assert "A paper's own protocol" in text and "Full fine-tuning is not in the table" in text and "Plain LoRA is not" in text
+
+
+def test_controls_of_an_allocation_belong_into_every_table_that_is_no_quick_look(tmp_path):
+    part = study(tmp_path / "none", {"full": plus(2), "lora": BASE, "adalora": plus(0.1)})
+    assert missing_baselines(part) == ["A random allocation of the rank budget"]
+    assert missing_baselines(study(tmp_path / "quick", {"adalora": BASE}, quick=True, reference="adalora")) == []
+    arms = {"full": plus(2), "adalora": plus(0.1), "random-rank": BASE}
+    part = study(tmp_path / "random", arms, reference="adalora")
+    assert missing_baselines(part) == ["Plain LoRA", "A uniform allocation of the rank budget"]
+    assert "A uniform allocation of the rank budget is not in the table, where a fair" in " ".join(warnings(part))
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "written", "placed"),
+    [
+        ("lora", {"rank": 8}, None, "uniform"),
+        ("lora", {"rank": 8, "rank_pattern": {"^a$": 9}}, None, "uniform"),  # a budget of parameters mixes ranks
+        ("dora", {"rank": 8, "rank_pattern": {"^a$": 2}}, None, "given"),
+        ("lora", {"rank": 8, "rank_pattern": {"^a$": 2}}, "taken", "taken"),  # what the run wrote goes first
+        ("adalora", {"initial_rank": 4, "target_rank": 2}, None, "learned"),
+        ("allocated", {"initial_rank": 4, "target_rank": 2, "score": "random"}, None, "random"),
+        ("random-rank", {"rank": 4}, None, "random"),
+        ("full", {}, None, "none"),
+        ("adalora", {"rank": 8}, None, "learned"),  # settings of another version: by the method's name
+        ("dora", {"r": 8}, None, "uniform"),
+        ("gone", {}, None, "none"),
+    ],
+)
+def test_what_placed_the_ranks_is_told_by_the_run_or_its_settings_or_its_method(tmp_path, method, settings, written, placed):
+    folder = write_run(tmp_path, method=method)
+    config = json.loads((folder / "config.json").read_text()) | {"method_settings": settings}
+    write_json(folder / "config.json", config | ({"allocation": written} if written else {}))
+    assert load(tmp_path).arms[0].allocations == {placed}
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,11 @@ def anatomy(adapter: Adapter, intruders: bool = True, bases: dict[str, Tensor] |
 
 def thin_singular_values(B: Tensor, A: Tensor) -> Tensor:
     """(min(O, R, I),) of B A, the greatest first, in float64; B (O, R), A (R, I), no (O, I) matrix is made."""
+    if not len(A):  # a site of rank 0
+        return A.new_zeros(0, dtype=torch.float64)
     left, right = (torch.linalg.qr(thin.double(), mode="r").R for thin in (B, A.mT))
     values = torch.linalg.svdvals(left @ right.mT)
-    return values.masked_fill(values < 1e-12 * values[0], 0.0)  # slots that are zero leave rounding
+    return values.masked_fill(values < 1e-12 * values[:1], 0.0)  # slots that are zero leave rounding
 
 
 def dense_singular_values(change: Tensor) -> Tensor:

@@ -229,7 +229,7 @@ def _triplets(adapter: AllocatedAdapter, alone: Adapter, member: int, facts: dic
         A, B, E, keep = site.A[member][slots], site.B[member][:, slots], site.E[member][slots], site.kept[member][slots]
         alive = keep | (E != 0)
         factor = site.scale[member].item() * (initial + RANK_EPSILON) / settings.alpha
-        if (told := _told_scale(alone, name, site.scale[member]))[1]:
+        if (told := _told_scale(alone, name, site, member))[1]:
             scales[name] = told[0]
         tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = A[alive], B[:, alive]
         tensors[f"{name}.lora_E"] = (E[alive].double() * factor).to(E.dtype)[:, None]

@@ -39,8 +39,8 @@ class EVA(PlacedLoRA):
         settings = self.settings
         kind = Incremental if settings.decomposition == "incremental" else Exact
         rooms = self.rooms(names)
-        draws = {name: [partial(initialization.generator, seed, name, "eva") for seed in self.seeds] for name in names}
-        found = {n: [kind(room, settings.tau, d) for room, d in zip(rooms[n], draws[n], strict=True)] for n in names}
+        draws = [partial(initialization.generator, seed, "eva") for seed in self.seeds]  # of no site: equal inputs tie
+        found = {n: [kind(room, settings.tau, d) for room, d in zip(rooms[n], draws, strict=True)] for n in names}
         active = {(name, k) for name in names for k in range(self.members)}
         mask: Tensor | None = None
         ranks: Ranks = {}

@@ -199,6 +199,13 @@ class AllocatedSettings(LowRankSettings):
     def prunes() -> str:
         return "this method prunes"
 
+    @property
+    def allocation(self) -> str:
+        is_fixed = self.direction == "prune" and self.initial_rank == self.target_rank and not self.rank_pattern
+        if is_fixed and self.target_total is None and self.target_parameters is None:  # nothing is ever cut
+            return "uniform"
+        return self.score if self.score in ("random", "uniform") else "learned"
+
     @model_validator(mode="after")
     def _settings_have_effect(self) -> "AllocatedSettings":
         def changed(name: str) -> bool:
@@ -434,7 +441,7 @@ class DyLoRASettings(LoRASettings):
 
     @model_validator(mode="after")
     def _ranks_are_left(self) -> "DyLoRASettings":
-        for rank in [*_spread(self.rank, 1), *self.rank_pattern.values()]:
+        for rank in [rank for value in (self.rank, *self.rank_pattern.values()) for rank in _spread(value, 1)]:
             if rank < self.least_rank:
                 raise ValueError(f"least_rank = {self.least_rank} is above rank = {rank}: lower it or raise the rank")
         return self
@@ -478,6 +485,8 @@ class SoRASettings(LowRankSettings):
     """The same as the ranks of all sites together."""
     target_parameters: PositiveInt | None = None
     """The same as parameters of all sites together, with cost = "parameters"."""
+    shrink: bool = False
+    """Whether gates that are zero leave the tensors when the final steps begin."""
     cost: Literal["rank", "parameters"] = "rank"
     """What a gate takes out of the target: one, or its parameters; gates are then cut by size per parameter."""
 
@@ -630,7 +639,14 @@ METHODS: dict[str, Method] = {
             "rank by the stable rank of the weights, then LoRA",
             "after SR-LoRA, arXiv 2507.00327",
         ),
-        Method("random-rank", "variants.random_rank:RandomRank", PlacedSettings, "rank placed at random, then LoRA", "control"),
+        Method(
+            "random-rank",
+            "variants.random_rank:RandomRank",
+            PlacedSettings,
+            "rank placed at random, then LoRA",
+            "control",
+            allocation="random",
+        ),
         Method(
             "increlora",
             "variants.increlora:IncreLoRA",

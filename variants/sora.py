@@ -72,7 +72,7 @@ class SoRA(AllocatedAdapter):
     def after_step(self, step: Step) -> None:
         """Shrinks the gates; cuts them to the target, if there is one, when the final steps begin."""
         if not self._is_final(step):
-            self._shrink(step)
+            self._threshold(step)
         super().after_step(step)
 
     def _is_final(self, step: Step) -> bool:
@@ -80,7 +80,7 @@ class SoRA(AllocatedAdapter):
         return step.index > step.total - self.settings.final_steps
 
     @torch.no_grad()
-    def _shrink(self, step: Step) -> None:
+    def _threshold(self, step: Step) -> None:
         """
         Raises:
             ValueError: the soft threshold follows the rate, and nobody said the rate.
