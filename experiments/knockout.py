@@ -30,13 +30,22 @@ FILE = "knockout.json"
 
 @torch.no_grad()
 def knock_out(
-    adapter: Adapter, tokenizer: Any, task: Task, split: str, encoded: Encoded, batch_size: int, precision: str = "fp32"
+    adapter: Adapter,
+    tokenizer: Any,
+    task: Task,
+    split: str,
+    encoded: Encoded,
+    batch_size: int,
+    precision: str = "fp32",
+    members: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """For each member what knockout.json holds: loss and score as trained, and with each site's change taken out.
+    """For each of these members, all if not given, what knockout.json holds: loss and score as trained, and with each
+    site's change taken out.
 
-    On a CPU a member is merged, so that each evaluation costs what the bare model costs; elsewhere the members are
+    On a CPU a member is merged, so that each evaluation costs what the bare model costs; elsewhere all members are
     evaluated together.
     """
+    members = range(adapter.members) if members is None else members
     names, was_training = adapter.changed_weights(), adapter.model.training
 
     def every_site(members: int) -> list[dict[str, Any]]:
@@ -51,21 +60,23 @@ def knock_out(
 
     adapter.model.eval()
     try:
-        found = _merged(adapter, every_site) if adapter.device.type == "cpu" and precision == "fp32" else None
-        found = every_site(adapter.members) if found is None else found
+        found = _merged(adapter, every_site, members) if adapter.device.type == "cpu" and precision == "fp32" else None
+        if found is None:
+            everyone = every_site(adapter.members)
+            found = [everyone[member] for member in members]
     finally:
         adapter.model.train(was_training)
     head = {"schema": SCHEMA, "split": split, "rows": encoded.num_examples, "metric": task.metric}
     return [{**head, **one} for one in found]
 
 
-def _merged(adapter: Adapter, every_site: Any) -> list[dict[str, Any]] | None:
-    """The members one by one, each merged; None where this adapter cannot be."""
+def _merged(adapter: Adapter, every_site: Any, members: Sequence[int]) -> list[dict[str, Any]] | None:
+    """These members one by one, each merged; None where this adapter cannot be."""
     found = []
     if not adapter.mergeable:
         return None
     with contextlib.suppress(CannotMerge):
-        for member in range(adapter.members):
+        for member in members:
             adapter.merge(member)
             try:
                 found += every_site(1)

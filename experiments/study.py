@@ -554,7 +554,8 @@ class Runner:
                 if new:
                     write_json(self.out / run.fingerprint / "sites.json", {**head, "sites": sites}, indent=None)
         wanted = knockout.seeds(study.knock_out, study.seeds)
-        if any(new and run.seed in wanted for run, new in zip(runs, is_new, strict=True)):
+        members = [k for k, (run, new) in enumerate(zip(runs, is_new, strict=True)) if new and run.seed in wanted]
+        if members:
             prepared = self.prepared[runs[0].task]
             split = self._selection_split(prepared.task)
             measured = knockout.knock_out(
@@ -565,10 +566,10 @@ class Runner:
                 prepared.data[split].random_part(knockout.ROWS, knockout.KEY),
                 trainer.pack.training.evaluation_batch_size,
                 self.precision,
+                members,
             )
-            for run, new, one in zip(runs, is_new, measured, strict=True):
-                if new and run.seed in wanted:
-                    write_json(self.out / run.fingerprint / knockout.FILE, one, indent=None)
+            for member, one in zip(members, measured, strict=True):
+                write_json(self.out / runs[member].fingerprint / knockout.FILE, one, indent=None)
 
     def _as_pack(self, runs: Sequence[Run]) -> Pack:
         first = runs[0]
