@@ -104,7 +104,8 @@ def test_headings_are_in_order_and_verdicts_come_first(parsed):
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
     assert [name for level, name in parsed.headings if level == 3] == [
         "Verdicts", "Comparison", "Score against active parameters", "Score against learning rate",
-        "Active rank of each layer and module", "Rank budget against its schedule", "Paper against ours",
+        "Active rank of each layer and module", "Rank budget against its schedule",
+        "The allocation at another seed", "Paper against ours",
         "How each number was made",
     ]  # fmt: skip
 

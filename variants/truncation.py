@@ -270,6 +270,7 @@ class Truncated(LowRankAdapter):
     """K members of LoRA, each cut to its budget after the last step."""
 
     method = "truncated"
+    budget_moves = -1
 
     def make_low_rank(self, name: str, module: nn.Module) -> LowRank:
         ranks = self.site_ranks(name, self.settings.initial_rank)
