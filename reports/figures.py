@@ -456,14 +456,14 @@ def knock_out(study: Study) -> Drawing | None:
             ax.axhline(0, color=FAINT, linewidth=0.8)
             ax.set_title(arm.setting)
             if known:
-                ax.set_title(f"rho {np.mean(known):+.2f}", loc="right", fontsize=9, fontweight="normal", color=INK)
+                told = f"rho {np.mean(known):+.2f}, n = {len(known)}"
+                ax.set_title(told, loc="right", fontsize=9, fontweight="normal", color=INK)
             ax.set_xlabel("importance, sum of the site" if by == "importance" else "|dW| / |W|")
         for ax in axes[::columns]:
             ax.set_ylabel("rise of the loss without it")
         for ax in axes[len(shown) :]:
             ax.set_axis_off()
-        n = max(map(len, shown.values()))
-        title = f"What each site is worth when it is taken out, {_of(study)} (rho: Spearman, mean over {n} seed{'s' * (n > 1)})"
+        title = f"What each site is worth when it is taken out, {_of(study)} (rho: Spearman, mean over n seeds)"
         title_above(figure, title)
     alt = f"Rise of the loss without each site against what was believed of it, for {', '.join(_names(list(shown)))}."
     return Drawing("knock-out", title, alt, figure)
