@@ -142,30 +142,43 @@ class MemberAdamW:
 
     def _step_elementwise(self, factor: float, parts: Sequence[tuple[Group, list[int]]]) -> None:
         """The same for all members at once, also for rates and counts that differ within a member's tensor."""
+        if not parts:
+            return
         beta1, beta2 = self.betas
+        common = self.taken.clamp_min(1)  # (K,) computed once for all tensors without slots of their own age
+        shared = 1 - beta1**common, (1 - beta2**common).sqrt()
+
+        def corrections(i: int) -> tuple[Tensor, Tensor]:
+            """(K,) or (K, R..): the bias corrections of both averages."""
+            if self.born[i] is None:
+                return shared
+            counts = (_along_members(self.taken, self.born[i]) - self.born[i]).clamp_min(1)
+            return 1 - beta1**counts, (1 - beta2**counts).sqrt()
+
+        def rates_of(lr_scale: float | Tensor, device: torch.device) -> Tensor:
+            scale = torch.as_tensor(lr_scale, dtype=self.learning_rates.dtype, device=device)  # () or (K, ...)
+            return factor * (_along_members(self.learning_rates, scale) if scale.dim() else self.learning_rates) * scale
+
         for group, some in parts:
             params, first, second = ([tensors[i] for i in some] for tensors in (self.params, self.first, self.second))
             gradients = [p.grad for p in params]
-            steps = [
-                self.taken if self.born[i] is None else _along_members(self.taken, self.born[i]) - self.born[i] for i in some
-            ]
-            steps = [counts.clamp_min(1) for counts in steps]  # (K,) or (K, R..)
+            corrected = [corrections(i) for i in some]
             torch._foreach_lerp_(first, gradients, 1 - beta1)
             torch._foreach_mul_(second, beta2)
             torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
             spread = torch._foreach_sqrt(second)
-            for p, s, counts in zip(params, spread, steps, strict=True):
-                s.div_(_along_members((1 - beta2**counts).sqrt().to(p.dtype), p))
+            for p, s, (_, root) in zip(params, spread, corrected, strict=True):
+                s.div_(_along_members(root.to(p.dtype), p))
             torch._foreach_add_(spread, self.epsilon)
             change = torch._foreach_div(first, spread)
-            for i, p, c, counts in zip(some, params, change, steps, strict=True):
-                scale = group.lr_scale[self._within[i]] if isinstance(group.lr_scale, list) else group.lr_scale
-                scale = torch.as_tensor(scale, dtype=self.learning_rates.dtype, device=p.device)  # () or (K, ...)
-                rates = factor * (_along_members(self.learning_rates, scale) if scale.dim() else self.learning_rates) * scale
+            several = isinstance(group.lr_scale, list)
+            together = None if several else rates_of(group.lr_scale, params[0].device)
+            for i, p, c, (correction, _) in zip(some, params, change, corrected, strict=True):
+                rates = rates_of(group.lr_scale[self._within[i]], p.device) if several else together
                 rate = _along_members(rates, p)
                 if group.weight_decay:
                     p.mul_((1 - rate * (self.weight_decay * group.weight_decay)).to(p.dtype))
-                c.mul_((rate / _along_members(1 - beta1**counts, p)).to(p.dtype))
+                c.mul_((rate / _along_members(correction, p)).to(p.dtype))
             torch._foreach_sub_(params, change)
 
     def zero_grad(self) -> None:

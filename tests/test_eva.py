@@ -155,7 +155,7 @@ def test_padding_is_left_out_and_tokens_without_a_label_where_asked():
         )
 
 
-@pytest.mark.parametrize("rho, tau", [(2.0, 0.9), (1.0, 0.95)])
+@pytest.mark.parametrize("rho, tau", [(2.0, 0.9), (1.7, 0.99), (1.0, 0.95)])
 def test_ranks_and_starts_are_pefts(monkeypatch, rho, tau):
     """peft 0.21.2, in fp32, over batches that are enough for it to settle in the first pass; both without their shortcut."""
     monkeypatch.setattr(IncrementalPCA, "_svd_fn_lowrank", lambda self, X: torch.linalg.svd(X, full_matrices=False))
