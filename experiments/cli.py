@@ -414,6 +414,11 @@ def _narrowed(
     if methods is not None:
         wanted = _chosen("--methods", methods, [e.label for e in study.methods], study.name)
         change["methods"] = [e for e in study.methods if e.label in wanted]
+        for entry in study.methods:  # a rate that some of its methods chose is not the rate that they share
+            if entry.shared_with is not None and (entry.label in wanted) != (entry.shared_with in wanted):
+                raise ValueError(
+                    f'--methods {methods}: "{entry.label}" and "{entry.shared_with}" share a learning rate: name both or none'
+                )
     if tasks is not None:
         wanted = _chosen("--tasks", tasks, study.tasks, study.name)
         change["tasks"] = [name for name in study.tasks if name in wanted]

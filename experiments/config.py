@@ -154,6 +154,10 @@ class Entry(_Section):
     same seed ended with, and trains them from scratch."""
     permuted: bool = False
     """With `ranks_of`: these ranks permuted over the sites of the same shape, by the seed; the parameters stay as many."""
+    shared_with: str | None = None
+    """Label of another entry with the same grid: both, and all that name it, train at one rate, the one with the best mean
+    selection score over all of them.  Swapping two such methods leaves the choice as it is, so that an exact test of their
+    difference counts it (for methods of one parameterization)."""
     source: "Entry | None" = None
     """The entry that `ranks_of` names, filled in by `parse`, so that it is known where --methods leaves it out."""
 
@@ -346,7 +350,9 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     own = set(spec.settings.model_fields)
-    shared = {"method", "label", "learning_rate", "learning_rates"} | ({"targets"} if spec.takes_targets else set())
+    shared = {"method", "label", "learning_rate", "learning_rates", "shared_with"} | (
+        {"targets"} if spec.takes_targets else set()
+    )
     taken = "ranks_of" in entry
     if spec.takes_ranks:
         shared |= {"ranks_of", "permuted"}
@@ -359,7 +365,9 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
             faults.append(f"{where}.{key}: {spec.name} takes no ranks; methods that do: {takers}")
         else:
             faults.append(f"{where}.{key}: unknown setting of {spec.name}{nearest(key, own | shared)}")
-    inherited = {k: v for k, v in defaults.items() if k in own | (shared - {"method", "label", "ranks_of", "permuted"})}
+    inherited = {
+        k: v for k, v in defaults.items() if k in own | (shared - {"method", "label", "ranks_of", "permuted", "shared_with"})
+    }
     if taken:
         inherited = {k: v for k, v in inherited.items() if k not in TAKEN}
     used |= set(inherited)
@@ -401,7 +409,7 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
         "learning_rates": [rate] if rates is None else rates,
         **({"targets": merged["targets"]} if "targets" in merged else {}),
         "settings": settings,
-        **{k: merged[k] for k in ("ranks_of", "permuted") if k in merged},
+        **{k: merged[k] for k in ("ranks_of", "permuted", "shared_with") if k in merged},
     }
 
 
@@ -447,6 +455,7 @@ def _contradictions(study: Study) -> list[str]:
     if not study.quick and len(set(numbers.values())) > 1:
         given = ", ".join(f"{k} {v}" for k, v in numbers.items())
         faults.append(f"methods have unequal numbers of learning rates ({given}): give each as many, or set quick = true")
+    faults += _sharing_faults(study.methods)
     faults += _budget_faults(study.budget)
     takers = [entry.label for entry in study.methods if entry.ranks_of is not None]
     if takers and study.budget.equal in ("time", "memory"):
@@ -476,6 +485,26 @@ def _contradictions(study: Study) -> list[str]:
             f"training.accumulation = {study.training.accumulation} is above batch_size = {study.training.batch_size}: "
             f"a micro-batch has at least one row"
         )
+    return faults
+
+
+def _sharing_faults(entries: list[Entry]) -> list[str]:
+    """Entries that cannot train at one rate with the one that they name."""
+    faults, by_label = [], {entry.label: entry for entry in entries}
+    for entry in entries:
+        if entry.shared_with is None:
+            continue
+        said, other = f'{entry.label}: shared_with = "{entry.shared_with}"', by_label.get(entry.shared_with)
+        if other is None or other is entry:
+            faults.append(f"{said} is no label of another method{nearest(entry.shared_with, by_label)}")
+        elif other.shared_with is not None:
+            faults.append(f'{said}, which shares the rate of "{other.shared_with}": name that')
+        elif entry.learning_rates != other.learning_rates:
+            faults.append(f"{said}: learning_rates = {entry.learning_rates} and {other.learning_rates}: give both the same")
+        elif (entry.ranks_of is None) != (other.ranks_of is None):
+            faults.append(
+                f"{said}: one of them takes its ranks from a third method (ranks_of), so it trains later: both or none"
+            )
     return faults
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import save_file
 
 import variants
 from experiments import budget, knockout, measure, models, sweep
@@ -42,7 +43,8 @@ from variants.settings import Settings, method, together
 SCHEMA = 1
 NUMERICS = 2  # raised by every commit that changes what a run computes
 COMMITTED = Path(__file__).parent.parent / "reports" / "studies"
-RESULT_FILES = ("config.json", "metrics.jsonl", "ranks.jsonl", "sites.json", knockout.FILE, "result.json")
+PREDICTIONS = "predictions.safetensors"  # of the split that is scored: what an interval over its rows is made from
+RESULT_FILES = ("config.json", "metrics.jsonl", "ranks.jsonl", "sites.json", knockout.FILE, PREDICTIONS, "result.json")
 AUTO_PACK = {"cpu": 8, "cuda": 32}
 PROBE_STEPS = 6  # a step's time is the median of so many, the first left out; its peak that of all
 
@@ -243,8 +245,8 @@ class Runner:
             for takes in (False, True):  # those that take ranks of others come after these
                 for task in self.study.tasks:
                     for entry in self.study.methods:
-                        if entry.swept and (entry.ranks_of is not None) == takes:
-                            results += self._sweep(entry, task)
+                        if entry.swept and entry.shared_with is None and (entry.ranks_of is not None) == takes:
+                            results += self._sweep(self._sharers(entry), task)
                     for group in self.groups:
                         if group.phase == "final" and group.task == task and (group.entry.ranks_of is not None) == takes:
                             results += self._run_group(group)
@@ -265,20 +267,32 @@ class Runner:
 
     # -- the sweep --------------------------------------------------------------------------------------------------
 
-    def _sweep(self, entry: Entry, task: str) -> list[dict[str, Any]]:
-        """Runs a method's grid, widens it while its best rate stands at the edge, and goes up the rungs; all results."""
+    def _sharers(self, entry: Entry) -> list[Entry]:
+        """The entries that train at one rate with this one, itself first where the others name it."""
+        first = entry.shared_with or entry.label
+        return [e for e in (*self.study.methods, *self.sources.values()) if first in (e.label, e.shared_with)] or [entry]
+
+    def _sweep(self, entries: list[Entry], task: str) -> list[dict[str, Any]]:
+        """Runs a method's grid, widens it while its best rate stands at the edge, and goes up the rungs; all results.
+
+        Entries that share a rate take every step together, by the scores of all of them.
+        """
+        labels = [entry.label for entry in entries]
         known = (*self.groups, *self.added)
-        grid = [g for g in known if g.phase == "sweep" and g.entry.label == entry.label and g.task == task]
+        grid = [g for g in known if g.phase == "sweep" and g.entry.label in labels and g.task == task]
         results = [result for group in grid for result in self._run_group(group)]
-        size = len(entry.learning_rates)
+        size = len(entries[0].learning_rates)
         most = self.study.sweep.most_trials(size, self.study.quick)
-        while (rate := sweep.next_rate(self._scores(entry, task, 0), most)) is not None:
-            results += self._run_added(grid_groups(self.study, self.pack, entry, task, [rate], index=len(grid)))
-            grid += self.added[-1:]
+        index = len(grid)
+        while (rate := sweep.next_rate(self._scores(entries, task, 0), most)) is not None:
+            for entry in entries:
+                results += self._run_added(grid_groups(self.study, self.pack, entry, task, [rate], index=index))
+            index += 1
         if self.study.sweep.halving is not None:
             for rung in range(1, self.study.sweep.rungs):
-                rates = sweep.survivors(self._scores(entry, task, rung - 1), self.study.sweep.halving)
-                results += self._run_added(grid_groups(self.study, self.pack, entry, task, rates, rung))
+                rates = sweep.survivors(self._scores(entries, task, rung - 1), self.study.sweep.halving)
+                for entry in entries:
+                    results += self._run_added(grid_groups(self.study, self.pack, entry, task, rates, rung))
         return results
 
     def _run_added(self, found: list[Group]) -> list[dict[str, Any]]:
@@ -287,11 +301,11 @@ class Runner:
         self.more(sum(self._work(group) for group in found))
         return [result for group in found for result in self._run_group(group)]
 
-    def _scores(self, entry: Entry, task: str, rung: int) -> dict[float, list[float | None]]:
-        """Rate -> selection score of each seed, at one rung of a sweep, of what has finished."""
-        found = []
+    def _scores(self, entries: Sequence[Entry], task: str, rung: int) -> dict[float, list[float | None]]:
+        """Rate -> selection scores of the entries' seeds, at one rung of a sweep, of what has finished."""
+        labels, found = [entry.label for entry in entries], []
         for group in (*self.groups, *self.added):
-            if (group.phase, group.entry.label, group.task, group.rung) == ("sweep", entry.label, task, rung):
+            if (group.phase, group.task, group.rung) == ("sweep", task, rung) and group.entry.label in labels:
                 for seed, rate in group.members:
                     result = self._result(self._specify(group, seed, rate))
                     if result is not None:
@@ -313,7 +327,7 @@ class Runner:
         try:
             for task in self.study.tasks:
                 if source.swept:
-                    self._sweep(source, task)
+                    self._sweep([source], task)
                 for group in alone:
                     if group.phase == "final" and group.task == task:
                         self._run_group(group)
@@ -535,6 +549,7 @@ class Runner:
                 continue
             if run.phase == "final" and outcome.error is None:
                 variants.save_pretrained(trainer.adapter, self.out / run.fingerprint / "adapter", member=member)
+                self._write_predictions(run, outcome)
             self._write_result(run, outcome, index, len(runs), note)
 
     def _examine(self, trainer: Trainer, runs: Sequence[Run], outcomes: Sequence[Outcome]) -> None:
@@ -608,6 +623,9 @@ class Runner:
     def _selection_split(self, task: Task) -> str:
         return task.dev_split if self.study.protocol == "best-dev-epoch" else task.selection_split
 
+    def _score_split(self, task: Task) -> str:
+        return task.dev_split if self.study.protocol == "best-dev-epoch" else task.score_split
+
     def _train_split(self, task: Task) -> str:
         """What is trained on: a paper's own protocol keeps nothing back to choose on."""
         return task.official_train_split if self.study.protocol == "best-dev-epoch" else task.train_split
@@ -624,7 +642,7 @@ class Runner:
         if all(rate is not None for _, rate in group.members):
             return list(group.members)
         rung = 0 if self.study.sweep.halving is None else self.study.sweep.rungs - 1
-        best = sweep.ranked(self._scores(group.entry, group.task, rung))[0]
+        best = sweep.ranked(self._scores(self._sharers(group.entry), group.task, rung))[0]
         return [(seed, best) for seed, _ in group.members]
 
     def _specify(self, group: Group, seed: int, rate: float) -> Run:
@@ -712,10 +730,17 @@ class Runner:
         if not keep or _read_json(folder / "config.json") is None:
             write_json(folder / "config.json", config)
 
+    def _write_predictions(self, run: Run, outcome: Outcome) -> None:
+        """Writes the predictions of the scored split; a span's, two numbers for each token, are too large to keep."""
+        task = self.prepared[run.task].task
+        split = self._score_split(task)
+        if split in outcome.predictions and task.kind != "span":
+            with replacing(self.out / run.fingerprint / PREDICTIONS) as path:
+                save_file({"predictions": np.ascontiguousarray(outcome.predictions[split])}, path, {"split": split})
+
     def _write_result(self, run: Run, outcome: Outcome, index: int, size: int, note: str | None) -> None:
         task = self.prepared[run.task].task
-        papers = self.study.protocol == "best-dev-epoch"
-        selection, split = (task.dev_split,) * 2 if papers else (task.selection_split, task.score_split)
+        selection, split = self._selection_split(task), self._score_split(task)
         scores = {split: metrics.get(task.metric) for split, metrics in outcome.metrics.items()}
         failed = outcome.error is not None
         empty = {f.name: None for f in dataclasses.fields(Outcome)}

@@ -69,8 +69,8 @@ class Pack:
 class Outcome:
     """What became of one member.
 
-    By split: metrics, the standard error of the primary metric (points), and the number of rows scored (of questions, where
-    rows are their windows).
+    By split: metrics, the standard error of the primary metric (points), the number of rows scored (of questions, where
+    rows are their windows), and the predictions that were scored, in the order of the split's rows.
     """
 
     error: str | None = None
@@ -78,6 +78,7 @@ class Outcome:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     standard_errors: dict[str, float] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    predictions: dict[str, np.ndarray] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -422,6 +423,8 @@ class Trainer:
         best = max(found, key=lambda line: line["metrics"][metric])["step"]
         outcome.error = outcome.detail = None  # where only the last epoch has no value, the best one still has
         outcome.metrics = {x["split"]: x["metrics"] for x in lines if x["kind"] == "evaluation" and x["step"] == best}
+        if best != self.step:
+            outcome.predictions = {}  # those of the end are not what counts
         return best
 
     def _conclude(self, outcome: Outcome, member: int, split: str, predicted: np.ndarray | Undefined) -> None:
@@ -435,6 +438,7 @@ class Trainer:
             outcome.metrics[split] = metrics
             outcome.standard_errors[split] = self.pack.task.standard_error(predicted, *encoded.truth)
             outcome.rows[split] = encoded.num_examples
+            outcome.predictions[split] = predicted
 
     # -- what is written down ------------------------------------------------------------------------------------------
 

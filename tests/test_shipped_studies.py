@@ -30,9 +30,11 @@ def test_it_tunes_repeats_and_has_its_baselines(study):
     assert len(sizes) == 1 and sizes.pop() >= 3  # a sweep of equal size for every method
     grid = len(next(iter(rates.values())))
     assert study.sweep.most_trials(grid, study.quick) >= grid + 2  # room to widen on both sides
-    assert len(study.sweep.seeds) >= 3 or study.name == "fair"  # cut to two cores; its report warns of it
+    # fair is cut to two cores, and its report warns of it; where arms share a rate, its choice favours none of them.
+    assert len(study.sweep.seeds) >= 3 or study.name == "fair" or any(e.shared_with for e in study.methods)
     assert study.protocol == "held-out" and study.reference == "lora" and study.margin > 0
     assert len(study.seeds) >= max(10, seeds_needed(len(study.methods) - 1))
+    assert not any(e.shared_with for e in study.methods) or not set(study.sweep.seeds) & set(study.seeds)
     methods = {entry.method for entry in study.methods}
     assert {"full", "lora", "random-rank"} <= methods  # LoRA is the uniform allocation
     steps = {label: [round(b / a, 1) for a, b in itertools.pairwise(grid)] for label, grid in rates.items()}

@@ -434,6 +434,57 @@ def test_a_grid_is_widened_while_its_best_rate_stands_at_the_edge_within_the_bud
         assert ran(what, out) == results  # known again, not run again
 
 
+def test_entries_that_share_a_rate_choose_it_together_and_widen_together(model, tmp_path, monkeypatch):
+    """LoRA alone would take 1e-3, DoRA 1e-2; together they take what is best on average, and their grids stay the same."""
+    scores = {("lora", 1e-3): 60.0, ("lora", 3e-3): 58.0, ("lora", 1e-2): 50.0}
+    scores |= {("dora", 1e-3): 40.0, ("dora", 3e-3): 51.0, ("dora", 1e-2): 52.0}
+    entry = {"rank": 2, "learning_rates": [1e-2, 1e-3, 3e-3]}
+    methods = [{"method": "lora", **entry}, {"method": "dora", **entry, "shared_with": "lora"}]
+    runner = Runner(study(model, methods, sweep={"max_steps": 3, "trials": 4}), tmp_path, device="cpu")
+    runner.prepare()
+    scored = lambda run: {"selection_score": scores[run.entry.method, run.learning_rate], "status": "completed"}  # noqa: E731
+    monkeypatch.setattr(runner, "_result", scored)
+    for final in [group for group in runner.groups if group.phase == "final"]:
+        assert runner._rates(final) == [(0, 3e-3), (1, 3e-3)]
+
+    scores |= {("lora", 1e-2): 60.0, ("lora", 1e-3): 50.0}  # now the joint best stands at the upper edge: both go on
+    scores |= {(name, 3.3e-2): 10.0 for name in ("lora", "dora")}
+    ran_at = []
+    monkeypatch.setattr(
+        runner, "_run_group", lambda group: ran_at.extend((group.entry.label, r) for _, r in group.members) or []
+    )
+    runner._sweep(runner._sharers(runner.study.methods[1]), "small/regression")
+    assert {one for one in ran_at if one[1] == 3.3e-2} == {("lora", 3.3e-2), ("dora", 3.3e-2)}
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"shared_with": "lorra"}, 'dora: shared_with = "lorra" is no label of another method; did you mean "lora"?'),
+        ({"shared_with": "dora"}, 'shared_with = "dora" is no label of another method'),
+        ({"learning_rates": [1e-2, 1e-3]}, "give both the same"),
+    ],
+    ids=["unknown", "itself", "another grid"],
+)
+def test_a_rate_that_cannot_be_shared_is_refused(model, change, fault):
+    dora = {"method": "dora", "rank": 2, "learning_rates": [1e-2, 3e-3], "shared_with": "lora"} | change
+    with pytest.raises(ValueError, match="dora: shared_with") as caught:
+        study(model, [SWEPT, dora], sweep={"max_steps": 3})
+    assert fault in str(caught.value)
+
+
+def test_a_final_run_keeps_the_predictions_that_were_scored(model, tmp_path):
+    what = study(model, ["lora"], seeds=2)
+    for one in ran(what, tmp_path):
+        with safe_open(tmp_path / one["fingerprint"] / "predictions.safetensors", framework="np") as file:
+            predicted, split = file.get_tensor("predictions"), file.metadata()["split"]
+        runner = Runner(what, tmp_path, device="cpu")
+        runner.prepare()
+        prepared = runner.prepared[one["task"]]
+        assert split == one["split"] and len(predicted) == one["score_rows"]
+        assert prepared.task.metrics(predicted, *prepared.data[split].truth) == one["metrics"][split]
+
+
 def test_successive_halving_runs_the_better_half_twice_as_long(model, tmp_path):
     rates = [1e-3, 3e-3, 1e-2, 3e-2]
     methods = [{"method": "lora", "rank": 2, "learning_rates": rates}]
