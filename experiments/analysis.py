@@ -1,7 +1,7 @@
 """What training did to the weights: LoRA's subspaces, and DoRA's magnitudes and directions, measured in our own runs.
 
-python -m experiments.analysis subspace --out DIR       (writes subspace.json and subspace.npz)
-python -m experiments.analysis magnitude --out DIR      (writes magnitude.json)
+python -m rankwise.experiments.analysis subspace --out DIR       (writes subspace.json and subspace.npz)
+python -m rankwise.experiments.analysis magnitude --out DIR      (writes magnitude.json)
 
 subspace   LoRA at several ranks and at two seeds: phi(A1, A2, i, j), the overlap of the top i and top j right singular
            vectors of two learned A's, and how much dW amplifies what W holds in dW's directions.  Hu et al. 2021,
@@ -16,7 +16,7 @@ algebra gives 1 - d^2/p, which is what the definition says and what is computed 
 start from one seed share eight rows at the start (each A is drawn row by row), so that their overlap says nothing of
 training: pairs from two seeds are measured beside them, and the overlap of the untrained A's too.
 
-`reports.analysis` draws what is written here.  No torch is imported before the settings are checked.
+`rankwise.reports.analysis` draws what is written here.  No torch is imported before the settings are checked.
 """
 
 import argparse
@@ -29,15 +29,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-
-from experiments import checks, config
-from experiments.config import Study
+from rankwise.experiments import checks, config
+from rankwise.experiments.config import Study
 
 if TYPE_CHECKING:
     import torch
-
-    from experiments.study import Runner
-    from experiments.trainer import Trainer
+    from rankwise.experiments.study import Runner
+    from rankwise.experiments.trainer import Trainer
 
 SCHEMA = 1
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -150,9 +148,9 @@ def study(chosen: argparse.Namespace, methods: Sequence[Mapping[str, Any]]) -> S
 
 def prepare(chosen: argparse.Namespace, what: Study, sites_of: str) -> tuple["Runner", dict[str, np.ndarray]]:
     """A runner with data and targets ready, and the pre-trained weight (O, I) of each site of the method `sites_of`."""
-    from experiments import measure, models
-    from experiments.study import Runner
-    from variants.base import weight_of
+    from rankwise.experiments import measure, models
+    from rankwise.experiments.study import Runner
+    from rankwise.variants.base import weight_of
 
     measure.keep_freed_memory()
     runner = Runner(what, chosen.out, chosen.device, say=_say)
@@ -169,9 +167,9 @@ def trainers(
 
     lists: settings of the method with one value for each member.
     """
-    from experiments.trainer import Pack, Trainer
-    from variants.base import NotPackable
-    from variants.settings import check
+    from rankwise.experiments.trainer import Pack, Trainer
+    from rankwise.variants.base import NotPackable
+    from rankwise.variants.settings import check
 
     ((name, prepared),) = runner.prepared.items()
     entry = next(entry for entry in runner.study.methods if entry.label == label)
@@ -235,9 +233,8 @@ def tuned(trainer: "Trainer", weights: Mapping[str, np.ndarray]) -> dict[str, np
 def write(chosen: argparse.Namespace, runner: "Runner", found: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
     """The files, then <kind>.json with the numbers and with what they come from, each whole or not at all."""
     import torch
-
-    from experiments import measure, models
-    from experiments.trainer import replacing, write_json
+    from rankwise.experiments import measure, models
+    from rankwise.experiments.trainer import replacing, write_json
 
     prepared = runner.prepared[chosen.task]
     chosen.out.mkdir(parents=True, exist_ok=True)
@@ -369,7 +366,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    found = _Parser(prog="python -m experiments.analysis", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    found = _Parser(prog="python -m rankwise.experiments.analysis", description=__doc__.partition("\n")[0], allow_abbrev=False)
     kinds = found.add_subparsers(dest="kind", required=True, metavar="subspace | magnitude")
     for run, about in ((subspace, "LoRA's subspaces"), (magnitude, "DoRA's magnitudes and directions")):
         options = kinds.add_parser(run.__name__, help=about, allow_abbrev=False)

@@ -13,10 +13,9 @@ from math import ceil
 
 import numpy as np
 import torch
-
-import variants
-from experiments.config import TAKEN, UNSOLVED, Entry, Training
-from variants.settings import method
+from rankwise import variants
+from rankwise.experiments.config import TAKEN, UNSOLVED, Entry, Training
+from rankwise.variants.settings import method
 
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly however many are taken (Weyl)
 

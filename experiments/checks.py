@@ -3,10 +3,10 @@
 import contextlib
 from collections.abc import Iterator
 
-from experiments import catalogue
-from experiments.config import Study, Training
-from experiments.sweep import rung_steps
-from experiments.tasks import get as get_task
+from rankwise.experiments import catalogue
+from rankwise.experiments.config import Study, Training
+from rankwise.experiments.sweep import rung_steps
+from rankwise.experiments.tasks import get as get_task
 
 
 def phase_training(study: Study, phase: str, rows: int, rung: int | None = None) -> Training:

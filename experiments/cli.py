@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from variants.settings import METHODS, nearest
+from rankwise.variants.settings import METHODS, nearest
 
 app = typer.Typer(
     help="Adaptive-rank fine-tuning, compared fairly: LoRA, AdaLoRA, DoRA, full fine-tuning and relatives.",
@@ -79,7 +78,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Run a study's missing runs, print the comparison, and write its report."""
-    from experiments import checks, config
+    from rankwise.experiments import checks, config
 
     chosen = config.read(study or config.DEFAULT_STUDY)
     chosen = _narrowed(chosen, methods, tasks, seeds, pack, accept_licence or [])
@@ -97,9 +96,8 @@ def compare(
             # slower where another program wants the processor.  Read when torch is imported.
             os.environ.setdefault("GOMP_SPINCOUNT", "2000")
         import torch
-
-        from experiments.measure import keep_freed_memory
-        from experiments.study import Runner
+        from rankwise.experiments.measure import keep_freed_memory
+        from rankwise.experiments.study import Runner
 
         keep_freed_memory()
         if threads is not None:
@@ -126,7 +124,7 @@ def report(
         raise ValueError("--with-runs copies runs to another folder: name it with --out")
     _report(runs, out, as_json)
     if with_runs:
-        from reports import results
+        from rankwise.reports import results
 
         results.copy_finished(runs, out)
 
@@ -148,7 +146,7 @@ def paper(
     as_json: Json = False,
 ) -> None:
     """A paper's table beside our own runs of its recipe: list them, look at one, or run cells of it."""
-    from experiments import checks, recipes
+    from rankwise.experiments import checks, recipes
 
     width = shutil.get_terminal_size((120, 24)).columns
     if name is None or cells is None:
@@ -162,7 +160,7 @@ def paper(
     else:
         chosen = [recipes.load(name)]
     if cells is None:
-        from reports import beside, papers
+        from rankwise.reports import beside, papers
 
         found = recipes.here(chosen, variant)
         if as_json:
@@ -173,7 +171,7 @@ def paper(
     recipe = chosen[0]
     wanted = [word.strip() for word in cells.split(",") if word.strip()]
     if any(word not in (*recipe.tasks, "all") for word in wanted):  # a column's own name stands for the cell that fills it
-        from reports import beside, papers
+        from rankwise.reports import beside, papers
 
         published = papers.load(recipe.table)
         for cell, task in recipe.tasks.items():
@@ -195,7 +193,7 @@ def paper(
     if faults:
         raise ValueError("\n".join(dict.fromkeys(faults)))
     recipes.check_at_hand(plans)
-    from reports import beside, papers
+    from rankwise.reports import beside, papers
 
     published = papers.load(recipe.table)
     with _progress() as bar:
@@ -203,9 +201,8 @@ def paper(
         if _others_compute():
             os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as in compare
         import torch
-
-        from experiments.measure import keep_freed_memory
-        from experiments.study import Runner
+        from rankwise.experiments.measure import keep_freed_memory
+        from rankwise.experiments.study import Runner
 
         keep_freed_memory()
         if threads is not None:
@@ -240,7 +237,7 @@ def paper(
                 position=one.position,
             )
             beside.keep(recipe.table, lines, folder)  # after each cell, so that a cut keeps what was done
-    from reports import page
+    from rankwise.reports import page
 
     written = page.write(folder, folder / "report", beside=beside.of_folder(folder))
     made = beside.table(published, lines)
@@ -265,9 +262,9 @@ def ranks(
     rows: Annotated[int | None, typer.Option(help="Rows of the selection split to measure it on.  [default: 128]")] = None,
 ) -> None:
     """Print the rank of every layer and module, how much of it is used, and what is wrong with an adapter."""
-    from reports import allocation
-    from reports import figures as drawn
-    from reports.results import is_run, write_file
+    from rankwise.reports import allocation
+    from rankwise.reports import figures as drawn
+    from rankwise.reports.results import is_run, write_file
 
     if beside is not None and figures is None:
         raise ValueError("--beside draws two allocations side by side: name a folder with --figures")
@@ -283,7 +280,7 @@ def ranks(
             raise ValueError(
                 f"--knock-out: {path} is not a run; give the folder of one run, which has config.json and adapter/"
             )
-        from experiments import knockout
+        from rankwise.experiments import knockout
 
         knockout.of_run(path, rows or knockout.ROWS)
     found = allocation.as_dict(path) if as_json else allocation.shown(path)
@@ -310,7 +307,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Take a trained adapter elsewhere: as a plain LoRA, truncated if wanted, or merged into its model."""
-    from experiments import export as exports
+    from rankwise.experiments import export as exports
 
     if total_rank is not None and total_parameters is not None:
         raise ValueError("--total-rank and --total-parameters are two budgets: give one")
@@ -340,7 +337,7 @@ def bench(
     repetitions: Annotated[int | None, typer.Option(help="Timed rounds, instead of each case's own number.")] = None,
 ) -> None:
     """Time our steps beside PEFT's and beside the frozen model's floor."""
-    from experiments.bench import cases as known
+    from rankwise.experiments.bench import cases as known
 
     chosen = known.select(cases, full)
     known.positive("--threads", threads)
@@ -362,10 +359,9 @@ def bench(
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what a study sets on a GPU
         import torch
-
-        from experiments import measure
-        from experiments.bench.run import Bench
-        from experiments.trainer import write_json
+        from rankwise.experiments import measure
+        from rankwise.experiments.bench.run import Bench
+        from rankwise.experiments.trainer import write_json
 
         where = measure.device(device)
         measure.keep_freed_memory()
@@ -376,7 +372,7 @@ def bench(
         found = Bench(known.plan(where.type), where, chosen, repetitions, bar.warn, bar.advance).run()
         if json_file is not None:
             write_json(json_file, found)
-    from reports import speed
+    from rankwise.reports import speed
 
     print(speed.text(found, shutil.get_terminal_size((120, 24)).columns))
     print(f"report: {speed.write(found, out)}")
@@ -387,7 +383,7 @@ def bench(
 @app.command(name="list")
 def list_(as_json: Json = False) -> None:
     """List the methods, models, tasks and studies there are."""
-    from experiments import catalogue, config, recipes, tasks
+    from rankwise.experiments import catalogue, config, recipes, tasks
 
     rows = {
         "methods": {m.name: f"{m.summary} ({m.source})" for m in METHODS.values()},
@@ -449,8 +445,8 @@ def _chosen(option: str, given: str, known: list[str], study: str) -> list[str]:
 
 
 def _report(runs: Path, out: Path | None, as_json: bool) -> None:
-    from reports import beside, page, results, tables
-    from reports.verdicts import verdicts
+    from rankwise.reports import beside, page, results, tables
+    from rankwise.reports.verdicts import verdicts
 
     studies = results.load_all(runs)
     commands = {study.name: command for study in studies if study.quick and (command := _fair(study))}
@@ -478,7 +474,7 @@ def _report(runs: Path, out: Path | None, as_json: bool) -> None:
 
 def _fair(study: Any) -> str | None:
     """The command of a shipped full-protocol study of the same model and task, the one with the fewest tasks; None: none."""
-    from experiments import config
+    from rankwise.experiments import config
 
     shipped = [config.read(path) for path in sorted(config.STUDIES.glob("*.toml"))]
     fair = [other for other in shipped if not other.quick and other.model == study.model and study.task in other.tasks]
@@ -502,7 +498,7 @@ def _others_compute() -> bool:
 
 def _tell_of_plain_passes(bar: "_progress") -> None:
     """Nothing is slower without a word."""
-    from variants import native
+    from rankwise.variants import native
 
     if native.library() is None:
         bar.warn(f"note: without the compiled passes steps on the CPU take longer: {native.library.reason}")

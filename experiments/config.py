@@ -1,6 +1,6 @@
 """A study file: what it may say, and what is wrong with it when it is wrong.
 
-No torch here: a wrong file is refused within a second.  `read` gives the study as written; `experiments.study` expands
+No torch here: a wrong file is refused within a second.  `read` gives the study as written; `rankwise.experiments.study` expands
 it into runs.
 """
 
@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-
-from variants.settings import (
+from rankwise.variants.settings import (
     METHODS,
     PATTERNS,
     Count,

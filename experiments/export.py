@@ -99,8 +99,8 @@ def export(
         ValueError: the adapter does not fit the model, or a budget cannot be met.
         OSError: the base model is not to be had, or the disk is full.
     """
-    import variants
-    from experiments import models
+    from rankwise import variants
+    from rankwise.experiments import models
 
     with models.quiet():
         model, tokenizer = _load(source, whole=to == "merged")
@@ -131,7 +131,7 @@ def _load(source: Source, whole: bool) -> tuple[Any, Any]:
 
     whole: refuse a base that lacks weights which the adapter does not hold either.
     """
-    from experiments import catalogue, models, tasks
+    from rankwise.experiments import catalogue, models, tasks
 
     if source.run is not None:
         model, tokenizer, _ = models.load(source.model, tasks.get(source.run["task"]))

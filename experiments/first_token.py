@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from rankwise.variants.dropout import Draw
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from variants.dropout import Draw
 
 # Their heads read hidden_states[:, 0], and their layers have one form.
 FAMILIES = ("BertForSequenceClassification", "RobertaForSequenceClassification", "XLMRobertaForSequenceClassification")

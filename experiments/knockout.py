@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-import variants
-from experiments import models, objective
-from experiments.tasks import get as get_task
-from experiments.tasks.common import Encoded, Task, Undefined, collate, evaluation_batches
-from experiments.trainer import collect, write_json
-from variants.base import Adapter, CannotMerge, Step
+from rankwise import variants
+from rankwise.experiments import models, objective
+from rankwise.experiments.tasks import get as get_task
+from rankwise.experiments.tasks.common import Encoded, Task, Undefined, collate, evaluation_batches
+from rankwise.experiments.trainer import collect, write_json
+from rankwise.variants.base import Adapter, CannotMerge, Step
 
 SCHEMA = 1
 ROWS = 128

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from variants import native
+from rankwise.variants import native
 
 PACKAGES = ("rankwise", "torch", "transformers", "numpy", "tokenizers", "safetensors")
 

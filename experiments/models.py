@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import catalogue
-from experiments.tasks.common import KINDS
+from rankwise.experiments import catalogue
+from rankwise.experiments.tasks.common import KINDS
 
 HEAD_SEED = 0  # of the head that the loader makes; adapters start their own heads
 TINY = ("bert", "deberta-v2", "gpt2", "llama", "albert")

@@ -10,9 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+from rankwise.variants.base import Group
 from torch import Tensor
-
-from variants.base import Group
 
 
 class MemberAdamW:

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import catalogue, config
-from experiments.config import PAPERS, STEP_COUNTS, Study, Training
-from experiments.tasks import get as get_task
-from experiments.tasks import names as task_names
-from experiments.tasks.common import Task
-from variants.settings import METHODS, method, nearest
+from rankwise.experiments import catalogue, config
+from rankwise.experiments.config import PAPERS, STEP_COUNTS, Study, Training
+from rankwise.experiments.tasks import get as get_task
+from rankwise.experiments.tasks import names as task_names
+from rankwise.experiments.tasks.common import Task
+from rankwise.variants.settings import METHODS, method, nearest
 
 STAND_IN = "sentence-transformers/all-MiniLM-L6-v2"  # a model that every machine with a package index can have
 

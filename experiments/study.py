@@ -27,18 +27,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from rankwise import variants
+from rankwise.experiments import budget, knockout, measure, models, sweep
+from rankwise.experiments.checks import check_phases, collecting, phase_training
+from rankwise.experiments.config import Entry, Study, Training
+from rankwise.experiments.tasks import get as get_task
+from rankwise.experiments.tasks.common import Encoded, Task
+from rankwise.experiments.trainer import Outcome, Pack, Trainer, replacing, write_json
+from rankwise.variants.anatomy import COSINE, INTRUDERS, TOP, anatomy
+from rankwise.variants.base import NotPackable, weight_of
+from rankwise.variants.settings import Settings, method, together
 from safetensors.numpy import save_file
-
-import variants
-from experiments import budget, knockout, measure, models, sweep
-from experiments.checks import check_phases, collecting, phase_training
-from experiments.config import Entry, Study, Training
-from experiments.tasks import get as get_task
-from experiments.tasks.common import Encoded, Task
-from experiments.trainer import Outcome, Pack, Trainer, replacing, write_json
-from variants.anatomy import COSINE, INTRUDERS, TOP, anatomy
-from variants.base import NotPackable, weight_of
-from variants.settings import Settings, method, together
 
 SCHEMA = 1
 NUMERICS = 2  # raised by every commit that changes what a run computes

@@ -23,18 +23,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from rankwise import variants
+from rankwise.experiments import first_token, measure, models, objective
+from rankwise.experiments.config import Training
+from rankwise.experiments.optim import MemberAdamW, schedule_factor
+from rankwise.experiments.tasks.common import KINDS, Encoded, Task, Undefined, batches, collate, evaluation_batches
+from rankwise.variants import native
+from rankwise.variants.base import Adapter, Calibration, CannotMerge, Group, Step
+from rankwise.variants.settings import Settings, method
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-
-import variants
-from experiments import first_token, measure, models, objective
-from experiments.config import Training
-from experiments.optim import MemberAdamW, schedule_factor
-from experiments.tasks.common import KINDS, Encoded, Task, Undefined, batches, collate, evaluation_batches
-from variants import native
-from variants.base import Adapter, Calibration, CannotMerge, Group, Step
-from variants.settings import Settings, method
 
 
 @dataclass(frozen=True, kw_only=True)

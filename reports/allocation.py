@@ -10,13 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-
-from reports import figures, tables
-from reports import ranks as rank_maps
-from reports.ranks import RankMap, SiteRank, believed_and_measured
-from reports.results import Arm, Run, Study, is_run, is_study, load_all
-from reports.statistics import spearman, summary
-from reports.tables import SPECTRA, Estimate, Table, alarms
+from rankwise.reports import figures, tables
+from rankwise.reports import ranks as rank_maps
+from rankwise.reports.ranks import RankMap, SiteRank, believed_and_measured
+from rankwise.reports.results import Arm, Run, Study, is_run, is_study, load_all
+from rankwise.reports.statistics import spearman, summary
+from rankwise.reports.tables import SPECTRA, Estimate, Table, alarms
 
 BELIEFS = ("importance", "relative_norm", "active")  # fields of SiteFacts that a knock-out is held against
 
@@ -235,7 +234,7 @@ def drawings(path: Path, beside: Path | None = None) -> list[figures.Drawing]:
         made = [(part, [figures.rank_map, figures.allocation_pair, figures.stability, figures.budget, figures.ranks_over_time,
                         figures.importance, figures.spectra, figures.knock_out]) for part in found]  # fmt: skip
         drawn = [(part, make(part)) for part, functions in made for make in functions]
-        from reports.facts import slug
+        from rankwise.reports.facts import slug
 
         several = len(found) > 1
         return [_named(drawing, slug(part) + "-" if several else "") for part, drawing in drawn if drawing is not None]

@@ -1,6 +1,6 @@
 """LoRA's subspaces and DoRA's magnitudes and directions beside the papers: figures and tables of `experiments.analysis`.
 
-python -m reports.analysis DIR --out DIR        (writes analysis.md, figures/ and tables/)
+python -m rankwise.reports.analysis DIR --out DIR        (writes analysis.md, figures/ and tables/)
 
 Only the files that `experiments.analysis` wrote are read here, nothing is trained.  Means and ranges are over layers (of
 correlations: over seeds), and say nothing of other models, tasks or lengths of training.
@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from reports.figures import FAINT, INK, RANK_COLOURS, Drawing, colour, house_style, panels, save, title_above
-from reports.ranks import module_labels, split_site
-from reports.results import write_file
-from reports.tables import Cell, Table, escape_markdown
+from rankwise.reports.figures import FAINT, INK, RANK_COLOURS, Drawing, colour, house_style, panels, save, title_above
+from rankwise.reports.ranks import module_labels, split_site
+from rankwise.reports.results import write_file
+from rankwise.reports.tables import Cell, Table, escape_markdown
 
 SCHEMA = 1
 KINDS = ("subspace", "magnitude")
@@ -79,13 +78,13 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     found = {kind: _read(folder, kind) for kind in KINDS if (folder / f"{kind}.json").is_file()}
     if not found:
         raise ValueError(
-            f"{folder}: neither subspace.json nor magnitude.json: give what `python -m experiments.analysis` wrote"
+            f"{folder}: neither subspace.json nor magnitude.json: give what `python -m rankwise.experiments.analysis` wrote"
         )
     return found
 
 
 def _read(folder: Path, kind: str) -> dict[str, Any]:
-    path, again = folder / f"{kind}.json", f"make it again with `python -m experiments.analysis {kind}`"
+    path, again = folder / f"{kind}.json", f"make it again with `python -m rankwise.experiments.analysis {kind}`"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -510,8 +509,8 @@ def _section(
 
 def main(words: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 with a line that says what the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m reports.analysis", description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="what `python -m experiments.analysis` wrote")
+    parser = argparse.ArgumentParser(prog="python -m rankwise.reports.analysis", description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="what `python -m rankwise.experiments.analysis` wrote")
     parser.add_argument("--out", type=Path, help="folder of analysis.md, figures and tables (default: the same)")
     chosen = parser.parse_args(words)
     try:

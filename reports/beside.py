@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-
-from reports import papers
-from reports.papers import Published
-from reports.results import read_json, write_file
-from reports.statistics import LEVEL, Summary, summary
-from reports.tables import Difference, Estimate, Table, bytes_text, rate_text
+from rankwise.reports import papers
+from rankwise.reports.papers import Published
+from rankwise.reports.results import read_json, write_file
+from rankwise.reports.statistics import LEVEL, Summary, summary
+from rankwise.reports.tables import Difference, Estimate, Table, bytes_text, rate_text
 
 SCHEMA = 1
 FILE = "beside.json"
@@ -369,7 +368,7 @@ def _short(model: str) -> str:
 
 
 def listing(found: Mapping[str, Any]) -> Table:
-    """Every table of `experiments.recipes.here`: what it needs, and whether this machine can run it."""
+    """Every table of `rankwise.experiments.recipes.here`: what it needs, and whether this machine can run it."""
     rows, waiting = [], []
     for one in found["tables"]:
         ready = [cell for cell in one["cells"] if not cell["waits"]]

@@ -19,10 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-
-from reports.results import Run, Study, best_rate, load, write_file
-from reports.statistics import ALPHA, paired_differences, share_found, sign_flip_power, sign_flip_test
-from reports.verdicts import KINDS, verdicts
+from rankwise.reports.results import Run, Study, best_rate, load, write_file
+from rankwise.reports.statistics import ALPHA, paired_differences, share_found, sign_flip_power, sign_flip_test
+from rankwise.reports.verdicts import KINDS, verdicts
 
 Pool = dict[float, dict[int, Run]]  # rate -> seed -> a run with both scores
 
@@ -212,7 +211,7 @@ def text(found: dict) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m reports.calibration", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m rankwise.reports.calibration", description=__doc__.partition("\n")[0])
     parser.add_argument("runs", type=Path, help="folder of the pool's runs")
     parser.add_argument("--out", type=Path, help="folder for calibration.json and calibration.md")
     parser.add_argument("--families", type=int, default=Design.families)

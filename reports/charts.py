@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from reports.figures import FAINT, INK, colour, floor_of, turns
-from reports.ranks import module_labels, site_order, split_site
-from reports.results import Arm, RankStep, Run, Study, best_rate, rate_score
-from reports.statistics import summary
-from reports.tables import Difference, Estimate, Table, decimal, mean_ranks, parameters, rate_text, verdict_table
-from reports.verdicts import Verdict
+from rankwise.reports.figures import FAINT, INK, colour, floor_of, turns
+from rankwise.reports.ranks import module_labels, site_order, split_site
+from rankwise.reports.results import Arm, RankStep, Run, Study, best_rate, rate_score
+from rankwise.reports.statistics import summary
+from rankwise.reports.tables import Difference, Estimate, Table, decimal, mean_ranks, parameters, rate_text, verdict_table
+from rankwise.reports.verdicts import Verdict
 
 MOST_STATES = 40  # of one rank history: more than a hand can choose with a slider
 MOST_NUMBERS = 120_000  # ranks in one map: 0.3 MB of a page

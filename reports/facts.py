@@ -7,8 +7,8 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 
-from reports.results import Study
-from reports.tables import error_text, rate_text
+from rankwise.reports.results import Study
+from rankwise.reports.tables import error_text, rate_text
 
 
 def counts(study: Study) -> str:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-
-from reports.ranks import RankMap, believed_and_measured, module_labels, site_order, split_site
-from reports.results import Arm, Result, Run, Study, best_rate, rate_score, write_file
-from reports.statistics import jaccard, spearman
-from reports.tables import decimal, mean_ranks, rate_text
+from rankwise.reports.ranks import RankMap, believed_and_measured, module_labels, site_order, split_site
+from rankwise.reports.results import Arm, Result, Run, Study, best_rate, rate_score, write_file
+from rankwise.reports.statistics import jaccard, spearman
+from rankwise.reports.tables import decimal, mean_ranks, rate_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from reports import charts
-from reports.figures import colour
-from reports.results import Study
-from reports.tables import Cell, Estimate, Rank, Shared, Table, Tried, cell_text
+from rankwise.reports import charts
+from rankwise.reports.figures import colour
+from rankwise.reports.results import Study
+from rankwise.reports.tables import Cell, Estimate, Rank, Shared, Table, Tried, cell_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?"

@@ -1,6 +1,6 @@
 """The papers' tables as data: what was printed, where it stands, and what is known to be wrong with it.
 
-    from reports import papers
+    from rankwise.reports import papers
     table = papers.load("adalora-1")
     table.value("AdaLoRA, 1.27M", "stsb")         # 91.84, n = 5, "AdaLoRA, Table 1"
     table.average_gap("AdaLoRA, 1.27M")           # printed average - mean of the columns that it averages
@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from reports.shapes import Trained
-from variants.settings import explain, nearest
+from rankwise.reports.shapes import Trained
+from rankwise.variants.settings import explain, nearest
 
 FOLDER = Path(__file__).with_name("papers")
 ROUNDING = 1e-9  # of binary fractions: 89.31 - 89.30 is not 0.01

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from variants.settings import METHODS, check
+from rankwise.variants.settings import METHODS, check
 
 REMEDY = "move that run's folder away and run `rankwise compare` again"
 FILES = ("config.json", "metrics.jsonl", "ranks.jsonl", "sites.json", "knockout.json", "result.json")  # the result last

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from variants.settings import explain, nearest
+from rankwise.variants.settings import explain, nearest
 
 FILE = Path(__file__).with_name("shapes.toml")
 

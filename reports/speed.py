@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reports import figures
-from reports.results import write_file
-from reports.tables import Table, bytes_text, escape_markdown, seconds_text
+from rankwise.reports import figures
+from rankwise.reports.results import write_file
+from rankwise.reports.tables import Table, bytes_text, escape_markdown, seconds_text
 
 SCHEMA = 1
 

@@ -15,10 +15,9 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-
-from reports import ranks as rank_maps
-from reports.results import Arm, Result, Study, best_rate, rate_score
-from reports.statistics import (
+from rankwise.reports import ranks as rank_maps
+from rankwise.reports.results import Arm, Result, Study, best_rate, rate_score
+from rankwise.reports.statistics import (
     FEWEST_FOR_BOOTSTRAP,
     bca_interval,
     interquartile_mean,
@@ -29,7 +28,7 @@ from reports.statistics import (
     stratified_interval,
     summary,
 )
-from reports.verdicts import Verdict, budget_reached, test_set_error, verdicts, warnings
+from rankwise.reports.verdicts import Verdict, budget_reached, test_set_error, verdicts, warnings
 
 QUICK = (
     "A quick look, no fair comparison: rates fixed or hardly tuned, and too few seeds for a claim. "

@@ -10,9 +10,16 @@ from dataclasses import dataclass
 from math import sqrt
 
 import numpy as np
-
-from reports.results import Arm, Study, best_rate
-from reports.statistics import ALPHA, holm, paired_differences, seeds_needed, sign_flip_test, smallest_difference, summary
+from rankwise.reports.results import Arm, Study, best_rate
+from rankwise.reports.statistics import (
+    ALPHA,
+    holm,
+    paired_differences,
+    seeds_needed,
+    sign_flip_test,
+    smallest_difference,
+    summary,
+)
 
 KINDS = ("better", "worse", "equivalent", "undecided", "no claim")
 

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from rankwise import variants
+from rankwise.variants.base import Adapted, Adapter, Calibration, Step, fill
 from torch import Tensor, nn
 
-import variants
 from tests.loop import Loop, outputs, task_losses
 from tests.tiny import batch, packed_batch, tiny
-from variants.base import Adapted, Adapter, Calibration, Step, fill
 
 SEEDS = [5, 3, 8]
 RATES = [1e-2, 3e-3, 2e-2]

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from rankwise.variants.base import Adapter, Step
 from torch import Tensor, nn
-
-from variants.base import Adapter, Step
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 

@@ -14,13 +14,11 @@ from typing import Any
 import numpy as np
 import scipy.stats  # noqa: F401  (this and transformers, so that a fork of a server that imported this module starts at once)
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification  # noqa: F401
-
-from experiments import config, models, tasks
-from experiments.config import Study, Training
-from experiments.study import Runner
-from experiments.tasks import squad
-from experiments.tasks.common import (
+from rankwise.experiments import config, models, tasks
+from rankwise.experiments.config import Study, Training
+from rankwise.experiments.study import Runner
+from rankwise.experiments.tasks import squad
+from rankwise.experiments.tasks.common import (
     KINDS,
     Encoded,
     Examples,
@@ -30,8 +28,9 @@ from experiments.tasks.common import (
     encode_examples,
     resampled_correlations,
 )
-from experiments.trainer import Outcome, Pack, Trainer
-from variants.settings import METHODS, check
+from rankwise.experiments.trainer import Outcome, Pack, Trainer
+from rankwise.variants.settings import METHODS, check
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification  # noqa: F401
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ROWS = {"train": 60, "validation": 24, "test": 20}

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from rankwise import variants
+from rankwise.variants.base import Step, fill
 from torch import Tensor, nn
 
-import variants
 from tests.loop import BETA1, BETA2, EPSILON, Loop
 from tests.tiny import packed_batch, tiny
-from variants.base import Step, fill
 
 TOTAL, WARMUP, FINAL, INTERVAL = 30, 4, 7, 2
 INITIAL, TARGET, ALPHA, GAMMA = [5, 3, 4], [2, 3, 1], [7.0, 2.0, 11.0], [0.1, 0.5, 0.3]  # member 1: budget = initial rank

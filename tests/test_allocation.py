@@ -8,14 +8,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rankwise import variants
+from rankwise.variants.allocation import (
+    SCHEDULES,
+    Bound,
+    Sensitivity,
+    choose,
+    cubic_budget,
+    keep_top,
+    protected,
+    scheduled_budget,
+)
+from rankwise.variants.base import Step, fill
 from torch import nn
 
-import variants
 from tests.loop import Loop
 from tests.test_adalora import Net
 from tests.tiny import packed_batch, tiny
-from variants.allocation import SCHEDULES, Bound, Sensitivity, choose, cubic_budget, keep_top, protected, scheduled_budget
-from variants.base import Step, fill
 
 
 def plain_budget(t: int, warmup: int, final: int, total: int, initial: int, target: int) -> int:

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from rankwise import variants
+from rankwise.experiments import analysis
+from rankwise.experiments.tasks.common import shuffled
+from rankwise.experiments.trainer import Trainer
+from rankwise.reports import analysis as report
+from rankwise.reports.tables import escape_markdown
+from rankwise.variants.base import NotPackable, weight_of
 from scipy.linalg import subspace_angles
 
-import variants
-from experiments import analysis
-from experiments.tasks.common import shuffled
-from experiments.trainer import Trainer
-from reports import analysis as report
-from reports.tables import escape_markdown
 from tests import small_world
 from tests.test_cli import ROOT
 from tests.tiny import tiny
-from variants.base import NotPackable, weight_of
 
 
 @pytest.fixture
@@ -351,7 +351,7 @@ def test_members_that_cannot_be_packed_are_trained_apart(world, tmp_path, monkey
 )
 def test_what_the_user_can_mend_is_one_line_before_torch_is_imported(tmp_path, words, said):
     words = [*words, "--out", str(tmp_path)] if words not in ([], ["subspace"]) else words
-    code = f"import sys; from experiments.analysis import main; code = main({words!r}); "
+    code = f"import sys; from rankwise.experiments.analysis import main; code = main({words!r}); "
     code += "sys.exit(9 if 'torch' in sys.modules else code)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr

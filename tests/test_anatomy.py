@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
+from rankwise import variants
+from rankwise.variants import anatomy
+from rankwise.variants.base import weight_of
+from rankwise.variants.settings import METHODS
+from rankwise.variants.spectrum import effective_rank, energy_rank, stable_rank
 
-import variants
 from tests import contract
 from tests.tiny import tiny
-from variants import anatomy
-from variants.base import weight_of
-from variants.settings import METHODS
-from variants.spectrum import effective_rank, energy_rank, stable_rank
 
 TARGETS = ["query", "intermediate.dense"]
 SETTINGS = {

@@ -7,15 +7,15 @@ import sys
 
 import pytest
 import torch
+from rankwise.experiments import cli
+from rankwise.experiments.bench import ablation, cases, run, throughput, timing
+from rankwise.experiments.bench.arms import Floor, Ours, Setup
+from rankwise.experiments.bench.cases import PEFT_METHODS, LlamaSize, Plan, Shape, StudySize
+from rankwise.experiments.bench.workloads import EncoderArms, LinearArms, plain
+from rankwise.variants.base import fill
 
-from experiments import cli
-from experiments.bench import ablation, cases, run, throughput, timing
-from experiments.bench.arms import Floor, Ours, Setup
-from experiments.bench.cases import PEFT_METHODS, LlamaSize, Plan, Shape, StudySize
-from experiments.bench.workloads import EncoderArms, LinearArms, plain
 from tests import small_world
 from tests.test_cli import ROOT, rankwise, refused
-from variants.base import fill
 
 CPU = torch.device("cpu")
 K1 = Shape("k1", 1, 4, 8, repetitions=2, evaluation_batches=2)
@@ -332,7 +332,7 @@ def version(name):
     if answer: return answer
     raise importlib.metadata.PackageNotFoundError(name)
 importlib.metadata.version = version
-from experiments import cli
+from rankwise.experiments import cli
 sys.argv[1:] = ["bench"]
 try: cli.main()
 finally: assert "torch" not in sys.modules

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rankwise.reports import calibration
+from rankwise.reports.calibration import Design, calibrate, family, pool_of, share
+from rankwise.reports.results import load
+from rankwise.reports.verdicts import verdicts
 
-from reports import calibration
-from reports.calibration import Design, calibrate, family, pool_of, share
-from reports.results import load
-from reports.verdicts import verdicts
 from tests.synthetic_runs import write_json, write_run
 
 COMMITTED = Path(__file__).parent.parent / "reports" / "studies" / "calibration"

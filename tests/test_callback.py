@@ -8,17 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from rankwise import variants
+from rankwise.variants.base import Step
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
-import variants
-import variants.base
-import variants.settings
 from tests import contract
 from tests.loop import Loop
 from tests.tiny import SIZES, batch, tiny
-from variants.base import Step
 
 STEPS, RATE, DECAY, CLIP = 20, 1e-2, 0.03, 1.0
 PRUNED = {"initial_rank": 5, "target_rank": 2, "alpha": 7.0, "dropout": 0.1}
@@ -359,5 +357,7 @@ def test_forgetting_to_drive_it_is_said_in_the_next_step_once(tmp_path, method):
 
 
 def test_transformers_trainer_is_imported_by_nothing_else():
-    code = "import sys, variants; variants.create('lora', rank=2); assert 'transformers' not in sys.modules"
+    code = (
+        "import sys; from rankwise import variants; variants.create('lora', rank=2); assert 'transformers' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

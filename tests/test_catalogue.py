@@ -13,9 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from experiments import catalogue
-from experiments.catalogue import CATALOGUE, Carrier, Entry, Unavailable
+from rankwise.experiments import catalogue
+from rankwise.experiments.catalogue import CATALOGUE, Carrier, Entry, Unavailable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONTENT = {"a.txt": b"alpha\n" * 1000, "b.bin": bytes(range(256)) * 50}
@@ -65,7 +64,7 @@ def is_right(folder: Path) -> bool:
 
 
 def test_import_needs_neither_torch_nor_numpy_nor_a_hub_client():
-    code = "import sys, experiments.catalogue; print([m for m in sys.modules if m in sys.argv[1:]])"
+    code = "import sys, rankwise.experiments.catalogue; print([m for m in sys.modules if m in sys.argv[1:]])"
     heavy = ["torch", "numpy", "transformers", "datasets", "huggingface_hub", "pip"]
     done = subprocess.run([sys.executable, "-c", code, *heavy], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
@@ -184,7 +183,7 @@ CHILD = """
     from pathlib import Path
     sys.path[:0] = {paths!r}
     import test_catalogue as here
-    from experiments import catalogue
+    from rankwise.experiments import catalogue
     wheels = Path({wheels!r})
     carrier = here.Carrier("carrier-one==1.0", "carrier_one-1.0-py3-none-any.whl", {sha256!r}, 1,
                            {{name: "carrier_one/data/" + name for name in here.CONTENT}})

@@ -7,14 +7,14 @@ import stat
 
 import pytest
 import torch
+from rankwise import variants
+from rankwise.variants.base import Adapter, fill
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import variants
 from tests.loop import Loop, outputs
 from tests.tiny import batch, packed_batch, tiny
-from variants.base import Adapter, fill
 
 # Triplets are cut by hand here, which AdaLoRA warns of; PEFT warns of its own AdaLoRA files.
 pytestmark = pytest.mark.filterwarnings("ignore:.*was trained but after_step", "ignore:The following rank_pattern")

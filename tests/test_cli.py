@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from rankwise import variants
 
-import variants
 from tests.tiny import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +34,7 @@ learning_rate = 1e-3
 
 
 def rankwise(*words: object, where: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "experiments.cli", *map(str, words)]
+    command = [sys.executable, "-m", "rankwise.experiments.cli", *map(str, words)]
     everything = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=120, env=everything)
 
@@ -117,7 +117,7 @@ def test_several_faults_are_said_at_once(tmp_path):
 def test_refusal_and_help_need_no_torch(tmp_path):
     path = study(tmp_path, ("rank = 4", "rank = -4"))
     code = (
-        "import sys; from experiments import cli; sys.argv[1:] = {words}\n"
+        "import sys; from rankwise.experiments import cli; sys.argv[1:] = {words}\n"
         "try: cli.main()\n"
         "finally: assert 'torch' not in sys.modules"
     )
@@ -223,7 +223,7 @@ SMALL = """
 from pathlib import Path
 import sys
 from tests import small_world
-from experiments import cli
+from rankwise.experiments import cli
 small_world.register()
 folder = Path(sys.argv.pop(1))
 model = folder / "model"

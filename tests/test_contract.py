@@ -3,8 +3,8 @@
 import inspect
 
 import pytest
+from rankwise import variants
 
-import variants
 from tests.contract import CHECKS
 from tests.tiny import tiny
 

@@ -2,15 +2,14 @@
 
 import pytest
 import torch
+from rankwise import variants
+from rankwise.variants.base import Step, fill, weight_of
+from rankwise.variants.dora import Recomposed
+from rankwise.variants.lowrank import squared_row_norms
 from torch import Tensor, nn
 
-import variants
-import variants.dora
 from tests.loop import Loop
 from tests.tiny import packed_batch, tiny
-from variants.base import Step, fill, weight_of
-from variants.dora import Recomposed
-from variants.lowrank import squared_row_norms
 
 
 def plain(site: nn.Module, base: nn.Module, x: Tensor) -> Tensor:

@@ -6,13 +6,13 @@ import itertools
 import pytest
 import torch
 import torch.utils.checkpoint
+from rankwise import variants
+from rankwise.variants.base import Step, fill
+from rankwise.variants.dropout import Draw, KeyedDropout, drop, keep_mask
 from torch import nn
 
-import variants
 from tests.loop import Loop, outputs, task_losses
 from tests.tiny import packed_batch, tiny
-from variants.base import Step, fill
-from variants.dropout import Draw, KeyedDropout, drop, keep_mask
 
 CPU = torch.device("cpu")
 COUNT = 200_000

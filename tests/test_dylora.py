@@ -5,16 +5,16 @@ from collections import Counter
 
 import pytest
 import torch
+from rankwise import variants
+from rankwise.variants.base import Step, fill
+from rankwise.variants.dylora import P
 from torch import Tensor
 
-import variants
 from tests import small_world
 from tests.contract import TARGETS
 from tests.loop import BETA1, BETA2, EPSILON, Loop
 from tests.test_adalora import NAMES, Net, data, squared_error
 from tests.tiny import batch, tiny
-from variants.base import Step, fill
-from variants.dylora import P
 
 TOTAL, DECAY, CLIP = 14, 0.03, 0.5
 SEEDS, RATES = [5, 3, 8], [1e-1, 2e-2, 5e-2]

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from rankwise import variants
+from rankwise.variants.allocation import NormShare
+from rankwise.variants.base import Step, fill
 from torch import Tensor
 
-import variants
 from tests.loop import Loop
 from tests.test_adalora import NAMES, Net, data, squared_error
-from variants.allocation import NormShare
-from variants.base import Step, fill
 
 TOTAL, WARMUP, FINAL, INTERVAL = 24, 3, 9, 2
 SEEDS, RATES = [5, 3, 8], [1e-1, 2e-2, 5e-2]

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from rankwise import variants
+from rankwise.variants import initialization
+from rankwise.variants.base import Step
 from torch import Tensor
 
-import variants
 from tests.loop import BETA1, BETA2, EPSILON, Loop
 from tests.test_adalora import NAMES, Net, data, squared_error
 from tests.tiny import packed_batch, tiny
-from variants import initialization
-from variants.base import Step
 
 TOTAL, WARMUP, FINAL, INTERVAL = 26, 3, 5, 3
 INITIAL, ALPHA, GAMMA = [4, 3, 5], [7.0, 2.0, 11.0], [0.1, 0.5, 0.3]

@@ -3,17 +3,17 @@
 import copy
 
 import pytest
+import rankwise.variants.eva as eva_module
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.config import EvaConfig
 from peft.tuners.lora.eva import get_eva_state_dict
 from peft.utils.incremental_pca import IncrementalPCA
+from rankwise import variants
+from rankwise.variants.eva import Exact, Incremental, top_directions
 from torch import Tensor, nn
 
-import variants
-import variants.eva as eva_module
 from tests.tiny import packed_batch, tiny
-from variants.eva import Exact, Incremental, top_directions
 
 SEEDS = [5, 3, 8]
 # Sites whose inputs are all different: PEFT breaks ties of equal inputs in an order of its own.

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from rankwise import variants
+from rankwise.experiments import cli, models, tasks
+from rankwise.variants.base import Adapter, fill
 from torch import Tensor, nn
 
-import variants
-from experiments import cli, models, tasks
 from tests import small_world
 from tests.loop import outputs
 from tests.tiny import batch, packed_batch, tiny
-from variants.base import Adapter, fill
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*was trained but after_step"),

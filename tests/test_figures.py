@@ -5,8 +5,8 @@ import re
 import struct
 
 import pytest
+from rankwise.reports import figures, results
 
-from reports import figures, results
 from tests.synthetic_runs import BERT_SITES, METHODS, write_anatomy, write_run, write_study
 
 

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 import transformers
+from rankwise import variants
+from rankwise.experiments import first_token, models
+from rankwise.variants.base import Step, fill
+from rankwise.variants.settings import METHODS
 
-import variants
-from experiments import first_token, models
 from tests import contract, small_world
-from variants.base import Step, fill
-from variants.settings import METHODS
 
 
 def family(name: str) -> torch.nn.Module:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from rankwise.variants.settings import METHODS
 
 from tests import small_world
-from variants.settings import METHODS
 
 FILE = Path(__file__).parent / "golden.txt"
 ROUNDING = 1e-4  # relative; other processors sum in another order, and ten steps of AdamW carry that on

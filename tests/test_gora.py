@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from rankwise import variants
+from rankwise.variants import initialization
 from torch import Tensor, nn
 
-import variants
 from tests.contract import TARGETS, attach
 from tests.loop import outputs
 from tests.tiny import batch, packed_batch, tiny
-from variants import initialization
 
 SEEDS, BATCHES = [5, 3, 8], 3
 NAMES = ["body.0", "body.2", "body.4"]

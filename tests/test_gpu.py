@@ -5,13 +5,13 @@ import os
 
 import pytest
 import torch
+from rankwise.experiments.optim import MemberAdamW
+from rankwise.experiments.trainer import Pack
+from rankwise.variants.dropout import Draw, drop
+from rankwise.variants.settings import METHODS
 
-from experiments.optim import MemberAdamW
-from experiments.trainer import Pack
 from tests import small_world
 from tests.test_trainer import Stop, assert_same, stopping_after
-from variants.dropout import Draw, drop
-from variants.settings import METHODS
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,9 +10,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from rankwise.reports import charts, figures, html, page, results, tables
+from rankwise.reports.verdicts import Verdict, verdicts
 
-from reports import charts, figures, html, page, results, tables
-from reports.verdicts import Verdict, verdicts
 from tests.synthetic_runs import BERT_SITES, final_ranks, write_json, write_run, write_study
 
 HOSTILE = "</script><b id=\"planted\">&amp; 'quoted' <!--"

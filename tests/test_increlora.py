@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from rankwise import variants
+from rankwise.experiments.budget import ranks_for, site_costs, solved
+from rankwise.experiments.config import Entry
+from rankwise.variants import initialization
+from rankwise.variants.base import Step
 from torch import Tensor
 
-import variants
-from experiments.budget import ranks_for, site_costs, solved
-from experiments.config import Entry
 from tests.loop import BETA1, BETA2, EPSILON, Loop
 from tests.test_adalora import NAMES, Net, data, squared_error
 from tests.tiny import batch, packed_batch, tiny
-from variants import initialization
-from variants.base import Step
 
 TOTAL, WARMUP, FINAL, INTERVAL, RISE = 24, 4, 5, 3, 4
 INITIAL, TARGET, ALPHA, GAMMA = [1, 2, 1], [3, 4, 2], [7.0, 2.0, 11.0], [0.1, 0.5, 0.3]
@@ -283,7 +283,7 @@ def test_the_gradient_of_the_whole_weight_is_heard_of_every_call_and_of_the_last
         site.dense = adapter.delta(next(n for n, s in adapter.named_sites() if s is site)).detach().requires_grad_()
 
         def product(y, x, rate, site=site):
-            from variants.dropout import drop
+            from rankwise.variants.dropout import drop
 
             x = drop(x, rate, site._draw, site.name)
             return y + x @ site.dense[0].mT

@@ -6,13 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from rankwise import variants
+from rankwise.experiments import knockout, models, objective
+from rankwise.experiments.study import Runner
+from rankwise.experiments.tasks.common import collate
+from rankwise.variants.base import CannotMerge
 
-import variants
-from experiments import knockout, models, objective
-from experiments.study import Runner
-from experiments.tasks.common import collate
 from tests import small_world
-from variants.base import CannotMerge
 
 TARGETS = ["query", "intermediate.dense"]
 

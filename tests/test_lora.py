@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from rankwise import variants
+from rankwise.variants.base import Step, fill, weight_of
 from torch import Tensor, nn
 
-import variants
 from tests.contract import SEEDS
 from tests.loop import Loop, outputs, task_losses
 from tests.tiny import TINY, packed_batch, tiny
-from variants.base import Step, fill, weight_of
 
 RANKS, ALPHAS = [5, 3, 4], [7.0, 2.0, 11.0]
 

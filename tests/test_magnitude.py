@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from rankwise import variants
 
-import variants
 from tests.contract import attached, losses, rows
 from tests.loop import outputs
 from tests.tiny import tiny

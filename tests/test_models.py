@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-
-from experiments import catalogue, models, tasks
+from rankwise.experiments import catalogue, models, tasks
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 

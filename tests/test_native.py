@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from rankwise import variants
+from rankwise.experiments.tasks.common import shuffled
+from rankwise.variants import native
+from rankwise.variants.base import Step, fill
+from rankwise.variants.dora import Recomposed
+from rankwise.variants.dropout import Draw, Dropping
+from rankwise.variants.lowrank import LowRankProduct, NativeProduct
 
-import variants
-from experiments.tasks.common import shuffled
 from tests.tiny import tiny
-from variants import native
-from variants.base import Step, fill
-from variants.dora import Recomposed
-from variants.dropout import Draw, Dropping
-from variants.lowrank import LowRankProduct, NativeProduct
 
 ROOT = Path(__file__).parent.parent
 needed = pytest.mark.skipif(native.library() is None, reason=f"no compiled passes here: {native.library.reason}")
@@ -186,8 +186,8 @@ def test_a_cache_that_others_may_write_to_is_not_trusted(tmp_path, monkeypatch):
 PROGRAM = """
 import torch, variants
 from tests.tiny import tiny
-from variants import native
-from variants.base import Step, fill
+from rankwise.variants import native
+from rankwise.variants.base import Step, fill
 fixed = {"rank": [2, 3, 5]}
 for method, settings in (("lora", fixed), ("dora", fixed), ("adalora", {"initial_rank": 4, "target_rank": 2})):
     model = tiny("bert").float().train()

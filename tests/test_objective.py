@@ -4,9 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rankwise.experiments import objective
 from torch.nn import functional as F
-
-from experiments import objective
 
 K, N, LENGTH, LABELS = 3, 4, 5, 7
 

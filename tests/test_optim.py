@@ -5,9 +5,8 @@ import math
 
 import pytest
 import torch
-
-from experiments.optim import MemberAdamW, schedule_factor
-from variants.base import Group
+from rankwise.experiments.optim import MemberAdamW, schedule_factor
+from rankwise.variants.base import Group
 
 STEPS = 60
 SHAPES = ((3, 5), (4,), (2, 3, 2))  # of one member's tensors: decayed, undecayed with its own rate, decayed

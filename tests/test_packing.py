@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from rankwise import variants
+from rankwise.variants.base import NotPackable, Step, fill
+from rankwise.variants.targets import find_head
 from torch import Tensor, nn
 
-import variants
 from tests.contract import SEEDS, TARGETS, attach, create, kind, members_of, packed_equals_alone
 from tests.loop import Loop, outputs
 from tests.tiny import LABELS, TINY, packed_batch, tiny
-from variants.base import NotPackable, Step, fill
-from variants.targets import find_head
 
 PACKABLE = [name for name in variants.METHODS if kind(name).packable]
 

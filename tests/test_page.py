@@ -4,8 +4,8 @@ import json
 import re
 
 import pytest
+from rankwise.reports import page, results
 
-from reports import page, results
 from tests.synthetic_runs import write_json, write_run, write_study
 
 

@@ -8,11 +8,10 @@ import sys
 
 import numpy as np
 import pytest
-
-import variants
-from experiments import tasks
-from experiments.tasks.spans import Questions
-from reports import papers
+from rankwise import variants
+from rankwise.experiments import tasks
+from rankwise.experiments.tasks.spans import Questions
+from rankwise.reports import papers
 
 TABLES = {  # name: rows, values, sum of the values, sum of the spreads
     "adalora-1": (12, 132, 11674.81, 0),
@@ -306,7 +305,7 @@ def _measured(task: tasks.Task) -> dict[str, float]:
 
 
 def test_reading_a_table_imports_no_torch() -> None:
-    code = "import sys; from reports import papers; papers.load('adalora-1').row('Full FT, 184M').counts.count(); "
+    code = "import sys; from rankwise.reports import papers; papers.load('adalora-1').row('Full FT, 184M').counts.count(); "
     done = subprocess.run(
         [sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True, check=True
     )

@@ -11,14 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
+from rankwise import variants
+from rankwise.variants.adalora import AdaLoRA
+from rankwise.variants.allocation import cubic_budget
+from rankwise.variants.base import Step, fill
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import variants
 from tests.tiny import batch, tiny
-from variants.adalora import AdaLoRA
-from variants.allocation import cubic_budget
-from variants.base import Step, fill
 
 TARGETS = ["query", "value", "output.dense"]  # 8 modules of the tiny BERT
 MODULES = 8

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from rankwise import variants
+from rankwise.variants.base import Adapter, Step, fill
 from torch import Tensor, nn
 
-import variants
 from tests.tiny import batch, tiny
-from variants.base import Adapter, Step, fill
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 RANK, ALPHA = 5, 7  # alpha != r, and a rank that divides nothing

@@ -5,9 +5,9 @@ import json
 
 import numpy as np
 import pytest
+from rankwise.reports import allocation, figures, page, ranks, results, tables
 from safetensors.numpy import save_file
 
-from reports import allocation, figures, page, ranks, results, tables
 from tests.synthetic_runs import BERT_SITES, write_anatomy, write_json, write_run
 
 
@@ -196,8 +196,8 @@ def test_a_folder_that_is_neither_says_what_it_holds(tmp_path):
 
 def test_adalora_with_dora_shows_the_ranks_it_kept_and_not_those_of_the_folded_file(tmp_path):
     import torch
+    from rankwise import variants
 
-    import variants
     from tests.tiny import tiny
 
     adapter = variants.create("adalora+dora", initial_rank=4, target_rank=1).attach(tiny("bert"))
@@ -363,8 +363,8 @@ def test_adalora_s_patterns_are_held_against_its_tensors(tmp_path):
 
 def test_our_own_and_peft_s_adapters_are_without_fault_once_trained(tmp_path):
     import torch
+    from rankwise import variants
 
-    import variants
     from tests.tiny import tiny
 
     for name, given in (("lora", {"rank": 3, "alpha": 4, "rank_pattern": {"layer.0.attention.self.query": 5}}),

@@ -4,17 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rankwise.experiments.study
 import torch
+from rankwise import variants
+from rankwise.experiments import budget, checks, config
+from rankwise.experiments.study import Runner
+from rankwise.experiments.trainer import Trainer
+from rankwise.variants.settings import check, together
 
-import experiments.study
-import variants
-from experiments import budget, checks, config
-from experiments.study import Runner
-from experiments.trainer import Trainer
 from tests.loop import Loop
 from tests.test_study import cache, contents, model, no_training, nothing_committed, ran, result, study  # noqa: F401
 from tests.tiny import batch, packed_batch, tiny
-from variants.settings import check, together
 
 SEEDS = [0, 1, 2]
 SOURCE = {"method": "adalora", "initial_rank": 4, "target_rank": 1, "alpha": 6, "warmup_steps": 1, "final_steps": 1}
@@ -29,14 +29,14 @@ def runs(out: Path, label: str) -> list[dict[str, Any]]:
 
 
 def settings_of(out: Path, run: dict[str, Any]) -> dict[str, Any]:
-    return experiments.study._read_json(out / run["fingerprint"] / "config.json")
+    return rankwise.experiments.study._read_json(out / run["fingerprint"] / "config.json")
 
 
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory) -> Path:  # noqa: F811
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments.study, "COMMITTED", out / "committed")
+        patch.setattr(rankwise.experiments.study, "COMMITTED", out / "committed")
         assert all(r["status"] == "completed" for r in ran(study(model, WHOLE, seeds=SEEDS), out))
     return out
 
@@ -142,7 +142,7 @@ def test_sweeps_of_them_come_after_the_finals_they_take_ranks_of(model, tmp_path
     taker.pop("learning_rate")
     what = study(model, [SOURCE, taker], seeds=SEEDS, quick=True, sweep={"seeds": [1], "max_steps": 2, "trials": 2})
     ran(what, tmp_path)
-    trials = [r for r in map(experiments.study._read_json, tmp_path.glob("*/result.json")) if r["phase"] == "sweep"]
+    trials = [r for r in map(rankwise.experiments.study._read_json, tmp_path.glob("*/result.json")) if r["phase"] == "sweep"]
     assert len(trials) == 2
     assert all(r["ranks"] == result(tmp_path, setting="adalora", seed=1)["ranks"] for r in trials)
     beside = study(model, [SOURCE, taker], seeds=SEEDS, quick=True, sweep={"seeds": [1, 7]})

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from rankwise.experiments import checks, config
+from rankwise.experiments.catalogue import Unavailable, fetch
+from rankwise.reports import tables
+from rankwise.reports.results import load
 
-from experiments import checks, config
-from experiments.catalogue import Unavailable, fetch
-from reports import tables
-from reports.results import load
 from tests.tiny import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +31,7 @@ COMMANDS = [
 
 def run(command: str, where: Path, *, limit: float = 300) -> subprocess.CompletedProcess:
     words = shlex.split(command)
-    words[:1] = [sys.executable, "-m", {"rankwise": "experiments.cli", "pytest": "pytest"}[words[0]]]
+    words[:1] = [sys.executable, "-m", {"rankwise": "rankwise.experiments.cli", "pytest": "pytest"}[words[0]]]
     return subprocess.run(words, cwd=where, capture_output=True, text=True, timeout=limit, env=_environment())
 
 
@@ -135,8 +135,9 @@ def test_printed_tree_names_what_is_there():
 def test_the_entry_of_an_allocator_is_one_and_attaches():
     import tomllib
 
-    import variants
-    from experiments import config
+    from rankwise import variants
+    from rankwise.experiments import config
+
     from tests.tiny import tiny
 
     text = next(text for kind, text in BLOCKS if kind == "toml" and "allocated" in text)

@@ -6,13 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rankwise.experiments import catalogue, checks, cli, config, models, recipes, tasks
+from rankwise.reports import beside, papers
+from rankwise.reports.statistics import summary
+from rankwise.variants import targets as module_names
 from scipy.stats import ttest_ind_from_stats
 
-from experiments import catalogue, checks, cli, config, models, recipes, tasks
-from reports import beside, papers
-from reports.statistics import summary
 from tests import small_world
-from variants import targets as module_names
 
 MINILM = recipes.STAND_IN
 GLUE = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")  # the order of LoRA's appendix
@@ -906,7 +906,7 @@ def test_refusals_answer_without_torch():
     import subprocess
     import sys
 
-    code = "import sys; from experiments import cli, recipes\n"
+    code = "import sys; from rankwise.experiments import cli, recipes\n"
     code += "try: cli.paper('adalora-1', cells='stbs')\nexcept ValueError as e: print(e)\nprint('torch' in sys.modules)"
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

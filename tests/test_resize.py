@@ -4,19 +4,19 @@ import copy
 
 import pytest
 import torch
+from rankwise import variants
+from rankwise.experiments.optim import MemberAdamW
+from rankwise.variants import initialization
+from rankwise.variants.base import Group, Step, fill
+from rankwise.variants.lora import LoRA
+from rankwise.variants.settings import METHODS, LoRASettings, Method
 from torch import Tensor
 
-import variants
-from experiments.optim import MemberAdamW
 from tests import small_world
 from tests.contract import RATES, SEEDS, TARGETS, create, losses, rows
 from tests.loop import Loop, outputs, task_losses
 from tests.test_trainer import Stop, assert_same, logs, model, stopping_after  # noqa: F401  (model is a fixture)
 from tests.tiny import packed_batch, tiny
-from variants import initialization
-from variants.base import Group, Step, fill
-from variants.lora import LoRA
-from variants.settings import METHODS, LoRASettings, Method
 
 TOTAL = 12
 LOW_RANK = ["lora", "dora", "adalora", "adalora+dora", "allocated"]

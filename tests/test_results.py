@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
+from rankwise.reports import results
 
-from reports import results
 from tests.synthetic_runs import METHODS, write_json, write_run, write_study
 
 
@@ -17,9 +17,9 @@ def study(tmp_path_factory):
 
 def test_reports_read_without_torch_and_results_without_numpy():
     script = (
-        "import sys, reports.results; heavy = {'numpy', 'scipy', 'matplotlib', 'torch'} & set(sys.modules);"
+        "import sys, rankwise.reports.results; heavy = {'numpy', 'scipy', 'matplotlib', 'torch'} & set(sys.modules);"
         "assert not heavy, heavy;"
-        "import reports.page, reports.ranks; heavy = {'scipy', 'matplotlib', 'torch'} & set(sys.modules);"
+        "import rankwise.reports.page, rankwise.reports.ranks; heavy = {'scipy', 'matplotlib', 'torch'} & set(sys.modules);"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

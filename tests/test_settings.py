@@ -4,8 +4,7 @@ import subprocess
 import sys
 
 import pytest
-
-import variants
+from rankwise import variants
 
 GOOD = {"lora": {"rank": 4}, "dora": {"rank": 4}, "adalora": {"initial_rank": 6, "target_rank": 4}}
 
@@ -121,7 +120,7 @@ def test_integers_serve_as_numbers():
 
 def test_checking_settings_does_not_import_torch():
     code = (
-        "import sys, variants\n"
+        "import sys; from rankwise import variants\n"
         "variants.check('adalora+dora', {'initial_rank': 6, 'target_rank': 4})\n"
         "try:\n    variants.check('lora', {'rnk': 4})\n"
         "except ValueError as error:\n    assert 'did you mean' in str(error)\n"

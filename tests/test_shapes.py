@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from rankwise import variants
+from rankwise.reports import shapes
+from rankwise.reports.shapes import Shape, Trained, shape
 from transformers import (
     BartConfig,
     BartModel,
@@ -18,10 +21,6 @@ from transformers import (
     RobertaForSequenceClassification,
     RobertaModel,
 )
-
-import variants
-from reports import shapes
-from reports.shapes import Shape, Trained, shape
 
 NAMES = {  # kind of matrix -> end of the module's name
     "roberta": {

@@ -4,9 +4,8 @@ import itertools
 from math import exp, log
 
 import pytest
-
-from experiments import config
-from reports.statistics import seeds_needed
+from rankwise.experiments import config
+from rankwise.reports.statistics import seeds_needed
 
 SHIPPED = sorted(config.STUDIES.glob("*.toml"))
 STUDIES = {path.stem: config.read(path) for path in SHIPPED}

@@ -4,16 +4,16 @@ import copy
 
 import pytest
 import torch
+from rankwise import variants
+from rankwise.experiments.optim import MemberAdamW
+from rankwise.variants.base import Step
+from rankwise.variants.lowrank import NONE, Rearranged
 
-import variants
-from experiments.optim import MemberAdamW
 from tests import small_world
 from tests.contract import RATES, SEEDS, TARGETS, of_member, settings
 from tests.loop import Loop, outputs
 from tests.test_trainer import Stop, assert_same, logs, model, stopping_after  # noqa: F401  (model is a fixture)
 from tests.tiny import packed_batch, tiny
-from variants.base import Step
-from variants.lowrank import NONE, Rearranged
 
 TOTAL, FINAL = 12, 8
 KINDS = {

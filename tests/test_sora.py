@@ -5,16 +5,16 @@ import warnings
 
 import pytest
 import torch
+from rankwise import variants
+from rankwise.variants.base import Step, fill
+from rankwise.variants.sora import release_threshold, soft_threshold
 from torch import Tensor
 
-import variants
 from tests import small_world
 from tests.contract import TARGETS
 from tests.loop import BETA1, BETA2, EPSILON, Loop
 from tests.test_adalora import NAMES, Net, data, squared_error
 from tests.tiny import batch, tiny
-from variants.base import Step, fill
-from variants.sora import release_threshold, soft_threshold
 
 TOTAL, FINAL, DECAY, CLIP = 18, 6, 0.03, 0.5
 SEEDS, RATES = [5, 3, 8], [1e-1, 2e-2, 5e-2]

@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
+from rankwise.reports import speed
 
-from reports import speed
 from tests.test_cli import ROOT
 
 NAMES = (
@@ -193,5 +193,7 @@ def test_foreign_file_is_refused(tmp_path):
 
 
 def test_reader_needs_neither_torch_nor_the_bench():
-    code = "import sys; from reports import speed; assert not {'torch', 'experiments.bench'} & set(sys.modules)"
+    code = (
+        "import sys; from rankwise.reports import speed; assert not {'torch', 'rankwise.experiments.bench'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rankwise import variants
+from rankwise.experiments import models, tasks
+from rankwise.experiments.tasks import common, spans, squad
+from rankwise.experiments.tasks.common import Examples, Undefined
+from rankwise.experiments.tasks.spans import Questions
 
-import variants
-from experiments import models, tasks
-from experiments.tasks import common, spans, squad
-from experiments.tasks.common import Examples, Undefined
-from experiments.tasks.spans import Questions
 from tests import small_world
 
 SECRET = "xylophone"  # stands for corpus text; no message may show it

@@ -5,15 +5,15 @@ import itertools
 import pytest
 import torch
 from peft import PeftModel
+from rankwise import variants
+from rankwise.variants.lora import module_in, module_out
+from rankwise.variants.stable_rank import stable_rank
+from rankwise.variants.starts import gradients
 from torch import Tensor, nn
 
-import variants
 from tests.contract import TARGETS, attach
 from tests.loop import Loop, outputs
 from tests.tiny import batch, packed_batch, tiny
-from variants.lora import module_in, module_out
-from variants.stable_rank import stable_rank
-from variants.starts import gradients
 
 METHODS = ("eva", "gora", "stable-rank", "random-rank")
 EXACT = {"gora": {"rounding": "exact"}}

@@ -4,9 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
+from rankwise.reports import statistics
 from scipy import stats
-
-from reports import statistics
 
 OURS = {3: 4.0, 1: 2.0, 2: 9.0, 7: 5.0}
 REFERENCE = {1: 1.0, 2: 5.0, 3: 4.0, 9: 0.0}

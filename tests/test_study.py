@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rankwise.experiments.study
+import rankwise.experiments.trainer
 import torch
+from rankwise import variants
+from rankwise.experiments import config
+from rankwise.experiments.config import Study
+from rankwise.experiments.study import Runner, groups
+from rankwise.experiments.trainer import Trainer
+from rankwise.reports.results import load
 from safetensors import safe_open
 
-import experiments.study
-import experiments.trainer
-import variants
-from experiments import config
-from experiments.config import Study
-from experiments.study import Runner, groups
-from experiments.trainer import Trainer
-from reports.results import load
 from tests import small_world
 
 
@@ -45,7 +45,7 @@ def model(cache, tmp_path_factory) -> str:
 
 @pytest.fixture(autouse=True)
 def nothing_committed(monkeypatch, tmp_path):
-    monkeypatch.setattr(experiments.study, "COMMITTED", tmp_path / "committed")
+    monkeypatch.setattr(rankwise.experiments.study, "COMMITTED", tmp_path / "committed")
 
 
 TRAINING = small_world.training(epochs=1, max_steps=4, train_examples=24, evaluation_examples=12, log_every=1).model_dump()
@@ -211,7 +211,7 @@ def test_finished_runs_are_not_run_twice(model, tmp_path, monkeypatch):
     first = ran(what, tmp_path)
     before = contents(tmp_path)
     no_training(monkeypatch)
-    monkeypatch.setattr(experiments.trainer.models, "load", experiments.trainer.models.load)
+    monkeypatch.setattr(rankwise.experiments.trainer.models, "load", rankwise.experiments.trainer.models.load)
     assert ran(what, tmp_path) == first
     assert contents(tmp_path) == before
 
@@ -240,7 +240,7 @@ def test_committed_results_are_taken_as_finished_and_copied(model, tmp_path, mon
     assert ran(what, tmp_path / "committed" / "small" / "runs") == made
 
 
-@pytest.mark.parametrize("name", experiments.study.RESULT_FILES)
+@pytest.mark.parametrize("name", rankwise.experiments.study.RESULT_FILES)
 def test_a_committed_result_that_was_half_copied_is_copied_again(model, tmp_path, monkeypatch, name):
     what = study(model, ["lora"], seeds=1, knock_out=True)
     (made,) = ran(what, tmp_path / "committed" / "small" / "runs")
@@ -252,10 +252,10 @@ def test_a_committed_result_that_was_half_copied_is_copied_again(model, tmp_path
             raise OSError(errno.ENOSPC, "No space left on device", str(target))
         return copy(source, target)
 
-    monkeypatch.setattr(experiments.study.shutil, "copyfile", full_disk)
+    monkeypatch.setattr(rankwise.experiments.study.shutil, "copyfile", full_disk)
     with pytest.raises(OSError, match="No space"):
         ran(what, tmp_path / "mine")
-    monkeypatch.setattr(experiments.study.shutil, "copyfile", copy)
+    monkeypatch.setattr(rankwise.experiments.study.shutil, "copyfile", copy)
     assert not list((tmp_path / "mine").rglob("result.json"))
     assert not list((tmp_path / "mine").rglob(".*.tmp"))
     no_training(monkeypatch)
@@ -280,7 +280,7 @@ def test_a_damaged_result_is_made_again(model, tmp_path, name, text):
 def test_results_of_other_versions_are_kept_and_said(model, tmp_path, monkeypatch):
     what = study(model, ["head"], seeds=1)
     ran(what, tmp_path)
-    monkeypatch.setattr(experiments.study.measure, "versions", lambda: {"torch": "99.0"})
+    monkeypatch.setattr(rankwise.experiments.study.measure, "versions", lambda: {"torch": "99.0"})
     no_training(monkeypatch)
     said = []
     ran(what, tmp_path, say=said.append)
@@ -683,7 +683,7 @@ def test_a_single_run_that_does_not_fit_is_a_failed_result_with_the_remedy(model
 
 
 def test_a_method_that_raises_in_training_is_a_failed_result_and_the_others_go_on(model, tmp_path, monkeypatch):
-    from variants.dora import DoRA
+    from rankwise.variants.dora import DoRA
 
     def broken(self, step):
         if step.index == 2:
@@ -709,7 +709,7 @@ def test_a_failed_run_is_tried_again_only_when_asked_for(model, tmp_path, monkey
     again = ran(what, tmp_path, retry_failed=True)  # and fails again, which is a result too
     assert [r["status"] for r in again] == ["failed"] * 2
     monkeypatch.undo()
-    monkeypatch.setattr(experiments.study, "COMMITTED", tmp_path / "committed")
+    monkeypatch.setattr(rankwise.experiments.study, "COMMITTED", tmp_path / "committed")
     assert [r["status"] for r in ran(what, tmp_path, retry_failed=True)] == ["completed"] * 2
 
 
@@ -733,8 +733,10 @@ def test_a_member_that_diverges_or_collapses_is_a_failed_result_with_its_reason(
 
 
 def test_constant_predictions_are_a_failed_result_without_a_score(model, tmp_path, monkeypatch):
-    plain = experiments.trainer.objective.predictions
-    monkeypatch.setattr(experiments.trainer.objective, "predictions", lambda kind, logits: plain(kind, logits) * 0 + 0.5)
+    plain = rankwise.experiments.trainer.objective.predictions
+    monkeypatch.setattr(
+        rankwise.experiments.trainer.objective, "predictions", lambda kind, logits: plain(kind, logits) * 0 + 0.5
+    )
     results = ran(study(model), tmp_path)
     assert [(r["status"], r["error"], r["score"], r["selection_score"]) for r in results] == [
         ("failed", "collapsed", None, None)
@@ -748,7 +750,7 @@ class FullDisk:
     """Fails at the n-th writing: half of the file is there, then there is no space."""
 
     def __init__(self, monkeypatch, at: int):
-        self.left, save = at, experiments.trainer.save_file
+        self.left, save = at, rankwise.experiments.trainer.save_file
 
         def save_file(tensors, path, *args):
             self.count(path)
@@ -760,8 +762,8 @@ class FullDisk:
             self.count(file.name)
             dump(value, file, **options)
 
-        monkeypatch.setattr(experiments.trainer, "save_file", save_file)
-        monkeypatch.setattr(experiments.trainer.json, "dump", json_dump)
+        monkeypatch.setattr(rankwise.experiments.trainer, "save_file", save_file)
+        monkeypatch.setattr(rankwise.experiments.trainer.json, "dump", json_dump)
 
     def count(self, path) -> None:
         self.left -= 1
@@ -800,7 +802,7 @@ def test_a_full_disk_while_a_checkpoint_is_written_is_no_failed_run(model, tmp_p
     def full(*args):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(experiments.trainer, "save_file", full)
+    monkeypatch.setattr(rankwise.experiments.trainer, "save_file", full)
     with pytest.raises(OSError) as caught:
         ran(study(model), tmp_path)
     assert caught.value.errno == errno.ENOSPC
@@ -869,7 +871,7 @@ def test_the_adapter_that_is_kept_is_the_one_that_was_scored(model, tmp_path):
     runner.prepare()
     prepared = runner.prepared["small/regression"]
     for r in results:
-        loaded, _, _ = experiments.trainer.models.load(model, prepared.task)
+        loaded, _, _ = rankwise.experiments.trainer.models.load(model, prepared.task)
         variants.load_pretrained(loaded, tmp_path / r["fingerprint"] / "adapter")
         loaded.eval()
         data = prepared.data["test"]
@@ -973,8 +975,8 @@ def test_a_diverged_member_of_any_method_does_not_end_the_study(model, tmp_path)
 
 
 def test_a_run_whose_every_step_was_skipped_is_no_result(model, tmp_path, monkeypatch):
-    norms = experiments.trainer.MemberAdamW.gradient_norms
-    monkeypatch.setattr(experiments.trainer.MemberAdamW, "gradient_norms", lambda self: norms(self) * float("nan"))
+    norms = rankwise.experiments.trainer.MemberAdamW.gradient_norms
+    monkeypatch.setattr(rankwise.experiments.trainer.MemberAdamW, "gradient_norms", lambda self: norms(self) * float("nan"))
     (only,) = ran(study(model, seeds=1), tmp_path / "runs")
     assert only["skipped_steps"] == only["steps"] == 4
     assert (only["status"], only["error"], only["score"]) == ("failed", "diverged", None)

@@ -6,9 +6,9 @@ import json
 
 import numpy as np
 import pytest
+from rankwise.reports import results, tables
 from scipy import stats
 
-from reports import results, tables
 from tests.synthetic_runs import write_json, write_run, write_study
 
 

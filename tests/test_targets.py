@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from rankwise import variants
+from rankwise.variants.base import Adapted
+from rankwise.variants.targets import find_head, matches, resolve
 from torch import nn
 
-import variants
 from tests.tiny import TINY, packed_batch, tiny
-from variants.base import Adapted
-from variants.targets import find_head, matches, resolve
 
 
 def names(model: nn.Module, targets) -> list[str]:

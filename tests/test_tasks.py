@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rankwise.experiments import catalogue, models, tasks
+from rankwise.experiments.tasks import common, conll2003, glue, reuters, sarcasm
+from rankwise.experiments.tasks.common import Encoded, Examples, Undefined
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
-
-from experiments import catalogue, models, tasks
-from experiments.tasks import common, conll2003, glue, reuters, sarcasm
-from experiments.tasks.common import Encoded, Examples, Undefined
 
 SECRET = "xylophone"  # stands for corpus text; no message may show it
 STSB = f'main\tMSRvid\t2012\t1\t2.500\tone {SECRET}\tother "{SECRET}\nnews\ta\tb\t2\t5\tA\u2028b\t C \textra\tmore\n'
@@ -124,7 +123,7 @@ def test_number_of_examples_that_differs_from_the_known_one_is_refused(tmp_path,
 
 
 def test_import_needs_no_torch():
-    code = "import sys, experiments.tasks; print([m for m in sys.argv[1:] if m in sys.modules])"
+    code = "import sys, rankwise.experiments.tasks; print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = ["torch", "transformers", "datasets", "scipy", "sklearn"]
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", code, *heavy], cwd=root, capture_output=True, text=True)

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import pytest
-
-from experiments import checks, config
-from experiments.catalogue import Unavailable, fetch
-from experiments.study import Runner, groups
-from reports import page, tables
-from reports.results import load
+from rankwise.experiments import checks, config
+from rankwise.experiments.catalogue import Unavailable, fetch
+from rankwise.experiments.study import Runner, groups
+from rankwise.reports import page, tables
+from rankwise.reports.results import load
 
 STUDY = config.read(Path("thousand"))
 

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rankwise.experiments.trainer
 import torch
+from rankwise.experiments import models, objective
+from rankwise.experiments.tasks.common import KINDS, Undefined, batches, collate
+from rankwise.experiments.trainer import Trainer
+from rankwise.variants import native
+from rankwise.variants.base import CannotMerge
+from rankwise.variants.settings import method as method_named
 from safetensors.torch import save
 
-import experiments.trainer
-from experiments import models, objective
-from experiments.tasks.common import KINDS, Undefined, batches, collate
-from experiments.trainer import Trainer
 from tests import small_world
 from tests.loop import Loop
 from tests.small_world import ALL_METHODS
-from variants import native
-from variants.base import CannotMerge
-from variants.settings import method as method_named
 
 PACKABLE = [m for m in ALL_METHODS if method_named(m).load().packable]
 
@@ -41,7 +41,7 @@ def doubled(monkeypatch):
         made, tokenizer, info = load(*args)
         return made.double(), tokenizer, info
 
-    monkeypatch.setattr(experiments.trainer.models, "load", load_double)
+    monkeypatch.setattr(rankwise.experiments.trainer.models, "load", load_double)
 
 
 class Stop(Exception):
@@ -505,7 +505,7 @@ def test_one_step_that_is_not_finite_is_skipped_for_its_member_alone(model, tmp_
             assert all(torch.equal(kept[k], v[1]) for k, v in trained_tensors(trainer).items())
         return found
 
-    monkeypatch.setattr(experiments.trainer.objective, "losses", losses)
+    monkeypatch.setattr(rankwise.experiments.trainer.objective, "losses", losses)
     outcomes = trainer.run()
     assert [o.error for o in outcomes] == [None, None]
     assert [o.facts["skipped_steps"] for o in outcomes] == [0, 1]
@@ -524,7 +524,7 @@ def test_a_model_that_predicts_one_value_is_collapsed(model, tmp_path, monkeypat
         found[len(found) // 2 :] = 0.25  # member 1
         return found
 
-    monkeypatch.setattr(experiments.trainer.objective, "predictions", predictions)
+    monkeypatch.setattr(rankwise.experiments.trainer.objective, "predictions", predictions)
     outcomes = trainer.run()
     assert [o.error for o in outcomes] == [None, "collapsed"]
     assert "one value" in outcomes[1].detail
@@ -557,7 +557,7 @@ def test_what_is_written_is_strict_json(model, tmp_path):
 
 def test_a_number_that_json_has_no_word_for_leaves_no_half_written_file(tmp_path: Path):
     with pytest.raises(ValueError):
-        experiments.trainer.write_json(tmp_path / "result.json", {"score": float("nan")})
+        rankwise.experiments.trainer.write_json(tmp_path / "result.json", {"score": float("nan")})
     assert not list(tmp_path.iterdir())
 
 

@@ -4,14 +4,14 @@ import itertools
 
 import pytest
 import torch
+from rankwise import variants
+from rankwise.variants.base import Adapter, Step, fill
+from rankwise.variants.truncation import NORMALISED
 from torch import Tensor, nn
 
-import variants
 from tests.contract import RATES, SEEDS, TARGETS, losses, rows
 from tests.loop import Loop, outputs
 from tests.tiny import packed_batch, tiny
-from variants.base import Adapter, Step, fill
-from variants.truncation import NORMALISED
 
 # Adapters are filled by hand here, which an allocator warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:.*was trained but after_step")

@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from rankwise.reports import tables
+from rankwise.reports.results import load
+from rankwise.reports.statistics import holm, seeds_needed, sign_flip_power, sign_flip_test
+from rankwise.reports.verdicts import budget_reached, missing_baselines, verdicts, warnings
 
-from reports import tables
-from reports.results import load
-from reports.statistics import holm, seeds_needed, sign_flip_power, sign_flip_test
-from reports.verdicts import budget_reached, missing_baselines, verdicts, warnings
 from tests.synthetic_runs import write_json, write_lines, write_run
 
 RATES = (1e-3, 3e-3, 9e-3)

@@ -1,6 +1,6 @@
 """The methods: one file a method; read base.py, then any one file.
 
-    import variants
+    from rankwise import variants
     adapter = variants.create("lora", rank=8, alpha=16)
     adapter.attach(model)                       # then train adapter.parameters()
     variants.save_pretrained(adapter, folder)   # PEFT's files
@@ -11,40 +11,40 @@ Importing this package does not import torch; the first use of a method does.
 import importlib
 from typing import Any
 
-from variants.settings import METHODS, check, method
+from rankwise.variants.settings import METHODS, check, method
 
 _PLACES = {
-    "Adapter": "variants.base",
-    "Adapted": "variants.base",
-    "NotPackable": "variants.base",
-    "Calibration": "variants.base",
-    "Uncalibrated": "variants.base",
-    "Step": "variants.base",
-    "torch_groups": "variants.base",
-    "LoRA": "variants.lora",
-    "DoRA": "variants.dora",
-    "AdaLoRA": "variants.adalora",
-    "AdaLoRADoRA": "variants.dora",
-    "IncreLoRA": "variants.increlora",
-    "ElaLoRA": "variants.elalora",
-    "Allocated": "variants.adalora",
-    "DynamicDoRA": "variants.dynamic_dora",
-    "EVA": "variants.eva",
-    "GoRA": "variants.gora",
-    "StableRank": "variants.stable_rank",
-    "RandomRank": "variants.random_rank",
-    "SoRA": "variants.sora",
-    "DyLoRA": "variants.dylora",
-    "HeadOnly": "variants.subset",
-    "BitFit": "variants.subset",
-    "FullFineTuning": "variants.subset",
-    "save_pretrained": "variants.checkpoint",
-    "load_pretrained": "variants.checkpoint",
-    "export_lora": "variants.checkpoint",
-    "export_merged": "variants.checkpoint",
-    "truncate": "variants.truncation",
-    "follow": "variants.lowrank",
-    "AdapterCallback": "variants.callback",
+    "Adapter": "rankwise.variants.base",
+    "Adapted": "rankwise.variants.base",
+    "NotPackable": "rankwise.variants.base",
+    "Calibration": "rankwise.variants.base",
+    "Uncalibrated": "rankwise.variants.base",
+    "Step": "rankwise.variants.base",
+    "torch_groups": "rankwise.variants.base",
+    "LoRA": "rankwise.variants.lora",
+    "DoRA": "rankwise.variants.dora",
+    "AdaLoRA": "rankwise.variants.adalora",
+    "AdaLoRADoRA": "rankwise.variants.dora",
+    "IncreLoRA": "rankwise.variants.increlora",
+    "ElaLoRA": "rankwise.variants.elalora",
+    "Allocated": "rankwise.variants.adalora",
+    "DynamicDoRA": "rankwise.variants.dynamic_dora",
+    "EVA": "rankwise.variants.eva",
+    "GoRA": "rankwise.variants.gora",
+    "StableRank": "rankwise.variants.stable_rank",
+    "RandomRank": "rankwise.variants.random_rank",
+    "SoRA": "rankwise.variants.sora",
+    "DyLoRA": "rankwise.variants.dylora",
+    "HeadOnly": "rankwise.variants.subset",
+    "BitFit": "rankwise.variants.subset",
+    "FullFineTuning": "rankwise.variants.subset",
+    "save_pretrained": "rankwise.variants.checkpoint",
+    "load_pretrained": "rankwise.variants.checkpoint",
+    "export_lora": "rankwise.variants.checkpoint",
+    "export_merged": "rankwise.variants.checkpoint",
+    "truncate": "rankwise.variants.truncation",
+    "follow": "rankwise.variants.lowrank",
+    "AdapterCallback": "rankwise.variants.callback",
 }
 
 __all__ = ["METHODS", "check", "create", "method", *_PLACES]
@@ -68,4 +68,4 @@ def create(name: str, *, members: int = 1, seeds: list[int] | None = None, **set
 def __getattr__(name: str) -> Any:
     if name in _PLACES:
         return getattr(importlib.import_module(_PLACES[name]), name)
-    raise AttributeError(f"module 'variants' has no attribute {name!r}")
+    raise AttributeError(f"module 'rankwise.variants' has no attribute {name!r}")

@@ -18,12 +18,11 @@ never enters an evaluation; s is alpha/r without the release's + 1e-5.
 from collections.abc import Sequence
 
 import torch
+from rankwise.variants.base import Step
+from rankwise.variants.settings import per_member
+from rankwise.variants.triplets import AllocatedAdapter, Triplets
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from variants.base import Step
-from variants.settings import per_member
-from variants.triplets import AllocatedAdapter, Triplets
 
 
 class AdaLoRA(AllocatedAdapter):

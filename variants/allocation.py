@@ -16,9 +16,8 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
+from rankwise.variants import initialization
 from torch import Tensor, nn
-
-from variants import initialization
 
 # -- schedules: the share of the change that is left at a progress between 0 and 1 ---------------------------------------
 

@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from rankwise.variants.base import Adapter
+from rankwise.variants.lowrank import LowRank
+from rankwise.variants.spectrum import effective_rank, energy_rank, stable_rank
 from torch import Tensor, nn
-
-from variants.base import Adapter
-from variants.lowrank import LowRank
-from variants.spectrum import effective_rank, energy_rank, stable_rank
 
 TOP = 16  # singular values that are kept of each site, from the greatest; those that are zero are left out
 INTRUDERS = 10  # left singular vectors of W + dW, from the top, that are looked up among those of W

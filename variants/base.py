@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from rankwise.variants import initialization
+from rankwise.variants.dropout import Draw, KeyedDropout
+from rankwise.variants.settings import Settings, check, per_member
+from rankwise.variants.targets import find_head, is_conv1d, resolve
 from torch import Tensor, nn
-
-from variants import initialization
-from variants.dropout import Draw, KeyedDropout
-from variants.settings import Settings, check, per_member
-from variants.targets import find_head, is_conv1d, resolve
 
 
 class NotPackable(ValueError):
@@ -69,7 +68,7 @@ def torch_groups(adapter: "Adapter", lr: float, weight_decay: float = 0.01) -> l
         if not isinstance(group.lr_scale, int | float):
             raise ValueError(
                 f"{adapter.method} gives the members or ranks of a tensor rates of their own, which no parameter group of "
-                f"torch.optim can say: train it with experiments.optim.MemberAdamW"
+                f"torch.optim can say: train it with rankwise.experiments.optim.MemberAdamW"
             )
         rates = {"lr": lr * group.lr_scale, "weight_decay": weight_decay * group.weight_decay}
         found.append({"params": list(group.params), **rates})
@@ -260,7 +259,7 @@ class Adapter(nn.Module):
         The output of the body is unchanged at first, but for a method that says otherwise (`starts_at_identity`).
 
         Args:
-            targets: see `variants.targets.resolve`.
+            targets: see `rankwise.variants.targets.resolve`.
             head: names of modules that are trained whole; found by their usual names if not given.
             calibration: a `Calibration`, for a method that measures the model before it trains (`needs`), or a batch of
                 the model's input (dict, tuple or tensor); also for the probe of K > 1 where the input's form cannot be told

@@ -31,12 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rankwise.variants.base import Adapter, Step, torch_groups
+from rankwise.variants.checkpoint import save_pretrained
+from rankwise.variants.lowrank import follow
 from torch import Tensor, nn
 from transformers import TrainerCallback
-
-from variants.base import Adapter, Step, torch_groups
-from variants.checkpoint import save_pretrained
-from variants.lowrank import follow
 
 STATE = "adapter_state"  # name of the module under which the model's state holds what is in no site
 

@@ -28,15 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rankwise.variants.base import Adapted, Adapter, Uncalibrated, name_of, weight_of
+from rankwise.variants.lowrank import LowRank, LowRankAdapter, first_slots
+from rankwise.variants.settings import METHODS, PATTERNS, Settings, method, nearest
+from rankwise.variants.targets import KEYWORDS, is_conv1d, is_linear, matches
+from rankwise.variants.triplets import AllocatedAdapter, Triplets
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-
-from variants.base import Adapted, Adapter, Uncalibrated, name_of, weight_of
-from variants.lowrank import LowRank, LowRankAdapter, first_slots
-from variants.settings import METHODS, PATTERNS, Settings, method, nearest
-from variants.targets import KEYWORDS, is_conv1d, is_linear, matches
-from variants.triplets import AllocatedAdapter, Triplets
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # PEFT's wrapper and tuner around the model

@@ -10,14 +10,13 @@ alone; PEFT drops it in (m/|W + dW| - 1) W x too.  A row whose W + dW is zero ha
 """
 
 import torch
+from rankwise.variants import native
+from rankwise.variants.adalora import AdaLoRA
+from rankwise.variants.base import trained_dtype, weight_of
+from rankwise.variants.lora import LoRA
+from rankwise.variants.lowrank import LowRank, as_stored, base_output, squared_row_norms
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-
-from variants import native
-from variants.adalora import AdaLoRA
-from variants.base import trained_dtype, weight_of
-from variants.lora import LoRA
-from variants.lowrank import LowRank, as_stored, base_output, squared_row_norms
 
 
 class Decomposed(nn.Module):

@@ -15,10 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from rankwise.variants import native
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-
-from variants import native
 
 
 class Draw:

@@ -22,13 +22,12 @@ import contextlib
 from collections.abc import Sequence
 
 import torch
+from rankwise.variants import initialization
+from rankwise.variants.base import Step
+from rankwise.variants.lora import LoRA
+from rankwise.variants.lowrank import LowRank
+from rankwise.variants.settings import per_member
 from torch import Tensor, nn
-
-from variants import initialization
-from variants.base import Step
-from variants.lora import LoRA
-from variants.lowrank import LowRank
-from variants.settings import per_member
 
 P = 0.15  # of the geometric distribution: the paper's
 

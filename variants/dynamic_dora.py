@@ -16,12 +16,11 @@ variance (with n - 1), and the mean in eq. (10) over components ("paper") or ove
 """
 
 import torch
+from rankwise.variants import initialization
+from rankwise.variants.base import Step
+from rankwise.variants.lora import module_in, module_out
+from rankwise.variants.triplets import AllocatedAdapter
 from torch import Tensor, nn
-
-from variants import initialization
-from variants.base import Step
-from variants.lora import module_in, module_out
-from variants.triplets import AllocatedAdapter
 
 
 class DynamicDoRA(AllocatedAdapter):

@@ -21,14 +21,13 @@ the release's + 1e-5; with cost = "parameters" what is added costs no more than 
 from collections.abc import Sequence
 
 import torch
+from rankwise.variants import initialization
+from rankwise.variants.adalora import AdaLoRA
+from rankwise.variants.allocation import SCHEDULES
+from rankwise.variants.base import Step
+from rankwise.variants.lowrank import NEW, NONE, Rearranged
+from rankwise.variants.triplets import Triplets
 from torch import Tensor, nn
-
-from variants import initialization
-from variants.adalora import AdaLoRA
-from variants.allocation import SCHEDULES
-from variants.base import Step
-from variants.lowrank import NEW, NONE, Rearranged
-from variants.triplets import Triplets
 
 
 class ElaLoRA(AdaLoRA):

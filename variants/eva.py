@@ -20,11 +20,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from rankwise.variants import initialization
+from rankwise.variants.base import Calibration
+from rankwise.variants.starts import PlacedLoRA, Ranks, measuring, run
 from torch import Generator, Tensor, nn
-
-from variants import initialization
-from variants.base import Calibration
-from variants.starts import PlacedLoRA, Ranks, measuring, run
 
 ROUNDS = 4  # of subspace iteration: peft/utils/incremental_pca.py, lowrank_niter
 

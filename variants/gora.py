@@ -20,11 +20,10 @@ from math import sqrt
 from typing import Any
 
 import torch
+from rankwise.variants.base import Calibration, weight_of
+from rankwise.variants.lora import module_in, module_out
+from rankwise.variants.starts import PlacedLoRA, Ranks, gradients
 from torch import Tensor, nn
-
-from variants.base import Calibration, weight_of
-from variants.lora import module_in, module_out
-from variants.starts import PlacedLoRA, Ranks, gradients
 
 
 class GoRA(PlacedLoRA):

@@ -27,15 +27,14 @@ from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
+from rankwise.variants import initialization
+from rankwise.variants.adalora import AdaLoRA
+from rankwise.variants.allocation import Score
+from rankwise.variants.base import Group, Step
+from rankwise.variants.dropout import drop
+from rankwise.variants.lowrank import NEW, NONE
+from rankwise.variants.triplets import Triplets
 from torch import Tensor, nn
-
-from variants import initialization
-from variants.adalora import AdaLoRA
-from variants.allocation import Score
-from variants.base import Group, Step
-from variants.dropout import drop
-from variants.lowrank import NEW, NONE
-from variants.triplets import Triplets
 
 TINY = 1e-5  # E of a triplet in reserve, with advance learning
 

@@ -7,11 +7,10 @@ With scaling = "alpha/sqrt(r)" it is rsLoRA (Kalajdzievski 2023), with lr_ratio 
 """
 
 import torch
+from rankwise.variants import initialization
+from rankwise.variants.dropout import Draw
+from rankwise.variants.lowrank import LowRank, LowRankAdapter
 from torch import Tensor, nn
-
-from variants import initialization
-from variants.dropout import Draw
-from variants.lowrank import LowRank, LowRankAdapter
 
 
 class LoRA(LowRankAdapter):

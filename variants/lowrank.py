@@ -15,14 +15,13 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
+from rankwise.variants import native
+from rankwise.variants.base import Adapter, Group, Step, trained_dtype, weight_of
+from rankwise.variants.dropout import Draw, Dropping, drop
+from rankwise.variants.settings import nearest, per_member
+from rankwise.variants.targets import is_conv1d, matches
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-
-from variants import native
-from variants.base import Adapter, Group, Step, trained_dtype, weight_of
-from variants.dropout import Draw, Dropping, drop
-from variants.settings import nearest, per_member
-from variants.targets import is_conv1d, matches
 
 NEW, NONE = -1, -2
 
@@ -405,7 +404,7 @@ class LowRankAdapter(Adapter):
         site = self.make_low_rank(name, module)
         if not self.has_magnitude:
             return site
-        from variants.dora import Decomposed  # it wraps what stands here
+        from rankwise.variants.dora import Decomposed  # it wraps what stands here
 
         return Decomposed(site, module)
 

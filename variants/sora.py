@@ -22,13 +22,12 @@ a digest of paper and release: the form of the paper's threshold.
 import dataclasses
 
 import torch
+from rankwise.variants import initialization
+from rankwise.variants.allocation import choose
+from rankwise.variants.base import Group, Step
+from rankwise.variants.lowrank import LowRank
+from rankwise.variants.triplets import AllocatedAdapter, Triplets
 from torch import Tensor, nn
-
-from variants import initialization
-from variants.allocation import choose
-from variants.base import Group, Step
-from variants.lowrank import LowRank
-from variants.triplets import AllocatedAdapter, Triplets
 
 
 class SoRA(AllocatedAdapter):

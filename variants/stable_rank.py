@@ -9,10 +9,9 @@ meet a budget exactly, by the largest remainder.
 from collections.abc import Sequence
 
 import torch
+from rankwise.variants.base import Calibration, weight_of
+from rankwise.variants.starts import PlacedLoRA, Ranks
 from torch import Tensor
-
-from variants.base import Calibration, weight_of
-from variants.starts import PlacedLoRA, Ranks
 
 
 class StableRank(PlacedLoRA):

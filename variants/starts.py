@@ -16,15 +16,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from rankwise.variants import initialization
+from rankwise.variants.allocation import Bound, choose
+from rankwise.variants.base import Adapter, Calibration, Uncalibrated, weight_of
+from rankwise.variants.lora import module_in, module_out
+from rankwise.variants.lowrank import LowRank, LowRankAdapter
+from rankwise.variants.settings import per_member
+from rankwise.variants.targets import matches
 from torch import Tensor, nn
-
-from variants import initialization
-from variants.allocation import Bound, choose
-from variants.base import Adapter, Calibration, Uncalibrated, weight_of
-from variants.lora import module_in, module_out
-from variants.lowrank import LowRank, LowRankAdapter
-from variants.settings import per_member
-from variants.targets import matches
 
 Ranks = dict[str, list[int]]  # site -> rank of each member
 

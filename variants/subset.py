@@ -4,12 +4,11 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
+from rankwise.variants import initialization
+from rankwise.variants.base import Adapted, Adapter, Group, _leaves, _Surgery, key_of, trained_dtype
+from rankwise.variants.dropout import Draw
+from rankwise.variants.targets import is_conv1d, resolve
 from torch import Tensor, nn
-
-from variants import initialization
-from variants.base import Adapted, Adapter, Group, _leaves, _Surgery, key_of, trained_dtype
-from variants.dropout import Draw
-from variants.targets import is_conv1d, resolve
 
 
 class HeadOnly(Adapter):

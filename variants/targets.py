@@ -3,9 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from rankwise.variants.settings import nearest
 from torch import nn
-
-from variants.settings import nearest
 
 KEYWORDS = ("all-linear", "all-linear-peft", "attention", "mlp")
 HEAD_NAMES = ("classifier", "score", "qa_outputs")  # what transformers calls a task head, read off its model classes

@@ -15,15 +15,14 @@ from collections.abc import Sequence
 from typing import ClassVar, TypeVar
 
 import torch
+from rankwise.variants import initialization
+from rankwise.variants.allocation import SCORES, Bound, Score, choose, protected, scheduled_budget
+from rankwise.variants.base import Step
+from rankwise.variants.lora import module_in, module_out
+from rankwise.variants.lowrank import NONE, LowRank, LowRankAdapter, Rearranged
+from rankwise.variants.settings import per_member
+from rankwise.variants.targets import matches
 from torch import Tensor, nn
-
-from variants import initialization
-from variants.allocation import SCORES, Bound, Score, choose, protected, scheduled_budget
-from variants.base import Step
-from variants.lora import module_in, module_out
-from variants.lowrank import NONE, LowRank, LowRankAdapter, Rearranged
-from variants.settings import per_member
-from variants.targets import matches
 
 
 class Triplets(LowRank):

@@ -18,15 +18,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
+from rankwise.variants import initialization
+from rankwise.variants.allocation import Bound, choose
+from rankwise.variants.base import Adapter, Step
+from rankwise.variants.lora import module_in, module_out
+from rankwise.variants.lowrank import LowRank, LowRankAdapter
+from rankwise.variants.settings import NORMALISATIONS, nearest, per_member
+from rankwise.variants.triplets import Doublets
 from torch import Tensor, nn
-
-from variants import initialization
-from variants.allocation import Bound, choose
-from variants.base import Adapter, Step
-from variants.lora import module_in, module_out
-from variants.lowrank import LowRank, LowRankAdapter
-from variants.settings import NORMALISATIONS, nearest, per_member
-from variants.triplets import Doublets
 
 # sigma (K, R) of a site and |W| of its weight -> what is compared between sites
 NORMALISED: dict[str, Callable[[Tensor, float], Tensor]] = {

@@ -1,6 +1,6 @@
 """What each change buys: our own step and evaluation without it, beside the whole, in one process.
 
-python -m experiments.bench.ablation --json reports/bench/ablation.json
+python -m rankwise.experiments.bench.ablation --json reports/bench/ablation.json
 """
 
 import argparse
@@ -13,15 +13,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-
-from experiments import first_token, measure
-from experiments.bench import timing
-from experiments.bench.arms import Ours, Setup
-from experiments.bench.cases import MINILM, SHAPES, Shape
-from experiments.bench.run import machine
-from experiments.bench.workloads import POOL, random_rows
-from experiments.trainer import write_json
-from variants import native
+from rankwise.experiments import first_token, measure
+from rankwise.experiments.bench import timing
+from rankwise.experiments.bench.arms import Ours, Setup
+from rankwise.experiments.bench.cases import MINILM, SHAPES, Shape
+from rankwise.experiments.bench.run import machine
+from rankwise.experiments.bench.workloads import POOL, random_rows
+from rankwise.experiments.trainer import write_json
+from rankwise.variants import native
 
 METHODS = ("lora", "dora")
 # What is taken out, and how: each is in force while an arm is made and whenever it runs.
@@ -29,8 +28,8 @@ CHANGES: dict[str, Callable[[], Any]] = {
     "nothing": contextlib.nullcontext,
     "compiled passes": lambda: mock.patch.object(native, "library", lambda: None),
     "first token only": lambda: mock.patch.object(first_token, "only", lambda model, draw: False),
-    "merged evaluation": lambda: mock.patch("variants.base.Adapter.mergeable", False),
-    "fused AdamW": lambda: mock.patch("experiments.optim.MemberAdamW._is_fusable", lambda self: False),
+    "merged evaluation": lambda: mock.patch("rankwise.variants.base.Adapter.mergeable", False),
+    "fused AdamW": lambda: mock.patch("rankwise.experiments.optim.MemberAdamW._is_fusable", lambda self: False),
 }
 UNUSED = {"train": {"merged evaluation"}, "eval": {"compiled passes", "fused AdamW"}}  # what a phase does not have
 

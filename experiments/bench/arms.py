@@ -16,17 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from rankwise.experiments import tasks
+from rankwise.experiments.bench import timing
+from rankwise.experiments.bench.cases import FIRST_STEP, RECIPE, TOTAL_STEPS, Shape, settings
+from rankwise.experiments.config import Training
+from rankwise.experiments.optim import MemberAdamW
+from rankwise.experiments.tasks.common import Encoded
+from rankwise.experiments.trainer import Pack, Trainer
+from rankwise.variants.base import Adapter, Step
+from rankwise.variants.settings import check
 from torch import Tensor, nn
-
-from experiments import tasks
-from experiments.bench import timing
-from experiments.bench.cases import FIRST_STEP, RECIPE, TOTAL_STEPS, Shape, settings
-from experiments.config import Training
-from experiments.optim import MemberAdamW
-from experiments.tasks.common import Encoded
-from experiments.trainer import Pack, Trainer
-from variants.base import Adapter, Step
-from variants.settings import check
 
 
 @dataclass(frozen=True)

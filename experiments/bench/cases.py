@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from variants.settings import nearest
+from rankwise.variants.settings import nearest
 
 PEFT_VERSION = "0.21.2"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from experiments import measure
-from experiments.bench import throughput, timing
-from experiments.bench.arms import Setup
-from experiments.bench.cases import PEFT_METHODS, RECIPE, TARGETS, Case, Plan, of_group
-from experiments.bench.workloads import PRECISIONS, Arms, EncoderArms, LinearArms, llama
+from rankwise.experiments import measure
+from rankwise.experiments.bench import throughput, timing
+from rankwise.experiments.bench.arms import Setup
+from rankwise.experiments.bench.cases import PEFT_METHODS, RECIPE, TARGETS, Case, Plan, of_group
+from rankwise.experiments.bench.workloads import PRECISIONS, Arms, EncoderArms, LinearArms, llama
 
 SCHEMA = 1
 OF_PEFT = ("peft", "cached", "merged")  # arms that train or evaluate one member

@@ -13,16 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from experiments import config, models
-from experiments.bench import timing
-from experiments.bench.arms import Setup, with_peft
-from experiments.bench.cases import PEFT_METHODS, RECIPE, Case, Plan, Shape, settings
-from experiments.bench.workloads import EncoderArms, peft_config, plain
-from experiments.optim import schedule_factor
-from experiments.study import Runner
-from experiments.tasks import get as get_task
-from experiments.tasks.common import Encoded, Task, Undefined, batches, collate, evaluation_batches
+from rankwise.experiments import config, models
+from rankwise.experiments.bench import timing
+from rankwise.experiments.bench.arms import Setup, with_peft
+from rankwise.experiments.bench.cases import PEFT_METHODS, RECIPE, Case, Plan, Shape, settings
+from rankwise.experiments.bench.workloads import EncoderArms, peft_config, plain
+from rankwise.experiments.optim import schedule_factor
+from rankwise.experiments.study import Runner
+from rankwise.experiments.tasks import get as get_task
+from rankwise.experiments.tasks.common import Encoded, Task, Undefined, batches, collate, evaluation_batches
 
 TRIED = 4  # members of the step from which a pack's memory is foretold
 SPARE = 0.8  # of the free memory that a pack may take

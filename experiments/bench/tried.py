@@ -1,18 +1,17 @@
 """What was tried for the CPU's floor and not kept: other attention kernels, packed weights.  Read with reports/bench/notes.md.
 
-python -m experiments.bench.tried
+python -m rankwise.experiments.bench.tried
 """
 
 import statistics
 from collections.abc import Callable
 
 import torch
+from rankwise.experiments import measure
+from rankwise.experiments.bench import timing
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from experiments import measure
-from experiments.bench import timing
 
 CPU = torch.device("cpu")
 ATTENTION = ((32, 32), (512, 16), (32, 128))  # rows, tokens; 12 heads of 32, as MiniLM has

@@ -10,16 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from rankwise import variants
+from rankwise.experiments import catalogue, models, tasks
+from rankwise.experiments.bench import timing
+from rankwise.experiments.bench.arms import Floor, ImprovedFloor, Ours, OursAlone, Peft, Setup, trainer
+from rankwise.experiments.bench.cases import LINEAR_SIZES, RECIPE, TOTAL_STEPS, LlamaSize, Shape, settings
+from rankwise.experiments.tasks.common import Encoded, Task
+from rankwise.variants.targets import resolve
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
-
-import variants
-from experiments import catalogue, models, tasks
-from experiments.bench import timing
-from experiments.bench.arms import Floor, ImprovedFloor, Ours, OursAlone, Peft, Setup, trainer
-from experiments.bench.cases import LINEAR_SIZES, RECIPE, TOTAL_STEPS, LlamaSize, Shape, settings
-from experiments.tasks.common import Encoded, Task
-from variants.targets import resolve
 
 PRECISIONS = ("fp32", "bf16 weights", "bf16 autocast")  # what PEFT can be run in
 POOL = 8  # batches of random rows that the steps draw from

@@ -2,8 +2,8 @@
 
 import difflib
 
-from experiments.tasks import conll2003, glue, reuters, sarcasm, squad
-from experiments.tasks.common import Encoded, Examples, Task, Undefined
+from rankwise.experiments.tasks import conll2003, glue, reuters, sarcasm, squad
+from rankwise.experiments.tasks.common import Encoded, Examples, Task, Undefined
 
 __all__ = ["Encoded", "Examples", "Task", "Undefined", "get", "names"]
 

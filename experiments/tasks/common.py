@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from experiments import catalogue
-from experiments.tasks import spans
-from experiments.tasks.spans import Questions
+from rankwise.experiments import catalogue
+from rankwise.experiments.tasks import spans
+from rankwise.experiments.tasks.spans import Questions
 
 FORMAT = 1  # raise it when the tokens kept on disk change their meaning
 SHELF = 8  # batches of similar length that each seed shuffles among themselves

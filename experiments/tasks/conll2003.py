@@ -8,9 +8,8 @@ script conlleval does. As there, an I-X with no entity of type X just before it 
 from pathlib import Path
 
 import numpy as np
-
-from experiments import catalogue
-from experiments.tasks.common import (
+from rankwise.experiments import catalogue
+from rankwise.experiments.tasks.common import (
     Examples,
     Task,
     Undefined,

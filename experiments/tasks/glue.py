@@ -12,9 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-
-from experiments import catalogue
-from experiments.tasks.common import (
+from rankwise.experiments import catalogue
+from rankwise.experiments.tasks.common import (
     Examples,
     Task,
     accuracy_and_f1,

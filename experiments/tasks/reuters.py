@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-
-from experiments import catalogue
-from experiments.tasks.common import Examples, Task, accuracy_and_macro_f1, carve, lines_of, malformed
+from rankwise.experiments import catalogue
+from rankwise.experiments.tasks.common import Examples, Task, accuracy_and_macro_f1, carve, lines_of, malformed
 
 TOPICS = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
 OFFICIAL = {"train": 5485, "test": 2189}

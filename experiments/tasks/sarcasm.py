@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-
-from experiments import catalogue
-from experiments.tasks.common import SPLIT_SEED, Examples, Task, accuracy_and_macro_f1, lines_of, malformed, shuffled
+from rankwise.experiments import catalogue
+from rankwise.experiments.tasks.common import SPLIT_SEED, Examples, Task, accuracy_and_macro_f1, lines_of, malformed, shuffled
 
 DISTINCT = 28498
 

@@ -20,9 +20,8 @@ import string
 from collections.abc import Sequence
 
 import numpy as np
-
-from experiments.tasks.common import SPLIT_SEED, Examples, Task, hub_columns, shuffled
-from experiments.tasks.spans import Questions
+from rankwise.experiments.tasks.common import SPLIT_SEED, Examples, Task, hub_columns, shuffled
+from rankwise.experiments.tasks.spans import Questions
 
 HUB = {"v1": "rajpurkar/squad", "v2": "rajpurkar/squad_v2"}
 OFFICIAL = {"v1": {"train": 87599, "validation": 10570}, "v2": {"train": 130319, "validation": 11873}}
