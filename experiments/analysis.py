@@ -150,7 +150,7 @@ def prepare(chosen: argparse.Namespace, what: Study, sites_of: str) -> tuple["Ru
     """A runner with data and targets ready, and the pre-trained weight (O, I) of each site of the method `sites_of`."""
     from rankwise.experiments import measure, models
     from rankwise.experiments.study import Runner
-    from rankwise.variants.base import weight_of
+    from rankwise.variants.adapter.linears import weight_of
 
     measure.keep_freed_memory()
     runner = Runner(what, chosen.out, chosen.device, say=_say)
@@ -168,7 +168,7 @@ def trainers(
     lists: settings of the method with one value for each member.
     """
     from rankwise.experiments.trainer import Pack, Trainer
-    from rankwise.variants.base import NotPackable
+    from rankwise.variants.adapter.step import NotPackable
     from rankwise.variants.settings import check
 
     ((name, prepared),) = runner.prepared.items()

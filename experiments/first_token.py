@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from rankwise.variants.dropout import Draw
+from rankwise.variants.adapter.draws import Draw
 from torch import Tensor, nn
 from torch.nn import functional as F
 

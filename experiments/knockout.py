@@ -19,7 +19,8 @@ from rankwise.experiments import models, objective
 from rankwise.experiments.tasks import get as get_task
 from rankwise.experiments.tasks.common import Encoded, Task, Undefined, collate, evaluation_batches
 from rankwise.experiments.trainer import collect, write_json
-from rankwise.variants.base import Adapter, CannotMerge, Step
+from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.adapter.step import CannotMerge, Step
 
 SCHEMA = 1
 ROWS = 128

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from rankwise.variants.base import Group
+from rankwise.variants.adapter.step import Group
 from torch import Tensor
 
 

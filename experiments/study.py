@@ -34,9 +34,10 @@ from rankwise.experiments.config import Entry, Study, Training
 from rankwise.experiments.tasks import get as get_task
 from rankwise.experiments.tasks.common import Encoded, Task
 from rankwise.experiments.trainer import Outcome, Pack, Trainer, replacing, write_json
-from rankwise.variants.anatomy import COSINE, INTRUDERS, TOP, anatomy
-from rankwise.variants.base import NotPackable, weight_of
+from rankwise.variants.adapter.linears import weight_of
+from rankwise.variants.adapter.step import NotPackable
 from rankwise.variants.settings import Settings, method, together
+from rankwise.variants.weights.anatomy import COSINE, INTRUDERS, TOP, anatomy
 from safetensors.numpy import save_file
 
 SCHEMA = 1

@@ -29,7 +29,8 @@ from rankwise.experiments.config import Training
 from rankwise.experiments.optim import MemberAdamW, schedule_factor
 from rankwise.experiments.tasks.common import KINDS, Encoded, Task, Undefined, batches, collate, evaluation_batches
 from rankwise.variants import native
-from rankwise.variants.base import Adapter, Calibration, CannotMerge, Group, Step
+from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.adapter.step import Calibration, CannotMerge, Group, Step
 from rankwise.variants.settings import Settings, method
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file

@@ -181,7 +181,7 @@ class RankStep(BaseModel):
 
 
 class SiteFacts(BaseModel):
-    """What became of one site's weight (variants/anatomy.py); None: not measured there, or no number."""
+    """What became of one site's weight (variants/weights/anatomy.py); None: not measured there, or no number."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
     nominal: Count

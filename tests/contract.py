@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from rankwise import variants
-from rankwise.variants.base import Adapted, Adapter, Calibration, Step, fill
+from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.adapter.probe import fill
+from rankwise.variants.adapter.step import Calibration, Step
+from rankwise.variants.adapter.surgery import Adapted
 from torch import Tensor, nn
 
 from tests.loop import Loop, outputs, task_losses

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rankwise.variants.base import Adapter, Step
+from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.adapter.step import Step
 from torch import Tensor, nn
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8

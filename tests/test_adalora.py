@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from rankwise import variants
-from rankwise.variants.base import Step, fill
+from rankwise.variants.adapter.probe import fill
+from rankwise.variants.adapter.step import Step
 from torch import Tensor, nn
 
 from tests.loop import BETA1, BETA2, EPSILON, Loop

@@ -9,17 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rankwise import variants
-from rankwise.variants.allocation import (
-    SCHEDULES,
-    Bound,
-    Sensitivity,
-    choose,
-    cubic_budget,
-    keep_top,
-    protected,
-    scheduled_budget,
-)
-from rankwise.variants.base import Step, fill
+from rankwise.variants.adapter.probe import fill
+from rankwise.variants.adapter.step import Step
+from rankwise.variants.allocation.choice import Bound, choose, keep_top, protected
+from rankwise.variants.allocation.schedules import SCHEDULES, cubic_budget, scheduled_budget
+from rankwise.variants.allocation.scores import Sensitivity
 from torch import nn
 
 from tests.loop import Loop

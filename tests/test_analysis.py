@@ -17,7 +17,8 @@ from rankwise.experiments.tasks.common import shuffled
 from rankwise.experiments.trainer import Trainer
 from rankwise.reports import analysis as report
 from rankwise.reports.tables import escape_markdown
-from rankwise.variants.base import NotPackable, weight_of
+from rankwise.variants.adapter.linears import weight_of
+from rankwise.variants.adapter.step import NotPackable
 from scipy.linalg import subspace_angles
 
 from tests import small_world

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from rankwise import variants
-from rankwise.variants import anatomy
-from rankwise.variants.base import weight_of
+from rankwise.variants.adapter.linears import weight_of
 from rankwise.variants.settings import METHODS
-from rankwise.variants.spectrum import effective_rank, energy_rank, stable_rank
+from rankwise.variants.weights import anatomy
+from rankwise.variants.weights.spectrum import effective_rank, energy_rank, stable_rank
 
 from tests import contract
 from tests.tiny import tiny

@@ -12,7 +12,7 @@ from rankwise.experiments.bench import ablation, cases, run, throughput, timing
 from rankwise.experiments.bench.arms import Floor, Ours, Setup
 from rankwise.experiments.bench.cases import PEFT_METHODS, LlamaSize, Plan, Shape, StudySize
 from rankwise.experiments.bench.workloads import EncoderArms, LinearArms, plain
-from rankwise.variants.base import fill
+from rankwise.variants.adapter.probe import fill
 
 from tests import small_world
 from tests.test_cli import ROOT, rankwise, refused

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rankwise import variants
-from rankwise.variants.base import Step
+from rankwise.variants.adapter.step import Group, Step
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
@@ -326,7 +326,7 @@ def test_an_optimizer_that_trains_otherwise_is_refused(tmp_path, spoil, message)
 
 def test_rates_within_a_tensor_are_no_group_of_torchs():
     adapter = attached("lora", rank=2)
-    adapter.parameter_groups = lambda: [variants.base.Group(list(adapter.parameters()), lr_scale=torch.ones(1, 2))]
+    adapter.parameter_groups = lambda: [Group(list(adapter.parameters()), lr_scale=torch.ones(1, 2))]
     with pytest.raises(ValueError, match=r"no parameter group of torch\.optim can say"):
         variants.torch_groups(adapter, RATE)
 

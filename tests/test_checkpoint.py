@@ -8,7 +8,8 @@ import stat
 import pytest
 import torch
 from rankwise import variants
-from rankwise.variants.base import Adapter, fill
+from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.adapter.probe import fill
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn

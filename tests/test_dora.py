@@ -3,9 +3,12 @@
 import pytest
 import torch
 from rankwise import variants
-from rankwise.variants.base import Step, fill, weight_of
-from rankwise.variants.dora import Recomposed
-from rankwise.variants.lowrank import squared_row_norms
+from rankwise.variants.adapter.linears import weight_of
+from rankwise.variants.adapter.probe import fill
+from rankwise.variants.adapter.step import Step
+from rankwise.variants.lowrank import magnitude
+from rankwise.variants.lowrank.magnitude import Recomposed
+from rankwise.variants.lowrank.products import squared_row_norms
 from torch import Tensor, nn
 
 from tests.loop import Loop
@@ -126,7 +129,7 @@ def test_the_norm_follows_the_parameters_within_a_step():
 
 def test_the_norm_is_made_once_a_step(monkeypatch):
     calls = []
-    monkeypatch.setattr(variants.dora, "squared_row_norms", lambda *a: calls.append(1) or squared_row_norms(*a))
+    monkeypatch.setattr(magnitude, "squared_row_norms", lambda *a: calls.append(1) or squared_row_norms(*a))
     adapter, site, base = pair(members=1, rank=3, alpha=6.0)
     x = torch.randn(5, base.in_features, dtype=torch.float64)
     calls.clear()

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from rankwise import variants
-from rankwise.variants.base import Step, fill
-from rankwise.variants.dropout import Draw, KeyedDropout, drop, keep_mask
+from rankwise.variants.adapter.draws import Draw, KeyedDropout, drop, keep_mask
+from rankwise.variants.adapter.probe import fill
+from rankwise.variants.adapter.step import Step
 from torch import nn
 
 from tests.loop import Loop, outputs, task_losses

@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 import torch
 from rankwise import variants
-from rankwise.variants.base import Step, fill
+from rankwise.variants.adapter.probe import fill
+from rankwise.variants.adapter.step import Step
 from rankwise.variants.dylora import P
 from torch import Tensor
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from rankwise import variants
-from rankwise.variants.allocation import NormShare
-from rankwise.variants.base import Step, fill
+from rankwise.variants.adapter.probe import fill
+from rankwise.variants.adapter.step import Step
+from rankwise.variants.allocation.scores import NormShare
 from torch import Tensor
 
 from tests.loop import Loop

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from rankwise import variants
-from rankwise.variants import initialization
-from rankwise.variants.base import Step
+from rankwise.variants.adapter import initialization
+from rankwise.variants.adapter.step import Step
 from torch import Tensor
 
 from tests.loop import BETA1, BETA2, EPSILON, Loop

@@ -9,7 +9,8 @@ import pytest
 import torch
 from rankwise import variants
 from rankwise.experiments import cli, models, tasks
-from rankwise.variants.base import Adapter, fill
+from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.adapter.probe import fill
 from torch import Tensor, nn
 
 from tests import small_world

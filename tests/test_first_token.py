@@ -7,7 +7,8 @@ import torch
 import transformers
 from rankwise import variants
 from rankwise.experiments import first_token, models
-from rankwise.variants.base import Step, fill
+from rankwise.variants.adapter.probe import fill
+from rankwise.variants.adapter.step import Step
 from rankwise.variants.settings import METHODS
 
 from tests import contract, small_world

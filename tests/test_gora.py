@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from rankwise import variants
-from rankwise.variants import initialization
+from rankwise.variants.adapter import initialization
 from torch import Tensor, nn
 
 from tests.contract import TARGETS, attach

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rankwise.experiments.optim import MemberAdamW
 from rankwise.experiments.trainer import Pack
-from rankwise.variants.dropout import Draw, drop
+from rankwise.variants.adapter.draws import Draw, drop
 from rankwise.variants.settings import METHODS
 
 from tests import small_world

@@ -9,8 +9,8 @@ import torch
 from rankwise import variants
 from rankwise.experiments.budget import ranks_for, site_costs, solved
 from rankwise.experiments.config import Entry
-from rankwise.variants import initialization
-from rankwise.variants.base import Step
+from rankwise.variants.adapter import initialization
+from rankwise.variants.adapter.step import Step
 from torch import Tensor
 
 from tests.loop import BETA1, BETA2, EPSILON, Loop
@@ -283,7 +283,7 @@ def test_the_gradient_of_the_whole_weight_is_heard_of_every_call_and_of_the_last
         site.dense = adapter.delta(next(n for n, s in adapter.named_sites() if s is site)).detach().requires_grad_()
 
         def product(y, x, rate, site=site):
-            from rankwise.variants.dropout import drop
+            from rankwise.variants.adapter.draws import drop
 
             x = drop(x, rate, site._draw, site.name)
             return y + x @ site.dense[0].mT

@@ -10,7 +10,7 @@ from rankwise import variants
 from rankwise.experiments import knockout, models, objective
 from rankwise.experiments.study import Runner
 from rankwise.experiments.tasks.common import collate
-from rankwise.variants.base import CannotMerge
+from rankwise.variants.adapter.step import CannotMerge
 
 from tests import small_world
 

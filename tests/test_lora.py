@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from rankwise import variants
-from rankwise.variants.base import Step, fill, weight_of
+from rankwise.variants.adapter.linears import weight_of
+from rankwise.variants.adapter.probe import fill
+from rankwise.variants.adapter.step import Step
 from torch import Tensor, nn
 
 from tests.contract import SEEDS

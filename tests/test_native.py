@@ -9,10 +9,11 @@ import torch
 from rankwise import variants
 from rankwise.experiments.tasks.common import shuffled
 from rankwise.variants import native
-from rankwise.variants.base import Step, fill
-from rankwise.variants.dora import Recomposed
-from rankwise.variants.dropout import Draw, Dropping
-from rankwise.variants.lowrank import LowRankProduct, NativeProduct
+from rankwise.variants.adapter.draws import Draw, Dropping
+from rankwise.variants.adapter.probe import fill
+from rankwise.variants.adapter.step import Step
+from rankwise.variants.lowrank.magnitude import Recomposed
+from rankwise.variants.lowrank.products import LowRankProduct, NativeProduct
 
 from tests.tiny import tiny
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from rankwise.experiments.optim import MemberAdamW, schedule_factor
-from rankwise.variants.base import Group
+from rankwise.variants.adapter.step import Group
 
 STEPS = 60
 SHAPES = ((3, 5), (4,), (2, 3, 2))  # of one member's tensors: decayed, undecayed with its own rate, decayed

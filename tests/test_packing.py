@@ -3,8 +3,9 @@
 import pytest
 import torch
 from rankwise import variants
-from rankwise.variants.base import NotPackable, Step, fill
-from rankwise.variants.targets import find_head
+from rankwise.variants.adapter.probe import fill
+from rankwise.variants.adapter.step import NotPackable, Step
+from rankwise.variants.adapter.targets import find_head
 from torch import Tensor, nn
 
 from tests.contract import SEEDS, TARGETS, attach, create, kind, members_of, packed_equals_alone

@@ -13,8 +13,9 @@ import torch
 from peft import PeftModel
 from rankwise import variants
 from rankwise.variants.adalora import AdaLoRA
-from rankwise.variants.allocation import cubic_budget
-from rankwise.variants.base import Step, fill
+from rankwise.variants.adapter.probe import fill
+from rankwise.variants.adapter.step import Step
+from rankwise.variants.allocation.schedules import cubic_budget
 from safetensors.torch import load_file
 from torch import Tensor, nn
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from rankwise import variants
-from rankwise.variants.base import Adapter, Step, fill
+from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.adapter.probe import fill
+from rankwise.variants.adapter.step import Step
 from torch import Tensor, nn
 
 from tests.tiny import batch, tiny

@@ -10,6 +10,7 @@ from rankwise import variants
 from rankwise.experiments import budget, checks, config
 from rankwise.experiments.study import Runner
 from rankwise.experiments.trainer import Trainer
+from rankwise.variants.adapter.probe import fill
 from rankwise.variants.settings import check, together
 
 from tests.loop import Loop
@@ -257,7 +258,7 @@ def test_ranks_of_each_member_by_site_train_as_alone_rank_zero_too(method):
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_a_site_without_a_rank_saves_and_loads(tmp_path, method):
     adapter = variants.create(method, rank=2, rank_pattern={"query": 0}).attach(tiny("bert", torch.float32).eval())
-    variants.base.fill(adapter)
+    fill(adapter)
     variants.save_pretrained(adapter, tmp_path)
     again = variants.load_pretrained(tiny("bert", torch.float32).eval(), tmp_path)
     given = {k: v for k, v in batch(0).items() if k != "labels"}

@@ -9,7 +9,7 @@ import pytest
 from rankwise.experiments import catalogue, checks, cli, config, models, recipes, tasks
 from rankwise.reports import beside, papers
 from rankwise.reports.statistics import summary
-from rankwise.variants import targets as module_names
+from rankwise.variants.adapter import targets as module_names
 from scipy.stats import ttest_ind_from_stats
 
 from tests import small_world

@@ -6,8 +6,9 @@ import pytest
 import torch
 from rankwise import variants
 from rankwise.experiments.optim import MemberAdamW
-from rankwise.variants import initialization
-from rankwise.variants.base import Group, Step, fill
+from rankwise.variants.adapter import initialization
+from rankwise.variants.adapter.probe import fill
+from rankwise.variants.adapter.step import Group, Step
 from rankwise.variants.lora import LoRA
 from rankwise.variants.settings import METHODS, LoRASettings, Method
 from torch import Tensor

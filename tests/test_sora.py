@@ -6,7 +6,8 @@ import warnings
 import pytest
 import torch
 from rankwise import variants
-from rankwise.variants.base import Step, fill
+from rankwise.variants.adapter.probe import fill
+from rankwise.variants.adapter.step import Step
 from rankwise.variants.sora import release_threshold, soft_threshold
 from torch import Tensor
 

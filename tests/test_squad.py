@@ -13,6 +13,7 @@ from rankwise.experiments import models, tasks
 from rankwise.experiments.tasks import common, spans, squad
 from rankwise.experiments.tasks.common import Examples, Undefined
 from rankwise.experiments.tasks.spans import Questions
+from rankwise.variants.adapter.probe import fill
 
 from tests import small_world
 
@@ -471,7 +472,7 @@ def test_the_head_is_fresh_found_and_saved_where_peft_looks_for_it(model, tmp_pa
     assert type(found).__name__ == "BertForQuestionAnswering" and info.heads == ("qa_outputs",)
     assert found.qa_outputs.weight.shape == (2, 32)
     adapter = variants.create("lora", rank=2, alpha=3).attach(found, targets=["query"], head=info.heads)
-    variants.base.fill(adapter)
+    fill(adapter)
     batch = {"input_ids": torch.arange(4, 16)[None], "attention_mask": torch.ones(1, 12, dtype=torch.int64)}
     adapter.model.eval()
     with torch.no_grad():

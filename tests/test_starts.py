@@ -6,9 +6,9 @@ import pytest
 import torch
 from peft import PeftModel
 from rankwise import variants
-from rankwise.variants.lora import module_in, module_out
+from rankwise.variants.adapter.linears import module_in, module_out
+from rankwise.variants.allocation.measuring import gradients
 from rankwise.variants.stable_rank import stable_rank
-from rankwise.variants.starts import gradients
 from torch import Tensor, nn
 
 from tests.contract import TARGETS, attach

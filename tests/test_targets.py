@@ -3,8 +3,8 @@
 import pytest
 import torch
 from rankwise import variants
-from rankwise.variants.base import Adapted
-from rankwise.variants.targets import find_head, matches, resolve
+from rankwise.variants.adapter.surgery import Adapted
+from rankwise.variants.adapter.targets import find_head, matches, resolve
 from torch import nn
 
 from tests.tiny import TINY, packed_batch, tiny

@@ -12,7 +12,7 @@ from rankwise.experiments import models, objective
 from rankwise.experiments.tasks.common import KINDS, Undefined, batches, collate
 from rankwise.experiments.trainer import Trainer
 from rankwise.variants import native
-from rankwise.variants.base import CannotMerge
+from rankwise.variants.adapter.step import CannotMerge
 from rankwise.variants.settings import method as method_named
 from safetensors.torch import save
 

@@ -5,8 +5,10 @@ import itertools
 import pytest
 import torch
 from rankwise import variants
-from rankwise.variants.base import Adapter, Step, fill
-from rankwise.variants.truncation import NORMALISED
+from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.adapter.probe import fill
+from rankwise.variants.adapter.step import Step
+from rankwise.variants.weights.truncation import NORMALISED
 from torch import Tensor, nn
 
 from tests.contract import RATES, SEEDS, TARGETS, losses, rows

@@ -1,4 +1,4 @@
-"""The methods: one file a method; read base.py, then any one file.
+"""The methods: one file a method; read adapter/interface.py, then any one file.
 
     from rankwise import variants
     adapter = variants.create("lora", rank=8, alpha=16)
@@ -14,13 +14,13 @@ from typing import Any
 from rankwise.variants.settings import METHODS, check, method
 
 _PLACES = {
-    "Adapter": "rankwise.variants.base",
-    "Adapted": "rankwise.variants.base",
-    "NotPackable": "rankwise.variants.base",
-    "Calibration": "rankwise.variants.base",
-    "Uncalibrated": "rankwise.variants.base",
-    "Step": "rankwise.variants.base",
-    "torch_groups": "rankwise.variants.base",
+    "Adapter": "rankwise.variants.adapter.interface",
+    "Adapted": "rankwise.variants.adapter.surgery",
+    "NotPackable": "rankwise.variants.adapter.step",
+    "Calibration": "rankwise.variants.adapter.step",
+    "Uncalibrated": "rankwise.variants.adapter.step",
+    "Step": "rankwise.variants.adapter.step",
+    "torch_groups": "rankwise.variants.adapter.interface",
     "LoRA": "rankwise.variants.lora",
     "DoRA": "rankwise.variants.dora",
     "AdaLoRA": "rankwise.variants.adalora",
@@ -35,6 +35,7 @@ _PLACES = {
     "RandomRank": "rankwise.variants.random_rank",
     "SoRA": "rankwise.variants.sora",
     "DyLoRA": "rankwise.variants.dylora",
+    "Truncated": "rankwise.variants.truncated",
     "HeadOnly": "rankwise.variants.subset",
     "BitFit": "rankwise.variants.subset",
     "FullFineTuning": "rankwise.variants.subset",
@@ -42,8 +43,8 @@ _PLACES = {
     "load_pretrained": "rankwise.variants.checkpoint",
     "export_lora": "rankwise.variants.checkpoint",
     "export_merged": "rankwise.variants.checkpoint",
-    "truncate": "rankwise.variants.truncation",
-    "follow": "rankwise.variants.lowrank",
+    "truncate": "rankwise.variants.weights.truncation",
+    "follow": "rankwise.variants.lowrank.slots",
     "AdapterCallback": "rankwise.variants.callback",
 }
 

@@ -5,8 +5,8 @@
 Here A (K, R, I) is Q, B (K, O, R) is P, E (K, R) are the singular values; E starts at zero.  Zhang et al. 2023:
 eq. (3) the update, (4) the orthogonality penalty, (8) to (10) the importance of an element, (7) of a triplet, (12) the budget.
 
-As an allocator: score "sensitivity" x schedule "cubic" x direction "prune" x cost "rank" (variants/allocation.py; the call
-order and the two masks stand in variants/triplets.py).  The paper's ablations are settings: score = "smoothed-sensitivity"
+As an allocator: score "sensitivity" x schedule "cubic" x direction "prune" x cost "rank" (variants/allocation: the call
+order stands in allocated.py, the two masks in sites.py).  The paper's ablations are settings: score = "smoothed-sensitivity"
 or "raw-sensitivity" (table 4: s = I), "magnitude" (S = |lambda|), orthogonality = 0 (table 5), initial_rank = target_rank
 (SVD-LoRA, no allocation), and, with method "allocated", form = "doublet" (structured pruning of LoRA).
 
@@ -18,9 +18,10 @@ never enters an evaluation; s is alpha/r without the release's + 1e-5.
 from collections.abc import Sequence
 
 import torch
-from rankwise.variants.base import Step
+from rankwise.variants.adapter.step import Step
+from rankwise.variants.allocation.allocated import AllocatedAdapter
+from rankwise.variants.allocation.sites import Triplets
 from rankwise.variants.settings import per_member
-from rankwise.variants.triplets import AllocatedAdapter, Triplets
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 

@@ -31,9 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rankwise.variants.base import Adapter, Step, torch_groups
+from rankwise.variants.adapter.interface import Adapter, torch_groups
+from rankwise.variants.adapter.step import Step
 from rankwise.variants.checkpoint import save_pretrained
-from rankwise.variants.lowrank import follow
+from rankwise.variants.lowrank.slots import follow
 from torch import Tensor, nn
 from transformers import TrainerCallback
 

@@ -28,11 +28,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rankwise.variants.base import Adapted, Adapter, Uncalibrated, name_of, weight_of
-from rankwise.variants.lowrank import LowRank, LowRankAdapter, first_slots
+from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.adapter.linears import is_conv1d, is_linear, weight_of
+from rankwise.variants.adapter.step import Uncalibrated
+from rankwise.variants.adapter.surgery import Adapted, name_of
+from rankwise.variants.adapter.targets import KEYWORDS, matches
+from rankwise.variants.allocation.allocated import AllocatedAdapter
+from rankwise.variants.allocation.sites import Triplets
+from rankwise.variants.lowrank.adapter import LowRankAdapter
+from rankwise.variants.lowrank.site import LowRank, first_slots
 from rankwise.variants.settings import METHODS, PATTERNS, Settings, method, nearest
-from rankwise.variants.targets import KEYWORDS, is_conv1d, is_linear, matches
-from rankwise.variants.triplets import AllocatedAdapter, Triplets
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn

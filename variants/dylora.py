@@ -22,10 +22,10 @@ import contextlib
 from collections.abc import Sequence
 
 import torch
-from rankwise.variants import initialization
-from rankwise.variants.base import Step
+from rankwise.variants.adapter import initialization
+from rankwise.variants.adapter.step import Step
 from rankwise.variants.lora import LoRA
-from rankwise.variants.lowrank import LowRank
+from rankwise.variants.lowrank.site import LowRank
 from rankwise.variants.settings import per_member
 from torch import Tensor, nn
 

@@ -6,7 +6,7 @@ Here c (K, R) is E, the coefficients of the slots, and starts at zero; A (K, R, 
 2024 (arXiv 2405.17357): eq. (6) the update, (7) and (8) the score, (9) the budget, (10) the penalty.  This is not the
 weight-decomposed DoRA of Liu et al. 2024 (method "dora"), with which it shares nothing but the name.
 
-As an allocator: score "norm-share" x schedule "cubic-late" x direction "prune" x cost "rank" (variants/allocation.py), without
+As an allocator: score "norm-share" x schedule "cubic-late" x direction "prune" x cost "rank" (variants/allocation), without
 gradients.  warmup_steps and final_steps are the window's two ends: 15 % and 50 % of the run in the paper.
 
 Departures: exactly the budget is kept, ties in site order (the release cuts every tie, and at least one component at the first
@@ -16,10 +16,10 @@ variance (with n - 1), and the mean in eq. (10) over components ("paper") or ove
 """
 
 import torch
-from rankwise.variants import initialization
-from rankwise.variants.base import Step
-from rankwise.variants.lora import module_in, module_out
-from rankwise.variants.triplets import AllocatedAdapter
+from rankwise.variants.adapter import initialization
+from rankwise.variants.adapter.linears import module_in, module_out
+from rankwise.variants.adapter.step import Step
+from rankwise.variants.allocation.allocated import AllocatedAdapter
 from torch import Tensor, nn
 
 

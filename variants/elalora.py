@@ -21,12 +21,12 @@ the release's + 1e-5; with cost = "parameters" what is added costs no more than 
 from collections.abc import Sequence
 
 import torch
-from rankwise.variants import initialization
 from rankwise.variants.adalora import AdaLoRA
-from rankwise.variants.allocation import SCHEDULES
-from rankwise.variants.base import Step
-from rankwise.variants.lowrank import NEW, NONE, Rearranged
-from rankwise.variants.triplets import Triplets
+from rankwise.variants.adapter import initialization
+from rankwise.variants.adapter.step import Step
+from rankwise.variants.allocation.schedules import SCHEDULES
+from rankwise.variants.allocation.sites import Triplets
+from rankwise.variants.lowrank.slots import NEW, NONE, Rearranged
 from torch import Tensor, nn
 
 

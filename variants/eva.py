@@ -20,9 +20,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from rankwise.variants import initialization
-from rankwise.variants.base import Calibration
-from rankwise.variants.starts import PlacedLoRA, Ranks, measuring, run
+from rankwise.variants.adapter import initialization
+from rankwise.variants.adapter.step import Calibration
+from rankwise.variants.allocation.measuring import measuring, run
+from rankwise.variants.allocation.placed import PlacedLoRA, Ranks
 from torch import Generator, Tensor, nn
 
 ROUNDS = 4  # of subspace iteration: peft/utils/incremental_pca.py, lowrank_niter

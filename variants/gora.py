@@ -20,9 +20,10 @@ from math import sqrt
 from typing import Any
 
 import torch
-from rankwise.variants.base import Calibration, weight_of
-from rankwise.variants.lora import module_in, module_out
-from rankwise.variants.starts import PlacedLoRA, Ranks, gradients
+from rankwise.variants.adapter.linears import module_in, module_out, weight_of
+from rankwise.variants.adapter.step import Calibration
+from rankwise.variants.allocation.measuring import gradients
+from rankwise.variants.allocation.placed import PlacedLoRA, Ranks
 from torch import Tensor, nn
 
 

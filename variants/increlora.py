@@ -27,13 +27,13 @@ from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
-from rankwise.variants import initialization
 from rankwise.variants.adalora import AdaLoRA
-from rankwise.variants.allocation import Score
-from rankwise.variants.base import Group, Step
-from rankwise.variants.dropout import drop
-from rankwise.variants.lowrank import NEW, NONE
-from rankwise.variants.triplets import Triplets
+from rankwise.variants.adapter import initialization
+from rankwise.variants.adapter.draws import drop
+from rankwise.variants.adapter.step import Group, Step
+from rankwise.variants.allocation.scores import Score
+from rankwise.variants.allocation.sites import Triplets
+from rankwise.variants.lowrank.slots import NEW, NONE
 from torch import Tensor, nn
 
 TINY = 1e-5  # E of a triplet in reserve, with advance learning

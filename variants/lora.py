@@ -7,9 +7,11 @@ With scaling = "alpha/sqrt(r)" it is rsLoRA (Kalajdzievski 2023), with lr_ratio 
 """
 
 import torch
-from rankwise.variants import initialization
-from rankwise.variants.dropout import Draw
-from rankwise.variants.lowrank import LowRank, LowRankAdapter
+from rankwise.variants.adapter import initialization
+from rankwise.variants.adapter.draws import Draw
+from rankwise.variants.adapter.linears import module_in, module_out
+from rankwise.variants.lowrank.adapter import LowRankAdapter
+from rankwise.variants.lowrank.site import LowRank
 from torch import Tensor, nn
 
 
@@ -29,11 +31,3 @@ class LoRA(LowRankAdapter):
         A = [start(r, module_in(module), random) for r, random in zip(ranks, draws, strict=True)]
         B = [torch.zeros(module_out(module), r) for r in ranks]
         return (A, B), self.site_scales(name, ranks), self.settings.dropout, self.draw
-
-
-def module_in(module: nn.Module) -> int:
-    return module.weight.shape[0] if hasattr(module, "nf") else module.in_features
-
-
-def module_out(module: nn.Module) -> int:
-    return module.nf if hasattr(module, "nf") else module.out_features

@@ -8,9 +8,9 @@ is at every site equally likely; the first arrivals are kept until the budget is
 from collections.abc import Sequence
 
 import torch
-from rankwise.variants import initialization
-from rankwise.variants.base import Calibration
-from rankwise.variants.starts import PlacedLoRA, Ranks
+from rankwise.variants.adapter import initialization
+from rankwise.variants.adapter.step import Calibration
+from rankwise.variants.allocation.placed import PlacedLoRA, Ranks
 
 
 class RandomRank(PlacedLoRA):

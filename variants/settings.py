@@ -153,7 +153,7 @@ class AllocatedSettings(LowRankSettings):
     interval: PositiveInt = 1
     """Steps from one allocation to the next."""
     score: ScoreName = "sensitivity"
-    """What a rank is worth: see variants/allocation.py."""
+    """What a rank is worth: see variants/allocation/scores.py."""
     schedule: ScheduleName = "cubic"
     """How the total goes from the initial to the target ranks."""
     direction: Literal["prune", "grow", "both"] = "prune"
@@ -536,7 +536,7 @@ class TruncatedSettings(LowRankSettings):
     most_rank: PositiveInt | None = None
     """Most rank of every site."""
     normalisation: Literal[NORMALISATIONS] = "none"
-    """How the singular values of different sites are compared: see variants/truncation.py."""
+    """How the singular values of different sites are compared: see variants/weights/truncation.py."""
     initialization: Literal["kaiming", "gaussian"] = "kaiming"
     """Where A starts; B starts at zero."""
 
@@ -614,7 +614,7 @@ METHODS: dict[str, Method] = {
             "rankwise.variants.adalora:Allocated",
             FreelyAllocatedSettings,
             "any score x schedule x direction x cost, by name",
-            "variants/allocation.py",
+            "variants/allocation",
         ),
         Method(
             "dynamic-dora",
@@ -689,7 +689,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "truncated",
-            "rankwise.variants.truncation:Truncated",
+            "rankwise.variants.truncated:Truncated",
             TruncatedSettings,
             "LoRA whose update is cut after training by one threshold over all singular values",
             "inspired by PARA (arXiv 2604.27796)",

@@ -22,11 +22,12 @@ a digest of paper and release: the form of the paper's threshold.
 import dataclasses
 
 import torch
-from rankwise.variants import initialization
-from rankwise.variants.allocation import choose
-from rankwise.variants.base import Group, Step
-from rankwise.variants.lowrank import LowRank
-from rankwise.variants.triplets import AllocatedAdapter, Triplets
+from rankwise.variants.adapter import initialization
+from rankwise.variants.adapter.step import Group, Step
+from rankwise.variants.allocation.allocated import AllocatedAdapter
+from rankwise.variants.allocation.choice import choose
+from rankwise.variants.allocation.sites import Triplets
+from rankwise.variants.lowrank.site import LowRank
 from torch import Tensor, nn
 
 

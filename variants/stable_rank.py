@@ -9,8 +9,9 @@ meet a budget exactly, by the largest remainder.
 from collections.abc import Sequence
 
 import torch
-from rankwise.variants.base import Calibration, weight_of
-from rankwise.variants.starts import PlacedLoRA, Ranks
+from rankwise.variants.adapter.linears import weight_of
+from rankwise.variants.adapter.step import Calibration
+from rankwise.variants.allocation.placed import PlacedLoRA, Ranks
 from torch import Tensor
 
 

@@ -4,10 +4,14 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from rankwise.variants import initialization
-from rankwise.variants.base import Adapted, Adapter, Group, _leaves, _Surgery, key_of, trained_dtype
-from rankwise.variants.dropout import Draw
-from rankwise.variants.targets import is_conv1d, resolve
+from rankwise.variants.adapter import initialization
+from rankwise.variants.adapter.draws import Draw
+from rankwise.variants.adapter.heads import leaves
+from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.adapter.linears import is_conv1d, trained_dtype
+from rankwise.variants.adapter.step import Group
+from rankwise.variants.adapter.surgery import Adapted, Surgery, key_of
+from rankwise.variants.adapter.targets import resolve
 from torch import Tensor, nn
 
 
@@ -53,7 +57,7 @@ class BitFit(Adapter):
     method = "bitfit"
 
     def choose(self, model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
-        inside_head = {path for name in head for path, _ in _leaves(model, name)}
+        inside_head = {path for name in head for path, _ in leaves(model, name)}
         names = [n for n, m in model.named_modules() if getattr(m, "bias", None) is not None and n not in inside_head]
         names = [n for n in names if isinstance(model.get_submodule(n).bias, nn.Parameter)]
         # An nn.MultiheadAttention reads its output layer's tensors without calling it: a site there would never act.
@@ -82,7 +86,7 @@ class FullFineTuning(Adapter):
 
     def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None:
         self.head_names = list(head)
-        self._surgery = _Surgery(model)
+        self._surgery = Surgery(model)
         self._merged = False
         self._originals: dict[str, nn.Parameter] = {}
         self._owned: dict[str, nn.Parameter] = {}
@@ -95,7 +99,7 @@ class FullFineTuning(Adapter):
     def _replace_parameters(self, model: nn.Module, head: Sequence[str]) -> None:
         self._surgery.freeze()
         self._surgery.key_dropout(self.draw)
-        in_head = {f"{path}.{key}" for h in head for path, m in _leaves(model, h) for key in dict(m.named_parameters())}
+        in_head = {f"{path}.{key}" for h in head for path, m in leaves(model, h) for key in dict(m.named_parameters())}
         self._undecayed: set[int] = set()  # ids of the adapter's tensors that are biases or a norm's
         lives: dict[int, nn.Parameter] = {}
         for path, module in list(model.named_modules()):
@@ -109,7 +113,7 @@ class FullFineTuning(Adapter):
                 self._originals[name] = old
                 self._surgery._undo.append(lambda m=module, k=key, o=old: m._parameters.__setitem__(k, o))
 
-        for path in dict.fromkeys(path for h in head for path, _ in _leaves(model, h)):
+        for path in dict.fromkeys(path for h in head for path, _ in leaves(model, h)):
             base = model.get_submodule(path)
             self._surgery.replace(path, Adapted(base, FullPrecision()).train(base.training))
 

@@ -28,7 +28,7 @@ CHANGES: dict[str, Callable[[], Any]] = {
     "nothing": contextlib.nullcontext,
     "compiled passes": lambda: mock.patch.object(native, "library", lambda: None),
     "first token only": lambda: mock.patch.object(first_token, "only", lambda model, draw: False),
-    "merged evaluation": lambda: mock.patch("rankwise.variants.base.Adapter.mergeable", False),
+    "merged evaluation": lambda: mock.patch("rankwise.variants.adapter.interface.Adapter.mergeable", False),
     "fused AdamW": lambda: mock.patch("rankwise.experiments.optim.MemberAdamW._is_fusable", lambda self: False),
 }
 UNUSED = {"train": {"merged evaluation"}, "eval": {"compiled passes", "fused AdamW"}}  # what a phase does not have

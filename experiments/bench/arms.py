@@ -23,7 +23,8 @@ from rankwise.experiments.config import Training
 from rankwise.experiments.optim import MemberAdamW
 from rankwise.experiments.tasks.common import Encoded
 from rankwise.experiments.trainer import Pack, Trainer
-from rankwise.variants.base import Adapter, Step
+from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.adapter.step import Step
 from rankwise.variants.settings import check
 from torch import Tensor, nn
 

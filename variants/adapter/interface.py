@@ -7,133 +7,19 @@ detaching, merging and counting are given here once.
 """
 
 import contextlib
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from rankwise.variants import initialization
-from rankwise.variants.dropout import Draw, KeyedDropout
+from rankwise.variants.adapter.draws import Draw, KeyedDropout
+from rankwise.variants.adapter.heads import leaves, make_head
+from rankwise.variants.adapter.linears import weight_of
+from rankwise.variants.adapter.probe import probe
+from rankwise.variants.adapter.step import Calibration, CannotMerge, Group, NotPackable, Step, Uncalibrated
+from rankwise.variants.adapter.surgery import Adapted, Surgery, key_of, name_of, parameter_places
+from rankwise.variants.adapter.targets import find_head, resolve
 from rankwise.variants.settings import Settings, check, per_member
-from rankwise.variants.targets import find_head, is_conv1d, resolve
 from torch import Tensor, nn
-
-
-class NotPackable(ValueError):
-    """This model or method cannot train several members at once; run its members with K = 1."""
-
-
-class CannotMerge(ValueError):
-    """A weight that the adapter changes is also used elsewhere, unchanged."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """Where training is.
-
-    index: the step being taken, 1-based; total: steps of the run.
-    taken: (K,) bool, the members whose gradient was finite, so that their step counts; None means all.
-    factor: what the schedule multiplies the learning rates by in this step.
-    learning_rates: (K,) the rate in force at this step, the schedule's factor in it; None where nobody said.
-    """
-
-    index: int
-    total: int
-    taken: Tensor | None = None
-    factor: float = 1.0
-    learning_rates: Tensor | None = None
-
-
-@dataclass
-class Group:
-    """Parameters that share a factor on the learning rate and on the weight decay.
-
-    lr_scale: a number, a tensor (K,) or (K, ...) for all of them, or such a tensor for each; read at every step.
-    """
-
-    params: list[nn.Parameter]
-    lr_scale: float | Tensor | list[Tensor] = 1.0
-    weight_decay: float = 1.0
-
-
-def torch_groups(adapter: "Adapter", lr: float, weight_decay: float = 0.01) -> list[dict[str, Any]]:
-    """The adapter's parameters as an optimizer of torch takes them, each group with its own rate and decay.
-
-    Raises:
-        ValueError: a method whose rates differ within a tensor, which no group of torch's can say.
-    """
-    found = []
-    for group in adapter.parameter_groups():
-        if not isinstance(group.lr_scale, int | float):
-            raise ValueError(
-                f"{adapter.method} gives the members or ranks of a tensor rates of their own, which no parameter group of "
-                f"torch.optim can say: train it with rankwise.experiments.optim.MemberAdamW"
-            )
-        rates = {"lr": lr * group.lr_scale, "weight_decay": weight_decay * group.weight_decay}
-        found.append({"params": list(group.params), **rates})
-    return found
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What a method that measures the model before it trains is given.
-
-    batches: of the model's input, each with every member's own rows, one member's after the other, as many of each.
-    loss: of such a batch the (K,) losses of the members.  A method that measures gradients needs it; any other runs it in
-        place of `model(**batch)` where it is given (for autocast, say).
-    """
-
-    batches: Sequence[Any]
-    loss: Callable[[Any], Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Uncalibrated:
-    """In place of a calibration: the start is to come from elsewhere, as from a file, or does not matter.
-
-    ranks: site -> the rank of each member, or of all; those of a uniform start where none are given.
-    """
-
-    ranks: Mapping[str, list[int] | int] | None = None
-
-
-class Adapted(nn.Module):
-    """A frozen module and the site that decides how to use it.  What the base shows, this shows."""
-
-    def __init__(self, base: nn.Module, site: nn.Module):
-        super().__init__()
-        self.base, self.site = base, site
-        self.merged = False
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base(*args, **kwargs) if self.merged else self.site(self.base, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
-
-
-def weight_of(base: nn.Module) -> Tensor:
-    """The weight of a linear as (O, I), whichever way the module stores it."""
-    return base.weight.mT if is_conv1d(base) else base.weight
-
-
-def trained_dtype(base: Tensor) -> torch.dtype:
-    """Trained tensors are fp32 over a 16-bit base, else of the base's own type."""
-    return torch.float32 if base.dtype in (torch.float16, torch.bfloat16) else base.dtype
-
-
-def key_of(name: str) -> str:
-    """A module's name as a key of an nn.ModuleDict, which takes no dot and no name of its own attributes ("keys")."""
-    key = name.replace(".", "/")
-    return f"{key}/" if hasattr(nn.ModuleDict, key) else key
-
-
-def name_of(key: str) -> str:
-    return key.removesuffix("/").replace("/", ".")
 
 
 class Adapter(nn.Module):
@@ -171,7 +57,7 @@ class Adapter(nn.Module):
         self.heads = nn.ModuleDict()  # the task head's modules, trained whole, K of them
         self.targets: str | list[str] = []
         self.head_names: list[str] = []
-        self._surgery: _Surgery | None = None
+        self._surgery: Surgery | None = None
         self._calibration: Calibration | Uncalibrated | None = Uncalibrated()  # what `attach` was given, while it runs
 
     # -- what a method writes ----------------------------------------------------------------------------------
@@ -259,7 +145,7 @@ class Adapter(nn.Module):
         The output of the body is unchanged at first, but for a method that says otherwise (`starts_at_identity`).
 
         Args:
-            targets: see `rankwise.variants.targets.resolve`.
+            targets: see `rankwise.variants.adapter.targets.resolve`.
             head: names of modules that are trained whole; found by their usual names if not given.
             calibration: a `Calibration`, for a method that measures the model before it trains (`needs`), or a batch of
                 the model's input (dict, tuple or tensor); also for the probe of K > 1 where the input's form cannot be told
@@ -282,7 +168,7 @@ class Adapter(nn.Module):
         if calibration is not None and not isinstance(calibration, Calibration | Uncalibrated):
             calibration = Calibration([calibration])
         if self.members > 1:
-            _probe(self, model, self.targets, head, calibration)
+            probe(self, model, self.targets, head, calibration)
         self._calibration = calibration
         try:
             self._insert(model, names, head)
@@ -292,12 +178,12 @@ class Adapter(nn.Module):
 
     def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None:
         self.head_names = list(head)
-        self._surgery = _Surgery(model)
+        self._surgery = Surgery(model)
         try:
             self._surgery.freeze()
             self._surgery.key_dropout(self.draw)
             for name in head:
-                for path, module in _leaves(model, name):
+                for path, module in leaves(model, name):
                     self._put(path, make_head(path, module, self.draw), self.heads)
             self._surgery.watch_rows(self.draw)
             self.place(names, self._calibration)
@@ -418,7 +304,7 @@ class Adapter(nn.Module):
         if self.is_merged:
             raise ValueError(f"{self.method} is merged already: call unmerge() first")
         adapted = [(n, m) for n, m in self.model.named_modules() if isinstance(m, Adapted)]
-        places = _parameter_places(self.model)
+        places = parameter_places(self.model)
         news = []
         for name, module in adapted:
             for key, value in module.site.merged(module.base, member).items():
@@ -497,255 +383,19 @@ class Adapter(nn.Module):
         return sorted({*quiet, *self._surgery.silenced})
 
 
-# -- the task head ---------------------------------------------------------------------------------------------------
-
-
-class HeadSite(nn.Module):
-    """K copies of a linear or a layer norm of the task head, trained whole.
-
-    weight (K, O, I) and bias (K, O) for a linear; weight and bias (K, O) for a layer norm.
-    """
-
-    def __init__(self, name: str, module: nn.Module, draw: Draw):
-        super().__init__()
-        self.name, self._draw = name, draw
-        self.is_norm = isinstance(module, nn.LayerNorm)
-        seeds = draw.seeds
-        dtype = trained_dtype(module.weight)
-        for key, value in module.named_parameters(recurse=False):
-            if self.is_norm:
-                starts = [value.detach()] * len(seeds)
-            elif key == "bias":
-                starts = [torch.zeros(value.shape)] * len(seeds)
-            else:
-                starts = [initialization.head(value.shape, initialization.generator(s, "head", name)) for s in seeds]
-            self.register_parameter(key, nn.Parameter(torch.stack([s.to(dtype) for s in starts])))
-
-    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # a head is small, and its outputs are ranked: in full precision
-            return self._full_precision(base, x)
-
-    def _full_precision(self, base: nn.Module, x: Tensor) -> Tensor:
-        rows = self._draw.apart(self.name, x).to(self.weight.dtype)  # (K, N, I)
-        bias = self._parameters.get("bias")
-        if self.is_norm:
-            normed = nn.functional.layer_norm(rows, base.normalized_shape, None, None, base.eps)
-            y = normed * self.weight[:, None] + (0 if bias is None else bias[:, None])
-        else:
-            y = torch.bmm(rows, self.weight.mT)  # (K, N, O)
-            y = y if bias is None else y + bias[:, None]
-        return y.reshape(*x.shape[:-1], y.shape[-1])
-
-    def merged(self, base: nn.Module, member: int) -> dict[str, Tensor]:
-        return {key: value[member].clone() for key, value in self.named_parameters()}
-
-
-def make_head(name: str, module: nn.Module, draw: Draw) -> HeadSite:
-    if not isinstance(module, nn.Linear | nn.LayerNorm):
-        raise ValueError(
-            f'head module "{name}" is a {type(module).__name__}: a head of nn.Linear and nn.LayerNorm can be trained; '
-            f"give attach(head=[...]) the names of such modules"
-        )
-    return HeadSite(name, module, draw)
-
-
-def _leaves(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
-    """(path, module) of each module at or under `name` that holds parameters itself."""
-    try:
-        root = model.get_submodule(name)
-    except AttributeError:
-        tops = [n for n, _ in model.named_children()]
-        raise ValueError(f'head module "{name}" is not in {type(model).__name__}, which has {", ".join(tops)}') from None
-    named = [(f"{name}.{n}" if n else name, m) for n, m in root.named_modules()]
-    return [(n, m) for n, m in named if any(True for _ in m.parameters(recurse=False))]
-
-
-# -- surgery ------------------------------------------------------------------------------------------------------------
-
-
-class _Surgery:
-    """Everything that attach changed in a model, so that detach can put it back."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.kept: list[tuple[Tensor, Tensor]] = []  # (weight, its values from before a merge)
-        self.silenced: list[str] = []  # attention dropout given as a number, which no module draws
-        self._undo: list[Any] = []
-
-    def freeze(self) -> None:
-        for parameter in self.model.parameters():
-            self._undo.append(lambda p=parameter, was=parameter.requires_grad: p.requires_grad_(was))
-            parameter.requires_grad_(False)
-
-    def replace(self, name: str, new: nn.Module) -> None:
-        """Puts `new` at every path that leads to the module called `name`."""
-        old = self.model.get_submodule(name)
-        for parent in list(self.model.modules()):
-            if isinstance(parent, Adapted):
-                continue
-            for child, module in list(parent._modules.items()):
-                if module is old:
-                    parent._modules[child] = new
-                    self._undo.append(lambda p=parent, c=child: p._modules.__setitem__(c, old))
-
-    def set(self, module: nn.Module, name: str, value: Any) -> None:
-        was = getattr(module, name)
-        self._undo.append(lambda: setattr(module, name, was))
-        setattr(module, name, value)
-
-    def key_dropout(self, draw: Draw) -> None:
-        for name, module in list(self.model.named_modules()):
-            if type(module) is nn.Dropout or type(module).__name__ == "StableDropout":
-                rate = float(getattr(module, "p", getattr(module, "drop_prob", 0.0)))
-                keyed = KeyedDropout(rate, draw, name).train(module.training)
-                self._undo.append(lambda m=module, k=keyed: m.train(k.training))
-                self.replace(name, keyed)
-            for key in ("attention_dropout", "attn_dropout"):
-                rate = vars(module).get(key)
-                if isinstance(rate, float) and rate > 0:
-                    self.set(module, key, 0.0)
-                    self.silenced.append(f"{name}.{key}")
-
-    def watch_rows(self, draw: Draw) -> None:
-        """Tells the sites how many rows this forward pass has, so that they can refuse an input that is not rows."""
-
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            main = [kwargs[k] for k in ("input_ids", "inputs_embeds", "pixel_values") if kwargs.get(k) is not None]
-            first = next((t for t in [*main, *args, *kwargs.values()] if isinstance(t, Tensor) and t.dim()), None)
-            draw.rows = None if first is None else first.shape[0]
-
-        def after(*_: Any) -> None:
-            draw.rows = None
-
-        hooks = [
-            self.model.register_forward_pre_hook(before, with_kwargs=True),
-            self.model.register_forward_hook(after, always_call=True),
-        ]
-        self._undo.extend(hook.remove for hook in hooks)
-
-    def undo_too(self, step: Callable[[], Any]) -> None:
-        self._undo.append(step)
-
-    def undo(self) -> None:
-        for step in reversed(self._undo):
-            step()
-        self._undo.clear()
-
-
-def _parameter_places(model: nn.Module) -> dict[int, set[str]]:
-    """For each parameter, every (path of its module).name under which it is used."""
-    places: dict[int, set[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=True):
-        for name, parameter in module.named_parameters(recurse=False):
-            places.setdefault(id(parameter), set()).add(f"{path}.{name}")
-    return places
-
-
-# -- the probe ----------------------------------------------------------------------------------------------------------
-
-
-def _probe(
-    adapter: Adapter,
-    model: nn.Module,
-    targets: Any,
-    head: Sequence[str],
-    calibration: Calibration | Uncalibrated | None,
-) -> None:
-    """One forward of up to three members with different rows must equal as many forwards apart, in float64.
+def torch_groups(adapter: Adapter, lr: float, weight_decay: float = 0.01) -> list[dict[str, Any]]:
+    """The adapter's parameters as an optimizer of torch takes them, each group with its own rate and decay.
 
     Raises:
-        NotPackable: it does not, or it cannot be tried.
+        ValueError: a method whose rates differ within a tensor, which no group of torch's can say.
     """
-    members, rows = min(adapter.members, 3), 5
-    try:
-        double = copy.deepcopy(model).double().train()
-    except Exception as error:
-        raise NotPackable(
-            f"{type(model).__name__} cannot be copied to probe packing ({error}); run its members with K = 1"
-        ) from None
-    batch = _rows(_example(model, members * rows, calibration), members * rows)
-    settings = adapter.settings.first_members(members).model_dump(exclude_unset=True)
-    packed = type(adapter)(members=members, seeds=adapter.seeds[:members], **settings)
-    reason = None
-    packed._insert(double, packed.choose(double, targets, head), head)
-    try:
-        fill(packed)
-        together = _forward(packed, double, batch)
-        packed.detach()
-        for k in range(members):
-            alone = packed.alone(k)
-            alone._insert(double, alone.choose(double, targets, head), head)
-            alone.copy_member(packed, k)
-            apart = _forward(alone, double, _slice(batch, k * rows, (k + 1) * rows))
-            alone.detach()
-            if not torch.allclose(together[k * rows : (k + 1) * rows], apart, rtol=1e-9, atol=1e-12):
-                worst = (together[k * rows : (k + 1) * rows] - apart).abs().max().item()
-                reason = f"the output of a packed member differs from its output alone by {worst:.1e}"
-                break
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-    if reason is not None:
-        raise NotPackable(f"{type(model).__name__} cannot pack {adapter.method}: {reason}; run its members with K = 1")
-
-
-def fill(adapter: Adapter, spread: float = 0.1, seed: int = 0) -> None:
-    """Moves every trained tensor by N(0, spread^2), inside the slots that exist, so that nothing is trivial."""
-    random = initialization.generator(seed, "fill")
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            noise = torch.empty(parameter.shape).normal_(0, spread, generator=random)
-            parameter.add_(noise.to(parameter))
-        for _, site in adapter.named_sites():
-            getattr(site, "clear_missing_slots", lambda: None)()
-
-
-def _forward(adapter: Adapter, model: nn.Module, batch: Any) -> Tensor:
-    adapter.begin(Step(1, 10**9))  # long enough for every schedule
-    with torch.no_grad():
-        output = model(**batch) if isinstance(batch, Mapping) else model(*batch)
-    if isinstance(output, Tensor):
-        return output
-    return next(t for t in (output.values() if isinstance(output, Mapping) else output) if isinstance(t, Tensor))
-
-
-def _example(model: nn.Module, rows: int, calibration: Calibration | Uncalibrated | None) -> Any:
-    """A batch that the model takes: the first of the given ones, or random tokens, pixels or features."""
-    if isinstance(calibration, Calibration) and len(calibration.batches):
-        first = calibration.batches[0]
-        return {k: v for k, v in first.items() if k != "labels"} if isinstance(first, Mapping) else first
-    device = next(model.parameters()).device
-    random = initialization.generator(0, "probe")
-    config = getattr(model, "config", None)
-    main = getattr(model, "main_input_name", None)
-    if main == "input_ids" and hasattr(config, "vocab_size"):
-        ids = torch.randint(config.vocab_size, (rows, 7), generator=random)
-        return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
-    if main == "pixel_values" and hasattr(config, "image_size"):
-        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-        pixels = torch.randn(rows, config.num_channels, size, size, generator=random, dtype=torch.float64)
-        return {"pixel_values": pixels.to(device)}
-    first = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
-    if config is None and first is not None:
-        return (torch.randn(rows, first.in_features, generator=random, dtype=torch.float64).to(device),)
-    raise NotPackable(f"{type(model).__name__}: the form of its input cannot be told: pass attach(calibration=a batch)")
-
-
-def _rows(batch: Any, rows: int) -> Any:
-    """The batch with exactly `rows` rows, repeated from its start where it has fewer, floats in float64."""
-
-    def cut(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            return value
-        value = value[torch.arange(rows, device=value.device) % value.shape[0]]
-        return value.double() if value.is_floating_point() else value
-
-    if isinstance(batch, Mapping):
-        return {k: cut(v) for k, v in batch.items()}
-    return tuple(cut(v) for v in (batch if isinstance(batch, tuple | list) else (batch,)))
-
-
-def _slice(batch: Any, start: int, stop: int) -> Any:
-    def cut(value: Any) -> Any:
-        return value[start:stop] if isinstance(value, Tensor) and value.dim() else value
-
-    return {k: cut(v) for k, v in batch.items()} if isinstance(batch, Mapping) else tuple(cut(v) for v in batch)
+    found = []
+    for group in adapter.parameter_groups():
+        if not isinstance(group.lr_scale, int | float):
+            raise ValueError(
+                f"{adapter.method} gives the members or ranks of a tensor rates of their own, which no parameter group of "
+                f"torch.optim can say: train it with rankwise.experiments.optim.MemberAdamW"
+            )
+        rates = {"lr": lr * group.lr_scale, "weight_decay": weight_decay * group.weight_decay}
+        found.append({"params": list(group.params), **rates})
+    return found

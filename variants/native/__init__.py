@@ -1,7 +1,7 @@
 """The CPU's compiled passes (native.c): built once with the machine's C compiler, and left out where there is none.
 
-Every function here has a plain version elsewhere that says what it computes (lowrank.LowRankProduct, dropout.drop,
-dora.Recomposed), takes over where `usable` says no, and is what the tests compare with.  RANKWISE_NATIVE=0 turns this off.
+Every function here has a plain version elsewhere that says what it computes (products.LowRankProduct, draws.drop,
+magnitude.Recomposed), takes over where `usable` says no, and is what the tests compare with.  RANKWISE_NATIVE=0 turns this off.
 """
 
 import contextlib
@@ -132,14 +132,14 @@ def _call(name: str, kind: torch.dtype, *arguments: Tensor | _Drop | int | None)
 
 
 def _structure(dropping: Any) -> _Drop:
-    """A dropout.Dropping, or None, as the compiled passes take it."""
+    """A draws.Dropping, or None, as the compiled passes take it."""
     if dropping is None:
         return _Drop(None, 0, 1.0, 0)
     return _Drop(dropping.keys.data_ptr(), dropping.threshold, 1 / (1 - dropping.rate), dropping.pitch)
 
 
 def drop(x: Tensor, dropping: Any) -> Tensor:
-    """x (K, N, F) with elements dropped; `dropping` is a dropout.Dropping, here and below."""
+    """x (K, N, F) with elements dropped; `dropping` is a draws.Dropping, here and below."""
     x = x.contiguous()
     y = torch.empty_like(x)
     _call("drop", x.dtype, y, x, _structure(dropping), *x.shape)

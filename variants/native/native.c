@@ -1,6 +1,6 @@
 /* The passes over activations that PyTorch has no one operation for, on the CPU: thin products with the keyed dropout
- * of dropout.py drawn on the fly, and DoRA's gain.  native.py compiles and calls this; lowrank.py, dropout.py and dora.py
- * hold the plain versions, which are the reference and the fallback.
+ * of adapter/draws.py drawn on the fly, and DoRA's gain.  native/__init__.py compiles and calls this; adapter/draws.py,
+ * lowrank/products.py and lowrank/magnitude.py hold the plain versions, which are the reference and the fallback.
  *
  * Legend: K member, N rows, F features, R rank slots.  Arrays are dense, the last axis contiguous; x is (K, N, F) in fp32
  * or bf16, all sums are fp32.  Element (n, f) of a member has the position n * pitch + f in its draw; pitch is F, or more

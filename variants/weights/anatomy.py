@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rankwise.variants.base import Adapter
-from rankwise.variants.lowrank import LowRank
-from rankwise.variants.spectrum import effective_rank, energy_rank, stable_rank
+from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.lowrank.site import LowRank
+from rankwise.variants.weights.spectrum import effective_rank, energy_rank, stable_rank
 from torch import Tensor, nn
 
 TOP = 16  # singular values that are kept of each site, from the greatest; those that are zero are left out

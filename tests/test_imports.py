@@ -1,0 +1,82 @@
+"""What imports what in variants/: only down, and no circle."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from rankwise import variants
+
+ROOT = Path(variants.__file__).parent
+PREFIX = "rankwise.variants"
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join([PREFIX, *(part for part in parts if part != "__init__")])
+
+
+MODULES = {module_name(file): file for file in FILES}
+
+
+def imported(node: ast.AST) -> set[str]:
+    """The modules that one import statement names, by their full names."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if not isinstance(node, ast.ImportFrom):
+        return set()
+    assert not node.level, "imports are absolute"
+    inside = {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name if name in MODULES else node.module for name in inside}
+
+
+def all_imports(file: Path) -> set[str]:
+    return {name for node in ast.walk(ast.parse(file.read_text())) for name in imported(node)}
+
+
+def find_circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of a circle, in order; empty where there is none."""
+    finished: set[str] = set()
+
+    def walk(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in finished:
+            return []
+        for other in sorted(graph[name]):
+            if circle := walk(other, [*path, name]):
+                return circle
+        finished.add(name)
+        return []
+
+    return next((circle for name in sorted(graph) if (circle := walk(name, []))), [])
+
+
+def test_a_circle_is_seen():
+    assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    assert not find_circle({name: all_imports(file) & set(MODULES) for name, file in MODULES.items()})
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_above_is_imported(name):
+    assert not [other for other in all_imports(MODULES[name]) if other.startswith(("rankwise.experiments", "rankwise.reports"))]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_import_of_ours_hides_in_a_function(name):
+    tree = ast.parse(MODULES[name].read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    late = {other for function in functions for node in ast.walk(function) for other in imported(node)}
+    assert not [other for other in late if other.startswith("rankwise")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_methods_import_machinery_and_machinery_imports_no_method(name):
+    """A package inside variants/ is machinery: of the files at the top it knows the settings alone."""
+    if MODULES[name].parent == ROOT:
+        return
+    tops = {f"{PREFIX}.{file.stem}" for file in ROOT.glob("*.py")} - {f"{PREFIX}.settings", f"{PREFIX}.__init__"}
+    assert not all_imports(MODULES[name]) & tops

@@ -1,0 +1,67 @@
+"""The task head: K copies of each of its modules, trained whole."""
+
+import torch
+from rankwise.variants.adapter import initialization
+from rankwise.variants.adapter.draws import Draw
+from rankwise.variants.adapter.linears import trained_dtype
+from torch import Tensor, nn
+
+
+class HeadSite(nn.Module):
+    """K copies of a linear or a layer norm of the task head, trained whole.
+
+    weight (K, O, I) and bias (K, O) for a linear; weight and bias (K, O) for a layer norm.
+    """
+
+    def __init__(self, name: str, module: nn.Module, draw: Draw):
+        super().__init__()
+        self.name, self._draw = name, draw
+        self.is_norm = isinstance(module, nn.LayerNorm)
+        seeds = draw.seeds
+        dtype = trained_dtype(module.weight)
+        for key, value in module.named_parameters(recurse=False):
+            if self.is_norm:
+                starts = [value.detach()] * len(seeds)
+            elif key == "bias":
+                starts = [torch.zeros(value.shape)] * len(seeds)
+            else:
+                starts = [initialization.head(value.shape, initialization.generator(s, "head", name)) for s in seeds]
+            self.register_parameter(key, nn.Parameter(torch.stack([s.to(dtype) for s in starts])))
+
+    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # a head is small, and its outputs are ranked: in full precision
+            return self._full_precision(base, x)
+
+    def _full_precision(self, base: nn.Module, x: Tensor) -> Tensor:
+        rows = self._draw.apart(self.name, x).to(self.weight.dtype)  # (K, N, I)
+        bias = self._parameters.get("bias")
+        if self.is_norm:
+            normed = nn.functional.layer_norm(rows, base.normalized_shape, None, None, base.eps)
+            y = normed * self.weight[:, None] + (0 if bias is None else bias[:, None])
+        else:
+            y = torch.bmm(rows, self.weight.mT)  # (K, N, O)
+            y = y if bias is None else y + bias[:, None]
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def merged(self, base: nn.Module, member: int) -> dict[str, Tensor]:
+        return {key: value[member].clone() for key, value in self.named_parameters()}
+
+
+def make_head(name: str, module: nn.Module, draw: Draw) -> HeadSite:
+    if not isinstance(module, nn.Linear | nn.LayerNorm):
+        raise ValueError(
+            f'head module "{name}" is a {type(module).__name__}: a head of nn.Linear and nn.LayerNorm can be trained; '
+            f"give attach(head=[...]) the names of such modules"
+        )
+    return HeadSite(name, module, draw)
+
+
+def leaves(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """(path, module) of each module at or under `name` that holds parameters itself."""
+    try:
+        root = model.get_submodule(name)
+    except AttributeError:
+        tops = [n for n, _ in model.named_children()]
+        raise ValueError(f'head module "{name}" is not in {type(model).__name__}, which has {", ".join(tops)}') from None
+    named = [(f"{name}.{n}" if n else name, m) for n, m in root.named_modules()]
+    return [(n, m) for n, m in named if any(True for _ in m.parameters(recurse=False))]

@@ -1,0 +1,135 @@
+"""The probe of packing: members that share one forward pass must equal members alone, in this very model."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from rankwise.variants.adapter import initialization
+from rankwise.variants.adapter.step import Calibration, NotPackable, Step, Uncalibrated
+from torch import Tensor, nn
+
+
+class Packable(Protocol):
+    """What the probe asks of an adapter."""
+
+    method: str
+    members: int
+    seeds: list[int]
+    settings: Any
+
+    def choose(self, model: nn.Module, targets: Any, head: Sequence[str]) -> list[str]: ...
+    def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None: ...
+    def begin(self, step: Step, micro_batch: int = 0, training: bool = True) -> None: ...
+    def alone(self, member: int) -> "Packable": ...
+    def copy_member(self, source: Any, member: int) -> None: ...
+    def detach(self) -> nn.Module: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def named_sites(self) -> Iterator[tuple[str, nn.Module]]: ...
+
+
+def probe(
+    adapter: Packable,
+    model: nn.Module,
+    targets: Any,
+    head: Sequence[str],
+    calibration: Calibration | Uncalibrated | None,
+) -> None:
+    """One forward of up to three members with different rows must equal as many forwards apart, in float64.
+
+    Raises:
+        NotPackable: it does not, or it cannot be tried.
+    """
+    members, rows = min(adapter.members, 3), 5
+    try:
+        double = copy.deepcopy(model).double().train()
+    except Exception as error:
+        raise NotPackable(
+            f"{type(model).__name__} cannot be copied to probe packing ({error}); run its members with K = 1"
+        ) from None
+    batch = _rows(_example(model, members * rows, calibration), members * rows)
+    settings = adapter.settings.first_members(members).model_dump(exclude_unset=True)
+    packed = type(adapter)(members=members, seeds=adapter.seeds[:members], **settings)
+    reason = None
+    packed._insert(double, packed.choose(double, targets, head), head)
+    try:
+        fill(packed)
+        together = _forward(packed, double, batch)
+        packed.detach()
+        for k in range(members):
+            alone = packed.alone(k)
+            alone._insert(double, alone.choose(double, targets, head), head)
+            alone.copy_member(packed, k)
+            apart = _forward(alone, double, _slice(batch, k * rows, (k + 1) * rows))
+            alone.detach()
+            if not torch.allclose(together[k * rows : (k + 1) * rows], apart, rtol=1e-9, atol=1e-12):
+                worst = (together[k * rows : (k + 1) * rows] - apart).abs().max().item()
+                reason = f"the output of a packed member differs from its output alone by {worst:.1e}"
+                break
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+    if reason is not None:
+        raise NotPackable(f"{type(model).__name__} cannot pack {adapter.method}: {reason}; run its members with K = 1")
+
+
+def fill(adapter: Packable, spread: float = 0.1, seed: int = 0) -> None:
+    """Moves every trained tensor by N(0, spread^2), inside the slots that exist, so that nothing is trivial."""
+    random = initialization.generator(seed, "fill")
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            noise = torch.empty(parameter.shape).normal_(0, spread, generator=random)
+            parameter.add_(noise.to(parameter))
+        for _, site in adapter.named_sites():
+            getattr(site, "clear_missing_slots", lambda: None)()
+
+
+def _forward(adapter: Packable, model: nn.Module, batch: Any) -> Tensor:
+    adapter.begin(Step(1, 10**9))  # long enough for every schedule
+    with torch.no_grad():
+        output = model(**batch) if isinstance(batch, Mapping) else model(*batch)
+    if isinstance(output, Tensor):
+        return output
+    return next(t for t in (output.values() if isinstance(output, Mapping) else output) if isinstance(t, Tensor))
+
+
+def _example(model: nn.Module, rows: int, calibration: Calibration | Uncalibrated | None) -> Any:
+    """A batch that the model takes: the first of the given ones, or random tokens, pixels or features."""
+    if isinstance(calibration, Calibration) and len(calibration.batches):
+        first = calibration.batches[0]
+        return {k: v for k, v in first.items() if k != "labels"} if isinstance(first, Mapping) else first
+    device = next(model.parameters()).device
+    random = initialization.generator(0, "probe")
+    config = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", None)
+    if main == "input_ids" and hasattr(config, "vocab_size"):
+        ids = torch.randint(config.vocab_size, (rows, 7), generator=random)
+        return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+    if main == "pixel_values" and hasattr(config, "image_size"):
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        pixels = torch.randn(rows, config.num_channels, size, size, generator=random, dtype=torch.float64)
+        return {"pixel_values": pixels.to(device)}
+    first = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
+    if config is None and first is not None:
+        return (torch.randn(rows, first.in_features, generator=random, dtype=torch.float64).to(device),)
+    raise NotPackable(f"{type(model).__name__}: the form of its input cannot be told: pass attach(calibration=a batch)")
+
+
+def _rows(batch: Any, rows: int) -> Any:
+    """The batch with exactly `rows` rows, repeated from its start where it has fewer, floats in float64."""
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        value = value[torch.arange(rows, device=value.device) % value.shape[0]]
+        return value.double() if value.is_floating_point() else value
+
+    if isinstance(batch, Mapping):
+        return {k: cut(v) for k, v in batch.items()}
+    return tuple(cut(v) for v in (batch if isinstance(batch, tuple | list) else (batch,)))
+
+
+def _slice(batch: Any, start: int, stop: int) -> Any:
+    def cut(value: Any) -> Any:
+        return value[start:stop] if isinstance(value, Tensor) and value.dim() else value
+
+    return {k: cut(v) for k, v in batch.items()} if isinstance(batch, Mapping) else tuple(cut(v) for v in batch)

@@ -1,0 +1,113 @@
+"""Everything that attaching changes in a model, and how it is put back."""
+
+from collections.abc import Callable
+from typing import Any
+
+from rankwise.variants.adapter.draws import Draw, KeyedDropout
+from torch import Tensor, nn
+
+
+class Adapted(nn.Module):
+    """A frozen module and the site that decides how to use it.  What the base shows, this shows."""
+
+    def __init__(self, base: nn.Module, site: nn.Module):
+        super().__init__()
+        self.base, self.site = base, site
+        self.merged = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base(*args, **kwargs) if self.merged else self.site(self.base, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+
+def key_of(name: str) -> str:
+    """A module's name as a key of an nn.ModuleDict, which takes no dot and no name of its own attributes ("keys")."""
+    key = name.replace(".", "/")
+    return f"{key}/" if hasattr(nn.ModuleDict, key) else key
+
+
+def name_of(key: str) -> str:
+    return key.removesuffix("/").replace("/", ".")
+
+
+class Surgery:
+    """Everything that attach changed in a model, so that detach can put it back."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.kept: list[tuple[Tensor, Tensor]] = []  # (weight, its values from before a merge)
+        self.silenced: list[str] = []  # attention dropout given as a number, which no module draws
+        self._undo: list[Any] = []
+
+    def freeze(self) -> None:
+        for parameter in self.model.parameters():
+            self._undo.append(lambda p=parameter, was=parameter.requires_grad: p.requires_grad_(was))
+            parameter.requires_grad_(False)
+
+    def replace(self, name: str, new: nn.Module) -> None:
+        """Puts `new` at every path that leads to the module called `name`."""
+        old = self.model.get_submodule(name)
+        for parent in list(self.model.modules()):
+            if isinstance(parent, Adapted):
+                continue
+            for child, module in list(parent._modules.items()):
+                if module is old:
+                    parent._modules[child] = new
+                    self._undo.append(lambda p=parent, c=child: p._modules.__setitem__(c, old))
+
+    def set(self, module: nn.Module, name: str, value: Any) -> None:
+        was = getattr(module, name)
+        self._undo.append(lambda: setattr(module, name, was))
+        setattr(module, name, value)
+
+    def key_dropout(self, draw: Draw) -> None:
+        for name, module in list(self.model.named_modules()):
+            if type(module) is nn.Dropout or type(module).__name__ == "StableDropout":
+                rate = float(getattr(module, "p", getattr(module, "drop_prob", 0.0)))
+                keyed = KeyedDropout(rate, draw, name).train(module.training)
+                self._undo.append(lambda m=module, k=keyed: m.train(k.training))
+                self.replace(name, keyed)
+            for key in ("attention_dropout", "attn_dropout"):
+                rate = vars(module).get(key)
+                if isinstance(rate, float) and rate > 0:
+                    self.set(module, key, 0.0)
+                    self.silenced.append(f"{name}.{key}")
+
+    def watch_rows(self, draw: Draw) -> None:
+        """Tells the sites how many rows this forward pass has, so that they can refuse an input that is not rows."""
+
+        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            main = [kwargs[k] for k in ("input_ids", "inputs_embeds", "pixel_values") if kwargs.get(k) is not None]
+            first = next((t for t in [*main, *args, *kwargs.values()] if isinstance(t, Tensor) and t.dim()), None)
+            draw.rows = None if first is None else first.shape[0]
+
+        def after(*_: Any) -> None:
+            draw.rows = None
+
+        hooks = [
+            self.model.register_forward_pre_hook(before, with_kwargs=True),
+            self.model.register_forward_hook(after, always_call=True),
+        ]
+        self._undo.extend(hook.remove for hook in hooks)
+
+    def undo_too(self, step: Callable[[], Any]) -> None:
+        self._undo.append(step)
+
+    def undo(self) -> None:
+        for step in reversed(self._undo):
+            step()
+        self._undo.clear()
+
+
+def parameter_places(model: nn.Module) -> dict[int, set[str]]:
+    """For each parameter, every (path of its module).name under which it is used."""
+    places: dict[int, set[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=True):
+        for name, parameter in module.named_parameters(recurse=False):
+            places.setdefault(id(parameter), set()).add(f"{path}.{name}")
+    return places

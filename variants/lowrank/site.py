@@ -1,0 +1,177 @@
+"""The low-rank site that every method shares.
+
+    update(x) = s * ((x A^T) * e) B^T          x (K, N, I) -> (K, N, O)
+
+Legend: K member, N rows or tokens, I in, O out, R rank slots.  A (K, R, I), B (K, O, R), e (K, R) the coefficients of
+the slots (ones here, AdaLoRA's E there), slots (K, R) which slots exist for a member, scale (K,) = alpha/r.
+
+R may change while training: `resize` says for each new slot which old one it is, and what an optimizer keeps for each
+element follows (`Adapter.take_changes`).
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from rankwise.variants import native
+from rankwise.variants.adapter.draws import Draw, drop
+from rankwise.variants.adapter.linears import as_stored, trained_dtype, weight_of
+from rankwise.variants.lowrank.products import LowRankProduct, NativeProduct
+from rankwise.variants.lowrank.slots import NEW, Rearranged
+from torch import Tensor, nn
+
+
+class LowRank(nn.Module):
+    """A, B and their slots at one linear: y = base(x) + s B A x."""
+
+    # Every tensor that has slots, and their axis; a subclass with more of them adds its own.
+    slot_axes: ClassVar[dict[str, int]] = {"A": 1, "B": 2, "slots": 1}
+
+    def __init__(
+        self,
+        name: str,
+        base: nn.Module,
+        starts: tuple[list[Tensor], list[Tensor]],
+        scale: list[float],
+        dropout: float,
+        draw: Draw,
+    ):
+        """
+        Args:
+            starts: for each member, where A (r, I) and B (O, r) start.
+            scale: for each member, the factor on the update.
+        """
+        super().__init__()
+        weight = weight_of(base)
+        out_features, in_features = weight.shape
+        ranks = [len(a) for a in starts[0]]
+        like = {"dtype": trained_dtype(weight)}
+        A = torch.zeros(len(ranks), max(ranks), in_features, **like)
+        B = torch.zeros(len(ranks), out_features, max(ranks), **like)
+        for k, r in enumerate(ranks):
+            A[k, :r], B[k, :, :r] = starts[0][k], starts[1][k]
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.register_buffer("slots", (torch.arange(max(ranks)) < torch.tensor(ranks)[:, None]).to(**like))
+        self.register_buffer("scale", torch.tensor(scale, **like))
+        self.register_buffer("given", torch.tensor(ranks), persistent=False)  # (K,) slots at the start
+        self.name, self.dropout = name, dropout
+        self.changes: list[tuple[nn.Parameter, Rearranged]] = []  # what an optimizer has yet to follow
+        self._draw = draw
+
+    def coefficients(self) -> Float[Tensor, "K R"]:
+        """What multiplies each slot: s e, zero where a slot does not exist."""
+        return self.slots * self.scale[:, None]
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A, B and the coefficients as the forward pass takes them."""
+        return self.A, self.B, self.coefficients()
+
+    def version(self) -> tuple[Any, ...]:
+        """Changes whenever the update may have changed; the step in it is None where nobody drives the adapter."""
+        return self._draw.step, *(p._version for p in self.parameters())
+
+    def onto(self, y: Tensor, x: Tensor) -> Float[Tensor, "rows O"]:
+        """y + update(x), for y (rows, O) that nothing else needs and x (rows, I): the members' rows one after the other."""
+        if not self.slots.shape[1]:
+            return y
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.A.dtype
+        return self.product(y.to(dtype).contiguous(), x.to(dtype), self.dropout if self.training else 0.0)
+
+    def product(self, y: Tensor, x: Tensor, rate: float) -> Float[Tensor, "rows O"]:
+        """The same for y and x of one type, elements of x dropped at that rate."""
+        draw, dtype = self._draw, x.dtype
+        if native.usable(x, y) and self.A.dtype == torch.float32:
+            dropping = draw.dropping(self.name, x, rate) if rate and draw.step is not None else None
+            x = nn.functional.dropout(x, rate) if rate and dropping is None else x
+            return NativeProduct.apply(y, x, *self.operands(), dropping)
+        x = drop(x, rate, draw, self.name)
+        apart = (t.view(len(draw.seeds), -1, t.shape[-1]) for t in (y, x))  # (K, N, O) and (K, N, I)
+        return LowRankProduct.apply(*apart, *(t.to(dtype) for t in self.operands())).view(y.shape)
+
+    def rows(self, x: Tensor) -> Float[Tensor, "rows I"]:
+        """The input as rows, the members' one after the other; refused where it is not that."""
+        return self._draw.apart(self.name, x).flatten(0, 1)
+
+    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        rows = self.rows(x)
+        y = base_output(base, rows)
+        return self.onto(y, rows).to(y.dtype).view(*x.shape[:-1], -1)
+
+    def delta(self, base: nn.Module) -> Float[Tensor, "K O I"]:
+        """The dense change of the weight."""
+        return torch.bmm(self.B * self.coefficients()[:, None], self.A)
+
+    def direction(self, base: nn.Module, member: int) -> Float[Tensor, "O I"]:
+        """W + dW of one member, in one product."""
+        A, B = self.A[member], self.B[member] * self.coefficients()[member]
+        return torch.addmm(weight_of(base).to(A.dtype), B, A)
+
+    def merged(self, base: nn.Module, member: int) -> dict[str, Tensor]:
+        return {"weight": as_stored(base, self.direction(base, member))}
+
+    def physical(self) -> Tensor:
+        """(K,) slots that exist, which parameters, gradients and averages are held for."""
+        return self.slots.sum(1).long()
+
+    def nominal(self) -> Tensor:
+        """(K,) slots given at the start, or those of now where there are more."""
+        return torch.maximum(self.given, self.physical())
+
+    rank = physical
+
+    @torch.no_grad()
+    def resize(self, places: Int[Tensor, "K R"]) -> None:
+        """Rearranges the slots, in place: the parameters stay the same objects.
+
+        Args:
+            places: for each slot the old one that it is, or NEW, or NONE; both are zero everywhere, and of no member until
+                `slots` says so.
+        """
+        size = self.slots.shape[1]
+        for name, axis in self.slot_axes.items():
+            tensor, change = getattr(self, name), Rearranged(places, axis, size)
+            new = change(tensor)
+            if isinstance(tensor, nn.Parameter):
+                gradient = None if tensor.grad is None else change(tensor.grad)
+                tensor.grad = None
+                # Of another type in between: autograd then forgets the old shape, which else lives as long as an old loss does.
+                other = torch.float64 if new.dtype == torch.float32 else torch.float32
+                tensor.data = torch.empty(0, dtype=other, device=new.device)
+                tensor.data = new
+                tensor.grad = gradient
+                torch.autograd.graph.increment_version(tensor)  # what was computed from the old values is out of date
+                self.changes.append((tensor, change))
+            else:
+                tensor.data = new
+
+    def forget(self, mask: Bool[Tensor, "K R"], tensors: Sequence[str] | None = None) -> None:
+        """Optimizers start anew for these slots, of all the site's parameters or of those named; the values stay."""
+        places = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape).masked_fill(mask, NEW)
+        for name, axis in self.slot_axes.items():
+            if isinstance(getattr(self, name), nn.Parameter) and (tensors is None or name in tensors):
+                self.changes.append((getattr(self, name), Rearranged(places, axis, mask.shape[1])))
+
+    def count(self, ranks: Tensor) -> Tensor:
+        """(K,) parameters of so many slots."""
+        return ranks * (self.A.shape[2] + self.B.shape[1])
+
+    @torch.no_grad()
+    def clear_missing_slots(self) -> None:
+        """Zeros where no slot exists, which is what a start and a step leave there."""
+        self.A *= self.slots[:, :, None]
+        self.B *= self.slots[:, None]
+
+
+def base_output(base: nn.Module, rows: Tensor) -> Tensor:
+    """The frozen module's output, to be changed in place: a copy where a hook of somebody's may have kept it."""
+    y = base(rows)
+    return y.clone() if base._forward_hooks else y
+
+
+def first_slots(site: LowRank, size: int) -> Int[Tensor, "K R"] | None:
+    """Places that leave the first `size` slots, with new ones behind them where there are fewer; None if it has so many."""
+    old = site.slots.shape[1]
+    places = torch.arange(size, device=site.slots.device)
+    return None if size == old else places.masked_fill(places >= old, NEW).expand(len(site.slots), -1)
