@@ -319,13 +319,13 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _is_whole_model(folder: Path) -> bool:
-    """Whether variants/checkpoint.py wrote it for a method without adapters."""
+    """Whether variants/files wrote it for a method without adapters."""
     with _opened(folder / "adapter_model.safetensors") as file:
         return (file.metadata() or {}).get("format") == "rankwise"
 
 
 def _told(folder: Path) -> dict:
-    """What variants/checkpoint.py says of an adapter beside PEFT's keys; empty for a foreign one."""
+    """What variants/files says of an adapter beside PEFT's keys; empty for a foreign one."""
     with _opened(folder / "adapter_model.safetensors") as file:
         text = (file.metadata() or {}).get("rankwise")
     try:

@@ -171,6 +171,7 @@ class Adapter(nn.Module):
         self.heads = nn.ModuleDict()  # the task head's modules, trained whole, K of them
         self.targets: str | list[str] = []
         self.head_names: list[str] = []
+        self.base_tensors: dict[str, nn.Parameter] = {}  # of the frozen base, that came with the adapter's file
         self._surgery: _Surgery | None = None
         self._calibration: Calibration | Uncalibrated | None = Uncalibrated()  # what `attach` was given, while it runs
 

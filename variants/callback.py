@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from rankwise.variants.base import Adapter, Step, torch_groups
-from rankwise.variants.checkpoint import save_pretrained
+from rankwise.variants.files.pretrained import save_pretrained
 from rankwise.variants.lowrank import follow
 from torch import Tensor, nn
 from transformers import TrainerCallback

@@ -1,0 +1,75 @@
+"""What of an adapter goes into a file, whatever the format."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from rankwise.variants.base import Adapter, name_of
+from rankwise.variants.lowrank import LowRank, LowRankAdapter
+from rankwise.variants.settings import Settings
+from rankwise.variants.targets import KEYWORDS, matches
+from torch import Tensor, nn
+
+
+def check_member(adapter: Adapter, member: int) -> None:
+    """
+    Raises:
+        ValueError: no such member, or an adapter that is not attached.
+    """
+    if not 0 <= member < adapter.members:
+        raise ValueError(f"member = {member}: there are {adapter.members}, counted from 0")
+    _ = adapter.model  # raises where there is none
+
+
+def has_peft_form(adapter: Adapter) -> bool:
+    return isinstance(adapter, LowRankAdapter) or not len(adapter.sites)
+
+
+def inner(site: nn.Module) -> LowRank:
+    """The low-rank site inside a magnitude, or the site itself."""
+    return getattr(site, "inner", site)
+
+
+def first_rank(settings: Settings) -> Any:
+    """The rank that a site without a pattern starts with."""
+    return settings.get("rank", settings.get("initial_rank"))
+
+
+def trained(modules: nn.ModuleDict) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(module name, parameter name, parameter) of an adapter's sites or heads."""
+    for name, module in modules.items():
+        for key, parameter in module.named_parameters():
+            yield name_of(name), key, parameter
+
+
+@torch.no_grad()
+def copy(parameter: nn.Parameter, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Takes over the tensor of that name as the one member.
+
+    Raises:
+        ValueError: it is missing, or has another shape.
+    """
+    if name not in tensors:
+        raise ValueError(f"tensor {name} is missing: the file is not whole or was trained on another model; save it again")
+    if tensors[name].shape != parameter.shape[1:]:
+        shapes = f"{tuple(tensors[name].shape)} where the model needs {tuple(parameter.shape[1:])}"
+        raise ValueError(f"tensor {name} has shape {shapes}: load the model it was trained on")
+    parameter[0].copy_(tensors[name])
+
+
+@contextlib.contextmanager
+def detached_if_it_fails(adapter: Adapter) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(ValueError):  # it was not attached yet
+            adapter.detach()
+        raise
+
+
+def pattern_of(name: str, names: Sequence[str]) -> str:
+    """What names this module and no other of `names`, here and in PEFT: its name, or else an anchored expression."""
+    plain = name not in KEYWORDS and all(other == name or not matches(name, other) for other in names)
+    return name if plain else f"^{re.escape(name)}"
