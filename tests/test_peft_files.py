@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from rankwise import variants
 from rankwise.variants.base import fill
 from safetensors import safe_open
@@ -216,3 +217,76 @@ def test_a_key_of_a_newer_peft_is_warned_of_where_it_is_set(value, tmp_path, rec
     path.write_text(json.dumps(config | {"use_qlora2": value}))
     with pytest.warns(UserWarning, match="use_qlora2 = .* is of a newer PEFT than this version of rankwise knows"):
         variants.load_pretrained(classifier("bert"), tmp_path)
+
+
+# -- what PEFT is told of the model ----------------------------------------------------------------------------------------
+
+
+def whisper() -> tuple[nn.Module, dict[str, Tensor]]:
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_mel_bins": 8, "max_source_positions": 20}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 2}
+    config = transformers.WhisperConfig(vocab_size=67, max_target_positions=20, **sizes, **heads, **tokens)
+    ids = torch.arange(3, 17).view(2, 7)
+    return transformers.WhisperForConditionalGeneration(config), {
+        "input_features": torch.ones(2, 8, 40),
+        "decoder_input_ids": ids,
+    }
+
+
+def wav2vec2() -> tuple[nn.Module, dict[str, Tensor]]:
+    convolutions = {"conv_dim": (16, 16), "conv_stride": (4, 4), "conv_kernel": (8, 8), "num_feat_extract_layers": 2}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "num_labels": 3}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8}
+    config = transformers.Wav2Vec2Config(vocab_size=67, **convolutions, **sizes, **positions)
+    return transformers.Wav2Vec2ForSequenceClassification(config), {"input_values": torch.ones(2, 400)}
+
+
+def vit() -> tuple[nn.Module, dict[str, Tensor]]:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.ViTConfig(image_size=16, patch_size=8, num_labels=3, **sizes)
+    return transformers.ViTForImageClassification(config), {"pixel_values": torch.ones(2, 3, 16, 16)}
+
+
+@pytest.mark.parametrize("make", [whisper, wav2vec2, vit])
+def test_peft_calls_a_speech_or_vision_model_with_what_it_takes(make, tmp_path):
+    torch.manual_seed(0)
+    model, inputs = make()
+    adapter = variants.create("lora", rank=4, alpha=7).attach(model.eval(), targets=["q_proj", "v_proj"])
+    fill(adapter)
+    with torch.no_grad():
+        want = model(**inputs).logits
+        variants.save_pretrained(adapter, tmp_path)
+        adapter.detach()
+        oracle = peft.PeftModel.from_pretrained(model, tmp_path).eval()
+        torch.testing.assert_close(oracle(**inputs).logits, want, rtol=0, atol=1e-5)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["task_type"] is None
+    assert config["auto_mapping"] == {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+
+
+class LlavaForConditionalGeneration(nn.Module):
+    """Named like a sequence-to-sequence model, but it has no decoder of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj = nn.Linear(4, 5)
+
+    def forward(self, input_ids=None, pixel_values=None, labels=None, **kwargs):
+        return self.q_proj(input_ids)
+
+
+@pytest.mark.parametrize(
+    ("make", "task"),
+    [
+        (lambda: t5(True), "SEQ_2_SEQ_LM"),
+        (lambda: llama(False), "CAUSAL_LM"),
+        (lambda: classifier("bert"), "SEQ_CLS"),
+        (LlavaForConditionalGeneration, None),
+    ],
+)
+def test_a_task_type_is_one_whose_arguments_the_model_takes(make, task, tmp_path):
+    adapter = variants.create("lora", rank=2).attach(make(), targets=[".*(v|q_proj|query)"])
+    variants.save_pretrained(adapter, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["task_type"], config["auto_mapping"]) == (task, None)

@@ -40,6 +40,7 @@ _PLACES = {
     "FullFineTuning": "rankwise.variants.subset",
     "save_pretrained": "rankwise.variants.files.pretrained",
     "load_pretrained": "rankwise.variants.files.pretrained",
+    "open_door": "rankwise.variants.files.doors",
     "export_lora": "rankwise.variants.files.export",
     "export_merged": "rankwise.variants.files.export",
     "truncate": "rankwise.variants.truncation",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from rankwise import variants  # whose members are imported at their first use
 from rankwise.variants import initialization
 from rankwise.variants.dropout import Draw, KeyedDropout
 from rankwise.variants.settings import Settings, check, per_member
@@ -289,6 +290,7 @@ class Adapter(nn.Module):
             self._insert(model, names, head)
         finally:
             self._calibration = Uncalibrated()  # it may hold data, or a trainer
+        variants.open_door(self)
         return self
 
     def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None:
@@ -486,10 +488,19 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def copy_member(self, source: "Adapter", member: int) -> None:
         """Takes over the state of one member of `source`; both have the same sites, and K = 1 here."""
+        self.check_alone()
         theirs = source.state_dict()
         for name, mine in self.state_dict().items():
             value = theirs[name][member]
             mine.copy_(value[tuple(slice(n) for n in mine.shape[1:])].unsqueeze(0))
+
+    def check_alone(self) -> None:
+        """
+        Raises:
+            ValueError: several members, each of which would become the one that is copied.
+        """
+        if self.members != 1:
+            raise ValueError(f"members = {self.members}: a member is copied into an adapter of one: source.alone(member)")
 
     def silent_dropout(self) -> list[str]:
         """Dropout of the model that the last training forward never drew: it sits inside a fused kernel, and is off."""

@@ -15,6 +15,8 @@ full, BitFit  no PEFT form: adapter_model.safetensors alone, with "format": "ran
 
 Heads are PEFT's modules_to_save.  What PEFT's keys cannot say (settings, seed, slots kept, E that was folded) is JSON under
 "rankwise" in the metadata of the safetensors file, which PEFT does not read; without it a file is read as PEFT would.
+A file must hold what its configuration promises: every module that target_modules means, and every head.  Tensors of the base
+(an adapted output layer, a vocabulary that was resized) go into the model until the adapter is detached.
 
     pretrained.py  save_pretrained and load_pretrained
     export.py      plain LoRA for programs that know no other; a whole model with the adapter merged into it
@@ -22,4 +24,7 @@ Heads are PEFT's modules_to_save.  What PEFT's keys cannot say (settings, seed, 
     own.py         the format of methods that PEFT has no form for
     facts.py       the "rankwise" metadata
     folders.py     a folder read, and written whole or not at all
+    state.py       what of an adapter, and of its model, goes into a file
+    budget.py      whether training ended before its rank budget was reached
+    doors.py       the save_pretrained of a model with an adapter in it
 """

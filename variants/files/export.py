@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from rankwise.variants.base import Adapted, Adapter
+from rankwise.variants.base import Adapter
 from rankwise.variants.files import folders
 from rankwise.variants.files.peft import writing
-from rankwise.variants.files.state import check_member, has_peft_form
-from torch import Tensor, nn
+from rankwise.variants.files.state import check_member, has_peft_form, own_state
+from torch import nn
 
 
 def export_lora(adapter: Adapter, folder: str | Path, member: int = 0) -> None:
@@ -50,7 +50,7 @@ def export_merged(adapter: Adapter, folder: str | Path, member: int = 0, tokeniz
     adapter.merge(member)
     try:
         with folders.placed(Path(folder)) as partial:
-            model.save_pretrained(partial, state_dict=_bare_state(model))
+            save_whole(model, partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
     finally:
@@ -59,16 +59,6 @@ def export_merged(adapter: Adapter, folder: str | Path, member: int = 0, tokeniz
         vars(model.config).update(config)
 
 
-def _bare_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model with an adapter in it, by the names that it has without."""
-    adapted = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Adapted)]
-    state = {}
-    for key, value in model.state_dict().items():
-        owner = next((name for name in adapted if key.startswith(f"{name}.")), None)
-        if owner is not None:
-            part, _, rest = key.removeprefix(f"{owner}.").partition(".")
-            if part == "site":
-                continue
-            key = f"{owner}.{rest}"
-        state[key] = value
-    return state
+def save_whole(model: nn.Module, folder: Path) -> None:
+    """Writes a model of transformers as it is now, by its own names, without what an adapter added to it."""
+    type(model).save_pretrained(model, folder, state_dict=own_state(model, model.state_dict()))

@@ -18,6 +18,7 @@ class Facts:
     scales: site -> scale in force, where the settings do not say it, of an ADALORA.
     folded: site -> what undoes that a method was written as a LORA; None where nothing is to be undone.
     total_step: of the run, beside `folded`.
+    unfinished: what it "has" and its "budget", in "unit" ("rank" or "parameters"), where training ended early.
     """
 
     method: str
@@ -29,6 +30,7 @@ class Facts:
     scales: Mapping[str, float] | None = None
     folded: Mapping[str, dict[str, Any]] | None = None
     total_step: int | None = None
+    unfinished: Mapping[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA} | {key: value for key, value in asdict(self).items() if value is not None}
@@ -44,7 +46,7 @@ class Facts:
                 f"schema {values.get('schema')}, method {values.get('method')!r} is of another version of rankwise; "
                 f"this one reads schema {SCHEMA}: load it with the version that saved it"
             )
-        kinds = {"settings": dict, "seed": int, "head": list, "kept": dict, "scales": dict, "folded": dict}
+        kinds = {"settings": dict, "seed": int, "head": list, "kept": dict, "scales": dict, "folded": dict, "unfinished": dict}
         needed = ("settings", "seed", "head")
         for key, kind in kinds.items():
             if (key in values or key in needed) and not isinstance(values.get(key), kind):

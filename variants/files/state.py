@@ -2,15 +2,17 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from rankwise.variants.base import Adapter, name_of
+from rankwise.variants.base import Adapted, Adapter, name_of
 from rankwise.variants.lowrank import LowRank, LowRankAdapter
 from rankwise.variants.settings import Settings
 from rankwise.variants.targets import KEYWORDS, matches
 from torch import Tensor, nn
+
+ADAPTER_STATE = "adapter_state."  # before the names of an adapter's own tensors in the state of a model that is trained
 
 
 def check_member(adapter: Adapter, member: int) -> None:
@@ -21,6 +23,25 @@ def check_member(adapter: Adapter, member: int) -> None:
     if not 0 <= member < adapter.members:
         raise ValueError(f"member = {member}: there are {adapter.members}, counted from 0")
     _ = adapter.model  # raises where there is none
+
+
+def own_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state of a model with an adapter in it, by the names that the model has without, and nothing of the adapter."""
+    names = own_names(model, state)
+    return {names[key]: value for key, value in state.items() if key in names}
+
+
+def own_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+    """Of each key that belongs to the model itself, the name that it has without an adapter."""
+    adapted = [f"{name}." for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Adapted)]
+    names = {}
+    for key in keys:
+        owner = next((name for name in adapted if key.startswith((f"{name}base.", f"{name}site."))), None)
+        if owner is None:
+            names[key] = key
+        elif key.startswith(f"{owner}base."):
+            names[key] = owner + key.removeprefix(f"{owner}base.")
+    return {key: name for key, name in names.items() if not name.startswith(ADAPTER_STATE)}
 
 
 def has_peft_form(adapter: Adapter) -> bool:

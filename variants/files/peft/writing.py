@@ -1,13 +1,15 @@
 """An adapter as PEFT's tensors and configuration."""
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from rankwise.variants.base import Adapter
+from rankwise.variants.files.budget import excess
 from rankwise.variants.files.facts import Facts
 from rankwise.variants.files.folders import Contents
 from rankwise.variants.files.peft.names import BASE_LAYER, COEFFICIENTS, FACTORS, MAGNITUDE, NO_TARGETS, PREFIX
@@ -19,14 +21,28 @@ from torch import Tensor, nn
 
 RANK_EPSILON = 1e-5  # peft adalora/layer.py divides by ranknum + 1e-5
 
-# PEFT's names for a task by the end of a transformers class name, and the heads that PEFT then expects in the file.
+
+@dataclass(frozen=True)
+class _Task:
+    """One of PEFT's tasks: heads that PEFT then expects in the file, and arguments that it calls the model with."""
+
+    name: str
+    heads: tuple[str, ...]
+    arguments: frozenset[str]
+
+
+# By the end of a transformers class name.
 TASKS = {
-    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
-    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
-    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
-    "ForCausalLM": ("CAUSAL_LM", ()),
-    "LMHeadModel": ("CAUSAL_LM", ()),
-    "ForConditionalGeneration": ("SEQ_2_SEQ_LM", ()),
+    "ForSequenceClassification": _Task("SEQ_CLS", ("classifier", "score"), frozenset({"input_ids"})),
+    "ForTokenClassification": _Task("TOKEN_CLS", ("classifier", "score"), frozenset({"input_ids"})),
+    "ForQuestionAnswering": _Task(
+        "QUESTION_ANS", ("qa_outputs",), frozenset({"input_ids", "start_positions", "end_positions"})
+    ),
+    "ForCausalLM": _Task("CAUSAL_LM", (), frozenset({"input_ids"})),
+    "LMHeadModel": _Task("CAUSAL_LM", (), frozenset({"input_ids"})),
+    "ForConditionalGeneration": _Task(
+        "SEQ_2_SEQ_LM", (), frozenset({"input_ids", "decoder_input_ids", "decoder_inputs_embeds"})
+    ),
 }
 
 
@@ -55,9 +71,10 @@ def written(adapter: Adapter, member: int, plain: bool = False) -> Contents:
         update = _triplets(adapter, alone, member)
     else:
         update = _factors(adapter, alone, member)
+    task = _task_type(model, adapter.head_names, update.sites)
     config = {
         "peft_type": "LORA",
-        "auto_mapping": None,
+        "auto_mapping": _auto_mapping(model) if task is None else None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "revision": None,
         "inference_mode": True,
@@ -70,9 +87,11 @@ def written(adapter: Adapter, member: int, plain: bool = False) -> Contents:
         **update.config,
         "target_modules": _target_modules(model, update.sites),
         "modules_to_save": adapter.head_names or None,
-        "task_type": _task_type(model, adapter.head_names, update.sites),
+        "task_type": task,
     }
     own = {"settings": settings.model_dump(exclude_unset=True), "seed": alone.seeds[0]}
+    over = excess(adapter, member)
+    own |= {"unfinished": asdict(over) if over is not None else None}
     facts = Facts(adapter.method, **own, targets=adapter.targets, head=adapter.head_names, **update.facts)
     tensors = {**update.tensors, **_head_tensors(adapter, member), **_base_tensors(adapter, update.sites)}
     tensors = {PREFIX + name: value for name, value in tensors.items()}
@@ -230,12 +249,24 @@ def _target_modules(model: nn.Module, sites: Sequence[str]) -> list[str] | str:
 
 
 def _task_type(model: nn.Module, head: Sequence[str], sites: Sequence[str]) -> str | None:
-    """PEFT's task type; None where it would make PEFT look for a head that is not in the file, or drop a site."""
-    kind, heads = next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), (None, ()))
-    ends = [n for n, _ in model.named_modules() if n.endswith(heads)] if heads else []
+    """PEFT's task type; None where it would make PEFT look for a head that is not in the file, drop a site, or call the
+    model with what it does not take, as it would a speech or vision model whose class is named like a language model's."""
+    task = next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None)
+    if task is None or getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None
+    takes = task.arguments <= inspect.signature(type(model).forward).parameters.keys()
+    ends = [n for n, _ in model.named_modules() if n.endswith(task.heads)] if task.heads else []
     known = all(any(name == h or name.startswith(f"{h}.") or name.endswith(h) for h in head) for name in ends)
-    dropped = any(re.match(rf"(^|.*\.){h}($|\..*)", site) for h in heads for site in sites)
-    return kind if known and not dropped else None
+    dropped = any(re.match(rf"(^|.*\.){h}($|\..*)", site) for h in task.heads for site in sites)
+    return task.name if takes and known and not dropped else None
+
+
+def _auto_mapping(model: nn.Module) -> dict[str, str] | None:
+    """PEFT's note of the class, where no task type says it."""
+    kind = type(model)
+    if kind.__module__.partition(".")[0] != "transformers":
+        return None
+    return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
 
 
 def _plain_number(value: float) -> float | int:
