@@ -53,6 +53,8 @@ class PeftConfig:
     rank, alpha: of the sites that rank_pattern and alpha_pattern do not mean.  rank is a LORA's: None in an ADALORA.
     kept: site -> which of initial_rank triplets an ADALORA keeps; its rank_pattern.
     schedule: the settings of an ADALORA that allocates, by our names.
+    base_model: name or folder of the model that was adapted.  task_type: PEFT's, or None.
+    model_class, library: the model's class and its module, where no task type says it; PEFT's auto_mapping.
     """
 
     is_adalora: bool
@@ -73,6 +75,10 @@ class PeftConfig:
     excluded: str | tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None  # of `targets` that are no expression, those in these layers only
     layers_pattern: tuple[str, ...] = ()
+    base_model: str | None = None
+    task_type: str | None = None
+    model_class: str | None = None
+    library: str | None = None
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
@@ -90,7 +96,14 @@ class PeftConfig:
         for head in heads:
             _check_expression("modules_to_save", head)
         layers, stacks = values.get("layers_to_transform"), values.get("layers_pattern") or ()
+        mapping = values.get("auto_mapping") or {}
+        if not isinstance(mapping, dict):
+            raise ValueError(f"{CONFIG}: auto_mapping = {mapping!r} is no object: a foreign file; save the adapter again")
         shared = {
+            "base_model": _text(values, "base_model_name_or_path"),
+            "task_type": _text(values, "task_type"),
+            "model_class": _text(mapping, "base_model_class"),
+            "library": _text(mapping, "parent_library"),
             "dropout": _number(values, "lora_dropout", 0.0),
             "modules_to_save": tuple(heads),
             "targets": _names(values, "target_modules"),
@@ -183,6 +196,13 @@ def _warn_of_unknown(values: Mapping[str, Any]) -> None:
                 f"adapter may act otherwise than it did there; compare the outputs",
                 stacklevel=2,
             )
+
+
+def _text(values: Mapping[str, Any], key: str) -> str | None:
+    text = values.get(key)
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{CONFIG}: {key} = {text!r} is no text: a foreign file; save the adapter again")
+    return text
 
 
 def _names(values: Mapping[str, Any], key: str) -> str | tuple[str, ...] | None:
