@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from rankwise import variants
+from rankwise.reports import ranks
 from rankwise.variants.base import fill
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -290,3 +291,37 @@ def test_a_task_type_is_one_whose_arguments_the_model_takes(make, task, tmp_path
     variants.save_pretrained(adapter, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["task_type"], config["auto_mapping"]) == (task, None)
+
+
+# -- their ranks, read without torch ---------------------------------------------------------------------------------------
+
+
+class Kinds(nn.Module):
+    """A weight of each kind that PEFT adapts."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.image, self.out = nn.Embedding(9, 6), nn.Conv2d(3, 5, (2, 3)), nn.Linear(6, 4)
+
+
+def test_ranks_are_read_of_every_kind_of_weight_and_by_an_adapters_own_name(tmp_path):
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["words", "image", "out"], init_lora_weights=False)
+    theirs = peft.get_peft_model(Kinds(), config, adapter_name="cats")
+    theirs.save_pretrained(tmp_path)
+    state = {name: value.contiguous() for name, value in theirs.state_dict().items()}
+    for _ in range(2):
+        read = ranks.read(tmp_path / "cats")
+        assert {(site.site, site.active) for site in read.sites} == {("words", 3), ("image", 3), ("out", 3)}
+        assert [site.parameters for site in read.sites if site.site == "image"] == [3 * 3 * 2 * 3 + 5 * 3]
+        assert not read.faults and read.note is None
+        save_file(state, tmp_path / "cats" / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def test_ranks_say_that_training_ended_early(tmp_path):
+    settings = {"initial_rank": 5, "target_rank": 3}
+    adapter = variants.create("truncated", **settings).attach(classifier("bert"), targets=["query"])
+    fill(adapter)
+    with pytest.warns(UserWarning, match="ended before its budget"):
+        variants.save_pretrained(adapter, tmp_path)
+    note = ranks.read(tmp_path).note
+    assert note == "training ended before its budget was reached: 10 ranks, its schedule ends with 6"

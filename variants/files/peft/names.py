@@ -31,6 +31,12 @@ class Part:
     part: str
     adapter: str | None
 
+    @property
+    def factor(self) -> str | None:
+        """ "A" or "B", whatever the kind of weight, "E", or None of a magnitude and of what old files hold beside them."""
+        letters = {name: letter for pair in FACTORS.values() for name, letter in zip(pair, "AB", strict=True)}
+        return (letters | {COEFFICIENTS: "E"}).get(self.part)
+
 
 def part(name: str) -> Part | None:
     """What a tensor is, its name without PREFIX; None where it is no part of a low-rank update."""
