@@ -73,6 +73,19 @@ def test_what_a_model_cannot_save_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("method", ["lora", *LOW_RANK, "bitfit", "full"])
+def test_a_model_is_pickled_whole_with_its_adapter(method, tmp_path):
+    adapter = filled(method)
+    torch.save(adapter.model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(again), logits(adapter.model))
+    with pytest.raises(ValueError, match="a copy of a model with an adapter in it"):
+        again.save_pretrained(tmp_path / "a")
+    copied = copy.deepcopy(adapter.model)
+    plain = adapter.detach()
+    assert torch.equal(logits(copied), logits(again)) and not torch.equal(logits(plain), logits(again))
+
+
 @pytest.mark.parametrize("method", ["adalora", "adalora+dora", "dora"])
 def test_trainers_save_model_and_its_checkpoints_are_folders_of_the_adapter(method, tmp_path):
     adapter = attached(method, tiny("bert", torch.float32))

@@ -8,6 +8,7 @@ detaching, merging and counting are given here once.
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -502,6 +503,10 @@ class Adapter(nn.Module):
         if self.members != 1:
             raise ValueError(f"members = {self.members}: a member is copied into an adapter of one: source.alone(member)")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickled adapter is attached to nothing: what `attach` did is undone in the original alone."""
+        return vars(self) | {"_surgery": None}
+
     def silent_dropout(self) -> list[str]:
         """Dropout of the model that the last training forward never drew: it sits inside a fused kernel, and is off."""
         calls = self.draw.calls
@@ -621,17 +626,9 @@ class _Surgery:
     def watch_rows(self, draw: Draw) -> None:
         """Tells the sites how many rows this forward pass has, so that they can refuse an input that is not rows."""
 
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            main = [kwargs[k] for k in ("input_ids", "inputs_embeds", "pixel_values") if kwargs.get(k) is not None]
-            first = next((t for t in [*main, *args, *kwargs.values()] if isinstance(t, Tensor) and t.dim()), None)
-            draw.rows = None if first is None else first.shape[0]
-
-        def after(*_: Any) -> None:
-            draw.rows = None
-
         hooks = [
-            self.model.register_forward_pre_hook(before, with_kwargs=True),
-            self.model.register_forward_hook(after, always_call=True),
+            self.model.register_forward_pre_hook(functools.partial(_note_rows, draw), with_kwargs=True),
+            self.model.register_forward_hook(functools.partial(_forget_rows, draw), always_call=True),
         ]
         self._undo.extend(hook.remove for hook in hooks)
 
@@ -642,6 +639,17 @@ class _Surgery:
         for step in reversed(self._undo):
             step()
         self._undo.clear()
+
+
+# Functions of the module, not of `watch_rows`: a hook that pickles lets torch.save take a model with an adapter in it.
+def _note_rows(draw: Draw, _: nn.Module, args: tuple, kwargs: dict) -> None:
+    main = [kwargs[k] for k in ("input_ids", "inputs_embeds", "pixel_values") if kwargs.get(k) is not None]
+    first = next((t for t in [*main, *args, *kwargs.values()] if isinstance(t, Tensor) and t.dim()), None)
+    draw.rows = None if first is None else first.shape[0]
+
+
+def _forget_rows(draw: Draw, *_: Any) -> None:
+    draw.rows = None
 
 
 def _parameter_places(model: nn.Module) -> dict[int, set[str]]:

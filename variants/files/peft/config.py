@@ -31,18 +31,8 @@ KNOWN = {
     *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias", "fan_in_fan_out"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "ensure_weight_tying"),
     *("init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "runtime_config"),
-    *(
-        "qalora_group_size",
-        "init_r",
-        "target_r",
-        "tinit",
-        "tfinal",
-        "deltaT",
-        "beta1",
-        "beta2",
-        "orth_reg_weight",
-        "total_step",
-    ),
+    *("qalora_group_size", "init_r", "target_r", "tinit", "tfinal", "deltaT", "total_step"),
+    *("beta1", "beta2", "orth_reg_weight"),
 }
 
 
