@@ -1,18 +1,18 @@
 """An adapter out of PEFT's tensors and configuration."""
 
-import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rankwise.variants.base import Adapter, Uncalibrated, weight_of
+from rankwise.variants.base import Adapter, Uncalibrated
 from rankwise.variants.files.facts import Facts
 from rankwise.variants.files.folders import Contents
+from rankwise.variants.files.peft.base import put_base, take_base
+from rankwise.variants.files.peft.checks import Sites, check_heads, check_sites, check_targets, heads_of
 from rankwise.variants.files.peft.config import PeftConfig
 from rankwise.variants.files.peft.names import (
-    BASE_LAYER,
     COEFFICIENTS,
     CONFIG,
     FACTORS,
@@ -26,14 +26,12 @@ from rankwise.variants.files.peft.names import (
 from rankwise.variants.files.peft.writing import RANK_EPSILON
 from rankwise.variants.files.state import copy, detached_if_it_fails, first_rank, inner, pattern_of, trained
 from rankwise.variants.lowrank import first_slots
-from rankwise.variants.settings import PATTERNS, method, nearest
+from rankwise.variants.settings import PATTERNS, method
 from rankwise.variants.targets import is_linear, matches
 from rankwise.variants.triplets import AllocatedAdapter
 from torch import Tensor, nn
 
 A, B = FACTORS["linear"]
-ADAPTED_BY_PEFT = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)  # beside linears
-Sites = Mapping[str, Mapping[str, Tensor]]  # site -> part -> tensor
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,13 @@ def load(model: nn.Module, contents: Contents) -> Adapter:
     """
     config, facts = PeftConfig.read(contents.config), contents.facts
     sites, rest = _parts(contents.tensors)
-    heads = _heads(model, config)
-    base = _take_base(model, rest, heads)
-    _check_sites(model, sites, config)
+    heads = heads_of(model, config)
+    base = take_base(model, rest, heads)
+    check_sites(model, sites, config)
     if not sites and (not rest or (facts is not None and method(facts.method).takes_targets)):
         raise ValueError(f"{WEIGHTS} holds none of an adapter's tensors: a foreign file; save the adapter again")
-    _check_heads(model, rest, heads, config)
-    _check_targets(model, sites, config)
+    check_heads(model, rest, heads, config)
+    check_targets(model, sites, config)
     seeds = [facts.seed if facts is not None else 0]
     if not sites:
         adapter, fill = method("head").load()(seeds=seeds), {}
@@ -77,7 +75,7 @@ def load(model: nn.Module, contents: Contents) -> Adapter:
         for name, key, parameter in trained(adapter.heads):
             copy(parameter, rest, f"{name}.{key}")
         _fill_sites(adapter, fill)
-        _put_base(adapter, base)
+        put_base(adapter, base)
         if isinstance(adapter, AllocatedAdapter):
             adapter.loaded(config.total_steps if facts is None or facts.folded is None else facts.total_step)
     return adapter
@@ -116,125 +114,6 @@ def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]],
             f"save_pretrained(folder, selected_adapters=[...])"
         )
     return sites, rest
-
-
-def _take_base(model: nn.Module, rest: dict[str, Tensor], heads: Sequence[str]) -> dict[str, tuple[nn.Parameter, Tensor]]:
-    """Takes the tensors of the frozen base out of `rest`: what of them differs from the model's, by name.
-
-    PEFT writes the embeddings and the output layer where the vocabulary was resized or one of them is adapted, the latter as
-    base_layer; and reads them into the model.
-    """
-    places = dict(model.named_parameters(remove_duplicate=False))
-    vocabulary = _vocabulary(model)
-    words = tuple(f"{name}." for name, module in model.named_modules(remove_duplicate=False) if module in vocabulary)
-    differing = {}
-    for key in list(rest):
-        name = key.replace(BASE_LAYER, ".")
-        if name.startswith(tuple(f"{head}." for head in heads)) or name not in places:
-            continue
-        value, parameter = rest[key], places[name]
-        if key == name and not name.startswith(words) and not _equals(value, parameter):
-            continue  # PEFT would put it over the base, but writes no such thing
-        del rest[key]
-        if value.shape != parameter.shape:
-            shapes = f"{tuple(value.shape)} where {type(model).__name__} has {tuple(parameter.shape)}"
-            remedy = "load the model it was trained on"
-            if name.startswith(words) and value.shape[1:] == parameter.shape[1:]:
-                remedy = f"its vocabulary was resized: call model.resize_token_embeddings({len(value)}) first"
-            raise ValueError(f"tensor {PREFIX}{key} of the base has shape {shapes}: {remedy}")
-        if not _equals(value, parameter):
-            differing[name] = parameter, value
-    return differing
-
-
-def _vocabulary(model: nn.Module) -> list[nn.Module]:
-    """The embeddings of a language model and its output layer."""
-    found = []
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        with contextlib.suppress(AttributeError, NotImplementedError):  # transformers' models that have none
-            found.append(getattr(model, name)())
-    return [module for module in found if module is not None]
-
-
-def _equals(value: Tensor, parameter: nn.Parameter) -> bool:
-    return value.shape == parameter.shape and torch.equal(value.to(parameter), parameter)
-
-
-def _put_base(adapter: Adapter, tensors: Mapping[str, tuple[nn.Parameter, Tensor]]) -> None:
-    """Gives the base the tensors that its adapter was trained with, until it is detached."""
-    own = {name: parameter.data for name, (parameter, _) in tensors.items()}
-    for parameter, value in tensors.values():
-        parameter.data = value.to(parameter)
-    adapter.base_tensors = {name: parameter for name, (parameter, _) in tensors.items()}
-
-    def put_back() -> None:
-        for name, parameter in adapter.base_tensors.items():
-            parameter.data = own[name]
-        adapter.base_tensors = {}
-
-    adapter.when_detached(put_back)
-
-
-def _check_sites(model: nn.Module, sites: Sites, config: PeftConfig) -> None:
-    """Every site is a linear of the model, has all its parts, and they fit each other and the weight."""
-    modules = dict(model.named_modules())
-    needed = {A, B} | ({COEFFICIENTS} if config.is_adalora else {MAGNITUDE} if config.has_magnitude else set())
-    for name, parts in sites.items():
-        if name not in modules:
-            raise ValueError(
-                f"{name} is no module of {type(model).__name__}{nearest(name, modules)}: load the model it was for"
-            )
-        base = modules[name]
-        if not is_linear(base) or not base.weight.is_floating_point():
-            raise ValueError(f"{name} is a {type(base).__name__}: only adapters of nn.Linear and Conv1D can be loaded")
-        if set(parts) != needed:
-            missing, more = ", ".join(sorted(needed - set(parts))), ", ".join(sorted(set(parts) - needed))
-            fault = f"lacks {missing}" if missing else f"has {more}, which peft_type and use_dora do not allow"
-            raise ValueError(f"{name} {fault}: the file is not whole or not of this {CONFIG}; save the adapter again")
-        out_features, in_features = weight_of(base).shape
-        rank = parts[A].shape[0] if parts[A].dim() else 0
-        shapes = {A: (rank, in_features), B: (out_features, rank), COEFFICIENTS: (rank, 1), MAGNITUDE: (out_features,)}
-        for key, value in parts.items():
-            if tuple(value.shape) != shapes[key]:
-                raise ValueError(
-                    f"{name}.{key} has shape {tuple(value.shape)} where {type(model).__name__} needs {shapes[key]}: "
-                    f"load the model it was trained on"
-                )
-
-
-def _heads(model: nn.Module, config: PeftConfig) -> list[str]:
-    """Names of the modules that PEFT takes for heads: those that end like one of modules_to_save."""
-    ends = config.modules_to_save
-    whole = [n for n, module in model.named_modules() if n and any(True for _ in module.parameters())]
-    names = [n for n in whole if n.endswith(ends)] if ends else []
-    return [n for n in names if not n.startswith(tuple(f"{m}." for m in names))]
-
-
-def _check_heads(model: nn.Module, rest: Mapping[str, Tensor], heads: Sequence[str], config: PeftConfig) -> None:
-    for name in rest:
-        if not any(name.startswith(f"{head}.") for head in heads):
-            raise ValueError(
-                f"tensor {PREFIX}{name} belongs to no adapter and to no head in {type(model).__name__} "
-                f"(modules_to_save = {list(config.modules_to_save)}): load the model it was trained on, with its head"
-            )
-    for head in heads:
-        if not any(name.startswith(f"{head}.") for name in rest):
-            raise ValueError(
-                f"{CONFIG} says that {head} was trained (modules_to_save), and {WEIGHTS} has no tensor of it: the file is not "
-                f"whole; save or copy it again"
-            )
-
-
-def _check_targets(model: nn.Module, sites: Sites, config: PeftConfig) -> None:
-    """Every module that the configuration says is adapted has its tensors."""
-    meant = [name for name, module in model.named_modules() if isinstance(module, ADAPTED_BY_PEFT) or is_linear(module)]
-    meant = [name for name in meant if config.takes(name) and not (config.rank_of(name) == 0 and not config.is_adalora)]
-    missing = [name for name in meant if name not in sites]
-    if missing:
-        raise ValueError(
-            f"{CONFIG} says that {len(meant)} modules of {type(model).__name__} are adapted (target_modules), and {WEIGHTS} "
-            f"lacks {len(missing)} of them, {missing[0]} among them: the file is not whole; save or copy it again"
-        )
 
 
 @torch.no_grad()
