@@ -302,6 +302,7 @@ def export(
     to: Annotated[str, typer.Option(help="lora: a plain LoRA; merged: a whole model, the adapter merged into it.")],
     out: Annotated[Path, typer.Option(help="Folder to write: a new or an empty one, or an earlier export.")],
     model: Annotated[str | None, typer.Option(help="Base model.  [default: the one that PATH names]")] = None,
+    model_class: Annotated[str | None, typer.Option(help="Its class in transformers.  [default: the adapter's]")] = None,
     total_rank: Annotated[int | None, typer.Option(help="Truncate first, to so many ranks of all sites together.")] = None,
     total_parameters: Annotated[int | None, typer.Option(help="The same, to so many parameters.")] = None,
     as_json: Json = False,
@@ -314,7 +315,7 @@ def export(
     for flag, number in (("--total-rank", total_rank), ("--total-parameters", total_parameters)):
         if number is not None and number < 1:
             raise ValueError(f"{flag} {number}: give at least 1")
-    source = exports.find(path, to, model)
+    source = exports.find(path, to, model, model_class)
     exports.check_out(out, source.adapter)
     with _progress() as bar, _nothing_kept_if_interrupted():
         bar.say(f"{source.model}: loading torch and the model ...")

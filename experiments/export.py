@@ -6,17 +6,21 @@ names.  `find` looks without torch, so that what cannot be exported is refused w
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rankwise.variants.files.peft.config import PeftConfig
+from rankwise.variants.files.peft.names import CONFIG, PICKLE, WEIGHTS
+from rankwise.variants.settings import nearest
 from safetensors import SafetensorError, safe_open
 
 KINDS = ("lora", "merged")
 RECORD = "export.json"  # in every folder that was exported to: what it was made of
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+HUB_ID = re.compile(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", re.ASCII)  # and a name of the catalogue
 AUTO = {  # PEFT's task types
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -32,21 +36,24 @@ class Source:
     """What is to be exported.
 
     adapter: its folder. model: name of its base. run: config.json of the run, None for an adapter of no run.
-    config: PEFT's adapter_config.json, empty for an adapter in our own format. labels: outputs of its head, where it has one.
+    model_class: of transformers, the model's; None where the base alone says it.
+    heads: ends of the names of modules that the adapter holds whole. labels: outputs of a classifier among them.
     """
 
     adapter: Path
     model: str
     run: dict[str, Any] | None
-    config: dict[str, Any]
+    model_class: str | None
+    heads: tuple[str, ...]
     labels: int | None
 
 
-def find(path: Path, to: str, model: str | None) -> Source:
+def find(path: Path, to: str, model: str | None, model_class: str | None = None) -> Source:
     """
     Args:
         path: a run's folder, or an adapter's.
         model: name of the base, where another than the one that `path` names is wanted.
+        model_class: of transformers, where another than the one that the adapter names is wanted.
 
     Raises:
         ValueError: no adapter there, one without the form that is asked for, or no base model to be told.
@@ -54,27 +61,45 @@ def find(path: Path, to: str, model: str | None) -> Source:
     if to not in KINDS:
         raise ValueError(f"--to {to}: give {' or '.join(KINDS)}")
     adapter = path / "adapter" if (path / "adapter").is_dir() else path
-    if not (adapter / WEIGHTS).is_file() and not (adapter / "adapter_model.bin").is_file():
+    if not (adapter / WEIGHTS).is_file() and not (adapter / PICKLE).is_file():
         if (path / "config.json").is_file() and (path / "result.json").is_file():
             raise ValueError(f"{path} is a run without its adapter/: results are kept without weights; run the study again")
         raise ValueError(f"{path} holds no adapter: give a run's folder, or one with {WEIGHTS}")
     run = _object(adapter.parent / "config.json")
     run = run if run is not None and {"fingerprint", "task", "model", "method"} <= run.keys() else None
-    config = _object(adapter / CONFIG) or {}
+    config = _config(adapter)
     shapes, ours = _read(adapter / WEIGHTS)
-    if to == "lora" and ours is not None and not config:
+    if to == "lora" and ours is not None and config is None:
         raise ValueError(f"{path}: {ours} changes the model's own tensors, which no low-rank update expresses: use --to merged")
-    if to == "lora" and config.get("use_dora"):
+    if to == "lora" and config is not None and config.has_magnitude:
         raise ValueError(
             f"{path} has DoRA's magnitudes, which a plain LoRA cannot hold: programs that know use_dora load the adapter as "
             f"it is; for all others use --to merged"
         )
-    if run is None and not config:
+    if run is not None and model_class is not None:
+        raise ValueError(f"--model-class {model_class}: {path} is a run, whose task says the class; leave it out")
+    if run is None and config is None:
         raise ValueError(f"{path}: an adapter of {ours or 'no PEFT form'} says neither model nor task: give its run's folder")
-    named = model or (run or {}).get("model") or config.get("base_model_name_or_path")
+    named = model or (run or {}).get("model") or (config.base_model if config is not None else None)
     if not named:
         raise ValueError(f"{path} names no base model: name it with --model")
-    return Source(adapter, named, run, config, _labels(shapes, config))
+    if not HUB_ID.fullmatch(named) and not Path(named).expanduser().is_dir():
+        raise ValueError(
+            f"the base model {named} is a folder that is not there, perhaps of another machine: name a copy with --model"
+        )
+    if run is not None:
+        return Source(adapter, named, run, None, (), None)
+    known = model_class or AUTO.get(config.task_type or "") or config.model_class
+    if (
+        model_class is None
+        and known == config.model_class
+        and (config.library or "transformers").split(".")[0] != "transformers"
+    ):
+        raise ValueError(
+            f"{path} was trained on a {known} of {config.library}, which is not of transformers: name the class that takes its "
+            f"place there with --model-class"
+        )
+    return Source(adapter, named, None, known, config.modules_to_save, _labels(shapes, config.modules_to_save, known))
 
 
 def check_out(out: Path, adapter: Path) -> None:
@@ -133,10 +158,10 @@ def _load(source: Source, whole: bool) -> tuple[Any, Any]:
     """
     from rankwise.experiments import catalogue, models, tasks
 
-    if source.run is not None:
-        model, tokenizer, _ = models.load(source.model, tasks.get(source.run["task"]))
-        return model, tokenizer
     try:
+        if source.run is not None:
+            model, tokenizer, _ = models.load(source.model, tasks.get(source.run["task"]))
+            return model, tokenizer
         folder = catalogue.fetch(source.model)
     except catalogue.Unavailable as error:
         raise ValueError(f"{error}; name a copy that is at hand with --model") from None
@@ -147,36 +172,45 @@ def _load(source: Source, whole: bool) -> tuple[Any, Any]:
         config = transformers.AutoConfig.from_pretrained(folder, **options)
         if source.labels is not None:
             config.num_labels = source.labels
-        known = AUTO.get(source.config.get("task_type")) or next(iter(config.architectures or ()), "AutoModel")
+        known = source.model_class or next(iter(config.architectures or ()), "AutoModel")
+        kind = getattr(transformers, known, None)
+        if not hasattr(kind, "from_pretrained"):
+            classes = [name for name in dir(transformers) if "For" in name or name.endswith("Model")]
+            raise ValueError(f"transformers has no model class {known}{nearest(known, classes)}: name one with --model-class")
         options |= {"dtype": "auto", "use_safetensors": True, "ignore_mismatched_sizes": True}
-        loader = getattr(transformers, known).from_pretrained
-        model, found = loader(folder, config=config, output_loading_info=True, **options)
+        model, found = kind.from_pretrained(folder, config=config, output_loading_info=True, **options)
     except (ValueError, KeyError, ImportError, OSError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{source.model} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     missing = [*found["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in found["mismatched_keys"])]
-    heads = source.config.get("modules_to_save") or []
-    astray = sorted(key for key in missing if not any(f".{head}." in f".{key}" for head in heads))
+    astray = sorted(key for key in missing if not any(f".{head}." in f".{key}" for head in source.heads))
     if whole and astray:
         raise ValueError(
             f"{source.model} lacks {len(astray)} weights of a {type(model).__name__}, {astray[0]} among them, and the adapter "
-            f"does not hold them: name the model that it was trained on with --model"
+            f"does not hold them: name the model that it was trained on with --model, or its class with --model-class"
         )
     model.config._name_or_path = source.model
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, ImportError, OSError):
+    except Exception:  # where there is none, each class of tokenizer fails in a way of its own
         tokenizer = None
     return model.eval(), tokenizer
 
 
-def _labels(shapes: dict[str, list[int]], config: dict[str, Any]) -> int | None:
+def _labels(shapes: dict[str, list[int]], heads: tuple[str, ...], model_class: str | None) -> int | None:
     """Outputs of a classifier in the file: rows of the last matrix of its head."""
-    heads = config.get("modules_to_save")
-    if config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS") or not isinstance(heads, list):
+    if "Classification" not in (model_class or ""):
         return None
-    ends = [f"{head}{end}" for head in heads for end in (".weight", ".out_proj.weight")]
-    found = [shape[0] for name, shape in shapes.items() if len(shape) == 2 and name.endswith(tuple(ends))]
-    return min(found, default=None)
+    ends = tuple(f"{head}{end}" for head in heads for end in (".weight", ".out_proj.weight"))
+    return min((shape[0] for name, shape in shapes.items() if len(shape) == 2 and name.endswith(ends)), default=None)
+
+
+def _config(adapter: Path) -> PeftConfig | None:
+    """None for an adapter in our own format."""
+    values = _object(adapter / CONFIG)
+    try:
+        return PeftConfig.read(values) if values else None
+    except ValueError as error:
+        raise ValueError(f"{adapter}: {error}") from None
 
 
 def _read(path: Path) -> tuple[dict[str, list[int]], str | None]:

@@ -17,11 +17,9 @@ from pathlib import Path
 import numpy as np
 from rankwise.reports import faults
 from rankwise.reports.results import RankStep, Run, is_run, load_run, read_json
+from rankwise.variants.files.peft.names import CONFIG, PICKLE, PREFIX, WEIGHTS, is_meant, part
 
-PREFIX = "base_model.model."  # what PEFT puts before the model's own path
 FACTS = ("parameters", "share", "effective_rank", "stable_rank", "energy_rank", "relative_norm", "importance", "intruders")
-FACTOR = re.compile(r"^(?P<site>.+)\.lora_(?P<factor>embedding_A|embedding_B|A|B)(\.weight)?$")
-PART = re.compile(r"^(?P<site>.+)\.lora_(?P<factor>embedding_A|embedding_B|A|B|E)(\.weight)?$")
 
 
 @dataclass(frozen=True)
@@ -141,20 +139,20 @@ def read(path: str | Path) -> RankMap:
         ValueError: neither of the two, cut off, foreign, or pickled.
     """
     path = Path(path)
-    if path.is_file() and path.name in ("adapter_config.json", "adapter_model.safetensors"):
+    if path.is_file() and path.name in (CONFIG, WEIGHTS):
         path = path.parent
     if not path.is_dir():
         rule = "is a file" if path.exists() else "does not exist"
         raise ValueError(f"{path} {rule}; give the folder of a run or of an adapter (adapter_config.json)")
     if is_run(path):
         return _read_run(path)
-    if (path / "adapter_config.json").is_file():
+    if (path / CONFIG).is_file():
         return _read_adapter(path)
-    if (path / "adapter_model.safetensors").is_file():
+    if (path / WEIGHTS).is_file():
         if _is_whole_model(path):
             raise ValueError(f"{path} holds full fine-tuning or BitFit, which have no ranks; give a low-rank adapter")
         raise ValueError(f"{path} has no adapter_config.json; copy the one that was saved with the weights")
-    if (path / "adapter_model.bin").is_file():
+    if (path / PICKLE).is_file():
         _refuse_pickle(path)
     below = [child.name for child in sorted(path.iterdir()) if child.is_dir() and is_run(child)]
     hint = f"; it holds runs, give one of them: {below[0]}" if below else ""
@@ -217,7 +215,7 @@ def _site(name: str, active: int, nominal: int, alpha: float | None, scale: floa
 
 
 def _read_adapter(folder: Path) -> RankMap:
-    config = _read_config(folder / "adapter_config.json")
+    config = _read_config(folder / CONFIG)
     kind = config.get("peft_type")
     if kind not in ("LORA", "ADALORA"):
         raise ValueError(
@@ -235,17 +233,17 @@ def _read_adapter(folder: Path) -> RankMap:
         raise ValueError(f"{folder}: adapter_model.safetensors holds no lora_A: head only, or a foreign file")
     dora = any(".lora_magnitude_vector" in name for name in shapes)
     method = "adalora" if adalora else "dora" if dora else "lora"
-    told = _told(folder)
-    if "folded" in told:  # AdaLoRA+DoRA has no PEFT type of its own: what PEFT's keys cannot say stands in the metadata
-        method = str(told.get("method", method))
-        sites = [_unfolded(site, told["folded"]) for site in sites]
+    facts = _facts(folder)
+    if "folded" in facts:  # AdaLoRA+DoRA has no PEFT type of its own: what PEFT's keys cannot say stands in the metadata
+        method = str(facts.get("method", method))
+        sites = [_unfolded(site, facts["folded"]) for site in sites]
     base = config.get("base_model_name_or_path")
     by_name = {site.site: site for site in sites}
     return RankMap(
         "adapter",
         f"{folder.name} on {base}" if base else folder.name,
         method,
-        None,
+        _ended_early(facts.get("unfinished")),
         tuple(by_name[name] for name in site_order(by_name)),
         tuple(found_faults),
     )
@@ -253,15 +251,15 @@ def _read_adapter(folder: Path) -> RankMap:
 
 def _measured(folder: Path, sites: list[SiteRank], shapes: dict[str, tuple[int, ...]]) -> tuple[list[SiteRank], list[str]]:
     """The sites with what their tensors say, and what is wrong with the tensors."""
-    stored = faults.tensors(folder / "adapter_model.safetensors")
+    stored = faults.tensors(folder / WEIGHTS)
     parts: dict[str, dict[str, tuple]] = {}
     found = []
     for name in shapes:
-        match = PART.match(name.removeprefix(PREFIX))
+        tensor = part(name.removeprefix(PREFIX))
         if name not in stored:
             found.append(f"{name} is stored in a type that is not read here: only its shape is known")
-        elif match:
-            parts.setdefault(match["site"], {})[match["factor"][-1]] = stored[name]
+        elif tensor is not None and tensor.factor is not None:
+            parts.setdefault(tensor.site, {})[tensor.factor] = stored[name]
         elif bad := int((~np.isfinite(stored[name][0])).sum()):
             found.append(f"{name} holds {bad:,} numbers that are not finite")
     updates = {}
@@ -309,9 +307,9 @@ def _read_config(path: Path) -> dict:
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape. Only the header is read; nothing is unpickled."""
-    path = folder / "adapter_model.safetensors"
+    path = folder / WEIGHTS
     if not path.is_file():
-        if (folder / "adapter_model.bin").is_file():
+        if (folder / PICKLE).is_file():
             _refuse_pickle(folder)
         raise ValueError(f"{path} is missing: half an adapter; save the adapter again")
     with _opened(path) as file:
@@ -319,20 +317,29 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _is_whole_model(folder: Path) -> bool:
-    """Whether variants/checkpoint.py wrote it for a method without adapters."""
-    with _opened(folder / "adapter_model.safetensors") as file:
+    """Whether variants/files wrote it for a method without adapters."""
+    with _opened(folder / WEIGHTS) as file:
         return (file.metadata() or {}).get("format") == "rankwise"
 
 
-def _told(folder: Path) -> dict:
-    """What variants/checkpoint.py says of an adapter beside PEFT's keys; empty for a foreign one."""
-    with _opened(folder / "adapter_model.safetensors") as file:
+def _facts(folder: Path) -> dict:
+    """What variants/files says of an adapter beside PEFT's keys; empty for a foreign one."""
+    with _opened(folder / WEIGHTS) as file:
         text = (file.metadata() or {}).get("rankwise")
     try:
-        told = json.loads(text) if text else {}
+        facts = json.loads(text) if text else {}
     except ValueError:
         raise ValueError(f'{folder}: its "rankwise" metadata is no JSON; save the adapter again') from None
-    return told if isinstance(told, dict) else {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _ended_early(unfinished: object) -> str | None:
+    """What our files say of an adapter that was saved above the budget that its schedule ends with."""
+    if not isinstance(unfinished, dict):
+        return None
+    what = {"rank": "ranks"}.get(unfinished.get("unit"), unfinished.get("unit"))
+    ends = f"its schedule ends with {unfinished.get('budget')}"
+    return f"training ended before its budget was reached: {unfinished.get('has')} {what}, {ends}"
 
 
 def _unfolded(site: SiteRank, folded: dict) -> SiteRank:
@@ -353,7 +360,7 @@ def _opened(path: Path):
 
 def _refuse_pickle(folder: Path) -> None:
     raise ValueError(
-        f"{folder / 'adapter_model.bin'} is a pickle, which can run code when it is read, so it is refused; "
+        f"{folder / PICKLE} is a pickle, which can run code when it is read, so it is refused; "
         "load it in PEFT where you trust it and save_pretrained(folder, safe_serialization=True)"
     )
 
@@ -362,10 +369,9 @@ def _factor_ranks(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str,
     """Site -> rows of A, which must be the columns of B."""
     found: dict[str, dict[str, int]] = {}
     for name, shape in shapes.items():
-        match = FACTOR.match(name.removeprefix(PREFIX))
-        if match and len(shape) >= 2:
-            factor = match["factor"][-1]
-            found.setdefault(match["site"], {})[factor] = shape[0] if factor == "A" else shape[1]
+        tensor = part(name.removeprefix(PREFIX))
+        if tensor is not None and tensor.factor in ("A", "B") and len(shape) >= 2:
+            found.setdefault(tensor.site, {})[tensor.factor] = shape[0] if tensor.factor == "A" else shape[1]
     for site, factors in found.items():
         if set(factors) != {"A", "B"} or factors["A"] != factors["B"]:
             raise ValueError(
@@ -407,7 +413,7 @@ def _number(folder: Path, config: dict, key: str) -> float:
 def _matches(key: str, site: str) -> bool:
     """PEFT's rule: the key is a regular expression for the end of the path."""
     try:
-        return re.match(rf"(.*\.)?({key})$", site) is not None
+        return is_meant(key, site)
     except re.error:
         return site == key or site.endswith("." + key)
 

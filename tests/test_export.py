@@ -299,3 +299,81 @@ def test_what_cannot_be_exported_is_one_line_with_a_remedy(base, tmp_path, monke
     (run / "result.json").touch()
     assert "a run without its adapter/" in (said := line(run, "--to", "lora")) and "run the study again" in said
     assert "holds no adapter" in line(tmp_path / "nowhere", "--to", "lora")
+
+
+# -- the model's class -----------------------------------------------------------------------------------------------------
+
+
+def vision(kind: str, folder: Path):
+    """A base without a head, and the class of a classifier over it, with the end of its linears' names."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "hidden_size": 32}
+    if kind == "wav2vec2":
+        convolutions = {"conv_dim": (16, 16), "conv_stride": (4, 4), "conv_kernel": (8, 8), "num_feat_extract_layers": 2}
+        positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8}
+        config = transformers.Wav2Vec2Config(vocab_size=67, **sizes, **convolutions, **positions)
+        transformers.Wav2Vec2Model(config).save_pretrained(folder)
+        return transformers.Wav2Vec2ForSequenceClassification, {"input_values": torch.ones(2, 400)}, ["projector", "classifier"]
+    config = transformers.ViTConfig(**sizes, image_size=16, patch_size=8)
+    transformers.ViTModel(config).save_pretrained(folder)
+    return transformers.ViTForImageClassification, {"pixel_values": torch.ones(2, 3, 16, 16)}, ["classifier"]
+
+
+@pytest.mark.parametrize("writer", ["peft", "ours"])
+@pytest.mark.parametrize(("kind", "labels"), [("vit", 3), ("vit", 5), ("wav2vec2", 4)])
+def test_the_class_that_the_adapter_names_is_exported(kind, labels, writer, tmp_path, monkeypatch):
+    import peft
+
+    classifier, inputs, heads = vision(kind, tmp_path / "base")
+    model = classifier.from_pretrained(tmp_path / "base", num_labels=labels).eval()
+    if writer == "peft":
+        settings = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": heads, "init_lora_weights": False}
+        model = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=7, **settings)).eval()
+        model.save_pretrained(tmp_path / "a")
+    else:
+        fill(adapter := variants.create("lora", rank=3, alpha=7).attach(model, ["q_proj", "v_proj"], head=heads))
+        variants.save_pretrained(adapter, tmp_path / "a")
+    with torch.no_grad():
+        want = model(**inputs).logits
+    assert rankwise(monkeypatch, "export", tmp_path / "a", "--to", "merged", "--out", tmp_path / "out") == 0
+    whole, notes = classifier.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not notes["missing_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(whole.eval()(**inputs).logits, want, rtol=0, atol=1e-5)
+
+
+def test_another_class_may_be_named_and_a_foreign_one_must_be(base, tmp_path, monkeypatch, capsys):
+    classifier, inputs, heads = vision("vit", tmp_path / "base")
+    model = classifier.from_pretrained(tmp_path / "base", num_labels=3).eval()
+    fill(adapter := variants.create("lora", rank=3, alpha=7).attach(model, ["q_proj", "v_proj"], head=heads))
+    variants.save_pretrained(adapter, tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    foreign = {"base_model_class": "MyViT", "parent_library": "transformers_modules.me.modeling"}
+    path.write_text(json.dumps(config | {"auto_mapping": foreign}))
+    words = ("export", tmp_path / "a", "--to", "merged", "--out", tmp_path / "out")
+    line = refused(monkeypatch, capsys, *words)
+    assert "MyViT of transformers_modules.me.modeling, which is not of transformers" in line and "--model-class" in line
+    line = refused(monkeypatch, capsys, *words, "--model-class", "ViTForImageClassifcation")
+    assert 'no model class ViTForImageClassifcation; did you mean "ViTForImageClassification"?' in line
+    assert rankwise(monkeypatch, *words, "--model-class", "AutoModelForImageClassification") == 0
+    with torch.no_grad():
+        want, whole = model(**inputs).logits, classifier.from_pretrained(tmp_path / "out").eval()
+        torch.testing.assert_close(whole(**inputs).logits, want, rtol=0, atol=1e-5)
+    run, _ = run_of("lora", base, tmp_path / "run")
+    line = refused(monkeypatch, capsys, "export", run, *words[2:], "--model-class", "BertModel")
+    assert "is a run, whose task says the class" in line
+
+
+@pytest.mark.parametrize("folder", ["/home/ada/models/base", "~/elsewhere/base", "./base", r"C:\models\base"])
+def test_a_base_of_another_machine_is_refused_with_the_remedy(folder, base, tmp_path, monkeypatch, capsys):
+    run, _ = run_of("lora", base, tmp_path / "run")
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": folder}))
+    (run / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text()) | {"model": folder}))
+    for path in (run, run / "adapter"):
+        line = refused(monkeypatch, capsys, "export", path, "--to", "merged", "--out", tmp_path / "out")
+        assert folder in line and "name a copy with --model" in line
+        (run / "config.json").unlink(missing_ok=True)

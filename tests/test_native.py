@@ -188,7 +188,8 @@ PROGRAM = """
 import torch, variants
 from tests.tiny import tiny
 from rankwise.variants import native
-from rankwise.variants.base import Step, fill
+from rankwise.variants.adapter.step import Step
+from rankwise.variants.adapter.probe import fill
 fixed = {"rank": [2, 3, 5]}
 for method, settings in (("lora", fixed), ("dora", fixed), ("adalora", {"initial_rank": 4, "target_rank": 2})):
     model = tiny("bert").float().train()

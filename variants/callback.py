@@ -17,8 +17,10 @@ The penalty enters once a step: with the first micro-batch where the model divid
 given `num_items_in_batch`), with each where Trainer divides by their number.  Only its gradient enters, not its value, so
 that the logged loss is the task's.
 
-A checkpoint of Trainer's holds all that a resumed run needs: model.safetensors has the sites and, under "adapter_state.",
-what the allocator averages; adapter/ beside it has the files of `save_pretrained`.
+A checkpoint of Trainer's holds all that a resumed run needs, and is an adapter's folder: the files of `save_pretrained`, the
+same once more in adapter/, and model.safetensors, which has what training moves: the adapter's state under "adapter_state.",
+averages of the allocator among it, and the base's buffers.  `Trainer.save_model` writes the files of `save_pretrained`.  The
+model's state has the base's own names, with the adapter's state beside them.
 
 What is not as in our own trainer, because Trainer decides it: a gradient that is not finite is skipped by fp16's
 GradScaler alone (and then counts for no score); a model that takes `num_items_in_batch` without using it, as
@@ -27,18 +29,21 @@ their mean, unless `model.accepts_loss_kwargs = False` is set before the Trainer
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rankwise.variants.adapter.interface import Adapter, torch_groups
 from rankwise.variants.adapter.step import Step
-from rankwise.variants.checkpoint import save_pretrained
+from rankwise.variants.files.folders import placed
+from rankwise.variants.files.pretrained import warn_if_unfinished, write
+from rankwise.variants.files.state import ADAPTER_STATE, own_names
 from rankwise.variants.lowrank.slots import follow
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
-
-STATE = "adapter_state"  # name of the module under which the model's state holds what is in no site
 
 
 class AdapterCallback(TrainerCallback):
@@ -47,23 +52,31 @@ class AdapterCallback(TrainerCallback):
     def __init__(self, adapter: Adapter):
         """
         Raises:
-            ValueError: several members, whose losses and clipping Trainer would pool; an adapter that is not attached.
+            ValueError: several members, whose losses and clipping Trainer would pool; tensors that Trainer would neither
+                clip nor clear; an adapter that is not attached.
         """
         if adapter.members > 1:
             raise ValueError(
                 f"members = {adapter.members}: Trainer has one loss and one clipping norm for all rows: give one member"
             )
+        if {id(p) for p in adapter.parameters()} - {id(p) for p in adapter.model.parameters()}:
+            raise ValueError(
+                f"{adapter.method} trains tensors that are not among the model's, so that Trainer neither clips nor clears "
+                f"their gradients: give Trainer the model without an adapter, whose parameters it trains itself"
+            )
         self.adapter = adapter
         self.step: Step | None = None  # None: nobody trains
         self.micro_batch = 0
+        self._shows_wrappers = False
         model = adapter.model
-        model.add_module(STATE, _State(adapter))
         handles = [
             model.register_forward_pre_hook(self._before_forward),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
+            model.register_state_dict_post_hook(functools.partial(self._after_state)),  # it is given an attribute
             model.register_load_state_dict_pre_hook(self._before_load),
         ]
-        adapter.when_detached(lambda: [delattr(model, STATE), *(handle.remove() for handle in handles)])
+        for handle in handles:
+            adapter.when_detached(handle.remove)
 
     # -- the events of Trainer -------------------------------------------------------------------------------------
 
@@ -85,6 +98,7 @@ class AdapterCallback(TrainerCallback):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keyed)
         self.adapter.to(next(model.parameters()).device)  # its averages are not among the model's modules
         check_optimizer(optimizer, self.adapter)
+        self._save_checkpoints(self._checkpoint)
         self._begin(state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -112,11 +126,13 @@ class AdapterCallback(TrainerCallback):
         follow(optimizer, self.adapter)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        save_pretrained(self.adapter, Path(args.output_dir) / f"checkpoint-{state.global_step}" / "adapter")
+        write(self.adapter, Path(args.output_dir) / f"checkpoint-{state.global_step}" / "adapter")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.adapter.begin(self.step, training=False)
         self.step = None
+        self._save_checkpoints(None)
+        warn_if_unfinished(self.adapter)  # the best checkpoint, where Trainer has loaded that, may be an early one
 
     # -- the hooks of the model --------------------------------------------------------------------------------------
 
@@ -149,33 +165,45 @@ class AdapterCallback(TrainerCallback):
         output["loss"] = loss
         return output
 
+    # -- the model's state and its files -----------------------------------------------------------------------------
+
+    def _save_checkpoints(self, checkpoint: Callable[[Path], None] | None) -> None:
+        door = getattr(self.adapter.model, "save_pretrained", None)  # Trainer calls it; a model not of transformers has none
+        if door is not None:
+            door.checkpoint = checkpoint
+
+    def _checkpoint(self, folder: Path) -> None:
+        """Writes what Trainer's `resume_from_checkpoint` and `load_best_model_at_end` read, and the adapter's files."""
+        model = self.adapter.model
+        places = own_names(model, dict(model.named_parameters(remove_duplicate=False)))
+        frozen = {name for path, name in places.items() if not model.get_parameter(path).requires_grad}
+        moved = {name: value.contiguous() for name, value in model.state_dict().items() if name not in frozen}
+        write(self.adapter, folder)
+        with placed(folder) as partial:
+            save_file(moved, partial / "model.safetensors", metadata={"format": "pt"})
+
+    def _after_state(self, model: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+        """Gives the model's tensors their own names, and puts the adapter's beside them."""
+        if self._shows_wrappers:
+            return
+        inside = {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
+        state |= {prefix + name: inside[key] for key, name in own_names(model, inside).items()}
+        state |= {f"{prefix}{ADAPTER_STATE}{name}": value for name, value in self.adapter.state_dict().items()}
+
     def _before_load(self, model: nn.Module, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Takes the adapter's whole state out of the model's, which may bring sites of another size."""
-        names = {id(module): name for name, module in model.named_modules()}
-        found = {name.removeprefix(f"{STATE}."): value for name, value in state.items() if name.startswith(f"{STATE}.")}
-        for key, kind in (("sites", self.adapter.sites), ("heads", self.adapter.heads)):
-            for name, site in kind.items():
-                place = f"{names[id(site)]}."
-                mine = {k.removeprefix(place): v for k, v in state.items() if k.startswith(place)}
-                found |= {f"{key}.{name}.{k}": v for k, v in mine.items()}
-        if found:
-            self.adapter.load_state_dict(found)
-
-
-class _State(nn.Module):
-    """Shows in a model's state what of its adapter's is in no site: the averages of scores."""
-
-    def __init__(self, adapter: Adapter):
-        super().__init__()
-        self._adapter = [adapter]  # in a list, where it is no submodule: the sites are the model's already
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for name, value in self._adapter[0].state_dict(keep_vars=keep_vars).items():
-            if not name.startswith(("sites.", "heads.")):
-                destination[prefix + name] = value
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        """Nothing: `AdapterCallback._before_load` has done it."""
+        """Takes the adapter's state, which may bring sites of another size; what the state lacks stays as it is."""
+        mark = prefix + ADAPTER_STATE
+        trained = {key.removeprefix(mark): state.pop(key) for key in list(state) if key.startswith(mark)}
+        if trained:
+            self.adapter.load_state_dict(trained)
+        self._shows_wrappers = True
+        try:
+            wrapped = model.state_dict()
+        finally:
+            self._shows_wrappers = False
+        names = own_names(model, wrapped)
+        for key, value in wrapped.items():
+            state[prefix + key] = state.pop(prefix + names[key], value) if key in names else value
 
 
 def rate_in_force(optimizer: Any, adapter: Adapter) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+from rankwise import variants  # whose members are imported at their first use
 from rankwise.variants.adapter.draws import Draw, KeyedDropout
 from rankwise.variants.adapter.heads import leaves, make_head
 from rankwise.variants.adapter.linears import weight_of
@@ -57,6 +58,7 @@ class Adapter(nn.Module):
         self.heads = nn.ModuleDict()  # the task head's modules, trained whole, K of them
         self.targets: str | list[str] = []
         self.head_names: list[str] = []
+        self.base_tensors: dict[str, nn.Parameter] = {}  # of the frozen base, that came with the adapter's file
         self._surgery: Surgery | None = None
         self._calibration: Calibration | Uncalibrated | None = Uncalibrated()  # what `attach` was given, while it runs
 
@@ -174,6 +176,7 @@ class Adapter(nn.Module):
             self._insert(model, names, head)
         finally:
             self._calibration = Uncalibrated()  # it may hold data, or a trainer
+        variants.open_door(self)
         return self
 
     def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None:
@@ -371,10 +374,23 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def copy_member(self, source: "Adapter", member: int) -> None:
         """Takes over the state of one member of `source`; both have the same sites, and K = 1 here."""
+        self.check_alone()
         theirs = source.state_dict()
         for name, mine in self.state_dict().items():
             value = theirs[name][member]
             mine.copy_(value[tuple(slice(n) for n in mine.shape[1:])].unsqueeze(0))
+
+    def check_alone(self) -> None:
+        """
+        Raises:
+            ValueError: several members, each of which would become the one that is copied.
+        """
+        if self.members != 1:
+            raise ValueError(f"members = {self.members}: a member is copied into an adapter of one: source.alone(member)")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickled adapter is attached to nothing: what `attach` did is undone in the original alone."""
+        return vars(self) | {"_surgery": None}
 
     def silent_dropout(self) -> list[str]:
         """Dropout of the model that the last training forward never drew: it sits inside a fused kernel, and is off."""

@@ -1,5 +1,6 @@
 """Everything that attaching changes in a model, and how it is put back."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -81,17 +82,9 @@ class Surgery:
     def watch_rows(self, draw: Draw) -> None:
         """Tells the sites how many rows this forward pass has, so that they can refuse an input that is not rows."""
 
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            main = [kwargs[k] for k in ("input_ids", "inputs_embeds", "pixel_values") if kwargs.get(k) is not None]
-            first = next((t for t in [*main, *args, *kwargs.values()] if isinstance(t, Tensor) and t.dim()), None)
-            draw.rows = None if first is None else first.shape[0]
-
-        def after(*_: Any) -> None:
-            draw.rows = None
-
         hooks = [
-            self.model.register_forward_pre_hook(before, with_kwargs=True),
-            self.model.register_forward_hook(after, always_call=True),
+            self.model.register_forward_pre_hook(functools.partial(_note_rows, draw), with_kwargs=True),
+            self.model.register_forward_hook(functools.partial(_forget_rows, draw), always_call=True),
         ]
         self._undo.extend(hook.remove for hook in hooks)
 
@@ -102,6 +95,17 @@ class Surgery:
         for step in reversed(self._undo):
             step()
         self._undo.clear()
+
+
+# Functions of the module, not of `watch_rows`: a hook that pickles lets torch.save take a model with an adapter in it.
+def _note_rows(draw: Draw, _: nn.Module, args: tuple, kwargs: dict) -> None:
+    main = [kwargs[k] for k in ("input_ids", "inputs_embeds", "pixel_values") if kwargs.get(k) is not None]
+    first = next((t for t in [*main, *args, *kwargs.values()] if isinstance(t, Tensor) and t.dim()), None)
+    draw.rows = None if first is None else first.shape[0]
+
+
+def _forget_rows(draw: Draw, *_: Any) -> None:
+    draw.rows = None
 
 
 def parameter_places(model: nn.Module) -> dict[int, set[str]]:

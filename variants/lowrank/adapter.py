@@ -55,6 +55,7 @@ class LowRankAdapter(Adapter):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def copy_member(self, source: Adapter, member: int) -> None:
+        self.check_alone()
         sizes = [max(site.slots[member].nonzero()[:, 0].tolist(), default=-1) + 1 for site in source.low_rank_sites()]
         self.resize([first_slots(site, size) for site, size in zip(self.low_rank_sites(), sizes, strict=True)])
         self.take_changes()

@@ -1,0 +1,33 @@
+"""The format of full fine-tuning and BitFit, which PEFT has no form for: their tensors by the model's own names."""
+
+from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.files.facts import Facts
+from rankwise.variants.files.folders import Contents
+from rankwise.variants.files.state import copy, detached_if_it_fails, trained
+from rankwise.variants.settings import method
+from torch import nn
+
+
+def written(adapter: Adapter, member: int) -> Contents:
+    """One member of an attached adapter."""
+    tensors = {f"{name}.{key}": p[member] for part in (adapter.sites, adapter.heads) for name, key, p in trained(part)}
+    settings = adapter.alone(member).settings.model_dump(exclude_unset=True)
+    return Contents(tensors, None, Facts(adapter.method, settings, adapter.seeds[member], adapter.head_names))
+
+
+def load(model: nn.Module, contents: Contents) -> Adapter:
+    """
+    Raises:
+        ValueError: tensors that are missing, or not the model's.
+    """
+    facts = contents.facts
+    adapter = method(facts.method).load()(seeds=[facts.seed], **facts.settings)
+    with detached_if_it_fails(adapter):
+        adapter.attach(model, head=facts.head)
+        places = {f"{n}.{key}": p for part in (adapter.sites, adapter.heads) for n, key, p in trained(part)}
+        unknown = sorted(set(contents.tensors) - set(places))
+        if unknown:
+            raise ValueError(f"tensor {unknown[0]} is not in {type(model).__name__}: load the model it was trained on")
+        for name, parameter in places.items():
+            copy(parameter, contents.tensors, name)
+    return adapter

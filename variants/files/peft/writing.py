@@ -1,0 +1,278 @@
+"""An adapter as PEFT's tensors and configuration."""
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.adapter.linears import is_conv1d
+from rankwise.variants.allocation.allocated import AllocatedAdapter
+from rankwise.variants.allocation.sites import Triplets
+from rankwise.variants.files.budget import excess
+from rankwise.variants.files.facts import Facts
+from rankwise.variants.files.folders import Contents
+from rankwise.variants.files.peft.names import BASE_LAYER, COEFFICIENTS, FACTORS, MAGNITUDE, NO_TARGETS, PREFIX
+from rankwise.variants.files.state import first_rank, inner, pattern_of, trained
+from rankwise.variants.lowrank.site import LowRank
+from torch import Tensor, nn
+
+RANK_EPSILON = 1e-5  # peft adalora/layer.py divides by ranknum + 1e-5
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One of PEFT's tasks: heads that PEFT then expects in the file, and arguments that it calls the model with."""
+
+    name: str
+    heads: tuple[str, ...]
+    arguments: frozenset[str]
+
+
+# By the end of a transformers class name.
+TASKS = {
+    "ForSequenceClassification": _Task("SEQ_CLS", ("classifier", "score"), frozenset({"input_ids"})),
+    "ForTokenClassification": _Task("TOKEN_CLS", ("classifier", "score"), frozenset({"input_ids"})),
+    "ForQuestionAnswering": _Task(
+        "QUESTION_ANS", ("qa_outputs",), frozenset({"input_ids", "start_positions", "end_positions"})
+    ),
+    "ForCausalLM": _Task("CAUSAL_LM", (), frozenset({"input_ids"})),
+    "LMHeadModel": _Task("CAUSAL_LM", (), frozenset({"input_ids"})),
+    "ForConditionalGeneration": _Task(
+        "SEQ_2_SEQ_LM", (), frozenset({"input_ids", "decoder_input_ids", "decoder_inputs_embeds"})
+    ),
+}
+
+
+@dataclass(frozen=True)
+class _Update:
+    """The low-rank updates of an adapter as PEFT holds them.
+
+    sites: those that have tensors.  config: the keys that say their form, ranks and scales.  facts: what undoes it.
+    """
+
+    sites: Sequence[str]
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def written(adapter: Adapter, member: int, plain: bool = False) -> Contents:
+    """PEFT's files of one member of an attached adapter; `plain` without anything that a plain LORA lacks."""
+    alone = adapter.alone(member)  # settings and seed of this member, not attached
+    settings, model = alone.settings, adapter.model
+    sites = dict(adapter.named_sites())
+    if not sites:
+        none = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "use_dora": False}
+        update = _Update([], {}, none)
+    elif not plain and adapter.peft_type == "ADALORA" and all(isinstance(site, Triplets) for site in sites.values()):
+        update = _triplets(adapter, alone, member)
+    else:
+        update = _factors(adapter, alone, member)
+    task = _task_type(model, adapter.head_names, update.sites)
+    config = {
+        "peft_type": "LORA",
+        "auto_mapping": _auto_mapping(model) if task is None else None,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "revision": None,
+        "inference_mode": True,
+        "bias": "none",
+        "fan_in_fan_out": any(is_conv1d(adapter.base(name)) for name in sites),
+        "init_lora_weights": "gaussian" if settings.get("initialization") == "gaussian" else True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_dropout": settings.get("dropout", 0.0),
+        **update.config,
+        "target_modules": _target_modules(model, update.sites),
+        "modules_to_save": adapter.head_names or None,
+        "task_type": task,
+    }
+    own = {"settings": settings.model_dump(exclude_unset=True), "seed": alone.seeds[0]}
+    over = excess(adapter, member)
+    own |= {"unfinished": asdict(over) if over is not None else None}
+    facts = Facts(adapter.method, **own, targets=adapter.targets, head=adapter.head_names, **update.facts)
+    tensors = {**update.tensors, **_head_tensors(adapter, member), **_base_tensors(adapter, update.sites)}
+    tensors = {PREFIX + name: value for name, value in tensors.items()}
+    return Contents(tensors, config, None if plain else facts)
+
+
+def _triplets(adapter: AllocatedAdapter, alone: Adapter, member: int) -> _Update:
+    """A PEFT ADALORA."""
+    settings = alone.settings
+    initial = max(int(site.slots[member].sum()) for _, site in adapter.named_sites())
+    tensors, pattern, kept, scales = {}, {}, {}, {}
+    for name, site in adapter.named_sites():
+        slots = site.slots[member].bool()
+        A, B, E, keep = site.A[member][slots], site.B[member][:, slots], site.E[member][slots], site.kept[member][slots]
+        alive = keep | (E != 0)
+        factor = site.scale[member].item() * (initial + RANK_EPSILON) / settings.alpha
+        scale, is_own = _scale_in_force(alone, name, site, member)
+        if is_own:
+            scales[name] = scale
+        a, b = FACTORS["linear"]
+        tensors[f"{name}.{a}"], tensors[f"{name}.{b}"] = A[alive], B[:, alive]
+        tensors[f"{name}.{COEFFICIENTS}"] = (E[alive].double() * factor).to(E.dtype)[:, None]
+        pattern[f"{name}.{COEFFICIENTS}"] = alive.tolist() + [False] * (initial - len(alive))
+        kept[name] = _bits(keep)
+    config = {
+        "peft_type": "ADALORA",
+        "lora_alpha": _plain_number(settings.alpha),
+        "init_r": initial,
+        "target_r": settings.target_rank,
+        "tinit": settings.warmup_steps,
+        "tfinal": settings.final_steps,
+        "deltaT": settings.interval,
+        "beta1": settings.beta1,
+        "beta2": settings.beta2,
+        "orth_reg_weight": settings.orthogonality,
+        "total_step": adapter.total_steps or settings.warmup_steps + settings.final_steps + settings.interval + 1,
+        "rank_pattern": pattern,
+    }
+    return _Update(list(kept), tensors, config, {"kept": kept} | ({"scales": scales} if scales else {}))
+
+
+def _factors(adapter: Adapter, alone: Adapter, member: int) -> _Update:
+    """A PEFT LORA, and in its facts what undoes it where the settings alone do not say."""
+    settings = alone.settings
+    parts = {name: _acting(name, inner(site), member) for name, site in adapter.named_sites()}
+    scales = {name: _scale_in_force(alone, name, inner(site), member) for name, site in adapter.named_sites()}
+    folds = any(undo for _, _, undo in parts.values()) or any(is_own for _, is_own in scales.values())
+    folds = folds or any(len(A) != alone.site_ranks(name, first_rank(settings))[0] for name, (A, _, _) in parts.items())
+    rooted = settings.scaling == "alpha/sqrt(r)" and not folds
+    tensors, ranks, alphas, folded = {}, {}, {}, {}
+    needed = next(iter(parts)) if not any(len(A) for A, _, _ in parts.values()) else None  # a LORA has at least one site
+    for name, site in adapter.named_sites():
+        (A, B, undo), (scale, is_own), magnitude = parts[name], scales[name], getattr(site, "magnitude", None)
+        folded[name] = (undo or {"alive": "1" * len(A)}) | ({"scale": scale} if is_own else {})
+        if not len(A) and magnitude is None and name != needed:
+            continue
+        if not len(A):
+            A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
+        a, b = FACTORS["linear"]
+        tensors[f"{name}.{a}.weight"], tensors[f"{name}.{b}.weight"] = A, B
+        if magnitude is not None:
+            tensors[f"{name}.{MAGNITUDE}"] = magnitude[member]
+        ranks[name] = len(A)
+        alphas[name] = _plain_number(float(f"{scale * len(A) ** (0.5 if rooted else 1.0):.15g}"))
+    facts: dict[str, Any] = {"folded": folded} if folds else {}
+    if folds and isinstance(adapter, AllocatedAdapter):
+        facts["total_step"] = adapter.total_steps
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    names = list(dict(adapter.model.named_modules()))
+    config = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {pattern_of(n, names): r for n, r in ranks.items() if r != rank},
+        "alpha_pattern": {pattern_of(n, names): a for n, a in alphas.items() if a != alpha},
+        "use_rslora": rooted,
+        "use_dora": all(hasattr(site, "magnitude") for _, site in adapter.named_sites()),
+    }
+    return _Update(list(ranks), tensors, config, facts)
+
+
+def _acting(name: str, site: LowRank, member: int) -> tuple[Tensor, Tensor, dict]:
+    """A (r, I) and B (O, r) of the slots of one member that act, a coefficient folded into A; and what undoes that.
+
+    What a slot acts by is its coefficient; without one, being kept or having a column of B.
+
+    Raises:
+        ValueError: coefficients that are not finite.
+    """
+    slots = site.slots[member].bool()
+    A, B = site.A[member][slots], site.B[member][:, slots]
+    if not hasattr(site, "kept"):
+        return A, B, {}
+    kept = site.kept[member][slots]
+    if not hasattr(site, "E"):
+        alive = kept | (B != 0).any(0)
+        return A[alive], B[:, alive], {"kept": _bits(kept), "alive": _bits(alive)}
+    E = site.E[member][slots]
+    if not E.isfinite().all():
+        raise ValueError(f"{name} has singular values that are not finite: this member diverged and cannot be folded")
+    alive = E != 0
+    A, B = (A[alive].double() * E[alive].double()[:, None]).to(A.dtype), B[:, alive]
+    return A, B, {"kept": _bits(kept), "alive": _bits(alive), "E": E[alive].tolist()}
+
+
+def _scale_in_force(alone: Adapter, name: str, site: LowRank, member: int) -> tuple[float, bool]:
+    """The scale of a site, in full precision where the settings say it; and whether it differs from that at its first rank."""
+    scale = site.scale[member]
+    ranks = (alone.site_ranks(name, first_rank(alone.settings))[0], max(int(site.slots[member].sum()), 1))
+    first, now = (alone.site_scales(name, [rank])[0] for rank in ranks)
+    known = (value for value in (first, now) if scale == torch.tensor(value, dtype=scale.dtype))
+    exact = next(known, scale.item())
+    return exact, exact != first
+
+
+def _head_tensors(adapter: Adapter, member: int) -> dict[str, Tensor]:
+    """The trained head; and the frozen values of other modules that PEFT would take for a head, and ask for.
+
+    PEFT takes every module whose name ends like one of modules_to_save, at a dot or not: DistilBERT's pre_classifier
+    for its classifier.
+    """
+    tensors = {f"{name}.{key}": p[member] for name, key, p in trained(adapter.heads)}
+    sites = dict(adapter.named_sites())
+    for name, module in adapter.model.named_modules():
+        inside = name.startswith(tuple(f"{head}." for head in adapter.head_names))
+        adapted = any(site == name or site.startswith(f"{name}.") for site in sites)
+        if name in adapter.head_names or inside or adapted or not name.endswith(tuple(adapter.head_names)):
+            continue
+        tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    return tensors
+
+
+def _base_tensors(adapter: Adapter, sites: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of the base that came with the adapter's file.
+
+    Raises:
+        ValueError: the adapter is merged into them.
+    """
+    if adapter.base_tensors and adapter.is_merged:
+        raise ValueError(f"{adapter.method} came with {next(iter(adapter.base_tensors))} and is merged: call unmerge() first")
+    tensors = {}
+    for name, parameter in adapter.base_tensors.items():
+        module, _, key = name.rpartition(".")
+        tensors[f"{module}{BASE_LAYER}{key}" if module in sites else name] = parameter.detach().clone()  # may be tied
+    return tensors
+
+
+def _target_modules(model: nn.Module, sites: Sequence[str]) -> list[str] | str:
+    """The sites' full names; as a pattern where PEFT, which goes by a name's end, would also take other modules."""
+    if not sites:
+        return NO_TARGETS
+    others = [n for n, _ in model.named_modules() if n not in sites]
+    if any(other.endswith(f".{site}") for other in others for site in sites):
+        return "|".join(re.escape(site) for site in sites)
+    return list(sites)
+
+
+def _task_type(model: nn.Module, head: Sequence[str], sites: Sequence[str]) -> str | None:
+    """PEFT's task type; None where it would make PEFT look for a head that is not in the file, drop a site, or call the
+    model with what it does not take, as it would a speech or vision model whose class is named like a language model's."""
+    task = next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None)
+    if task is None or getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None
+    takes = task.arguments <= inspect.signature(type(model).forward).parameters.keys()
+    ends = [n for n, _ in model.named_modules() if n.endswith(task.heads)] if task.heads else []
+    known = all(any(name == h or name.startswith(f"{h}.") or name.endswith(h) for h in head) for name in ends)
+    dropped = any(re.match(rf"(^|.*\.){h}($|\..*)", site) for h in task.heads for site in sites)
+    return task.name if takes and known and not dropped else None
+
+
+def _auto_mapping(model: nn.Module) -> dict[str, str] | None:
+    """PEFT's note of the class, where no task type says it."""
+    kind = type(model)
+    if kind.__module__.partition(".")[0] != "transformers":
+        return None
+    return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+
+
+def _plain_number(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+def _bits(mask: Tensor) -> str:
+    return "".join("1" if bit else "0" for bit in mask.tolist())
