@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 from rankwise import variants
-from rankwise.experiments import first_token, models
+from rankwise.experiments import models
+from rankwise.experiments.training import first_token
 from rankwise.variants.base import Step, fill
 from rankwise.variants.settings import METHODS
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from rankwise import variants
-from rankwise.experiments.optim import MemberAdamW
+from rankwise.experiments.training.optim import MemberAdamW
 from rankwise.variants import initialization
 from rankwise.variants.base import Group, Step, fill
 from rankwise.variants.lora import LoRA

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from rankwise import variants
-from rankwise.experiments.optim import MemberAdamW
+from rankwise.experiments.training.optim import MemberAdamW
 from rankwise.variants.base import Step
 from rankwise.variants.lowrank import NONE, Rearranged
 

@@ -20,9 +20,10 @@ from rankwise.experiments import tasks
 from rankwise.experiments.bench import timing
 from rankwise.experiments.bench.cases import FIRST_STEP, RECIPE, TOTAL_STEPS, Shape, settings
 from rankwise.experiments.config import Training
-from rankwise.experiments.optim import MemberAdamW
-from rankwise.experiments.tasks.common import Encoded
-from rankwise.experiments.trainer import Pack, Trainer
+from rankwise.experiments.data.encoded import Encoded
+from rankwise.experiments.training.optim import MemberAdamW
+from rankwise.experiments.training.pack import Pack
+from rankwise.experiments.training.trainer import Trainer
 from rankwise.variants.base import Adapter, Step
 from rankwise.variants.settings import check
 from torch import Tensor, nn
