@@ -18,7 +18,7 @@ import rankwise.experiments.training.state
 import rankwise.experiments.training.trainer
 import torch
 from rankwise import variants
-from rankwise.experiments import config
+from rankwise.experiments import config, kinds
 from rankwise.experiments.config import Study
 from rankwise.experiments.study import Runner, groups
 from rankwise.experiments.training.optim import MemberAdamW
@@ -735,10 +735,9 @@ def test_a_member_that_diverges_or_collapses_is_a_failed_result_with_its_reason(
 
 
 def test_constant_predictions_are_a_failed_result_without_a_score(model, tmp_path, monkeypatch):
-    plain = rankwise.experiments.training.trainer.objective.predictions
-    monkeypatch.setattr(
-        rankwise.experiments.training.trainer.objective, "predictions", lambda kind, logits: plain(kind, logits) * 0 + 0.5
-    )
+    kind = kinds.get("regression")
+    plain = kind.predictions
+    monkeypatch.setattr(kind, "predictions", lambda outputs: plain(outputs) * 0 + 0.5)
     results = ran(study(model), tmp_path)
     assert [(r["status"], r["error"], r["score"], r["selection_score"]) for r in results] == [
         ("failed", "collapsed", None, None)
@@ -752,7 +751,7 @@ class FullDisk:
     """Fails at the n-th writing: half of the file is there, then there is no space."""
 
     def __init__(self, monkeypatch, at: int):
-        self.left, save = at, rankwise.experiments.training.trainer.save_file
+        self.left, save = at, rankwise.experiments.training.state.save_file
 
         def save_file(tensors, path, *args):
             self.count(path)
