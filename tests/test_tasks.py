@@ -603,6 +603,24 @@ def test_entity_f1_by_hand_in_every_form_of_input():
         task.metrics(np.concatenate(found), np.concatenate(true))
 
 
+def test_entity_f1_is_seqeval_s():
+    """Tags of any order, so that entities start with I-X too, change their type without a B, and end with a sentence."""
+    from seqeval import metrics as seqeval
+
+    rng = np.random.default_rng(4)
+    for _ in range(50):
+        true = [rng.choice(9, length, p=[0.4, *[0.6 / 8] * 8]) for length in rng.integers(1, 12, 30)]
+        predicted = [np.where(rng.random(len(row)) < 0.3, rng.integers(0, 9, len(row)), row) for row in true]
+        named = [[[conll2003.TAGS[tag] for tag in row] for row in rows] for rows in (true, predicted)]
+        found = tasks.get("conll2003").metrics(predicted, true)
+        for name, theirs in (
+            ("f1", seqeval.f1_score),
+            ("precision", seqeval.precision_score),
+            ("recall", seqeval.recall_score),
+        ):
+            assert found[name] == pytest.approx(100 * theirs(*named), rel=1e-12), name
+
+
 def test_entity_does_not_reach_over_the_end_of_a_sentence():
     task = tasks.get("conll2003")
     found = task.metrics([np.array([1]), np.array([2])], [np.array([1]), np.array([2])])

@@ -136,7 +136,10 @@ class Kind(ABC):
     # -- predictions and scores --------------------------------------------------------------------------------------
 
     def outputs(self, model: Any, inputs: Mapping[str, "Tensor"]) -> "Tensor":
-        """(K*N, ...): what a batch is predicted from: one pass here; tokens that a model generates, in such a kind."""
+        """(K*N, ...): what a batch is predicted from: one pass here; tokens that a model generates, in such a kind.
+
+        Of one shape for every member, whichever of them is merged into the model.
+        """
         return self.logits(model(**inputs), inputs)
 
     def evaluation_losses(

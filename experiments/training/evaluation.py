@@ -118,7 +118,8 @@ class Predictions:
 
     def add(self, rows: np.ndarray, size: int | None, outputs: Tensor) -> None:
         """outputs: (K*N, ...), what the batch of these rows gave."""
-        self.finite &= outputs.isfinite().view(self.members, -1).all(1).cpu().numpy()
+        finite = rearrange(outputs.isfinite(), "(k n) ... -> k (n ...)", k=self.members).all(1)
+        self.finite &= finite.cpu().numpy()
         predicted = self.kind.predictions(outputs)
         predicted = predicted.cpu().numpy() if isinstance(predicted, Tensor) else predicted
         self.kind.place(self.kept, self.data, rows, size, rearrange(predicted, "(k n) ... -> k n ...", k=self.members))
