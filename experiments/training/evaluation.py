@@ -13,6 +13,7 @@ from rankwise.experiments.kinds import Kind, Undefined
 from rankwise.variants.base import Adapter, CannotMerge, Step
 from torch import Tensor
 
+AT_REST = Step(1, 1)  # for an adapter that is evaluated outside of a run
 MERGED_ROWS = 256  # of a batch at the most where members are merged one by one: small batches cost more per row
 
 
@@ -20,7 +21,7 @@ MERGED_ROWS = 256  # of a batch at the most where members are merged one by one:
 class Evaluator:
     """Evaluates the members of an adapter, on the rows of any split of one kind.
 
-    processor: of the model's inputs, as `models.load` gave it. step: what the adapter is told of where training stands.
+    processor: of the model's inputs, as `models.load` gave it. step: where training stands.
     progress: called with the rows done since the last call, an evaluated row counted as a third of a trained one.
     """
 
@@ -29,7 +30,7 @@ class Evaluator:
     processor: Any
     batch_size: int
     precision: str
-    step: Callable[[], Step] = lambda: Step(1, 1)
+    step: Step = AT_REST
     progress: Callable[[float], None] = lambda rows: None
 
     @torch.no_grad()
@@ -97,7 +98,7 @@ class Evaluator:
         arrays = self.kind.collate_evaluation(data, rows, size, self.processor)
         batch = {name: repeat(tensor, "n ... -> (k n) ...", k=members) for name, tensor in self._tensors(arrays).items()}
         labels = batch.pop("labels")
-        self.adapter.begin(self.step(), training=False)
+        self.adapter.begin(self.step, training=False)
         with autocast(self.adapter.device, self.precision):
             inputs = self.adapter.prepare(batch)
             outputs = self.kind.outputs(self.adapter.model, inputs)

@@ -91,15 +91,6 @@ class Trainer:
         self.tokens = 0
         self.peak: int | None = 0
         self.silent: list[str] | None = None  # dropout that no step draws; known after the first step
-        self.evaluator = Evaluator(
-            self.adapter,
-            self.kind,
-            self.processor,
-            training.evaluation_batch_size,
-            pack.precision,
-            step=lambda: Step(max(self.step, 1), self.total),
-            progress=lambda rows: self.progress(rows),
-        )
 
     def _groups(self, rates: Tensor) -> list[Group]:
         """The adapter's groups, the head's tensors with the head's own rate where the study gives one."""
@@ -244,7 +235,9 @@ class Trainer:
 
     def predictions(self, split: str) -> list[np.ndarray | Undefined]:
         """Each member's predictions for a split, in the order of its rows, as `Task.metrics` takes them."""
-        return self.evaluator.predictions(self.data[split])
+        size, step = self.pack.training.evaluation_batch_size, Step(max(self.step, 1), self.total)
+        evaluator = Evaluator(self.adapter, self.kind, self.processor, size, self.pack.precision, step, self.progress)
+        return evaluator.predictions(self.data[split])
 
     def _score(self, predicted: np.ndarray, labels: Any, offsets: np.ndarray | None) -> dict[str, float] | Undefined:
         return outcomes.score(self.pack.task, predicted, labels, offsets)
