@@ -1,11 +1,17 @@
 """Losses per member: each the mean over its own rows or scored tokens, as torch has them for one."""
 
+import subprocess
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from rankwise.experiments import kinds
 from torch.nn import functional as F
+
+from tests import small_world
 
 K, N, LENGTH, LABELS = 3, 4, 5, 7
 
@@ -111,3 +117,22 @@ def test_predictions_are_numbers_or_the_likeliest_labels():
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match='kind = "ranking": should be regression'):
         kinds.get("ranking")
+
+
+def test_a_run_keeps_the_predictions_of_every_kind_but_the_scores_of_each_token_of_a_span():
+    predicted = np.arange(6.0).reshape(3, 2)
+    assert [name for name in kinds.names() if kinds.get(name).stored(predicted) is not predicted] == ["span"]
+    assert kinds.get("span").stored(predicted) is None
+
+
+def test_kinds_are_named_without_torch():
+    """Study files are checked within a second."""
+    code = "import sys, rankwise.experiments.tasks as t; t.get('squad/v1'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_task_of_an_unknown_kind_is_refused_where_it_is_made():
+    with pytest.raises(
+        ValueError, match='kind = "ranking": should be regression, classification, token-classification or span'
+    ):
+        replace(small_world.task(), kind="ranking")

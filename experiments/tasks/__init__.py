@@ -1,4 +1,4 @@
-"""The tasks, one file a family; a task is found by its name."""
+"""The tasks by name, one file a family."""
 
 import difflib
 

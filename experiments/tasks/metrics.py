@@ -3,7 +3,7 @@
 Accuracy, F1 of classes and Matthews' correlation are scikit-learn's.  What is written by hand here, and why:
 
 - `correlations`: scipy's pearsonr and spearmanr give the same to rounding (tests/test_tasks.py), not to the bit, and the
-  scores of committed runs must be found again to the bit.
+  a committed run that is repeated must give its score to the bit.
 - `entity_f1`: seqeval's (its conlleval mode) is the same number (tests/test_tasks.py), from lists of strings; here
   entities come as arrays, because the standard error needs their counts in each of 200 resamples of the sentences.
 - Exact match and F1 of answers: torchmetrics' SQuAD gives the means alone; a standard error needs the score of each
@@ -105,28 +105,29 @@ def entities(tags: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def entity_f1(predicted: np.ndarray, true: np.ndarray, rows: np.ndarray) -> dict[str, float]:
     """F1, precision, recall by whole entities (0 where nothing was predicted), and accuracy by words, in points."""
-    found = {tuple(entity) for entity in entities(predicted, rows).tolist()}
-    wanted = {tuple(entity) for entity in entities(true, rows).tolist()}
-    if not found and not wanted:
+    predicted_entities, true_entities = (set(map(tuple, entities(tags, rows).tolist())) for tags in (predicted, true))
+    if not predicted_entities and not true_entities:
         raise Undefined("collapsed", "neither labels nor predictions hold an entity, so that F1 has no value")
-    right = len(found & wanted)
+    right = len(predicted_entities & true_entities)
     return {
-        "f1": 200 * right / (len(found) + len(wanted)),
-        "precision": 100 * right / len(found) if found else 0.0,
-        "recall": 100 * right / len(wanted) if wanted else 0.0,
+        "f1": 200 * right / (len(predicted_entities) + len(true_entities)),
+        "precision": 100 * right / len(predicted_entities) if predicted_entities else 0.0,
+        "recall": 100 * right / len(true_entities) if true_entities else 0.0,
         "accuracy": accuracy(predicted, true),
     }
 
 
 def resampled_entity_f1(predicted: np.ndarray, true: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """(B,) F1 by whole entities on each resample of the sentences. weights: (B, sentences)."""
-    found, wanted = ({tuple(entity) for entity in entities(tags, rows).tolist()} for tags in (predicted, true))
+    predicted_entities, true_entities = (
+        {tuple(entity) for entity in entities(tags, rows).tolist()} for tags in (predicted, true)
+    )
 
     def drawn(these: set[tuple[int, ...]]) -> np.ndarray:
         firsts = np.array([first for first, *_ in these], dtype=np.int64)
         return weights @ np.bincount(rows[firsts], minlength=weights.shape[1])
 
-    return 200 * ratio(drawn(found & wanted), drawn(found) + drawn(wanted))
+    return 200 * ratio(drawn(predicted_entities & true_entities), drawn(predicted_entities) + drawn(true_entities))
 
 
 # ---------------------------------------------------------------------------------------------------------------------- answers
@@ -141,21 +142,21 @@ def normalized(text: str) -> str:
 
 def f1_of_words(predicted: str, right: str) -> float:
     """Of two normalized texts; 1 where both are empty, 0 where one is."""
-    mine, theirs = predicted.split(), right.split()
-    if not mine or not theirs:
-        return float(mine == theirs)
-    shared = sum((collections.Counter(mine) & collections.Counter(theirs)).values())
-    return 2 * shared / (len(mine) + len(theirs))
+    words, right_words = predicted.split(), right.split()
+    if not words or not right_words:
+        return float(words == right_words)
+    shared = sum((collections.Counter(words) & collections.Counter(right_words)).values())
+    return 2 * shared / (len(words) + len(right_words))
 
 
 def answer_scores(texts: Sequence[str], answers: Sequence[tuple[str, ...]]) -> np.ndarray:
     """(Q, 2) exact match and F1 of each text, 0..1, against the best of its right answers."""
-    found = np.zeros((len(texts), 2))
+    values = np.zeros((len(texts), 2))
     for row, (text, given) in enumerate(zip(texts, answers, strict=True)):
-        mine = normalized(text)
+        predicted = normalized(text)
         right = [answer for answer in map(normalized, given) if answer] or [""]
-        found[row] = mine in right, max(f1_of_words(mine, one) for one in right)
-    return found
+        values[row] = predicted in right, max(f1_of_words(predicted, one) for one in right)
+    return values
 
 
 def exact_match_and_f1(texts: Sequence[str], gaps: np.ndarray, questions: Questions) -> dict[str, float]:

@@ -50,12 +50,12 @@ def parse(where: str, columns: dict, version: str) -> Examples:
         raise ValueError(f"{where}: no column {lacking[0]} in the hub's copy; expected {', '.join(COLUMNS)}")
     starts, answers = [], []
     for number, row in enumerate(zip(*(columns[column] for column in COLUMNS), strict=True), start=1):
-        *texts, found = row
+        *texts, answer = row
         for column, text in zip(COLUMNS, texts, strict=False):
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"{where}, row {number}: {column} is empty or no text")
         try:
-            first, given = list(found["answer_start"]), list(found["text"])
+            first, given = list(answer["answer_start"]), list(answer["text"])
             well_formed = len(first) == len(given) and all(isinstance(text, str) for text in given)
             well_formed &= all(isinstance(place, int) and place >= 0 for place in first)
         except (KeyError, TypeError):

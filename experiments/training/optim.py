@@ -135,7 +135,7 @@ class MemberAdamW:
                     amsgrad=False,
                     maximize=False,
                 )
-            # The fused step tells no version counter that it wrote, and DoRA keeps its norm for as long as those stand still.
+            # Fused optimizers do not bump version counters, by which DoRA knows that its cached norm is out of date.
             torch.autograd.graph.increment_version([self.params[i] for i in some])
 
     def _step_elementwise(self, factor: float, parts: Sequence[tuple[Group, list[int]]]) -> None:

@@ -22,8 +22,8 @@ from rankwise import variants
 from rankwise.experiments import kinds, measure, models
 from rankwise.experiments.data.dataset import Dataset
 from rankwise.experiments.kinds import Undefined
-from rankwise.experiments.kinds.interface import Planned
 from rankwise.experiments.training import first_token, outcomes, state
+from rankwise.experiments.training.batches import Batches
 from rankwise.experiments.training.evaluation import Evaluator, autocast
 from rankwise.experiments.training.log import Log
 from rankwise.experiments.training.optim import MemberAdamW
@@ -67,9 +67,7 @@ class Trainer:
         self.model, self.processor, self.info = models.load(pack.model, pack.task, precision, str(pack.device))
         settings = pack.settings.model_dump(exclude_unset=True)
         self.adapter: Adapter = variants.create(pack.method, members=pack.members, seeds=list(pack.seeds), **settings)
-        self.rows = len(data["train"])
-        self.per_epoch = training.steps_per_epoch(self.rows)
-        self._plan: tuple[int, list[list[Planned]]] | None = None
+        self.batches = Batches(self.kind, data["train"], self.processor, training, pack.seeds, pack.device)
         first_token.only(self.model, self.adapter.draw)
         began = time.perf_counter()
         self.adapter.attach(self.model, pack.targets, head=self.info.heads, calibration=self._calibration())
@@ -79,9 +77,10 @@ class Trainer:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keyed)
         rates = torch.tensor(pack.learning_rates, dtype=torch.float64, device=pack.device)
         self.optimizer = MemberAdamW(self._groups(rates), rates, training.weight_decay)
-        self.total = training.total_steps(self.rows)
+        rows = len(data["train"])
+        self.total = training.total_steps(rows)
         self.warmup = round(training.warmup_ratio * self.total)
-        self.evaluate_after = training.evaluation_steps(self.rows)
+        self.evaluate_after = training.evaluation_steps(rows)
         self.step = 0
         self.skipped = torch.zeros(pack.members, dtype=torch.int64, device=pack.device)
         self.alive = torch.ones(pack.members, dtype=torch.bool, device=pack.device)
@@ -147,7 +146,7 @@ class Trainer:
         factor = schedule_factor(pack.training.schedule, self.step, self.total, self.warmup)
         rates = self.optimizer.learning_rates * factor
         now = Step(self.step, self.total, learning_rates=rates, factor=factor)
-        chunks = self._chunks(self.step)
+        chunks = self.batches.micro_batches(self.step)
         self.tokens += sum(self.kind.num_tokens(batch) for batch, _ in chunks)
         totals = sum(count for _, count in chunks).clamp_min(1)
         loss = torch.zeros(pack.members, dtype=torch.float64, device=pack.device)
@@ -179,7 +178,7 @@ class Trainer:
         self.alive &= self.skipped <= pack.training.max_skipped_steps
         self.sums += torch.where(taken, torch.stack([loss, penalty.detach().double(), torch.ones_like(loss)]), 0.0)
         self.training_seconds += time.perf_counter() - began
-        self.progress(sum(len(b) for b, _ in self._rows(self.step)))
+        self.progress(self.batches.num_rows(self.step))
 
     def _losses(self, batch: Mapping[str, Tensor], labels: Tensor) -> Tensor:
         """(K,): each member's loss, the task's own, on a batch with the rows of every member."""
@@ -187,27 +186,6 @@ class Trainer:
             inputs = self.adapter.prepare(batch)
             output = self.model(**inputs)
         return self.kind.losses(self.kind.logits(output, inputs), labels, self.pack.members)
-
-    def _rows(self, step: int) -> list[Planned]:
-        """For each member its rows of this step and their planned size."""
-        epoch, at = divmod(step - 1, self.per_epoch)
-        if self._plan is None or self._plan[0] != epoch:
-            size, train = self.pack.training.batch_size, self.data["train"]
-            self._plan = epoch, [self.kind.plan(train, size, seed, epoch) for seed in self.pack.seeds]
-        return [plan[at] for plan in self._plan[1]]
-
-    def _chunks(self, step: int) -> list[tuple[dict[str, Tensor], Tensor]]:
-        """Micro-batches grouped by member, with the count (K,) that each member's mean divides by."""
-        members = self._rows(step)
-        size = members[0][1]
-        pieces = [np.array_split(rows, self.pack.training.accumulation) for rows, _ in members]
-        chunks = []
-        for parts in zip(*pieces, strict=True):
-            if len(parts[0]):
-                arrays = self.kind.collate(self.data["train"], np.concatenate(parts), size, self.processor)
-                batch = {name: torch.from_numpy(array).to(self.pack.device) for name, array in arrays.items()}
-                chunks.append((batch, self.kind.counts(batch["labels"], self.pack.members)))
-        return chunks
 
     def _calibration(self) -> Calibration | None:
         """The first batches of each member's own order, for a method that measures the model before it trains.
@@ -217,7 +195,7 @@ class Trainer:
         if self.adapter.needs is None:
             return None
         steps = range(1, self.pack.settings.calibration_batches + 1)
-        return Calibration([batch for step in steps for batch, _ in self._chunks(step)], self._calibration_losses)
+        return Calibration([batch for step in steps for batch, _ in self.batches.micro_batches(step)], self._calibration_losses)
 
     def _calibration_losses(self, batch: Mapping[str, Tensor]) -> Tensor:
         """(K,): each member's loss on a batch, in which every token passes through every layer."""
@@ -265,7 +243,7 @@ class Trainer:
             outcome.facts = {
                 "steps": self.step,
                 "total_steps": self.total,
-                "epochs": round(self.step / self.per_epoch, 4),
+                "epochs": round(self.step / self.batches.per_epoch, 4),
                 "skipped_steps": int(self.skipped[member]),
                 "scored_step": scored[member],
                 "tokens_per_second": self.tokens / self.training_seconds if self.tokens else None,
@@ -316,7 +294,7 @@ class Trainer:
         self.sums.zero_()
 
     def _log_evaluation(self, member: int, split: str, metrics: dict[str, float] | Undefined) -> None:
-        self.log.evaluation(member, self.step, round(self.step / self.per_epoch, 4), split, metrics)
+        self.log.evaluation(member, self.step, round(self.step / self.batches.per_epoch, 4), split, metrics)
 
     def _log_ranks(self) -> None:
         self.log.ranks(self.adapter, Step(self.step, self.total))
@@ -353,7 +331,7 @@ class Trainer:
         state.warn_of_changes(facts)
         self.log.cut(facts["logs"])
         # What was read back counts as done, so that the bar and the time left are those of the whole pack.
-        self.progress(sum(len(rows) for step in range(1, self.step + 1) for rows, _ in self._rows(step)))
+        self.progress(sum(self.batches.num_rows(step) for step in range(1, self.step + 1)))
         return True
 
 
