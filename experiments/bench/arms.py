@@ -21,6 +21,7 @@ from rankwise.experiments.bench import timing
 from rankwise.experiments.bench.cases import FIRST_STEP, RECIPE, TOTAL_STEPS, Shape, settings
 from rankwise.experiments.config import Training
 from rankwise.experiments.data.encoded import Encoded
+from rankwise.experiments.training.evaluation import autocast
 from rankwise.experiments.training.optim import MemberAdamW
 from rankwise.experiments.training.pack import Pack
 from rankwise.experiments.training.trainer import Trainer
@@ -258,7 +259,7 @@ class ImprovedFloor(Floor):
     def _forward(self, inputs: dict[str, Tensor], training: bool) -> Tensor:
         self.trainer.step += 1
         self.trainer.adapter.begin(Step(self.trainer.step, TOTAL_STEPS), training=training)
-        with self.trainer._autocast():
+        with autocast(self.trainer.pack.device, self.trainer.pack.precision):
             return self.model(**inputs).loss
 
 
