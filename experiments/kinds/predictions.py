@@ -26,6 +26,7 @@ def as_classes(values: np.ndarray) -> np.ndarray:
 
 
 def by_row(predictions: np.ndarray, labels: Any) -> tuple[tuple[np.ndarray, np.ndarray], int]:
+    """What `Kind.scored` gives where each row is an example with one prediction and one label, (n,) both."""
     labels = as_array(labels).reshape(-1)
     if len(predictions) != len(labels):
         raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels")

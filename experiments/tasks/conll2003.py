@@ -1,4 +1,4 @@
-"""CoNLL-2003: named entities in English newswire, scored by whole entities (Tjong Kim Sang and De Meulder 2003).
+"""CoNLL-2003: named entities in English newswire, scored by whole entities (metrics.py; Tjong Kim Sang and De Meulder 2003).
 
 Tags are BIO: B-X starts an entity of type X, I-X goes on with it, O is outside. An entity counts where its type, its
 first and its last word are right: F1 = 2 TP / (2 TP + FP + FN), over all sentences together, as the shared task's

@@ -2,8 +2,8 @@
 
 Accuracy, F1 of classes and Matthews' correlation are scikit-learn's.  What is written by hand here, and why:
 
-- `correlations`: scipy's pearsonr and spearmanr give the same to rounding (tests/test_tasks.py), not to the bit, and the
-  a committed run that is repeated must give its score to the bit.
+- `correlations`: scipy's pearsonr and spearmanr give the same to rounding (tests/test_tasks.py), not to the bit, and a
+  committed run that is repeated must give its score to the bit.
 - `entity_f1`: seqeval's (its conlleval mode) is the same number (tests/test_tasks.py), from lists of strings; here
   entities come as arrays, because the standard error needs their counts in each of 200 resamples of the sentences.
 - Exact match and F1 of answers: torchmetrics' SQuAD gives the means alone; a standard error needs the score of each

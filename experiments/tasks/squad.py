@@ -1,9 +1,9 @@
 """SQuAD: the answer to a question is a span of a Wikipedia paragraph (v1.1: Rajpurkar et al. 2016; v2.0, where the
 paragraph may hold no answer: Rajpurkar et al. 2018).
 
-Scored by the formula of the official script evaluate-v2.0.py (evaluate-v1.1.py gives another value only where a text is
-nothing but articles and punctuation). Texts lose capitals, punctuation and articles; then, the best of the right answers
-counted, exact match is equality, and
+Scored (metrics.py) by the formula of the official script evaluate-v2.0.py (evaluate-v1.1.py gives another value only where
+a text is nothing but articles and punctuation). Texts lose capitals, punctuation and articles; then, the best of the right
+answers counted, exact match is equality, and
 
     F1 = 2 |P & G| / (|P| + |G|)      P, G: the words of prediction and right answer, with repeats
 
