@@ -35,7 +35,7 @@ from rankwise.experiments.config import Study
 if TYPE_CHECKING:
     import torch
     from rankwise.experiments.study import Runner
-    from rankwise.experiments.trainer import Trainer
+    from rankwise.experiments.training.trainer import Trainer
 
 SCHEMA = 1
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -167,7 +167,8 @@ def trainers(
 
     lists: settings of the method with one value for each member.
     """
-    from rankwise.experiments.trainer import Pack, Trainer
+    from rankwise.experiments.training.pack import Pack
+    from rankwise.experiments.training.trainer import Trainer
     from rankwise.variants.adapter.step import NotPackable
     from rankwise.variants.settings import check
 
@@ -234,7 +235,7 @@ def write(chosen: argparse.Namespace, runner: "Runner", found: Mapping[str, Any]
     """The files, then <kind>.json with the numbers and with what they come from, each whole or not at all."""
     import torch
     from rankwise.experiments import measure, models
-    from rankwise.experiments.trainer import replacing, write_json
+    from rankwise.experiments.files import replacing, write_json
 
     prepared = runner.prepared[chosen.task]
     chosen.out.mkdir(parents=True, exist_ok=True)

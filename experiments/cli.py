@@ -362,7 +362,7 @@ def bench(
         import torch
         from rankwise.experiments import measure
         from rankwise.experiments.bench.run import Bench
-        from rankwise.experiments.trainer import write_json
+        from rankwise.experiments.files import write_json
 
         where = measure.device(device)
         measure.keep_freed_memory()

@@ -9,32 +9,36 @@ of a task.  The score of the whole split is not to be compared with these.
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rankwise import variants
-from rankwise.experiments import models, objective
+from rankwise.experiments import kinds, models
+from rankwise.experiments.data.dataset import Dataset
+from rankwise.experiments.data.draws import KNOCKOUT_ROWS, SUBSET
+from rankwise.experiments.files import write_json
+from rankwise.experiments.kinds import Undefined
+from rankwise.experiments.tasks import Task
 from rankwise.experiments.tasks import get as get_task
-from rankwise.experiments.tasks.common import Encoded, Task, Undefined, collate, evaluation_batches
-from rankwise.experiments.trainer import collect, write_json
+from rankwise.experiments.training.evaluation import Evaluator
+from rankwise.experiments.training.outcomes import score
 from rankwise.variants.adapter.interface import Adapter
-from rankwise.variants.adapter.step import CannotMerge, Step
+from rankwise.variants.adapter.step import CannotMerge
 
 SCHEMA = 1
 ROWS = 128
-KEY = 4  # of the draw of the rows
 FILE = "knockout.json"
 
 
 @torch.no_grad()
 def knock_out(
     adapter: Adapter,
-    tokenizer: Any,
+    processor: Any,
     task: Task,
     split: str,
-    encoded: Encoded,
+    data: Dataset,
     batch_size: int,
     precision: str = "fp32",
     members: Sequence[int] | None = None,
@@ -47,83 +51,53 @@ def knock_out(
     """
     members = range(adapter.members) if members is None else members
     names, was_training = adapter.changed_weights(), adapter.model.training
+    evaluator = Evaluator(adapter, kinds.get(task.kind), processor, batch_size, precision)
 
     def every_site(members: int) -> list[dict[str, Any]]:
-        whole = _measured(adapter, tokenizer, task, encoded, batch_size, precision, members)
-        found = [{**one, "sites": {}} for one in whole]
+        results = [{**one, "sites": {}} for one in _measured(evaluator, task, data, members)]
         for name in names:
             with adapter.without(name):
-                left = _measured(adapter, tokenizer, task, encoded, batch_size, precision, members)
-            for one, without in zip(found, left, strict=True):
-                one["sites"][name] = without
-        return found
+                without = _measured(evaluator, task, data, members)
+            for result, one in zip(results, without, strict=True):
+                result["sites"][name] = one
+        return results
 
     adapter.model.eval()
     try:
-        found = _merged(adapter, every_site, members) if adapter.device.type == "cpu" and precision == "fp32" else None
-        if found is None:
+        results = _merged(adapter, every_site, members) if evaluator.can_merge else None
+        if results is None:
             everyone = every_site(adapter.members)
-            found = [everyone[member] for member in members]
+            results = [everyone[member] for member in members]
     finally:
         adapter.model.train(was_training)
-    head = {"schema": SCHEMA, "split": split, "rows": encoded.num_examples, "metric": task.metric}
-    return [{**head, **one} for one in found]
+    head = {"schema": SCHEMA, "split": split, "rows": data.num_examples, "metric": task.metric}
+    return [{**head, **result} for result in results]
 
 
-def _merged(adapter: Adapter, every_site: Any, members: Sequence[int]) -> list[dict[str, Any]] | None:
-    """These members one by one, each merged; None where this adapter cannot be."""
-    found = []
-    if not adapter.mergeable:
-        return None
+def _merged(
+    adapter: Adapter, every_site: Callable[[int], list[dict[str, Any]]], members: Sequence[int]
+) -> list[dict[str, Any]] | None:
+    """These members one by one, each merged; None where one cannot be."""
+    results = []
     with contextlib.suppress(CannotMerge):
         for member in members:
             adapter.merge(member)
             try:
-                found += every_site(1)
+                results += every_site(1)
             finally:
                 adapter.unmerge()
-        return found
+        return results
     return None
 
 
-def _measured(
-    adapter: Adapter, tokenizer: Any, task: Task, encoded: Encoded, batch_size: int, precision: str, members: int
-) -> list[dict[str, float | None]]:
-    """The loss (the task's own) and the score of each member; None for what is no number."""
-    sums = torch.zeros(2, members, dtype=torch.float64, device=adapter.device)  # losses, and over how many rows or tokens
-
-    def batches() -> Iterator[tuple[Any, int, torch.Tensor]]:
-        takes = {*tokenizer.model_input_names, "input_ids", "attention_mask"}
-        for rows, length in evaluation_batches(encoded, batch_size):
-            arrays = collate(encoded, rows, length, tokenizer.pad_token_id or 0)
-            batch = {k: torch.from_numpy(v).to(adapter.device) for k, v in arrays.items() if k == "labels" or k in takes}
-            batch = {k: torch.cat([v] * members) for k, v in batch.items()}
-            labels = batch.pop("labels")
-            adapter.begin(Step(1, 1), training=False)
-            is_16_bit = precision == "bf16"
-            with torch.autocast(adapter.device.type, torch.bfloat16) if is_16_bit else contextlib.nullcontext():
-                output = adapter.model(**adapter.prepare(batch))
-            logits = objective.logits(task.kind, output, batch["attention_mask"])
-            count = objective.counts(task.kind, labels, members)
-            sums[0] += objective.losses(task.kind, logits, labels, members).double() * count
-            sums[1] += count
-            yield rows, length, logits
-
-    predicted = collect(task.kind, encoded, batches(), members)
-    losses = (sums[0] / sums[1]).tolist()
-    return [
-        {"loss": loss if abs(loss) < float("inf") else None, "score": _score(task, one, encoded)}
-        for loss, one in zip(losses, predicted, strict=True)
-    ]
-
-
-def _score(task: Task, predicted: Any, encoded: Encoded) -> float | None:
-    if isinstance(predicted, Undefined):
-        return None
-    try:
-        return task.metrics(predicted, *encoded.truth)[task.metric]
-    except Undefined:
-        return None
+def _measured(evaluator: Evaluator, task: Task, data: Dataset, members: int) -> list[dict[str, float | None]]:
+    """The loss and the score of each member; None for what is no number."""
+    results = []
+    for loss, predicted in zip(*evaluator.losses_and_predictions(data, members), strict=True):
+        metrics = predicted if isinstance(predicted, Undefined) else score(task, predicted, *data.truth)
+        value = None if isinstance(metrics, Undefined) else metrics[task.metric]
+        results.append({"loss": loss if abs(loss) < float("inf") else None, "score": value})
+    return results
 
 
 def of_run(folder: Path, rows: int = ROWS) -> dict[str, Any]:
@@ -140,15 +114,15 @@ def of_run(folder: Path, rows: int = ROWS) -> dict[str, Any]:
         )
     config, result = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "result.json"))
     task = get_task(config["task"])
-    model, tokenizer, _ = models.load(config["model"], task, "fp32", "cpu")
+    model, processor, _ = models.load(config["model"], task, "fp32", "cpu")
     adapter = variants.load_pretrained(model, folder / "adapter")
     split = result["selection_split"]
     training = config["training"]
-    encoded = task.encode(tokenizer, split, training["max_length"]).random_part(training.get("evaluation_examples"), 3)
-    encoded = encoded.random_part(rows, KEY)
-    (found,) = knock_out(adapter, tokenizer, task, split, encoded, training["evaluation_batch_size"])
-    write_json(folder / FILE, found, indent=None)
-    return found
+    data = task.encode(processor, split, training["max_length"]).random_part(training.get("evaluation_examples"), SUBSET)
+    part = data.random_part(rows, KNOCKOUT_ROWS)
+    (measured,) = knock_out(adapter, processor, task, split, part, training["evaluation_batch_size"])
+    write_json(folder / FILE, measured, indent=None)
+    return measured
 
 
 def seeds(wanted: bool | str, all_seeds: Sequence[int]) -> list[int]:

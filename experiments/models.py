@@ -3,14 +3,13 @@
 `tiny` builds the five small random models that tests run on; no file is needed for them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise.experiments import catalogue
-from rankwise.experiments.tasks.common import KINDS
+from rankwise.experiments import catalogue, kinds
 
 HEAD_SEED = 0  # of the head that the loader makes; adapters start their own heads
 TINY = ("bert", "deberta-v2", "gpt2", "llama", "albert")
@@ -49,7 +48,7 @@ def parameter_shapes(model_id: str) -> dict[str, tuple[int, ...]]:
 
 
 def load(model_id: str, task: Any, precision: str = "fp32", device: str = "cpu") -> tuple[Any, Any, ModelInfo]:
-    """A pretrained model with a head for `task`, its tokenizer, and what is known of it.
+    """A pretrained model with a head for `task`, its processor (of text: the tokenizer), and what is known of it.
 
     model_id: a name of the catalogue, a hub id, or a folder. task: its kind and num_labels are read.
     precision: "fp32" or "bf16", of every tensor, the head's included. The model comes in evaluation mode.
@@ -64,17 +63,14 @@ def load(model_id: str, task: Any, precision: str = "fp32", device: str = "cpu")
     import transformers
 
     target = _device(device)
-    kind = KINDS[task.kind]
-    auto = getattr(transformers, kind.model)
-    wanted: dict[str, Any] = {"num_labels": task.num_labels}
-    if kind.problem_type is not None:
-        wanted["problem_type"] = kind.problem_type
+    kind = kinds.get(task.kind)
+    auto, wanted = getattr(transformers, kind.auto_class), kind.model_settings(task.num_labels)
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(HEAD_SEED)
         try:
-            tokenizer = _tokenizer(folder, with_words=kind.of_words)
+            processor = kind.processor(folder)
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **wanted)
-            _pad(tokenizer, config)
+            kind.fit(processor, config)
             options = {
                 "config": config,
                 "dtype": torch.float32 if precision == "fp32" else torch.bfloat16,
@@ -85,19 +81,19 @@ def load(model_id: str, task: Any, precision: str = "fp32", device: str = "cpu")
                 "output_loading_info": True,
             }
             try:
-                model, found = auto.from_pretrained(folder, attn_implementation="sdpa", **options)
+                model, loading = auto.from_pretrained(folder, attn_implementation="sdpa", **options)
             except (ValueError, ImportError) as error:
                 if "scaled_dot_product_attention" not in str(error) and "sdpa" not in str(error).lower():
                     raise
-                model, found = auto.from_pretrained(folder, attn_implementation="eager", **options)
+                model, loading = auto.from_pretrained(folder, attn_implementation="eager", **options)
         except (ValueError, KeyError, ImportError, OSError, RuntimeError, safetensors.SafetensorError) as error:
             raise ValueError(f"{model_id} cannot be loaded for {task.kind}: {_one_line(error)}") from error
-    missing = [*found["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in found["mismatched_keys"])]
-    heads = head_names(model, missing)
-    astray = sorted(key for key in missing if not any(key.startswith(f"{head}.") for head in heads))
-    if astray:
+    missing = [*loading["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"])]
+    heads = kind.head_names(model, missing)
+    lacking = sorted(key for key in missing if not any(key.startswith(f"{head}.") for head in heads))
+    if lacking:
         raise ValueError(
-            f"{model_id} lacks {len(astray)} weights of a {type(model).__name__}, {astray[0]} among them: "
+            f"{model_id} lacks {len(lacking)} weights of a {type(model).__name__}, {lacking[0]} among them: "
             "its files are of another model; nothing but a head or pooler is started at random"
         )
     model.config._name_or_path = model_id  # saved adapters name the model, not a folder of this machine's cache
@@ -111,32 +107,7 @@ def load(model_id: str, task: Any, precision: str = "fp32", device: str = "cpu")
         precision=precision,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
-    return model, tokenizer, info
-
-
-def head_names(model: Any, missing: Iterable[str] = ()) -> list[str]:
-    """The modules made fresh for the task, in the model's order: what stands outside the base model, and its pooler
-    where the checkpoint had none.
-
-    missing: names of the parameters that were not in the checkpoint. Each name is the largest module all of whose
-    parameters are new: "classifier" for BERT and RoBERTa, "score" for GPT-2, "pooler" and "classifier" for DeBERTa.
-    """
-    base = model.base_model_prefix
-    fresh = {name for name, _ in model.named_parameters() if name.split(".")[0] != base}
-    fresh |= {name for name in missing if "pooler" in name.split(".")}
-    heads = []
-
-    def descend(module: Any, path: str) -> None:
-        names = [f"{path}.{name}" for name, _ in module.named_parameters()]
-        if names and fresh.issuperset(names):
-            heads.append(path)
-        else:
-            for name, child in module.named_children():
-                descend(child, f"{path}.{name}")
-
-    for name, child in model.named_children():
-        descend(child, name)
-    return heads
+    return model, processor, info
 
 
 def tiny(
@@ -158,9 +129,7 @@ def tiny(
     import torch
     import transformers
 
-    common = {"vocab_size": 67, "pad_token_id": 0, "num_labels": num_labels}
-    if KINDS[kind].problem_type is not None:
-        common["problem_type"] = KINDS[kind].problem_type
+    common = {"vocab_size": 67, "pad_token_id": 0, **kinds.get(kind).model_settings(num_labels)}
     encoder = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -215,7 +184,7 @@ def tiny(
             eos_token_id=1,
             attention_dropout=dropout,
         )
-    auto = getattr(transformers, KINDS[kind].model)
+    auto = getattr(transformers, kinds.get(kind).auto_class)
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = auto.from_config(config)
@@ -242,28 +211,6 @@ def tiny_tokenizer() -> Any:
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     return transformers.PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=64, model_input_names=inputs, **names)
-
-
-def _tokenizer(folder: Path, with_words: bool) -> Any:
-    import transformers
-
-    options = {"use_fast": True, "trust_remote_code": False, "local_files_only": True}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-    if with_words and getattr(tokenizer, "add_prefix_space", None) is False:  # byte-level BPE: a word starts with a space
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, add_prefix_space=True, **options)
-    if not tokenizer.is_fast:
-        raise ValueError("its tokenizer has no fast version, which is needed here")
-    return tokenizer
-
-
-def _pad(tokenizer: Any, config: Any) -> None:
-    """Give tokenizer and config the same padding token; decoders often come without one."""
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise ValueError("its tokenizer has neither a padding nor an end token")
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    config.pad_token_id = tokenizer.pad_token_id
 
 
 def _device(device: str) -> Any:

@@ -23,7 +23,7 @@ from rankwise.experiments import catalogue, config
 from rankwise.experiments.config import PAPERS, STEP_COUNTS, Study, Training
 from rankwise.experiments.tasks import get as get_task
 from rankwise.experiments.tasks import names as task_names
-from rankwise.experiments.tasks.common import Task
+from rankwise.experiments.tasks.task import Task
 from rankwise.variants.settings import METHODS, method, nearest
 
 STAND_IN = "sentence-transformers/all-MiniLM-L6-v2"  # a model that every machine with a package index can have

@@ -28,12 +28,16 @@ from typing import Any
 import numpy as np
 import torch
 from rankwise import variants
-from rankwise.experiments import budget, knockout, measure, models, sweep
+from rankwise.experiments import budget, kinds, knockout, measure, models, sweep
 from rankwise.experiments.checks import check_phases, collecting, phase_training
 from rankwise.experiments.config import Entry, Study, Training
+from rankwise.experiments.data.dataset import Dataset
+from rankwise.experiments.data.draws import KNOCKOUT_ROWS, SUBSET
+from rankwise.experiments.files import replacing, write_json
+from rankwise.experiments.tasks import Task
 from rankwise.experiments.tasks import get as get_task
-from rankwise.experiments.tasks.common import Encoded, Task
-from rankwise.experiments.trainer import Outcome, Pack, Trainer, replacing, write_json
+from rankwise.experiments.training.pack import Outcome, Pack
+from rankwise.experiments.training.trainer import Trainer
 from rankwise.variants.adapter.linears import weight_of
 from rankwise.variants.adapter.step import NotPackable
 from rankwise.variants.settings import Settings, method, together
@@ -54,7 +58,7 @@ class Prepared:
     """One task of a study, ready to run: its data, and each entry's targets in the model."""
 
     task: Task
-    data: dict[str, Encoded]  # "train", and each split that is evaluated
+    data: dict[str, Dataset]  # "train", and each split that is evaluated
     data_hash: str
     targets: dict[str, list[str]]  # entry label -> names of the sites
     shapes: dict[str, tuple[int, int]]  # site -> (out, in)
@@ -575,10 +579,10 @@ class Runner:
             split = self._selection_split(prepared.task)
             measured = knockout.knock_out(
                 adapter,
-                trainer.tokenizer,
+                trainer.processor,
                 prepared.task,
                 split,
-                prepared.data[split].random_part(knockout.ROWS, knockout.KEY),
+                prepared.data[split].random_part(knockout.ROWS, KNOCKOUT_ROWS),
                 trainer.pack.training.evaluation_batch_size,
                 self.precision,
                 members,
@@ -731,12 +735,14 @@ class Runner:
             write_json(folder / "config.json", config)
 
     def _write_predictions(self, run: Run, outcome: Outcome) -> None:
-        """Writes the predictions of the scored split; a span's, two numbers for each token, are too large to keep."""
+        """Writes the predictions of the scored split, where the kind of task keeps them."""
         task = self.prepared[run.task].task
         split = self._score_split(task)
-        if split in outcome.predictions and task.kind != "span":
+        made = outcome.predictions.get(split)
+        stored = None if made is None else kinds.get(task.kind).stored(made)
+        if stored is not None:
             with replacing(self.out / run.fingerprint / PREDICTIONS) as path:
-                save_file({"predictions": np.ascontiguousarray(outcome.predictions[split])}, path, {"split": split})
+                save_file({"predictions": np.ascontiguousarray(stored)}, path, {"split": split})
 
     def _write_result(self, run: Run, outcome: Outcome, index: int, size: int, note: str | None) -> None:
         task = self.prepared[run.task].task
@@ -881,9 +887,9 @@ def _given(settings: Settings) -> dict[str, Any]:
     return settings.model_dump(exclude_unset=True)
 
 
-def _subset(encoded: Encoded, split: str, training: Training) -> Encoded:
+def _subset(encoded: Dataset, split: str, training: Training) -> Dataset:
     """A fixed random part of a split, the same for every method and seed, where the study asks for one."""
-    return encoded.random_part(training.train_examples if split == "train" else training.evaluation_examples, 3)
+    return encoded.random_part(training.train_examples if split == "train" else training.evaluation_examples, SUBSET)
 
 
 def _unfit(model: Any, training: Training) -> list[str]:
@@ -899,7 +905,7 @@ def _unfit(model: Any, training: Training) -> list[str]:
     return faults
 
 
-def _subset_captions(task: Task, data: dict[str, Encoded], training: Training) -> list[str]:
+def _subset_captions(task: Task, data: dict[str, Dataset], training: Training) -> list[str]:
     cut = training.train_examples is not None or training.evaluation_examples is not None
     parts = ", ".join(f"{split} {encoded.num_examples}" for split, encoded in data.items())
     return [f"{task.name}: a fixed random part of the data ({parts} examples)."] if cut else []

@@ -14,21 +14,14 @@ from typing import Any
 import numpy as np
 import scipy.stats  # noqa: F401  (this and transformers, so that a fork of a server that imported this module starts at once)
 import torch
-from rankwise.experiments import config, models, tasks
+from rankwise.experiments import config, kinds, models, tasks
 from rankwise.experiments.config import Study, Training
+from rankwise.experiments.data.encoded import Encoded
+from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.study import Runner
-from rankwise.experiments.tasks import squad
-from rankwise.experiments.tasks.common import (
-    KINDS,
-    Encoded,
-    Examples,
-    Task,
-    accuracy_and_macro_f1,
-    correlations,
-    encode_examples,
-    resampled_correlations,
-)
-from rankwise.experiments.trainer import Outcome, Pack, Trainer
+from rankwise.experiments.tasks import Task, metrics
+from rankwise.experiments.training.pack import Outcome, Pack
+from rankwise.experiments.training.trainer import Trainer
 from rankwise.variants.settings import METHODS, check
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification  # noqa: F401
 
@@ -79,10 +72,10 @@ def model(folder: Path, name: str = "bert", dropout: float = 0.1) -> str:
 def task(kind: str = "regression", name: str = "") -> Task:
     """A task over random letters that can be learnt: how many of the first letters of the alphabet there are."""
     metric, measure, resampled, num_labels = {
-        "regression": ("pearson_spearman", correlations, resampled_correlations, 1),
-        "classification": ("accuracy", accuracy_and_macro_f1, None, 3),
+        "regression": ("pearson_spearman", metrics.correlations, metrics.resampled_correlations, 1),
+        "classification": ("accuracy", metrics.accuracy_and_macro_f1, None, 3),
         "token-classification": ("accuracy", _token_accuracy, _resampled_token_accuracy, 3),
-        "span": ("f1", squad.measure, squad.resampled_f1, 2),
+        "span": ("f1", metrics.exact_match_and_f1, metrics.resampled_answer_f1, 2),
     }[kind]
     return Task(
         name=name or f"small/{kind}",
@@ -125,7 +118,7 @@ def _examples(kind: str, split: str) -> Examples:
 
 def encoded(one: Task, max_length: int = 24) -> dict[str, Encoded]:
     tokenizer = models.tiny_tokenizer()
-    return {split: encode_examples(_examples(one.kind, split), one.kind, tokenizer, max_length) for split in ROWS}
+    return {split: kinds.get(one.kind).encode(_examples(one.kind, split), tokenizer, max_length) for split in ROWS}
 
 
 def training(**changes: Any) -> Training:
@@ -187,7 +180,7 @@ def study(model_id: str, methods: Sequence[str] | Sequence[dict[str, Any]] = ("l
 
 def register(set_item: Callable[[dict, str, Task], None] = dict.__setitem__) -> None:
     """Makes the small tasks known by name; with pytest pass monkeypatch.setitem."""
-    for kind in KINDS:
+    for kind in ("regression", "classification", "token-classification", "span"):
         one = task(kind)
         set_item(tasks._TASKS, one.name, one)
 

@@ -13,8 +13,8 @@ import scipy.stats
 import torch
 from rankwise import variants
 from rankwise.experiments import analysis
-from rankwise.experiments.tasks.common import shuffled
-from rankwise.experiments.trainer import Trainer
+from rankwise.experiments.data.draws import shuffled
+from rankwise.experiments.training.trainer import Trainer
 from rankwise.reports import analysis as report
 from rankwise.reports.tables import escape_markdown
 from rankwise.variants.adapter.linears import weight_of

@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 from rankwise import variants
-from rankwise.experiments import first_token, models
+from rankwise.experiments import models
+from rankwise.experiments.training import first_token
 from rankwise.variants.adapter.probe import fill
 from rankwise.variants.adapter.step import Step
 from rankwise.variants.settings import METHODS

@@ -5,8 +5,8 @@ import os
 
 import pytest
 import torch
-from rankwise.experiments.optim import MemberAdamW
-from rankwise.experiments.trainer import Pack
+from rankwise.experiments.training.optim import MemberAdamW
+from rankwise.experiments.training.pack import Pack
 from rankwise.variants.adapter.draws import Draw, drop
 from rankwise.variants.settings import METHODS
 

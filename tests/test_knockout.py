@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from rankwise import variants
-from rankwise.experiments import knockout, models, objective
+from rankwise.experiments import kinds, knockout, models
+from rankwise.experiments.data.draws import KNOCKOUT_ROWS
+from rankwise.experiments.data.lengths import collate
 from rankwise.experiments.study import Runner
-from rankwise.experiments.tasks.common import collate
 from rankwise.variants.adapter.step import CannotMerge
 
 from tests import small_world
@@ -52,15 +53,15 @@ def by_hand(adapter, tokenizer, task, encoded, member, taken):
         labels = batch.pop("labels")
         with torch.no_grad():
             logits = merged(**{k: v for k, v in batch.items() if k != "token_type_ids"}).logits
-        losses.append(float(objective.losses(task.kind, logits, labels, 1)))
-        predicted.append(objective.predictions(task.kind, logits).numpy()[0])
+        losses.append(float(kinds.get(task.kind).losses(logits, labels, 1)))
+        predicted.append(kinds.get(task.kind).predictions(logits).numpy()[0])
     return sum(losses) / len(losses), task.metrics(np.array(predicted), *encoded.truth)[task.metric]
 
 
 @pytest.mark.parametrize(("name", "members"), [("lora", 2), ("dora", 2), ("full", 1)])
 def test_taking_a_site_out_is_setting_its_weight_back(model_id, name, members, monkeypatch):
     adapter, tokenizer, task = trained(model_id, name, members)
-    encoded = small_world.encoded(task)["validation"].random_part(9, knockout.KEY)
+    encoded = small_world.encoded(task)["validation"].random_part(9, KNOCKOUT_ROWS)
     before = {key: value.clone() for key, value in adapter.model.state_dict().items()}
     merged = knockout.knock_out(adapter, tokenizer, task, "validation", encoded, 4)
     monkeypatch.setattr(adapter, "merge", lambda member: (_ for _ in ()).throw(CannotMerge("tied")))
@@ -121,7 +122,7 @@ def test_a_study_writes_what_it_was_asked_for_and_a_run_can_be_measured_again(mo
     runner.prepare()
     (result,) = runner.run()
     assert {p.name for p in (tmp_path / "off" / result["fingerprint"]).iterdir()} == {
-        "config.json", "metrics.jsonl", "ranks.jsonl", "result.json", "adapter",
+        "config.json", "metrics.jsonl", "ranks.jsonl", "result.json", "adapter", "predictions.safetensors",
     }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from rankwise import variants
-from rankwise.experiments.tasks.common import shuffled
+from rankwise.experiments.data.draws import shuffled
 from rankwise.variants import native
 from rankwise.variants.adapter.draws import Draw, Dropping
 from rankwise.variants.adapter.probe import fill

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from rankwise.experiments.optim import MemberAdamW, schedule_factor
+from rankwise.experiments.training.optim import MemberAdamW
+from rankwise.experiments.training.schedule import schedule_factor
 from rankwise.variants.adapter.step import Group
 
 STEPS = 60

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rankwise import variants
 from rankwise.experiments import tasks
-from rankwise.experiments.tasks.spans import Questions
+from rankwise.experiments.data.questions import Questions
 from rankwise.reports import papers
 
 TABLES = {  # name: rows, values, sum of the values, sum of the spreads

@@ -9,7 +9,7 @@ import torch
 from rankwise import variants
 from rankwise.experiments import budget, checks, config
 from rankwise.experiments.study import Runner
-from rankwise.experiments.trainer import Trainer
+from rankwise.experiments.training.trainer import Trainer
 from rankwise.variants.adapter.probe import fill
 from rankwise.variants.settings import check, together
 

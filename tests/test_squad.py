@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from rankwise import variants
-from rankwise.experiments import models, tasks
-from rankwise.experiments.tasks import common, spans, squad
-from rankwise.experiments.tasks.common import Examples, Undefined
-from rankwise.experiments.tasks.spans import Questions
+from rankwise.experiments import kinds, models, tasks
+from rankwise.experiments.data import draws
+from rankwise.experiments.data import questions as spans
+from rankwise.experiments.data.examples import Examples
+from rankwise.experiments.data.questions import Questions
+from rankwise.experiments.kinds import Undefined
+from rankwise.experiments.tasks import metrics, squad
 from rankwise.variants.adapter.probe import fill
 
 from tests import small_world
@@ -70,7 +73,7 @@ def test_whole_articles_are_kept_out_of_training_and_every_split_has_its_questio
 
 def test_first_articles_drawn_are_kept_out_until_they_hold_a_tenth():
     titles = ["a"] * 5 + ["b"] * 50 + ["c"] * 5 + ["d"] * 40
-    order = common.shuffled(4, common.SPLIT_SEED, 5)
+    order = draws.shuffled(4, draws.SPLIT_SEED, 5)
     wanted, count = set(), 0
     for index in order:
         if count >= 10:
@@ -120,10 +123,10 @@ def test_missing_columns_and_questions_are_refused(monkeypatch):
     good = record("q", "c x", "x")
     fake_hub(monkeypatch, "v1", [good], [good])
     monkeypatch.setitem(squad.OFFICIAL, "v1", {"train": 2, "validation": 1})
-    with pytest.raises(ValueError, match="squad/v1: 1 questions in train where 2 are the rule"):
+    with pytest.raises(ValueError, match="squad/v1: 1 questions in train, expected 2"):
         tasks.get("squad/v1").load(["train"])
     monkeypatch.setattr(squad, "hub_columns", lambda *_: {"id": ["q"]})
-    with pytest.raises(ValueError, match="no column title in the hub's copy; id, title, context, question, answers"):
+    with pytest.raises(ValueError, match="no column title in the hub's copy; expected id, title, context, question, answers"):
         tasks.get("squad/v1").load(["dev"])
 
 
@@ -131,7 +134,7 @@ def test_missing_columns_and_questions_are_refused(monkeypatch):
 
 
 def encoded(examples, max_length=24):
-    return common.encode_examples(examples, "span", models.tiny_tokenizer(), max_length)
+    return kinds.get("span").encode(examples, models.tiny_tokenizer(), max_length)
 
 
 def letters(count, seed=0):
@@ -166,7 +169,7 @@ def test_the_papers_384_tokens_have_a_stride_of_128_and_questions_of_64():
     tokenizer = models.tiny_tokenizer()
     tokenizer.model_max_length = 384
     context = letters(600)
-    found = common.encode_examples(examples_of((letters(70, 1), context, None)), "span", tokenizer, 384)
+    found = kinds.get("span").encode(examples_of((letters(70, 1), context, None)), tokenizer, 384)
     first, second = (found.questions.characters[found.offsets[r] : found.offsets[r + 1]] for r in (0, 1))
     assert found.lengths[:2].tolist() == [384, 384] and (first[: 1 + 64 + 1] == -1).all() and first[66].tolist() == [0, 1]
     held = first[first[:, 0] >= 0]
@@ -215,7 +218,7 @@ def test_windows_are_kept_and_read_back_with_their_questions(monkeypatch):
     fake_hub(monkeypatch, "v2", records, records)
     task, tokenizer = tasks.get("squad/v2"), models.tiny_tokenizer()
     first = task.encode(tokenizer, "dev", 24)
-    monkeypatch.setattr(common, "encode_examples", None)
+    monkeypatch.setattr(kinds.get("span"), "encode", None)
     again = task.encode(tokenizer, "dev", 24)
     assert [*again.content()] == [*first.content()] and again.max_length == 24 and not again.is_by_token
     for name in ("ids", "contexts", "answers"):
@@ -268,7 +271,7 @@ def test_the_best_span_is_that_of_a_plain_search():
     tokenizer = models.tiny_tokenizer()
     tokenizer.model_max_length = 96
     triples = [("x", letters(int(count), seed), None) for seed, count in enumerate([200, 3, 90, 45, 1])]
-    found = common.encode_examples(examples_of(*triples), "span", tokenizer, 96)
+    found = kinds.get("span").encode(examples_of(*triples), tokenizer, 96)
     for seed in range(20):
         scores = np.random.default_rng(seed).normal(size=(len(found.ids), 2)).astype(np.float32)
         scores[found.offsets[:-1]] += 2  # so that some have no answer
@@ -347,7 +350,7 @@ def test_no_answer_scores_by_its_least_window_and_a_span_by_its_best():
     ],
 )
 def test_exact_match_and_f1_by_hand(predicted, right, exact, f1):
-    assert squad.scores([predicted], [tuple(right)])[0] == pytest.approx([exact, f1])
+    assert metrics.answer_scores([predicted], [tuple(right)])[0] == pytest.approx([exact, f1])
 
 
 def test_scores_of_v1_are_torchmetrics():
@@ -360,7 +363,7 @@ def test_scores_of_v1_are_torchmetrics():
     answers = [tuple([draw() for _ in range(rng.integers(1, 4))] + [text] * (rng.random() < 0.2)) for text in texts]
     predictions = [{"prediction_text": text, "id": str(i)} for i, text in enumerate(texts)]
     targets = [{"answers": {"text": list(g), "answer_start": [0] * len(g)}, "id": str(i)} for i, g in enumerate(answers)]
-    found = squad.measure(texts, np.zeros(300), SimpleNamespace(answers=answers))
+    found = metrics.exact_match_and_f1(texts, np.zeros(300), SimpleNamespace(answers=answers))
     assert found == pytest.approx({name: float(value) for name, value in oracle(predictions, targets).items()}, rel=1e-5)
     assert 15 < found["exact_match"] < found["f1"] < 90
 
@@ -375,7 +378,7 @@ def v2_by_hand():
 
 
 def test_v2_by_hand():
-    found = squad.measure_with_empty(*v2_by_hand())
+    found = metrics.exact_match_and_f1_with_empty(*v2_by_hand())
     assert found == pytest.approx(
         {
             "exact_match": 50,
@@ -391,12 +394,12 @@ def test_v2_by_hand():
         }
     )
     texts, gaps, questions = v2_by_hand()
-    shifted = squad.measure_with_empty(texts, gaps + 10, questions)  # all empty at the threshold 0
+    shifted = metrics.exact_match_and_f1_with_empty(texts, gaps + 10, questions)  # all empty at the threshold 0
     assert (shifted["exact_match"], shifted["no_answer_accuracy"], shifted["has_answer_f1"]) == (25, 100, 0)
     assert (shifted["best_f1"], shifted["best_f1_threshold"]) == (pytest.approx(found["best_f1"]), 9)
-    answerable = squad.measure_with_empty(texts[:2], gaps[:2], SimpleNamespace(answers=[("x",), ("y",)]))
+    answerable = metrics.exact_match_and_f1_with_empty(texts[:2], gaps[:2], SimpleNamespace(answers=[("x",), ("y",)]))
     assert "no_answer_accuracy" not in answerable and answerable["has_answer_f1"] == answerable["f1"]
-    alone = squad.measure_with_empty(["w"], np.array([-1.0]), SimpleNamespace(answers=[()]))
+    alone = metrics.exact_match_and_f1_with_empty(["w"], np.array([-1.0]), SimpleNamespace(answers=[()]))
     assert (alone["f1"], alone["best_f1"], "has_answer_f1" in alone) == (0, 100, False)
 
 
@@ -406,15 +409,15 @@ def test_the_best_threshold_is_that_of_a_search_and_the_score_ignores_it():
         answers = [() if rng.random() < 0.5 else ("x y",) for _ in range(12)]
         texts = [str(rng.choice(["x y", "x", "z"])) for _ in answers]
         gaps = rng.normal(1, 2, 12)
-        found = squad.measure_with_empty(texts, gaps, SimpleNamespace(answers=answers))
+        found = metrics.exact_match_and_f1_with_empty(texts, gaps, SimpleNamespace(answers=answers))
         tried = [[t if g <= limit else "" for t, g in zip(texts, gaps, strict=True)] for limit in [-np.inf, *gaps]]
-        every = np.array([squad.scores(one, answers).mean(0) for one in tried])
+        every = np.array([metrics.answer_scores(one, answers).mean(0) for one in tried])
         assert [found["best_exact_match"], found["best_f1"]] == pytest.approx(100 * every.max(0))
-        zero = squad.scores([t if g <= 0 else "" for t, g in zip(texts, gaps, strict=True)], answers).mean(0)
+        zero = metrics.answer_scores([t if g <= 0 else "" for t, g in zip(texts, gaps, strict=True)], answers).mean(0)
         assert [found["exact_match"], found["f1"]] == pytest.approx(100 * zero)
         if found["best_f1_threshold"]:
             chosen = [t if g <= found["best_f1_threshold"] else "" for t, g in zip(texts, gaps, strict=True)]
-            assert found["best_f1"] == pytest.approx(100 * squad.scores(chosen, answers)[:, 1].mean())
+            assert found["best_f1"] == pytest.approx(100 * metrics.answer_scores(chosen, answers)[:, 1].mean())
 
 
 def test_a_task_scores_tokens_scores_as_they_come_from_a_model():
@@ -447,10 +450,10 @@ def test_standard_errors_are_over_questions_not_windows():
     for name in ("squad/v1", "squad/v2"):
         task = tasks.get(name)
         texts, gaps = spans.best(scores, found.questions, found.offsets)
-        texts = squad.with_empty(texts, gaps) if name == "squad/v2" else texts
+        texts = metrics.with_empty(texts, gaps) if name == "squad/v2" else texts
         assert texts.count("") == (15 if name == "squad/v2" else 0)
-        f1 = 100 * squad.scores(texts, examples.answers)[:, 1]
-        drawn = [np.repeat(f1, weights).mean() for weights in common.resample_weights(60)]
+        f1 = 100 * metrics.answer_scores(texts, examples.answers)[:, 1]
+        drawn = [np.repeat(f1, weights).mean() for weights in metrics.resample_weights(60)]
         assert task.standard_error(scores, *found.truth) == pytest.approx(np.std(drawn, ddof=1))
         assert task.standard_error(scores, *found.truth) == pytest.approx(f1.std() / np.sqrt(60), rel=0.2)
         exact = replace(task, metric="exact_match", resampled=None)
@@ -492,7 +495,7 @@ def test_the_head_is_fresh_found_and_saved_where_peft_looks_for_it(model, tmp_pa
 @pytest.mark.parametrize("name", models.TINY)
 def test_every_family_has_a_head_for_spans(name):
     made = models.tiny(name, num_labels=2, kind="span")
-    assert models.head_names(made)[-1] == "qa_outputs"
+    assert kinds.get("span").head_names(made)[-1] == "qa_outputs"
 
 
 def test_packed_members_train_as_alone_and_a_stopped_run_ends_the_same(model, tmp_path):

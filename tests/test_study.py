@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import rankwise.experiments.study
-import rankwise.experiments.trainer
+import rankwise.experiments.training.state
+import rankwise.experiments.training.trainer
 import torch
 from rankwise import variants
-from rankwise.experiments import config
+from rankwise.experiments import config, kinds
 from rankwise.experiments.config import Study
 from rankwise.experiments.study import Runner, groups
-from rankwise.experiments.trainer import Trainer
+from rankwise.experiments.training.optim import MemberAdamW
+from rankwise.experiments.training.trainer import Trainer
 from rankwise.reports.results import load
 from safetensors import safe_open
 
@@ -211,7 +213,7 @@ def test_finished_runs_are_not_run_twice(model, tmp_path, monkeypatch):
     first = ran(what, tmp_path)
     before = contents(tmp_path)
     no_training(monkeypatch)
-    monkeypatch.setattr(rankwise.experiments.trainer.models, "load", rankwise.experiments.trainer.models.load)
+    monkeypatch.setattr(rankwise.experiments.training.trainer.models, "load", rankwise.experiments.training.trainer.models.load)
     assert ran(what, tmp_path) == first
     assert contents(tmp_path) == before
 
@@ -733,10 +735,9 @@ def test_a_member_that_diverges_or_collapses_is_a_failed_result_with_its_reason(
 
 
 def test_constant_predictions_are_a_failed_result_without_a_score(model, tmp_path, monkeypatch):
-    plain = rankwise.experiments.trainer.objective.predictions
-    monkeypatch.setattr(
-        rankwise.experiments.trainer.objective, "predictions", lambda kind, logits: plain(kind, logits) * 0 + 0.5
-    )
+    kind = kinds.get("regression")
+    plain = kind.predictions
+    monkeypatch.setattr(kind, "predictions", lambda outputs: plain(outputs) * 0 + 0.5)
     results = ran(study(model), tmp_path)
     assert [(r["status"], r["error"], r["score"], r["selection_score"]) for r in results] == [
         ("failed", "collapsed", None, None)
@@ -750,7 +751,7 @@ class FullDisk:
     """Fails at the n-th writing: half of the file is there, then there is no space."""
 
     def __init__(self, monkeypatch, at: int):
-        self.left, save = at, rankwise.experiments.trainer.save_file
+        self.left, save = at, rankwise.experiments.training.state.save_file
 
         def save_file(tensors, path, *args):
             self.count(path)
@@ -762,8 +763,8 @@ class FullDisk:
             self.count(file.name)
             dump(value, file, **options)
 
-        monkeypatch.setattr(rankwise.experiments.trainer, "save_file", save_file)
-        monkeypatch.setattr(rankwise.experiments.trainer.json, "dump", json_dump)
+        monkeypatch.setattr(rankwise.experiments.training.state, "save_file", save_file)
+        monkeypatch.setattr(json, "dump", json_dump)
 
     def count(self, path) -> None:
         self.left -= 1
@@ -802,7 +803,7 @@ def test_a_full_disk_while_a_checkpoint_is_written_is_no_failed_run(model, tmp_p
     def full(*args):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(rankwise.experiments.trainer, "save_file", full)
+    monkeypatch.setattr(rankwise.experiments.training.state, "save_file", full)
     with pytest.raises(OSError) as caught:
         ran(study(model), tmp_path)
     assert caught.value.errno == errno.ENOSPC
@@ -871,7 +872,7 @@ def test_the_adapter_that_is_kept_is_the_one_that_was_scored(model, tmp_path):
     runner.prepare()
     prepared = runner.prepared["small/regression"]
     for r in results:
-        loaded, _, _ = rankwise.experiments.trainer.models.load(model, prepared.task)
+        loaded, _, _ = rankwise.experiments.training.trainer.models.load(model, prepared.task)
         variants.load_pretrained(loaded, tmp_path / r["fingerprint"] / "adapter")
         loaded.eval()
         data = prepared.data["test"]
@@ -975,8 +976,8 @@ def test_a_diverged_member_of_any_method_does_not_end_the_study(model, tmp_path)
 
 
 def test_a_run_whose_every_step_was_skipped_is_no_result(model, tmp_path, monkeypatch):
-    norms = rankwise.experiments.trainer.MemberAdamW.gradient_norms
-    monkeypatch.setattr(rankwise.experiments.trainer.MemberAdamW, "gradient_norms", lambda self: norms(self) * float("nan"))
+    norms = MemberAdamW.gradient_norms
+    monkeypatch.setattr(MemberAdamW, "gradient_norms", lambda self: norms(self) * float("nan"))
     (only,) = ran(study(model, seeds=1), tmp_path / "runs")
     assert only["skipped_steps"] == only["steps"] == 4
     assert (only["status"], only["error"], only["score"]) == ("failed", "diverged", None)

@@ -11,9 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rankwise.experiments import catalogue, models, tasks
-from rankwise.experiments.tasks import common, conll2003, glue, reuters, sarcasm
-from rankwise.experiments.tasks.common import Encoded, Examples, Undefined
+from rankwise.experiments import catalogue, kinds, models, tasks
+from rankwise.experiments.data import draws
+from rankwise.experiments.data import lengths as plan
+from rankwise.experiments.data.encoded import Encoded
+from rankwise.experiments.data.examples import Examples
+from rankwise.experiments.kinds import Undefined
+from rankwise.experiments.tasks import conll2003, glue, metrics, reuters, sarcasm
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
@@ -62,21 +66,21 @@ def test_conll_sentences_end_at_empty_lines_and_documents(tmp_path):
 PARSERS = {"stsb": (glue.parse_stsb, STSB), "r8": (reuters.parse, R8), "conll": (conll2003.parse, CONLL)}
 PARSERS["sarcasm"] = (sarcasm.parse, headline(SECRET, "1") + "\n" + headline("b", "0") + "\n")
 BROKEN = [
-    ("stsb", f"a\tb\tc\t1\t2.5\t{SECRET}\n", "line 1: 6 columns"),
+    ("stsb", f"a\tb\tc\t1\t2.5\t{SECRET}\n", "line 1: expected 7 to 9 columns, found 6"),
     ("stsb", STSB + f"a\tb\tc\t1\tgood\t{SECRET}\t{SECRET}\n", "line 3: the score in column 5 is no number"),
     ("stsb", STSB + f"a\tb\tc\t1\t5.01\t{SECRET}\t{SECRET}\n", "line 3: the score in column 5 is outside 0 to 5"),
     ("stsb", STSB + f"a\tb\tc\t1\tnan\t{SECRET}\t{SECRET}\n", "line 3: the score in column 5 is outside 0 to 5"),
     ("stsb", STSB + f"a\tb\tc\t1\t5\t{SECRET}\t \n", "line 3: a sentence is empty"),
-    ("stsb", STSB + f"\n{STSB}", "line 3: 1 columns"),
-    ("r8", f"{SECRET}\ttext\n", "line 1: three header lines"),
+    ("stsb", STSB + f"\n{STSB}", "line 3: expected 7 to 9 columns, found 1"),
+    ("r8", f"{SECRET}\ttext\n", "line 1: expected three header lines"),
     ("r8", R8 + f"sports\t{SECRET}\n", "line 8: the topic is none of acq"),
-    ("r8", R8 + f"earn\t{SECRET}\tb\n", "line 8: 3 columns"),
-    ("r8", R8 + "earn\t \n", "line 8: 1 columns|line 8: the text is empty"),
-    ("conll", CONLL + f"\n{SECRET} NN B-PER\n", "line 11: 3 columns"),
+    ("r8", R8 + f"earn\t{SECRET}\tb\n", "line 8: expected 2 columns .*, found 3"),
+    ("r8", R8 + "earn\t \n", "line 8: expected 2 columns .*, found 1|line 8: the text is empty"),
+    ("conll", CONLL + f"\n{SECRET} NN B-PER\n", "line 11: expected 4 columns, found 3"),
     ("conll", CONLL + f"\n{SECRET} NN I-NP B-{SECRET}\n", "line 11: the tag is none of O, B-PER"),
-    ("sarcasm", headline("a", "0") + f"\n{{{SECRET}\n", "line 2: a JSON object"),
-    ("sarcasm", json.dumps({"input": [], "ideal": SECRET}), "line 1: a JSON object"),
-    ("sarcasm", json.dumps([SECRET]), "line 1: a JSON object"),
+    ("sarcasm", headline("a", "0") + f"\n{{{SECRET}\n", "line 2: expected a JSON object"),
+    ("sarcasm", json.dumps({"input": [], "ideal": SECRET}), "line 1: expected a JSON object"),
+    ("sarcasm", json.dumps([SECRET]), "line 1: expected a JSON object"),
     ("sarcasm", headline(SECRET, "2"), "line 1: the label"),
     ("sarcasm", headline(SECRET, ["1"]), "line 1: the label"),
     ("sarcasm", headline(" ", "1"), "line 1: the headline is empty"),
@@ -115,7 +119,7 @@ def test_files_without_examples_are_refused(tmp_path):
 def test_number_of_examples_that_differs_from_the_known_one_is_refused(tmp_path, monkeypatch):
     write(tmp_path, "sts-dev.csv", STSB)
     monkeypatch.setattr(catalogue, "fetch", lambda name: tmp_path)
-    with pytest.raises(ValueError, match="2 examples in validation where 1500 are the rule"):
+    with pytest.raises(ValueError, match="2 examples in validation, expected 1500"):
         tasks.get("glue/stsb").load(["validation"])
 
 
@@ -185,7 +189,7 @@ def test_r8_validation_is_carved_out_of_training_by_topic_and_the_same_each_time
 def test_carved_part_has_exactly_the_size_asked_for():
     labels = np.array([0] * 7 + [1] * 5 + [2] * 1 + [3] * 31)
     for size in range(1, 44):
-        chosen = common.carve(labels, size)
+        chosen = draws.carve(labels, size)
         assert chosen.sum() == size
         assert abs(np.bincount(labels[chosen], minlength=4) - size * np.bincount(labels) / 44).max() < 1
 
@@ -198,13 +202,13 @@ def test_sarcasm_parts_are_disjoint_and_whole():
 
 def test_draws_are_pinned():
     """Splits and orders are part of every result: a change here is a change of NUMERICS."""
-    assert common.shuffled(10, 3, 1, 2, 5).tolist() == [2, 1, 6, 5, 7, 9, 8, 4, 3, 0]
+    assert draws.shuffled(10, 3, 1, 2, 5).tolist() == [2, 1, 6, 5, 7, 9, 8, 4, 3, 0]
     assert sarcasm.parts(30)["test"].tolist() == [19, 20, 27]
-    assert len({tuple(common.shuffled(9, *key)) for key in [(0,), (1,), (0, 1), (0, 0, 1), (0, 0, 0, 1)]}) == 5
+    assert len({tuple(draws.shuffled(9, *key)) for key in [(0,), (1,), (0, 1), (0, 0, 1), (0, 0, 0, 1)]}) == 5
     with pytest.raises(ValueError, match="seed -1 must be"):
-        common.shuffled(3, -1)
+        draws.shuffled(3, -1)
     with pytest.raises(ValueError, match=f"seed {2**64} must be"):
-        common.shuffled(3, 2**64)
+        draws.shuffled(3, 2**64)
 
 
 # ------------------------------------------------------------------------------------------------------------ the hub
@@ -231,7 +235,7 @@ def test_glue_task_chooses_on_a_part_of_training_and_scores_the_development_part
     before = task.data_hash()
     fake_hub(monkeypatch, {"train": hub_mrpc(3668), "validation": hub_mrpc(407)})
     assert task.data_hash() != before
-    with pytest.raises(ValueError, match="407 examples in dev where 408 are the rule"):
+    with pytest.raises(ValueError, match="407 examples in dev, expected 408"):
         task.load(["dev"])
 
 
@@ -325,7 +329,7 @@ def test_tokens_are_made_once_and_kept_by_content(tmp_path, monkeypatch, cache):
     first = task.encode(tokenizer, "train", 24)
     tokenizer(["a", "b"], padding="max_length", truncation=True, max_length=9)  # how it was called last is no content
     with monkeypatch.context() as patch:
-        patch.setattr(common, "encode_examples", None)
+        patch.setattr(kinds.get(task.kind), "encode", None)
         again = task.encode(tokenizer, "train", 24)
     for name in ("ids", "offsets", "token_type_ids", "labels"):
         one, other = getattr(first, name), getattr(again, name)
@@ -394,7 +398,7 @@ def test_first_token_of_a_word_has_its_label_and_no_other(cache, tmp_path, monke
     assert encoded.labels[8:].tolist() == [-100, 5, -100, -100, -100, -100, 0, -100]
     again = task.encode(models.tiny_tokenizer(), "train", 8)
     assert again.is_by_token and again.labels.tolist() == encoded.labels.tolist()
-    batch = common.collate(encoded, np.array([1, 0]), 10, 0)
+    batch = plan.collate(encoded, np.array([1, 0]), 10, 0)
     padding = [-100, -100]
     assert batch["labels"].tolist() == [encoded.labels[8:].tolist() + padding, encoded.labels[:8].tolist() + padding]
 
@@ -408,15 +412,15 @@ def test_every_row_comes_once_and_the_plan_is_the_same_for_every_seed(count, siz
     plans = []
     for seed in (0, 1, 2**64 - 1):
         for epoch in (0, 3):
-            steps = common.batches(encoded, size, seed, epoch)
-            assert len(steps) == common.num_steps(count, size)
+            steps = plan.batches(encoded, size, seed, epoch)
+            assert len(steps) == plan.num_steps(count, size)
             assert sorted(np.concatenate([rows for rows, _ in steps]).tolist()) == list(range(count))
             assert all(encoded.lengths[rows].max() <= length <= 40 for rows, length in steps)
-            assert all(length % common.MULTIPLE == 0 for _, length in steps)
+            assert all(length % plan.MULTIPLE == 0 for _, length in steps)
             plans.append((epoch, [(len(rows), length) for rows, length in steps]))
     for epoch in (0, 3):
         assert all(plan == plans[epoch > 0][1] for other, plan in plans if other == epoch)
-    short = [rows for rows, _ in common.batches(encoded, size, 0, 0) if len(rows) < size]
+    short = [rows for rows, _ in plan.batches(encoded, size, 0, 0) if len(rows) < size]
     assert len(short) == (count % size > 0)
 
 
@@ -424,14 +428,14 @@ def test_order_depends_on_seed_and_epoch_and_nothing_else():
     encoded = made_up(300)
 
     def order(seed, epoch):
-        return [rows.tolist() for rows, _ in common.batches(encoded, 7, seed, epoch)]
+        return [rows.tolist() for rows, _ in plan.batches(encoded, 7, seed, epoch)]
 
     np.random.seed(5)
     first = order(1, 2)
     np.random.random(9)
     assert order(1, 2) == first
     assert order(2, 2) != first and order(1, 3) != first
-    lengths = [[length for _, length in common.batches(encoded, 3, 0, epoch)] for epoch in (0, 1)]
+    lengths = [[length for _, length in plan.batches(encoded, 3, 0, epoch)] for epoch in (0, 1)]
     assert lengths[0] != lengths[1] and Counter(lengths[0]) == Counter(lengths[1])
     assert lengths[0] != sorted(lengths[0])  # long and short batches are mixed
 
@@ -439,31 +443,31 @@ def test_order_depends_on_seed_and_epoch_and_nothing_else():
 def test_shelves_are_of_similar_length():
     """16 batches a shelf: the planned tokens stay near the real ones, and each seed meets rows of its shelf alone."""
     encoded = made_up(3000)
-    planned = sum(len(rows) * length for rows, length in common.batches(encoded, 8, 0, 0))
+    planned = sum(len(rows) * length for rows, length in plan.batches(encoded, 8, 0, 0))
     assert planned < 1.25 * len(encoded.ids)
     rank = np.argsort(np.argsort(encoded.lengths, kind="stable"))
-    assert all(len(set(rank[rows] // (8 * common.SHELF))) == 1 for rows, _ in common.batches(encoded, 8, 5, 1))
+    assert all(len(set(rank[rows] // (8 * plan.SHELF))) == 1 for rows, _ in plan.batches(encoded, 8, 5, 1))
 
 
 def test_planned_length_never_passes_the_limit():
     encoded = made_up(500, longest=37)
-    lengths = [length for _, length in common.batches(encoded, 4, 0, 0)]
-    assert max(lengths) == 37 and all(length % common.MULTIPLE == 0 for length in lengths if length != 37)
+    lengths = [length for _, length in plan.batches(encoded, 4, 0, 0)]
+    assert max(lengths) == 37 and all(length % plan.MULTIPLE == 0 for length in lengths if length != 37)
 
 
 def test_evaluation_reads_every_row_once_by_length():
     encoded = made_up(100)
-    steps = common.evaluation_batches(encoded, 32)
+    steps = plan.evaluation_batches(encoded, 32)
     assert sorted(np.concatenate([rows for rows, _ in steps]).tolist()) == list(range(100))
     lengths = np.concatenate([encoded.lengths[rows] for rows, _ in steps])
     assert (np.diff(lengths) >= 0).all() and [len(rows) for rows, _ in steps] == [32, 32, 32, 4]
-    assert all(encoded.lengths[rows].max() <= length < encoded.lengths[rows].max() + common.MULTIPLE for rows, length in steps)
+    assert all(encoded.lengths[rows].max() <= length < encoded.lengths[rows].max() + plan.MULTIPLE for rows, length in steps)
 
 
 def test_batch_is_padded_on_the_right_and_holds_its_rows():
     encoded = made_up(50)
     rows = np.array([17, 3, 44])
-    batch = common.collate(encoded, rows, 40, pad_id=99)
+    batch = plan.collate(encoded, rows, 40, pad_id=99)
     for place, row in enumerate(rows):
         length = encoded.lengths[row]
         assert batch["input_ids"][place].tolist() == [row] * length + [99] * (40 - length)
@@ -472,9 +476,9 @@ def test_batch_is_padded_on_the_right_and_holds_its_rows():
     assert batch["labels"].tolist() == encoded.labels[rows].tolist() and batch["labels"].dtype == np.float32
     assert batch["input_ids"].dtype == np.int64
     with pytest.raises(ValueError, match="does not fit the planned length"):
-        common.collate(encoded, rows, int(encoded.lengths[rows].max()) - 1, 99)
+        plan.collate(encoded, rows, int(encoded.lengths[rows].max()) - 1, 99)
     with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):
-        common.batches(encoded, 0, 0, 0)
+        plan.batches(encoded, 0, 0, 0)
 
 
 def test_selected_rows_are_those_rows():
@@ -575,7 +579,7 @@ def test_entities_are_those_of_a_walk_along_the_tags():
             for start, sentence in zip(starts, sentences, strict=True)
             for first, last, kind in plain_entities([conll2003.TAGS[tag] for tag in sentence])
         ]
-        found = conll2003.entities(np.concatenate(sentences), rows)
+        found = metrics.entities(np.concatenate(sentences), rows)
         assert [(first, last, types[kind]) for first, last, kind in found.tolist()] == wanted
 
 
@@ -599,11 +603,29 @@ def test_entity_f1_by_hand_in_every_form_of_input():
         task.metrics(np.concatenate(found), np.concatenate(true))
 
 
+def test_entity_f1_is_seqeval_s():
+    """Tags of any order, so that entities start with I-X too, change their type without a B, and end with a sentence."""
+    from seqeval import metrics as seqeval
+
+    rng = np.random.default_rng(4)
+    for _ in range(50):
+        true = [rng.choice(9, length, p=[0.4, *[0.6 / 8] * 8]) for length in rng.integers(1, 12, 30)]
+        predicted = [np.where(rng.random(len(row)) < 0.3, rng.integers(0, 9, len(row)), row) for row in true]
+        named = [[[conll2003.TAGS[tag] for tag in row] for row in rows] for rows in (true, predicted)]
+        found = tasks.get("conll2003").metrics(predicted, true)
+        for name, theirs in (
+            ("f1", seqeval.f1_score),
+            ("precision", seqeval.precision_score),
+            ("recall", seqeval.recall_score),
+        ):
+            assert found[name] == pytest.approx(100 * theirs(*named), rel=1e-12), name
+
+
 def test_entity_does_not_reach_over_the_end_of_a_sentence():
     task = tasks.get("conll2003")
     found = task.metrics([np.array([1]), np.array([2])], [np.array([1]), np.array([2])])
     assert found["f1"] == 100
-    entities = conll2003.entities(np.array([1, 2]), np.array([0, 1]))
+    entities = metrics.entities(np.array([1, 2]), np.array([0, 1]))
     assert entities.tolist() == [[0, 0, 1], [1, 1, 1]]
 
 
@@ -656,7 +678,7 @@ def test_mnli_is_read_and_scored_on_both_development_parts(monkeypatch):
 
 def resampled_by_hand(task, predicted, true, sentences=False):
     """The primary metric of each resample, computed by `metrics` on the rows themselves, some of them several times."""
-    weights = common.resample_weights(len(true))
+    weights = metrics.resample_weights(len(true))
     for row in weights[:40]:
         rows = np.repeat(np.arange(len(true)), row)
         pair = ([predicted[i] for i in rows], [true[i] for i in rows]) if sentences else (predicted[rows], true[rows])
@@ -681,7 +703,7 @@ def test_correlations_of_resamples_are_those_of_the_rows_themselves():
     predicted = (true + rng.normal(0, 0.4, 30)).round(1)
     task = tasks.get("glue/stsb")
     wanted = list(resampled_by_hand(task, predicted, true))
-    found = task.resampled(predicted, true, common.resample_weights(30))
+    found = task.resampled(predicted, true, metrics.resample_weights(30))
     assert found[:40] == pytest.approx(wanted, abs=1e-9) and found.shape == (200,) and np.ptp(wanted) > 10
     assert task.standard_error(predicted, true) == pytest.approx(np.std(found, ddof=1))
     with pytest.raises(Undefined, match="one value for all"):
@@ -694,7 +716,7 @@ def test_matthews_of_resamples_is_scikit_learn_s_and_zero_where_it_has_no_value(
     predicted = np.where(rng.random(11) < 0.3, 1 - true, true)
     task = tasks.get("glue/cola")
     wanted = list(resampled_by_hand(task, predicted, true))
-    assert task.resampled(predicted, true, common.resample_weights(11))[:40] == pytest.approx(wanted, abs=1e-9)
+    assert task.resampled(predicted, true, metrics.resample_weights(11))[:40] == pytest.approx(wanted, abs=1e-9)
     assert 0.0 in wanted and max(wanted) > 10
 
 
@@ -707,7 +729,7 @@ def test_entity_f1_is_resampled_by_whole_sentences_and_in_time():
     task = tasks.get("conll2003")
     scored, num_rows = task._scored(found, true, None)
     assert num_rows == 25
-    values = task.resampled(*scored, common.resample_weights(25))
+    values = task.resampled(*scored, metrics.resample_weights(25))
     assert values[:40] == pytest.approx(list(resampled_by_hand(task, found, true, sentences=True)))
     flat, offsets = np.concatenate(true), np.concatenate([[0], np.cumsum([len(row) for row in true])])
     assert task.standard_error(np.concatenate(found), flat, offsets) == pytest.approx(np.std(values, ddof=1))
@@ -724,7 +746,7 @@ def test_bootstrap_error_of_a_correlation_is_near_the_one_of_theory():
     true = rng.normal(size=1500)
     predicted = 0.8 * true + 0.6 * rng.normal(size=1500)
     assert tasks.get("glue/stsb").standard_error(predicted, true) == pytest.approx(100 * 0.36 / np.sqrt(1500), rel=0.15)
-    assert common.resample_weights(7).sum(1).tolist() == [7] * 200
+    assert metrics.resample_weights(7).sum(1).tolist() == [7] * 200
 
 
 def test_torch_tensors_of_any_precision_are_taken():

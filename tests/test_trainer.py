@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import rankwise.experiments.trainer
+import rankwise.experiments.training.trainer
 import torch
-from rankwise.experiments import models, objective
-from rankwise.experiments.tasks.common import KINDS, Undefined, batches, collate
-from rankwise.experiments.trainer import Trainer
+from rankwise.experiments import files, kinds, models
+from rankwise.experiments.data.lengths import batches, collate
+from rankwise.experiments.kinds import Undefined
+from rankwise.experiments.training.trainer import Trainer
 from rankwise.variants import native
 from rankwise.variants.adapter.step import CannotMerge
 from rankwise.variants.settings import method as method_named
@@ -20,6 +21,7 @@ from tests import small_world
 from tests.loop import Loop
 from tests.small_world import ALL_METHODS
 
+KINDS = kinds.names()
 PACKABLE = [m for m in ALL_METHODS if method_named(m).load().packable]
 
 
@@ -41,7 +43,7 @@ def doubled(monkeypatch):
         made, tokenizer, info = load(*args)
         return made.double(), tokenizer, info
 
-    monkeypatch.setattr(rankwise.experiments.trainer.models, "load", load_double)
+    monkeypatch.setattr(rankwise.experiments.training.trainer.models, "load", load_double)
 
 
 class Stop(Exception):
@@ -416,15 +418,14 @@ def test_an_evaluation_scores_each_row_of_each_member_in_its_place(model, tmp_pa
     data = trainer.data["test"]
     trainer.model.eval()
     for row in range(len(data)):  # one row at a time, without padding
-        batch = trainer._tensors(collate(data, [row], int(data.lengths[row]), 0))
-        batch.pop("labels")
+        arrays = trainer.kind.collate(data, np.array([row]), int(data.lengths[row]), trainer.processor)
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items() if name != "labels"}
         with torch.no_grad():
-            output = trainer.model(**{k: v.repeat(2, 1) for k, v in batch.items()})
-        logits = objective.logits(kind, output, batch["attention_mask"].repeat(2, 1))
-        own = objective.predictions(kind, logits)
+            outputs = trainer.kind.outputs(trainer.model, {k: v.repeat(2, 1) for k, v in batch.items()})
+        own = trainer.kind.predictions(outputs)
         for k, (predicted, labels) in enumerate(seen):
             assert labels is data.truth[0]
-            mine = predicted[data.offsets[row] : data.offsets[row + 1]] if KINDS[kind].by_token else predicted[row]
+            mine = predicted[data.offsets[row] : data.offsets[row + 1]] if len(predicted) == len(data.ids) else predicted[row]
             np.testing.assert_allclose(mine, own[k].numpy(), rtol=1e-4, atol=1e-5)
 
 
@@ -494,7 +495,7 @@ def test_one_step_that_is_not_finite_is_skipped_for_its_member_alone(model, tmp_
     pack = small_world.pack(model, method, seeds=(0, 1), log_every=1)
     clean, _ = small_world.trained(pack, tmp_path / "clean")
     trainer = small_world.trainer(pack, tmp_path / "poisoned")
-    plain, kept = objective.losses, {}
+    plain, kept = trainer.kind.losses, {}
 
     def losses(*args):
         found = plain(*args)
@@ -505,7 +506,7 @@ def test_one_step_that_is_not_finite_is_skipped_for_its_member_alone(model, tmp_
             assert all(torch.equal(kept[k], v[1]) for k, v in trained_tensors(trainer).items())
         return found
 
-    monkeypatch.setattr(rankwise.experiments.trainer.objective, "losses", losses)
+    monkeypatch.setattr(trainer.kind, "losses", losses)
     outcomes = trainer.run()
     assert [o.error for o in outcomes] == [None, None]
     assert [o.facts["skipped_steps"] for o in outcomes] == [0, 1]
@@ -517,14 +518,14 @@ def test_one_step_that_is_not_finite_is_skipped_for_its_member_alone(model, tmp_
 
 def test_a_model_that_predicts_one_value_is_collapsed(model, tmp_path, monkeypatch):
     trainer = small_world.trainer(small_world.pack(model, seeds=(0, 1)), tmp_path)
-    plain = objective.predictions
+    plain = trainer.kind.predictions
 
-    def predictions(kind, logits):
-        found = plain(kind, logits).clone()
+    def predictions(outputs):
+        found = plain(outputs).clone()
         found[len(found) // 2 :] = 0.25  # member 1
         return found
 
-    monkeypatch.setattr(rankwise.experiments.trainer.objective, "predictions", predictions)
+    monkeypatch.setattr(trainer.kind, "predictions", predictions)
     outcomes = trainer.run()
     assert [o.error for o in outcomes] == [None, "collapsed"]
     assert "one value" in outcomes[1].detail
@@ -557,7 +558,7 @@ def test_what_is_written_is_strict_json(model, tmp_path):
 
 def test_a_number_that_json_has_no_word_for_leaves_no_half_written_file(tmp_path: Path):
     with pytest.raises(ValueError):
-        rankwise.experiments.trainer.write_json(tmp_path / "result.json", {"score": float("nan")})
+        files.write_json(tmp_path / "result.json", {"score": float("nan")})
     assert not list(tmp_path.iterdir())
 
 

@@ -13,13 +13,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-from rankwise.experiments import first_token, measure
+from rankwise.experiments import measure
 from rankwise.experiments.bench import timing
 from rankwise.experiments.bench.arms import Ours, Setup
 from rankwise.experiments.bench.cases import MINILM, SHAPES, Shape
 from rankwise.experiments.bench.run import machine
 from rankwise.experiments.bench.workloads import POOL, random_rows
-from rankwise.experiments.trainer import write_json
+from rankwise.experiments.files import write_json
+from rankwise.experiments.training import first_token
 from rankwise.variants import native
 
 METHODS = ("lora", "dora")
@@ -29,7 +30,7 @@ CHANGES: dict[str, Callable[[], Any]] = {
     "compiled passes": lambda: mock.patch.object(native, "library", lambda: None),
     "first token only": lambda: mock.patch.object(first_token, "only", lambda model, draw: False),
     "merged evaluation": lambda: mock.patch("rankwise.variants.adapter.interface.Adapter.mergeable", False),
-    "fused AdamW": lambda: mock.patch("rankwise.experiments.optim.MemberAdamW._is_fusable", lambda self: False),
+    "fused AdamW": lambda: mock.patch("rankwise.experiments.training.optim.MemberAdamW._is_fusable", lambda self: False),
 }
 UNUSED = {"train": {"merged evaluation"}, "eval": {"compiled passes", "fused AdamW"}}  # what a phase does not have
 

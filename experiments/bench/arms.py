@@ -20,9 +20,11 @@ from rankwise.experiments import tasks
 from rankwise.experiments.bench import timing
 from rankwise.experiments.bench.cases import FIRST_STEP, RECIPE, TOTAL_STEPS, Shape, settings
 from rankwise.experiments.config import Training
-from rankwise.experiments.optim import MemberAdamW
-from rankwise.experiments.tasks.common import Encoded
-from rankwise.experiments.trainer import Pack, Trainer
+from rankwise.experiments.data.encoded import Encoded
+from rankwise.experiments.training.evaluation import autocast
+from rankwise.experiments.training.optim import MemberAdamW
+from rankwise.experiments.training.pack import Pack
+from rankwise.experiments.training.trainer import Trainer
 from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.step import Step
 from rankwise.variants.settings import check
@@ -258,7 +260,7 @@ class ImprovedFloor(Floor):
     def _forward(self, inputs: dict[str, Tensor], training: bool) -> Tensor:
         self.trainer.step += 1
         self.trainer.adapter.begin(Step(self.trainer.step, TOTAL_STEPS), training=training)
-        with self.trainer._autocast():
+        with autocast(self.trainer.pack.device, self.trainer.pack.precision):
             return self.model(**inputs).loss
 
 

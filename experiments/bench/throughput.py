@@ -18,10 +18,13 @@ from rankwise.experiments.bench import timing
 from rankwise.experiments.bench.arms import Setup, with_peft
 from rankwise.experiments.bench.cases import PEFT_METHODS, RECIPE, Case, Plan, Shape, settings
 from rankwise.experiments.bench.workloads import EncoderArms, peft_config, plain
-from rankwise.experiments.optim import schedule_factor
+from rankwise.experiments.data.encoded import Encoded
+from rankwise.experiments.data.lengths import batches, collate, evaluation_batches
+from rankwise.experiments.kinds import Undefined
 from rankwise.experiments.study import Runner
+from rankwise.experiments.tasks import Task
 from rankwise.experiments.tasks import get as get_task
-from rankwise.experiments.tasks.common import Encoded, Task, Undefined, batches, collate, evaluation_batches
+from rankwise.experiments.training.schedule import schedule_factor
 
 TRIED = 4  # members of the step from which a pack's memory is foretold
 SPARE = 0.8  # of the free memory that a pack may take

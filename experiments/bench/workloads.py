@@ -15,7 +15,8 @@ from rankwise.experiments import catalogue, models, tasks
 from rankwise.experiments.bench import timing
 from rankwise.experiments.bench.arms import Floor, ImprovedFloor, Ours, OursAlone, Peft, Setup, trainer
 from rankwise.experiments.bench.cases import LINEAR_SIZES, RECIPE, TOTAL_STEPS, LlamaSize, Shape, settings
-from rankwise.experiments.tasks.common import Encoded, Task
+from rankwise.experiments.data.encoded import Encoded
+from rankwise.experiments.tasks import Task
 from rankwise.variants.adapter.targets import resolve
 from torch import Tensor, nn
 from transformers.utils import ModelOutput

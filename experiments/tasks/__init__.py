@@ -1,11 +1,11 @@
-"""The tasks, one file a family; a task is found by its name."""
+"""The tasks by name, one file a family."""
 
 import difflib
 
 from rankwise.experiments.tasks import conll2003, glue, reuters, sarcasm, squad
-from rankwise.experiments.tasks.common import Encoded, Examples, Task, Undefined
+from rankwise.experiments.tasks.task import Task
 
-__all__ = ["Encoded", "Examples", "Task", "Undefined", "get", "names"]
+__all__ = ["Task", "get", "names"]
 
 _TASKS: dict[str, Task] = {task.name: task for family in (glue, reuters, sarcasm, conll2003, squad) for task in family.TASKS}
 

@@ -13,21 +13,18 @@ from pathlib import Path
 
 import numpy as np
 from rankwise.experiments import catalogue
-from rankwise.experiments.tasks.common import (
-    Examples,
-    Task,
+from rankwise.experiments.data.draws import carve
+from rankwise.experiments.data.examples import Examples
+from rankwise.experiments.data.reading import check_pinned, hub_columns, lines_of, malformed
+from rankwise.experiments.tasks.metrics import (
     accuracy_and_f1,
     accuracy_and_macro_f1,
-    carve,
-    check_pinned,
     correlations,
-    hub_columns,
-    lines_of,
-    malformed,
     matthews,
     resampled_correlations,
     resampled_matthews,
 )
+from rankwise.experiments.tasks.task import Task
 
 HUB = "nyu-mll/glue"
 STSB = catalogue.CATALOGUE["glue/stsb"]
@@ -62,7 +59,7 @@ def parse_stsb(path: Path) -> Examples:
     for number, line in enumerate(lines_of(path), start=1):
         columns = line.split("\t")
         if not 7 <= len(columns) <= 9:
-            raise malformed(path, number, f"{len(columns)} columns where 7 to 9 are the rule")
+            raise malformed(path, number, f"expected 7 to 9 columns, found {len(columns)}")
         try:
             score = float(columns[4])
         except ValueError:
@@ -108,7 +105,7 @@ def official(name: str, split: str) -> Examples:
     wanted = [column, "label"] + ([partner] if partner else [])
     lacking = [one for one in wanted if one not in columns]
     if lacking:
-        raise ValueError(f"glue/{name}, {split}: no column {lacking[0]} in the hub's copy; {', '.join(wanted)} are the rule")
+        raise ValueError(f"glue/{name}, {split}: no column {lacking[0]} in the hub's copy; expected {', '.join(wanted)}")
     values = np.array(columns["label"])
     if len(values) and (values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= len(labels)):
         wrong = next(i for i, v in enumerate(columns["label"]) if not isinstance(v, int) or not 0 <= v < len(labels))

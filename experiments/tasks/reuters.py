@@ -4,7 +4,11 @@ from pathlib import Path
 
 import numpy as np
 from rankwise.experiments import catalogue
-from rankwise.experiments.tasks.common import Examples, Task, accuracy_and_macro_f1, carve, lines_of, malformed
+from rankwise.experiments.data.draws import carve
+from rankwise.experiments.data.examples import Examples
+from rankwise.experiments.data.reading import lines_of, malformed
+from rankwise.experiments.tasks.metrics import accuracy_and_macro_f1
+from rankwise.experiments.tasks.task import Task
 
 TOPICS = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
 OFFICIAL = {"train": 5485, "test": 2189}
@@ -18,14 +22,14 @@ def parse(path: Path) -> Examples:
     """
     lines = lines_of(path)
     if lines[0].split("\t") != ["Category", "Text"] or len(lines) < 3:
-        raise malformed(path, 1, "three header lines are the rule, the first of them: Category, tab, Text")
+        raise malformed(path, 1, "expected three header lines, the first of them: Category, tab, Text")
     texts, labels = [], []
     for number, line in enumerate(lines[3:], start=4):
         if not line.strip():
             continue
         columns = line.split("\t")
         if len(columns) != 2:
-            raise malformed(path, number, f"{len(columns)} columns where 2 are the rule (topic, text)")
+            raise malformed(path, number, f"expected 2 columns (topic, text), found {len(columns)}")
         if columns[0] not in TOPICS:
             raise malformed(path, number, f"the topic is none of {', '.join(TOPICS)}")
         if not columns[1].strip():

@@ -5,7 +5,11 @@ from pathlib import Path
 
 import numpy as np
 from rankwise.experiments import catalogue
-from rankwise.experiments.tasks.common import SPLIT_SEED, Examples, Task, accuracy_and_macro_f1, lines_of, malformed, shuffled
+from rankwise.experiments.data import draws
+from rankwise.experiments.data.examples import Examples
+from rankwise.experiments.data.reading import lines_of, malformed
+from rankwise.experiments.tasks.metrics import accuracy_and_macro_f1
+from rankwise.experiments.tasks.task import Task
 
 DISTINCT = 28498
 
@@ -21,7 +25,7 @@ def parse(path: Path) -> Examples:
             record = json.loads(line)
             text, label = record["input"][-1]["content"], record["ideal"]
         except (ValueError, KeyError, IndexError, TypeError):
-            raise malformed(path, number, "a JSON object with input[-1].content and ideal is the rule") from None
+            raise malformed(path, number, "expected a JSON object with input[-1].content and ideal") from None
         if not isinstance(text, str) or not text.strip():
             raise malformed(path, number, "the headline is empty or no text")
         if label not in ("0", "1"):
@@ -33,7 +37,7 @@ def parse(path: Path) -> Examples:
 def parts(num_rows: int) -> dict[str, np.ndarray]:
     """80 / 10 / 10 %, drawn once with a fixed seed: the rows of each split."""
     tenth = num_rows // 10
-    order = shuffled(num_rows, SPLIT_SEED, 4)
+    order = draws.shuffled(num_rows, draws.SPLIT_SEED, draws.SARCASM_SPLIT)
     cut = {"test": order[:tenth], "validation": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
     return {split: np.sort(rows) for split, rows in cut.items()}
 

@@ -410,7 +410,7 @@ def torch_groups(adapter: Adapter, lr: float, weight_decay: float = 0.01) -> lis
         if not isinstance(group.lr_scale, int | float):
             raise ValueError(
                 f"{adapter.method} gives the members or ranks of a tensor rates of their own, which no parameter group of "
-                f"torch.optim can say: train it with rankwise.experiments.optim.MemberAdamW"
+                f"torch.optim can say: train it with rankwise.experiments.training.optim.MemberAdamW"
             )
         rates = {"lr": lr * group.lr_scale, "weight_decay": weight_decay * group.weight_decay}
         found.append({"params": list(group.params), **rates})

@@ -6,7 +6,6 @@ did, with a step count of their own.  The step itself is torch's fused one, memb
 hold for a member's whole tensor.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -95,7 +94,7 @@ class MemberAdamW:
             new[~taken] = old[~taken]
 
     def _is_fusable(self) -> bool:
-        """One call a member is cheap, as it is not on a GPU."""
+        """Fuse per member where K launches are cheap: on a CPU, or K = 1."""
         return len(self.taken) == 1 or self.learning_rates.device.type == "cpu"
 
     def _parts(self) -> tuple[list[tuple[Group, list[int]]], list[tuple[Group, list[int]]]]:
@@ -136,7 +135,7 @@ class MemberAdamW:
                     amsgrad=False,
                     maximize=False,
                 )
-            # The fused step tells no version counter that it wrote, and DoRA keeps its norm for as long as those stand still.
+            # Fused optimizers do not bump version counters, by which DoRA knows that its cached norm is out of date.
             torch.autograd.graph.increment_version([self.params[i] for i in some])
 
     def _step_elementwise(self, factor: float, parts: Sequence[tuple[Group, list[int]]]) -> None:
@@ -199,20 +198,6 @@ class MemberAdamW:
             born = state.get(f"born.{i}")
             self.born[i] = None if born is None else born.to(self.taken, copy=True)
         self.taken.copy_(state["taken"])
-
-
-def schedule_factor(schedule: str, index: int, total: int, warmup: int) -> float:
-    """What step `index` (1-based) of `total` multiplies the rate with: up over `warmup` steps, then down to zero.
-
-    The first step is not lost to a rate of zero, nor is the last: the ramp is index/warmup, the fall starts at 1 on the
-    first step after it and would reach 0 one step after the last.
-    """
-    if index <= warmup:
-        return index / warmup
-    if schedule == "constant":
-        return 1.0
-    left = (total - index + 1) / (total - warmup)
-    return left if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
 
 
 def _along_members(values: Tensor, parameter: Tensor) -> Tensor:

@@ -123,8 +123,8 @@ def windows(
 def shortened(questions: Sequence[str], tokenizer: Any, limit: int) -> list[str]:
     """The questions without leading blanks, each cut behind its first `limit` tokens."""
     stripped = [question.lstrip() for question in questions]
-    found = tokenizer(stripped, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    return [text[: at[limit - 1][1]] if len(at) > limit else text for text, at in zip(stripped, found, strict=True)]
+    characters = tokenizer(stripped, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    return [text[: at[limit - 1][1]] if len(at) > limit else text for text, at in zip(stripped, characters, strict=True)]
 
 
 def token_span(characters: np.ndarray, of_context: np.ndarray, first: int, end: int) -> tuple[int, int]:
@@ -157,12 +157,12 @@ def best(scores: np.ndarray, questions: Questions, offsets: np.ndarray) -> tuple
     np.minimum.at(null, questions.rows, scores[offsets[:-1]].sum(1))
     order = np.lexsort((-value, questions.rows))
     row = order[np.unique(questions.rows[order], return_index=True)[1]]  # the best row of each question
-    found = np.isfinite(value[row])
+    has_span = np.isfinite(value[row])
     texts = []
     for index, (first, last) in enumerate(span[row]):
         at = slice(questions.characters[first, 0], questions.characters[last, 1])
-        texts.append(questions.contexts[index][at] if found[index] else "")
-    return texts, np.where(found, null - np.where(found, value[row], 0), 0.0)
+        texts.append(questions.contexts[index][at] if has_span[index] else "")
+    return texts, np.where(has_span, null - np.where(has_span, value[row], 0), 0.0)
 
 
 def _best_of_rows(scores: np.ndarray, characters: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

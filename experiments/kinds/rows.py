@@ -1,0 +1,59 @@
+"""Texts, or pairs of texts, with one label each: a number (regression) or a class (classification)."""
+
+from typing import Any
+
+import numpy as np
+from rankwise.experiments.data import tokens
+from rankwise.experiments.data.encoded import Encoded
+from rankwise.experiments.data.examples import Examples
+from rankwise.experiments.kinds.interface import at_least_fp32
+from rankwise.experiments.kinds.predictions import as_array, as_classes, by_row
+from rankwise.experiments.kinds.text import Text
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class _Rows(Text):
+    auto_class = "AutoModelForSequenceClassification"
+    problem_type: str  # of the model's configuration
+    label_type: type
+
+    def model_settings(self, num_labels: int) -> dict[str, Any]:
+        return {"num_labels": num_labels, "problem_type": self.problem_type}
+
+    def encode(self, examples: Examples, processor: Any, max_length: int) -> Encoded:
+        _, ids, offsets, types = tokens.tokenized(examples, processor, max_length, words=False)
+        return Encoded(ids, offsets, types, np.asarray(examples.labels, dtype=self.label_type), max_length)
+
+
+class Regression(_Rows):
+    """One number a row, by squared error. Labels (K*N,), logits (K*N, 1)."""
+
+    problem_type, label_type = "regression", np.float32
+    predicted = (np.float64, ())
+
+    def losses(self, logits: Tensor, labels: Tensor, members: int) -> Tensor:
+        logits = at_least_fp32(logits)
+        return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype), reduction="none").view(members, -1).mean(1)
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        return outputs.float().squeeze(-1)
+
+    def scored(self, predictions: Any, labels: Any, offsets: None) -> tuple[tuple, int]:
+        return by_row(as_array(predictions).reshape(-1).astype(np.float64), labels)
+
+
+class Classification(_Rows):
+    """One class a row, by cross-entropy. Labels (K*N,), logits (K*N, C)."""
+
+    problem_type, label_type = "single_label_classification", np.int64
+    predicted = (np.int64, ())
+
+    def losses(self, logits: Tensor, labels: Tensor, members: int) -> Tensor:
+        return F.cross_entropy(at_least_fp32(logits), labels, reduction="none").view(members, -1).mean(1)
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        return outputs.argmax(-1)
+
+    def scored(self, predictions: Any, labels: Any, offsets: None) -> tuple[tuple, int]:
+        return by_row(as_classes(as_array(predictions)), labels)

@@ -1,0 +1,52 @@
+"""The batches of a pack's training part: which rows each member sees at a step, and the tensors made of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from rankwise.experiments.config import Training
+from rankwise.experiments.data.dataset import Dataset
+from rankwise.experiments.kinds import Kind
+from rankwise.experiments.kinds.interface import Planned
+from torch import Tensor
+
+
+class Batches:
+    """Any step's batches, computed from nothing but its number.
+
+    processor: of the model's inputs, as `models.load` gave it. seeds: of the members, each with an order of its own.
+    """
+
+    def __init__(
+        self, kind: Kind, data: Dataset, processor: Any, training: Training, seeds: Sequence[int], device: torch.device
+    ):
+        self.kind, self.data, self.processor = kind, data, processor
+        self.batch_size, self.accumulation = training.batch_size, training.accumulation
+        self.per_epoch = training.steps_per_epoch(len(data))
+        self.seeds, self.device = list(seeds), device
+        self._plan: tuple[int, list[list[Planned]]] | None = None  # of one epoch, for each member
+
+    def rows(self, step: int) -> list[Planned]:
+        """For each member its rows of this step (1-based), and the size they are brought to, the same for all members."""
+        epoch, at = divmod(step - 1, self.per_epoch)
+        if self._plan is None or self._plan[0] != epoch:
+            self._plan = epoch, [self.kind.plan(self.data, self.batch_size, seed, epoch) for seed in self.seeds]
+        return [plan[at] for plan in self._plan[1]]
+
+    def num_rows(self, step: int) -> int:
+        """Rows of this step, all members together."""
+        return sum(len(rows) for rows, _ in self.rows(step))
+
+    def micro_batches(self, step: int) -> list[tuple[dict[str, Tensor], Tensor]]:
+        """Micro-batches grouped by member, with the count (K,) that each member's mean divides by."""
+        members = self.rows(step)
+        size = members[0][1]
+        pieces = [np.array_split(rows, self.accumulation) for rows, _ in members]
+        made = []
+        for parts in zip(*pieces, strict=True):
+            if len(parts[0]):
+                arrays = self.kind.collate(self.data, np.concatenate(parts), size, self.processor)
+                batch = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
+                made.append((batch, self.kind.counts(batch["labels"], len(self.seeds))))
+        return made

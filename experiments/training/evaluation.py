@@ -1,0 +1,136 @@
+"""Members evaluated on the rows of a split: each one's predictions, and its loss where that is asked for."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from rankwise.experiments.data.dataset import Dataset
+from rankwise.experiments.kinds import Kind, Undefined
+from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.adapter.step import CannotMerge, Step
+from torch import Tensor
+
+AT_REST = Step(1, 1)  # for an adapter that is evaluated outside of a run
+MERGED_ROWS = 256  # of a batch at the most where members are merged one by one: small batches cost more per row
+
+
+@dataclass
+class Evaluator:
+    """Evaluates the members of an adapter, on the rows of any split of one kind.
+
+    processor: of the model's inputs, as `models.load` gave it. step: where training stands.
+    progress: called with the rows done since the last call, an evaluated row counted as a third of a trained one.
+    """
+
+    adapter: Adapter
+    kind: Kind
+    processor: Any
+    batch_size: int
+    precision: str
+    step: Step = AT_REST
+    progress: Callable[[float], None] = lambda rows: None
+
+    @torch.no_grad()
+    def predictions(self, data: Dataset) -> list[np.ndarray | Undefined]:
+        """Each member's predictions for a split, in the order of its rows, as `Task.metrics` takes them.
+
+        Members cannot share an evaluation as they share a training step, because their activations differ from the first
+        adapted layer on.  On a CPU they are therefore merged into the model's weights one by one, each of which then costs
+        what the bare model costs.  A GPU would wait for the launches of small batches, and a 16-bit weight would round small
+        updates away: there the whole pack is evaluated, its rows repeated.
+        """
+        self.adapter.model.eval()
+        collected = Predictions(self.kind, data, self.adapter.members)
+        if self.can_merge:
+            with contextlib.suppress(CannotMerge):  # raised before any prediction is in its place
+                for rows, size, outputs in self._merged(data):
+                    collected.add(rows, size, outputs)
+                return collected.of_members()
+        for rows, size in self.kind.evaluation_plan(data, self.batch_size):
+            collected.add(rows, size, self._forward(data, rows, size, self.adapter.members)[0])
+        return collected.of_members()
+
+    @torch.no_grad()
+    def losses_and_predictions(self, data: Dataset, members: int) -> tuple[list[float], list[np.ndarray | Undefined]]:
+        """Each member's mean loss, the task's own, and its predictions.
+
+        members: all of the adapter's, or 1 while one is merged.
+        """
+        sums = torch.zeros(2, members, dtype=torch.float64, device=self.adapter.device)  # losses; over how many rows or tokens
+        collected = Predictions(self.kind, data, members)
+        for rows, size in self.kind.evaluation_plan(data, self.batch_size):
+            outputs, inputs, labels = self._forward(data, rows, size, members)
+            losses = self.kind.evaluation_losses(self.adapter.model, inputs, outputs, labels, members)
+            count = self.kind.counts(labels, members)
+            sums[0] += losses.double() * count
+            sums[1] += count
+            collected.add(rows, size, outputs)
+        return (sums[0] / sums[1]).tolist(), collected.of_members()
+
+    @property
+    def can_merge(self) -> bool:
+        """Whether one member after the other is quicker than all at once, and as exact."""
+        return self.adapter.mergeable and self.adapter.device.type == "cpu" and self.precision == "fp32"
+
+    def _merged(self, data: Dataset) -> Iterator[tuple[np.ndarray, int | None, Tensor]]:
+        """For each batch its rows, their size, and the outputs of every member, (K*N, ...), each merged in its turn."""
+        members = self.adapter.members
+        size = max(self.batch_size, min(self.batch_size * members, MERGED_ROWS))  # never more than the whole pack would have
+        plan = self.kind.evaluation_plan(data, size)
+        outputs: list[list[Tensor]] = [[] for _ in plan]
+        for member in range(members):
+            try:
+                self.adapter.merge(member)
+                for of_batch, (rows, size) in zip(outputs, plan, strict=True):
+                    of_batch.append(self._forward(data, rows, size, 1)[0])
+            finally:
+                self.adapter.unmerge()
+        for of_batch, (rows, size) in zip(outputs, plan, strict=True):
+            yield rows, size, torch.cat(of_batch)
+
+    def _forward(
+        self, data: Dataset, rows: np.ndarray, size: int | None, members: int
+    ) -> tuple[Tensor, Mapping[str, Tensor], Tensor]:
+        """Outputs, inputs and labels of a batch, its rows repeated for so many members: (K*N, ...) each."""
+        arrays = self.kind.collate_evaluation(data, rows, size, self.processor)
+        batch = {name: repeat(tensor, "n ... -> (k n) ...", k=members) for name, tensor in self._tensors(arrays).items()}
+        labels = batch.pop("labels")
+        self.adapter.begin(self.step, training=False)
+        with autocast(self.adapter.device, self.precision):
+            inputs = self.adapter.prepare(batch)
+            outputs = self.kind.outputs(self.adapter.model, inputs)
+        self.progress(members * len(rows) / 3)  # a forward pass alone costs about a third of a step
+        return outputs, inputs, labels
+
+    def _tensors(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(array).to(self.adapter.device) for name, array in arrays.items()}
+
+
+class Predictions:
+    """Every member's predictions of a split, as they come in batch by batch."""
+
+    def __init__(self, kind: Kind, data: Dataset, members: int):
+        self.kind, self.data, self.members = kind, data, members
+        self.kept = kind.empty(data, members)
+        self.finite = np.ones(members, bool)
+
+    def add(self, rows: np.ndarray, size: int | None, outputs: Tensor) -> None:
+        """outputs: (K*N, ...), what the batch of these rows gave."""
+        finite = rearrange(outputs.isfinite(), "(k n) ... -> k (n ...)", k=self.members).all(1)
+        self.finite &= finite.cpu().numpy()
+        predicted = self.kind.predictions(outputs)
+        predicted = predicted.cpu().numpy() if isinstance(predicted, Tensor) else predicted
+        self.kind.place(self.kept, self.data, rows, size, rearrange(predicted, "(k n) ... -> k n ...", k=self.members))
+
+    def of_members(self) -> list[np.ndarray | Undefined]:
+        infinite = Undefined("collapsed", "the model's outputs are not finite numbers")
+        return [self.kept[member] if self.finite[member] else infinite for member in range(self.members)]
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Within it products are taken in bf16, where that is the precision."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()

@@ -1,0 +1,56 @@
+"""What trains together, and what becomes of it."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from rankwise.experiments.config import Training
+from rankwise.experiments.tasks.task import Task
+from rankwise.variants.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """Members of one method that train together; K = len(seeds)."""
+
+    method: str
+    settings: Settings
+    targets: str | list[str]
+    task: Task
+    model: str
+    training: Training
+    seeds: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+    splits: tuple[str, ...]  # evaluated at the end; the first is also evaluated along the way
+    device: torch.device
+    precision: str
+    best_epoch: bool = False  # the first split's best evaluation is what counts, not the last
+
+    @property
+    def members(self) -> int:
+        return len(self.seeds)
+
+    def identity(self) -> str:
+        """Everything that a checkpoint must agree with to be this pack's."""
+        settings, training = self.settings.model_dump(mode="json"), self.training.model_dump(mode="json", exclude={"log_every"})
+        parts = [self.method, settings, self.targets, self.task.name, self.model, training, self.seeds, self.learning_rates]
+        return json.dumps([*parts, self.splits, self.device.type, self.precision, *(["best epoch"] if self.best_epoch else [])])
+
+
+@dataclass
+class Outcome:
+    """What became of one member.
+
+    By split: metrics, the standard error of the primary metric (points), the number of rows scored (of questions, where
+    rows are their windows), and the predictions that were scored, in the order of the split's rows.
+    """
+
+    error: str | None = None
+    detail: str | None = None
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    standard_errors: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    predictions: dict[str, np.ndarray] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
