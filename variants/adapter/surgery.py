@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rankwise.variants.adapter.draws import Draw, KeyedDropout
+from rankwise.variants.adapter.rows import Rows
 from torch import Tensor, nn
 
 
@@ -78,22 +79,9 @@ class Surgery:
                     self.set(module, key, 0.0)
                     self.silenced.append(f"{name}.{key}")
 
-    def watch_rows(self, draw: Draw) -> None:
-        """Tells the sites how many rows this forward pass has, so that they can refuse an input that is not rows."""
-
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            main = [kwargs[k] for k in ("input_ids", "inputs_embeds", "pixel_values") if kwargs.get(k) is not None]
-            first = next((t for t in [*main, *args, *kwargs.values()] if isinstance(t, Tensor) and t.dim()), None)
-            draw.rows = None if first is None else first.shape[0]
-
-        def after(*_: Any) -> None:
-            draw.rows = None
-
-        hooks = [
-            self.model.register_forward_pre_hook(before, with_kwargs=True),
-            self.model.register_forward_hook(after, always_call=True),
-        ]
-        self._undo.extend(hook.remove for hook in hooks)
+    def watch_rows(self, rows: Rows) -> None:
+        """Has the sites know how many rows each forward pass has, so that they can refuse an input that is not rows."""
+        self._undo.extend(hook.remove for hook in rows.watch(self.model))
 
     def undo_too(self, step: Callable[[], Any]) -> None:
         self._undo.append(step)
