@@ -285,7 +285,7 @@ def test_the_gradient_of_the_whole_weight_is_heard_of_every_call_and_of_the_last
         def product(y, x, rate, site=site):
             from rankwise.variants.adapter.draws import drop
 
-            x = drop(x, rate, site._draw, site.name)
+            x = drop(x, rate, site.draw, site.name)
             return y + x @ site.dense[0].mT
 
         site.product = product

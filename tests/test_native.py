@@ -11,6 +11,7 @@ from rankwise.experiments.data.draws import shuffled
 from rankwise.variants import native
 from rankwise.variants.adapter.draws import Draw, Dropping
 from rankwise.variants.adapter.probe import fill
+from rankwise.variants.adapter.rows import Rows
 from rankwise.variants.adapter.step import Step
 from rankwise.variants.lowrank.magnitude import Recomposed
 from rankwise.variants.lowrank.products import LowRankProduct, NativeProduct
@@ -44,7 +45,7 @@ def test_the_product_and_its_gradients_are_the_plain_ones(K, N, I, O, R, rate, d
     which = dropping(K, I, rate) if rate else None
 
     leaves = [t.clone().requires_grad_() for t in (y, x, A, B, c)]
-    out = NativeProduct.apply(leaves[0].clone(), *leaves[1:], which)
+    out = NativeProduct.apply(leaves[0].clone(), *leaves[1:], which, Rows(K))
     out.backward(g)
 
     plain = [t.double().requires_grad_() for t in (y, x, A, B, c)]
@@ -116,7 +117,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             leaves = [t.clone().requires_grad_() for t in (x, A, B)]
-            out = NativeProduct.apply(y.clone(), *leaves, c, dropping(K, I))
+            out = NativeProduct.apply(y.clone(), *leaves, c, dropping(K, I), Rows(K))
             out.sum().backward()
             found.append([out.detach(), *(leaf.grad for leaf in leaves)])
     finally:
@@ -185,11 +186,12 @@ def test_a_cache_that_others_may_write_to_is_not_trusted(tmp_path, monkeypatch):
 
 
 PROGRAM = """
-import torch, variants
+import torch
+from rankwise import variants
 from tests.tiny import tiny
 from rankwise.variants import native
-from rankwise.variants.adapter.step import Step
 from rankwise.variants.adapter.probe import fill
+from rankwise.variants.adapter.step import Step
 fixed = {"rank": [2, 3, 5]}
 for method, settings in (("lora", fixed), ("dora", fixed), ("adalora", {"initial_rank": 4, "target_rank": 2})):
     model = tiny("bert").float().train()

@@ -122,7 +122,7 @@ def test_a_model_whose_input_is_unknown_asks_for_a_batch():
 @pytest.mark.parametrize("method", PACKABLE)
 def test_every_site_refuses_an_input_that_is_not_the_members_rows(method):
     adapter = attach(create(method), tiny("bert"))
-    adapter.draw.rows = 12
+    adapter.draw.rows.total = 12
     sites = [*adapter.named_sites(), *((name.replace("/", "."), site) for name, site in adapter.heads.items())]
     for name, site in sites:
         base = adapter.base(name)
@@ -137,10 +137,10 @@ def test_every_site_refuses_an_input_that_is_not_the_members_rows(method):
 def test_no_rows_are_expected_between_forward_passes():
     adapter = create("lora").attach(tiny("bert"))
     outputs(adapter.model, packed_batch(SEEDS))
-    assert adapter.draw.rows is None
+    assert adapter.draw.rows.total is None
     with pytest.raises((RuntimeError, IndexError, ValueError)):
         outputs(adapter.model, {"input_ids": torch.full((3, 4), 10**6)})
-    assert adapter.draw.rows is None
+    assert adapter.draw.rows.total is None
 
 
 def test_rows_that_do_not_divide_by_the_members_are_refused():

@@ -18,6 +18,7 @@ never enters an evaluation; s is alpha/r without the release's + 1e-5.
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from rankwise.variants.adapter.step import Step
 from rankwise.variants.allocation.allocated import AllocatedAdapter
 from rankwise.variants.allocation.sites import Triplets
@@ -76,12 +77,12 @@ class Orthogonality(torch.autograd.Function):
             shapes.setdefault(matrix.shape, []).append(index)
         total, ctx.gradients = 0.0, [None] * len(matrices)
         for indices in shapes.values():
-            M = torch.stack([matrices[i] for i in indices]).flatten(0, 1)  # (G*K, R, F)
+            M = rearrange([matrices[i] for i in indices], "g k r f -> (g k) r f")
             gap = M @ M.mT
-            gap.diagonal(dim1=1, dim2=2).sub_(torch.stack([slots[i] for i in indices]).flatten(0, 1))
+            gap.diagonal(dim1=1, dim2=2).sub_(rearrange([slots[i] for i in indices], "g k r -> (g k) r"))
             norms = torch.linalg.vector_norm(gap, dim=(1, 2))  # (G*K,)
             factor = 4.0 if is_paper else (2 / norms).masked_fill(norms == 0, 0.0)[:, None, None]
-            gradients = (gap @ M).mul_(factor).unflatten(0, (len(indices), -1))
+            gradients = rearrange((gap @ M).mul_(factor), "(g k) r f -> g k r f", g=len(indices))
             for i, gradient in zip(indices, gradients.unbind(0), strict=True):
                 ctx.gradients[i] = gradient
             total = total + (norms.square() if is_paper else norms).view(len(indices), -1).sum(0)

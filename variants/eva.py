@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from rankwise.variants.adapter import initialization
+from rankwise.variants.adapter.rows import Rows
 from rankwise.variants.adapter.step import Calibration
 from rankwise.variants.allocation.measuring import measuring, run
 from rankwise.variants.allocation.placed import PlacedLoRA, Ranks
@@ -48,8 +49,9 @@ class EVA(PlacedLoRA):
         def hook(name: str) -> Callable:
             def after(module: nn.Module, args: tuple, y: Tensor) -> None:
                 x = args[0].detach()
-                chosen = _rows(x, mask, self.members)
-                for k, rows in enumerate(self.draw.apart(name, x)):
+                self.draw.rows.check(name, x)
+                chosen = _chosen(x, mask, self.draw.rows)
+                for k, rows in enumerate(self.draw.rows.by_member(x)):
                     if (name, k) in active:
                         found[name][k].update(rows[chosen[k]].double())
 
@@ -218,8 +220,8 @@ def _mask(batch: Any, tokens: str) -> Tensor | None:
     return labels != -100 if mask is None else mask & (labels != -100)
 
 
-def _rows(x: Tensor, mask: Tensor | None, members: int) -> Tensor:
+def _chosen(x: Tensor, mask: Tensor | None, rows: Rows) -> Tensor:
     """(K, N) bool: which rows of an input (K*N, ..., I) count; all where the input has not one row for each token."""
     if mask is None or x.dim() != 3 or mask.shape != x.shape[:2]:
-        return torch.ones(x.shape[:-1].numel(), dtype=torch.bool, device=x.device).view(members, -1)
-    return mask.to(x.device).view(members, -1)
+        mask = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+    return rows.mask_by_member(mask.to(x.device))

@@ -74,16 +74,16 @@ class Reserving(Triplets):
     def product(self, y: Tensor, x: Tensor, rate: float) -> Tensor:
         if not self.listening or not self.training:
             return super().product(y, x, rate)
-        x = drop(x, rate, self._draw, self.name)
+        x = drop(x, rate, self.draw, self.name)
         y = super().product(y, x, 0.0)
-        if y.requires_grad and not self._draw.is_again:
+        if y.requires_grad and not self.draw.is_again:
             self._calls += 1
             y.register_hook(partial(self._hear, x.detach()))
         return y
 
     def _hear(self, x: Tensor, g: Tensor) -> None:
         """Adds g^T x to dL/ddW; S once every call of this micro-batch has been heard."""
-        g, x = (t.detach().to(self.A.dtype).view(len(self.A), -1, t.shape[-1]) for t in (g, x))
+        g, x = (self.draw.rows.by_member(t.detach().to(self.A.dtype)) for t in (g, x))
         gradient = torch.bmm(g.mT, x)  # (K, O, I)
         self._gradient = gradient if self._gradient is None else self._gradient + gradient
         self._heard += 1

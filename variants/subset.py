@@ -37,8 +37,9 @@ class BiasSite(nn.Module):
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         y = base(x)
-        rows = self._draw.apart(self.name, y)  # (K, N, O)
-        return (rows + self.bias[:, None]).reshape(y.shape).to(y.dtype)
+        self._draw.rows.check(self.name, y)
+        rows = self._draw.rows.by_member(y)  # (K, N, O)
+        return self._draw.rows.as_input(rows + self.bias[:, None], y).to(y.dtype)
 
     def merged(self, base: nn.Module, member: int) -> dict[str, Tensor]:
         return {"bias": base.bias + self.bias[member]}

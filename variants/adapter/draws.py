@@ -16,12 +16,13 @@ from dataclasses import dataclass
 
 import torch
 from rankwise.variants import native
+from rankwise.variants.adapter.rows import Rows
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
 class Draw:
-    """Where a forward pass is: the key of every dropout draw, shared by all sites of one adapter."""
+    """Where a forward pass is: the key of every dropout draw, and the rows; shared by all sites of one adapter."""
 
     def __init__(self, seeds: list[int]):
         self.seeds = list(seeds)
@@ -29,7 +30,7 @@ class Draw:
         self.micro_batch = 0
         self.calls: Counter[str] = Counter()
         self.is_again = False  # a segment is computed once more in the backward pass
-        self.rows: int | None = None  # rows of the model's input in this forward: members times batch
+        self.rows = Rows(len(self.seeds))
         self.length: int | None = None  # tokens of a sequence, where only its first one is being computed
 
     def begin(self, step: int, micro_batch: int) -> None:
@@ -50,26 +51,12 @@ class Draw:
 
     @contextlib.contextmanager
     def first_tokens(self, length: int) -> Iterator[None]:
-        """While only the first of each sequence's `length` tokens is computed: it gets the draw it has among all of them."""
+        """While only token 0 of each sequence of `length` tokens is computed: it keeps its draw from the full pass."""
         self.length = length
         try:
             yield
         finally:
             self.length = None
-
-    def apart(self, site: str, x: Tensor) -> Tensor:
-        """The members' rows of an input of `site`, (K, N, features).
-
-        Raises:
-            ValueError: an input that is not the members' rows one after the other, where there are several members.
-        """
-        members = len(self.seeds)
-        if members > 1 and self.rows is not None and x.shape[0] != self.rows:
-            raise ValueError(
-                f"{site} got an input of shape {tuple(x.shape)}, whose first axis is not the {self.rows} rows "
-                f"of {members} members"
-            )
-        return x.reshape(members, -1, x.shape[-1])
 
     def recompute_contexts(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
         """A `context_fn` for `torch.utils.checkpoint`: the second pass over a segment draws what the first drew."""
@@ -135,10 +122,8 @@ def drop(x: Tensor, rate: float, draw: Draw, site: str) -> Tensor:
         return x
     if draw.step is None:
         return nn.functional.dropout(x, rate)
-    members = len(draw.seeds)
-    if x.shape[0] % members:
-        raise ValueError(f"dropout at {site} got {x.shape[0]} rows, which is no multiple of {members} members")
-    rows = x.reshape(members, -1, x.shape[-1])  # (K, N, F)
+    draw.rows.check_divisible(site, x)
+    rows = draw.rows.by_member(x)  # (K, N, F)
     dropping = draw.dropping(site, x, rate)
     if native.usable(rows):
         return NativeDrop.apply(rows, dropping).view(x.shape)
@@ -177,8 +162,8 @@ def _bits(number: float) -> int:
 class KeyedDropout(nn.Module):
     """Stands in for a model's own dropout module while an adapter is attached."""
 
-    # What attention code reads to pass on to a fused kernel.  Such a draw cannot be keyed, so it is off, for every
-    # method alike; a model that calls the module gets `rate`.
+    # Fused attention kernels read `p`; their draw cannot be keyed, so it is 0, for every method alike.  A model that calls
+    # the module gets `rate`.
     p = 0.0
 
     def __init__(self, rate: float, draw: Draw, site: str):

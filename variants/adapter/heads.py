@@ -33,7 +33,8 @@ class HeadSite(nn.Module):
             return self._full_precision(base, x)
 
     def _full_precision(self, base: nn.Module, x: Tensor) -> Tensor:
-        rows = self._draw.apart(self.name, x).to(self.weight.dtype)  # (K, N, I)
+        self._draw.rows.check(self.name, x)
+        rows = self._draw.rows.by_member(x).to(self.weight.dtype)  # (K, N, I)
         bias = self._parameters.get("bias")
         if self.is_norm:
             normed = nn.functional.layer_norm(rows, base.normalized_shape, None, None, base.eps)
@@ -41,7 +42,7 @@ class HeadSite(nn.Module):
         else:
             y = torch.bmm(rows, self.weight.mT)  # (K, N, O)
             y = y if bias is None else y + bias[:, None]
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return self._draw.rows.as_input(y, x)
 
     def merged(self, base: nn.Module, member: int) -> dict[str, Tensor]:
         return {key: value[member].clone() for key, value in self.named_parameters()}

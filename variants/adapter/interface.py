@@ -188,7 +188,7 @@ class Adapter(nn.Module):
             for name in head:
                 for path, module in leaves(model, name):
                     self._put(path, make_head(path, module, self.draw), self.heads)
-            self._surgery.watch_rows(self.draw)
+            self._surgery.watch_rows(self.draw.rows)
             self.place(names, self._calibration)
             for name in names:
                 self._put(name, self.make_site(name, model.get_submodule(name)), self.sites)

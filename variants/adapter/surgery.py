@@ -1,10 +1,10 @@
 """Everything that attaching changes in a model, and how it is put back."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 from rankwise.variants.adapter.draws import Draw, KeyedDropout
+from rankwise.variants.adapter.rows import Rows
 from torch import Tensor, nn
 
 
@@ -79,14 +79,9 @@ class Surgery:
                     self.set(module, key, 0.0)
                     self.silenced.append(f"{name}.{key}")
 
-    def watch_rows(self, draw: Draw) -> None:
-        """Tells the sites how many rows this forward pass has, so that they can refuse an input that is not rows."""
-
-        hooks = [
-            self.model.register_forward_pre_hook(functools.partial(_note_rows, draw), with_kwargs=True),
-            self.model.register_forward_hook(functools.partial(_forget_rows, draw), always_call=True),
-        ]
-        self._undo.extend(hook.remove for hook in hooks)
+    def watch_rows(self, rows: Rows) -> None:
+        """Has the sites know how many rows each forward pass has, so that they can refuse an input that is not rows."""
+        self._undo.extend(hook.remove for hook in rows.watch(self.model))
 
     def undo_too(self, step: Callable[[], Any]) -> None:
         self._undo.append(step)
@@ -95,17 +90,6 @@ class Surgery:
         for step in reversed(self._undo):
             step()
         self._undo.clear()
-
-
-# Functions of the module, not of `watch_rows`: a hook that pickles lets torch.save take a model with an adapter in it.
-def _note_rows(draw: Draw, _: nn.Module, args: tuple, kwargs: dict) -> None:
-    main = [kwargs[k] for k in ("input_ids", "inputs_embeds", "pixel_values") if kwargs.get(k) is not None]
-    first = next((t for t in [*main, *args, *kwargs.values()] if isinstance(t, Tensor) and t.dim()), None)
-    draw.rows = None if first is None else first.shape[0]
-
-
-def _forget_rows(draw: Draw, *_: Any) -> None:
-    draw.rows = None
 
 
 def parameter_places(model: nn.Module) -> dict[int, set[str]]:

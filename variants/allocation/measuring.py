@@ -60,12 +60,13 @@ def gradients(adapter: Adapter, names: Sequence[str], calibration: Calibration) 
 
     def hook(name: str) -> Callable:
         def after(module: nn.Module, args: tuple, y: Tensor) -> Tensor:
-            x = adapter.draw.apart(name, args[0].detach())  # (K, N, I)
+            adapter.draw.rows.check(name, args[0])
+            x = adapter.draw.rows.by_member(args[0].detach())  # (K, N, I)
 
             def take(g: Tensor) -> None:
                 wide = torch.promote_types(weight_of(module).dtype, torch.float32)
                 with torch.autocast(x.device.type, enabled=False):
-                    G = torch.bmm(g.detach().reshape(K, -1, g.shape[-1]).mT.to(wide), x.to(wide)).cpu()  # (K, O, I)
+                    G = torch.bmm(adapter.draw.rows.by_member(g.detach()).mT.to(wide), x.to(wide)).cpu()  # (K, O, I)
                 found[name] = found[name].add_(G) if name in found else G
 
             if not y.requires_grad:  # the model is frozen: its graph begins here

@@ -41,9 +41,9 @@ class Decomposed(nn.Module):
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         rows = self.inner.rows(x)
         y = base_output(base, rows)
-        gain = self.gain(base)
-        apart = self.inner.onto(y, rows).view(len(gain), -1, y.shape[-1])  # (K, N, O)
-        return Recomposed.apply(apart, gain, base.bias, True).to(y.dtype).view(*x.shape[:-1], -1)
+        gain, owners = self.gain(base), self.inner.draw.rows
+        by_member = owners.by_member(self.inner.add_update(y, rows))  # (K, N, O)
+        return owners.as_input(Recomposed.apply(by_member, gain, base.bias, True).to(y.dtype), x)
 
     def delta(self, base: nn.Module) -> Tensor:
         return self.gain(base)[:, :, None] * (weight_of(base) + self.inner.delta(base)) - weight_of(base)

@@ -1,9 +1,11 @@
 """The products of a low-rank update, forward and backward."""
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from rankwise.variants import native
 from rankwise.variants.adapter.draws import Dropping
+from rankwise.variants.adapter.rows import Rows
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -47,30 +49,29 @@ class NativeProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, c: Tensor, dropping: Dropping | None) -> Tensor:
-        K = len(A)
+    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, c: Tensor, dropping: Dropping | None, rows: Rows) -> Tensor:
         Bt = B.mT.contiguous()  # (K, R, O)
-        z = native.dots(x.view(K, -1, x.shape[1]), A, dropping)  # (K, N, R)
+        z = native.dots(rows.by_member(x), A, dropping)  # (K, N, R)
         scaled = z * c[:, None]
-        native.update_(y.view(K, -1, y.shape[1]), scaled, Bt)
+        native.update_(rows.by_member(y), scaled, Bt)
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, A, Bt, c, z, scaled)
-        ctx.dropping = dropping
+        ctx.dropping, ctx.rows = dropping, rows
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         x, A, Bt, c, z, scaled = ctx.saved_tensors
-        needs_y, needs_x, needs_A, needs_B, needs_c, _ = ctx.needs_input_grad
-        rows = g.contiguous().view(len(A), -1, g.shape[1])  # (K, N, O)
-        dB = native.outer(rows, scaled, None, None)[0].mT if needs_B else None  # (K, O, R)
-        dz = native.dots(rows, Bt, None)  # (K, N, R), before c
+        needs_y, needs_x, needs_A, needs_B, needs_c, *_ = ctx.needs_input_grad
+        g_rows = ctx.rows.by_member(g.contiguous())  # (K, N, O)
+        dB = native.outer(g_rows, scaled, None, None)[0].mT if needs_B else None  # (K, O, R)
+        dz = native.dots(g_rows, Bt, None)  # (K, N, R), before c
         dc = (dz * z).sum(1) if needs_c else None
         dx = dA = None
         if needs_A or needs_x:
-            dA, dx = native.outer(x.view(len(A), -1, x.shape[1]), dz * c[:, None], A if needs_x else None, ctx.dropping)
-        return g if needs_y else None, None if dx is None else dx.view(x.shape), dA, dB, dc, None
+            dA, dx = native.outer(ctx.rows.by_member(x), dz * c[:, None], A if needs_x else None, ctx.dropping)
+        return g if needs_y else None, None if dx is None else dx.view(x.shape), dA, dB, dc, None, None
 
 
 def squared_row_norms(
@@ -87,9 +88,10 @@ def squared_row_norms(
     """
     if not A.shape[1]:
         return weight_squared.expand(len(A), -1)
+    thin = rearrange(A, "k r i -> (k r) i")
     # One product for all members; a 16-bit weight is widened a block of rows at a time, never as a whole.
     blocks = (weight,) if weight.dtype == A.dtype else weight.split(1024)
-    products = torch.cat([A.flatten(0, 1) @ block.to(A.dtype).mT for block in blocks], 1)  # (K*R, O)
-    cross = (products.view(*A.shape[:2], len(weight)).mT * B).sum(2)  # (K, O)
+    products = torch.cat([thin @ block.to(A.dtype).mT for block in blocks], 1)  # (K*R, O)
+    cross = (rearrange(products, "(k r) o -> k o r", k=len(A)) * B).sum(2)  # (K, O)
     square = (torch.bmm(B, torch.bmm(A, A.mT)) * B).sum(2)
     return (weight_squared + 2 * cross + square).clamp_min(0)

@@ -57,7 +57,7 @@ class LowRank(nn.Module):
         self.register_buffer("given", torch.tensor(ranks), persistent=False)  # (K,) slots at the start
         self.name, self.dropout = name, dropout
         self.changes: list[tuple[nn.Parameter, Rearranged]] = []  # what an optimizer has yet to follow
-        self._draw = draw
+        self.draw = draw
 
     def coefficients(self) -> Float[Tensor, "K R"]:
         """What multiplies each slot: s e, zero where a slot does not exist."""
@@ -69,10 +69,10 @@ class LowRank(nn.Module):
 
     def version(self) -> tuple[Any, ...]:
         """Changes whenever the update may have changed; the step in it is None where nobody drives the adapter."""
-        return self._draw.step, *(p._version for p in self.parameters())
+        return self.draw.step, *(p._version for p in self.parameters())
 
-    def onto(self, y: Tensor, x: Tensor) -> Float[Tensor, "rows O"]:
-        """y + update(x), for y (rows, O) that nothing else needs and x (rows, I): the members' rows one after the other."""
+    def add_update(self, y: Tensor, x: Tensor) -> Float[Tensor, "rows O"]:
+        """Adds the update of x (rows, I) to y (rows, O), which may be overwritten.  Rows grouped by member."""
         if not self.slots.shape[1]:
             return y
         device = x.device.type
@@ -81,23 +81,24 @@ class LowRank(nn.Module):
 
     def product(self, y: Tensor, x: Tensor, rate: float) -> Float[Tensor, "rows O"]:
         """The same for y and x of one type, elements of x dropped at that rate."""
-        draw, dtype = self._draw, x.dtype
+        draw, dtype = self.draw, x.dtype
         if native.usable(x, y) and self.A.dtype == torch.float32:
             dropping = draw.dropping(self.name, x, rate) if rate and draw.step is not None else None
             x = nn.functional.dropout(x, rate) if rate and dropping is None else x
-            return NativeProduct.apply(y, x, *self.operands(), dropping)
+            return NativeProduct.apply(y, x, *self.operands(), dropping, draw.rows)
         x = drop(x, rate, draw, self.name)
-        apart = (t.view(len(draw.seeds), -1, t.shape[-1]) for t in (y, x))  # (K, N, O) and (K, N, I)
-        return LowRankProduct.apply(*apart, *(t.to(dtype) for t in self.operands())).view(y.shape)
+        by_member = (draw.rows.by_member(t) for t in (y, x))  # (K, N, O) and (K, N, I)
+        return LowRankProduct.apply(*by_member, *(t.to(dtype) for t in self.operands())).view(y.shape)
 
     def rows(self, x: Tensor) -> Float[Tensor, "rows I"]:
-        """The input as rows, the members' one after the other; refused where it is not that."""
-        return self._draw.apart(self.name, x).flatten(0, 1)
+        """The input as rows, grouped by member; refused where it is not the rows of the model's input."""
+        self.draw.rows.check(self.name, x)
+        return self.draw.rows.by_member(x).flatten(0, 1)
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         rows = self.rows(x)
         y = base_output(base, rows)
-        return self.onto(y, rows).to(y.dtype).view(*x.shape[:-1], -1)
+        return self.draw.rows.as_input(self.add_update(y, rows).to(y.dtype), x)
 
     def delta(self, base: nn.Module) -> Float[Tensor, "K O I"]:
         """The dense change of the weight."""
