@@ -15,16 +15,15 @@ from typing import Any
 
 import torch
 from rankwise import variants
-from rankwise.experiments import models, objective
+from rankwise.experiments import models, objective, records
 from rankwise.experiments.tasks import get as get_task
 from rankwise.experiments.tasks.common import Encoded, Task, Undefined, collate, evaluation_batches
-from rankwise.experiments.trainer import collect, write_json
+from rankwise.experiments.trainer import collect
 from rankwise.variants.base import Adapter, CannotMerge, Step
 
 SCHEMA = 1
 ROWS = 128
 KEY = 4  # of the draw of the rows
-FILE = "knockout.json"
 
 
 @torch.no_grad()
@@ -146,7 +145,7 @@ def of_run(folder: Path, rows: int = ROWS) -> dict[str, Any]:
     encoded = task.encode(tokenizer, split, training["max_length"]).random_part(training.get("evaluation_examples"), 3)
     encoded = encoded.random_part(rows, KEY)
     (found,) = knock_out(adapter, tokenizer, task, split, encoded, training["evaluation_batch_size"])
-    write_json(folder / FILE, found, indent=None)
+    records.write_knock_out(folder, found)
     return found
 
 

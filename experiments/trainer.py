@@ -26,6 +26,7 @@ import torch
 from rankwise import variants
 from rankwise.experiments import first_token, measure, models, objective
 from rankwise.experiments.config import Training
+from rankwise.experiments.files import replacing
 from rankwise.experiments.optim import MemberAdamW, schedule_factor
 from rankwise.experiments.tasks.common import KINDS, Encoded, Task, Undefined, batches, collate, evaluation_batches
 from rankwise.variants import native
@@ -568,31 +569,10 @@ def collect(
     return [kept[k] if finite[k] else infinite for k in range(members)]
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to, which takes `path`'s place when all went well and goes away when not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def as_os_error(error: SafetensorError, path: Path) -> OSError:
     """What the system said, out of the words of safetensors: "... I/O error: ... (os error 28)"."""
     found = re.search(r"\(os error (\d+)\)", str(error))
     return OSError(str(error)) if found is None else OSError(int(found[1]), os.strerror(int(found[1])), str(path))
-
-
-def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """Strict JSON, whole or not at all, on the disk before it has its name; without an indent on one line."""
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=indent, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def random_seed(seeds: Sequence[int], step: int, micro_batch: int) -> int:

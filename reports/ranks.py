@@ -15,8 +15,8 @@ from math import sqrt
 from pathlib import Path
 
 import numpy as np
+from rankwise.experiments.records import RankStep, Run, is_run, load_run, read_json
 from rankwise.reports import faults
-from rankwise.reports.results import RankStep, Run, is_run, load_run, read_json
 
 PREFIX = "base_model.model."  # what PEFT puts before the model's own path
 FACTS = ("parameters", "share", "effective_rank", "stable_rank", "energy_rank", "relative_norm", "importance", "intruders")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import rankwise.experiments.trainer
 import torch
-from rankwise.experiments import models, objective
+from rankwise.experiments import files, models, objective
 from rankwise.experiments.tasks.common import KINDS, Undefined, batches, collate
 from rankwise.experiments.trainer import Trainer
 from rankwise.variants import native
@@ -557,7 +557,7 @@ def test_what_is_written_is_strict_json(model, tmp_path):
 
 def test_a_number_that_json_has_no_word_for_leaves_no_half_written_file(tmp_path: Path):
     with pytest.raises(ValueError):
-        rankwise.experiments.trainer.write_json(tmp_path / "result.json", {"score": float("nan")})
+        files.write_json(tmp_path / "result.json", {"score": float("nan")})
     assert not list(tmp_path.iterdir())
 
 

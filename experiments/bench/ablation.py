@@ -19,7 +19,7 @@ from rankwise.experiments.bench.arms import Ours, Setup
 from rankwise.experiments.bench.cases import MINILM, SHAPES, Shape
 from rankwise.experiments.bench.run import machine
 from rankwise.experiments.bench.workloads import POOL, random_rows
-from rankwise.experiments.trainer import write_json
+from rankwise.experiments.files import write_json
 from rankwise.variants import native
 
 METHODS = ("lora", "dora")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rankwise.experiments import catalogue
+from rankwise.experiments import catalogue, files
 from rankwise.experiments.tasks import spans
 from rankwise.experiments.tasks.spans import Questions
 
@@ -494,7 +494,7 @@ def _write_encoded(path: Path, encoded: Encoded) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     try:
-        catalogue.write_atomically(path, buffer.getvalue())
+        files.write_file(path, buffer.getvalue())
     except OSError as error:  # the tokens are in memory; only the next start is slower
         with suppress(OSError):
             print(f"tokens are not kept: {error.strerror or error} in {path.parent}", file=sys.stderr)
