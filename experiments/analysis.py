@@ -235,13 +235,12 @@ def write(chosen: argparse.Namespace, runner: "Runner", found: Mapping[str, Any]
     """The files, then <kind>.json with the numbers and with what they come from, each whole or not at all."""
     import torch
     from rankwise.experiments import measure, models
-    from rankwise.experiments.files import replacing, write_json
+    from rankwise.experiments.files import write_file, write_json
 
     prepared = runner.prepared[chosen.task]
     chosen.out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        with replacing(chosen.out / name) as temporary:
-            temporary.write_bytes(content)
+        write_file(chosen.out / name, content)
     value = {
         "schema": SCHEMA,
         "kind": chosen.kind,

@@ -23,6 +23,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from rankwise.experiments.files import write_file
+
 CHUNK = 1 << 20
 HUB_SECONDS = 4.0  # how long the hub may take to answer at all before it counts as out of reach
 # Everything of a hub repository that a model and its tokenizer can need: no pickles, no code.
@@ -253,7 +255,7 @@ def content_hash(name: str) -> str:
             return text
     value = _digest({file: _sha256(folder / file) for file in stamp})
     with suppress(OSError):  # a cache that cannot be written costs time, not truth
-        write_atomically(kept, (value + "\n").encode())
+        write_file(kept, (value + "\n").encode())
     return value
 
 
@@ -281,22 +283,6 @@ def at_hand(name: str) -> str | None:
     if all((folder / file).is_file() for file in entry.files):
         return "cache"
     return "package" if entry.carriers else None
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:32]}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 # ------------------------------------------------------------------------------------------------ the pinned packages

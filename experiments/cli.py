@@ -116,17 +116,19 @@ def compare(
 def report(
     runs: Annotated[Path, typer.Argument(help="A folder of runs.")],
     out: Annotated[Path | None, typer.Option(help="Where to write it.  [default: RUNS/report]")] = None,
-    with_runs: Annotated[bool, typer.Option("--with-runs", help="Copy finished runs, without weights, to OUT.")] = False,
+    with_runs: Annotated[
+        bool, typer.Option("--with-runs", help="Put finished runs, without weights, into one archive in OUT.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write the report of a folder of runs: a page (HTML), Markdown, figures (SVG, PNG), tables (CSV, LaTeX)."""
     if with_runs and out is None:
-        raise ValueError("--with-runs copies runs to another folder: name it with --out")
+        raise ValueError("--with-runs writes their archive to another folder: name it with --out")
     _report(runs, out, as_json)
     if with_runs:
         from rankwise.reports import results
 
-        results.copy_finished(runs, out)
+        results.archive_finished(runs, out)
 
 
 @app.command()
@@ -262,9 +264,10 @@ def ranks(
     rows: Annotated[int | None, typer.Option(help="Rows of the selection split to measure it on.  [default: 128]")] = None,
 ) -> None:
     """Print the rank of every layer and module, how much of it is used, and what is wrong with an adapter."""
+    from rankwise.experiments.files import write_file
+    from rankwise.experiments.records import is_run
     from rankwise.reports import allocation
     from rankwise.reports import figures as drawn
-    from rankwise.reports.results import is_run, write_file
 
     if beside is not None and figures is None:
         raise ValueError("--beside draws two allocations side by side: name a folder with --figures")

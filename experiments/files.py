@@ -1,16 +1,20 @@
-"""Files that are written whole or not at all."""
+"""Files that are there whole or not at all: a reader never sees half of one, and a kill or a full disk leaves the old one.
+
+Imports nothing heavy: the command, the trainer and the reports all write through here.
+"""
 
 import contextlib
 import json
 import os
 from collections.abc import Iterator
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to, which takes `path`'s place when all went well and goes away when not."""
+    """A temporary sibling to write to; it takes the place of `path` if the block succeeds, and is removed if not."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -20,10 +24,46 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def write_file(path: Path, content: str | bytes) -> None:
+    """Writes text or bytes, and makes the folder where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        _to_disk(file)
+
+
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """Strict JSON, whole or not at all, on the disk before it has its name; without an indent on one line."""
+    """Writes strict JSON: no NaN, no infinity. Without an indent it stands on one line.
+
+    Raises:
+        ValueError: a number in it is not finite.
+    """
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=indent, allow_nan=False)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+        _to_disk(file)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of strict JSON.
+
+    Raises:
+        ValueError: not JSON, or a number in it is not finite.
+    """
+    return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+
+
+def _to_disk(file: Any) -> None:
+    """The content must be on the disk before the rename is, or a power failure leaves an empty file under the old name."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not a number of strict JSON")
+
+
+def _finite(text: str) -> float:
+    if not isfinite(value := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return value

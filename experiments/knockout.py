@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from rankwise import variants
-from rankwise.experiments import kinds, models
+from rankwise.experiments import kinds, models, records
 from rankwise.experiments.data.dataset import Dataset
 from rankwise.experiments.data.draws import KNOCKOUT_ROWS, SUBSET
-from rankwise.experiments.files import write_json
 from rankwise.experiments.kinds import Undefined
 from rankwise.experiments.tasks import Task
 from rankwise.experiments.tasks import get as get_task
@@ -29,7 +28,6 @@ from rankwise.variants.adapter.step import CannotMerge
 
 SCHEMA = 1
 ROWS = 128
-FILE = "knockout.json"
 
 
 @torch.no_grad()
@@ -121,7 +119,7 @@ def of_run(folder: Path, rows: int = ROWS) -> dict[str, Any]:
     data = task.encode(processor, split, training["max_length"]).random_part(training.get("evaluation_examples"), SUBSET)
     part = data.random_part(rows, KNOCKOUT_ROWS)
     (measured,) = knock_out(adapter, processor, task, split, part, training["evaluation_batch_size"])
-    write_json(folder / FILE, measured, indent=None)
+    records.write_knock_out(folder, measured)
     return measured
 
 

@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,13 @@ from typing import Any
 import numpy as np
 import torch
 from rankwise import variants
-from rankwise.experiments import budget, kinds, knockout, measure, models, sweep
+from rankwise.experiments import archive, budget, kinds, knockout, measure, models, records, sweep
 from rankwise.experiments.checks import check_phases, collecting, phase_training
 from rankwise.experiments.config import Entry, Study, Training
 from rankwise.experiments.data.dataset import Dataset
 from rankwise.experiments.data.draws import KNOCKOUT_ROWS, SUBSET
-from rankwise.experiments.files import replacing, write_json
+from rankwise.experiments.files import write_file, write_json
+from rankwise.experiments.records import SCHEMA, read_object
 from rankwise.experiments.tasks import Task
 from rankwise.experiments.tasks import get as get_task
 from rankwise.experiments.training.pack import Outcome, Pack
@@ -42,13 +43,9 @@ from rankwise.variants.adapter.linears import weight_of
 from rankwise.variants.adapter.step import NotPackable
 from rankwise.variants.settings import Settings, method, together
 from rankwise.variants.weights.anatomy import COSINE, INTRUDERS, TOP, anatomy
-from safetensors.numpy import save_file
 
-SCHEMA = 1
 NUMERICS = 2  # raised by every commit that changes what a run computes
 COMMITTED = Path(__file__).parent.parent / "reports" / "studies"
-PREDICTIONS = "predictions.safetensors"  # of the split that is scored: what an interval over its rows is made from
-RESULT_FILES = ("config.json", "metrics.jsonl", "ranks.jsonl", "sites.json", knockout.FILE, PREDICTIONS, "result.json")
 AUTO_PACK = {"cpu": 8, "cuda": 32}
 PROBE_STEPS = 6  # a step's time is the median of so many, the first left out; its peak that of all
 
@@ -162,6 +159,7 @@ class Runner:
         self._placements: dict[tuple[str, str, int], tuple[dict[str, int], dict[str, float]]] = {}
         self._makes = True  # False: what is missing is not made
         self._bases: dict[str, Any] = {}  # what anatomy asks of the pre-trained weights, the same for every run
+        self._archived: dict[str, dict[str, bytes]] | None = None  # fingerprint -> files; None: not read yet
         self._strangers: set[str] = set()
         self._made: set[str] = set()  # fingerprints of the runs that ended here, which are not tried again
 
@@ -240,7 +238,7 @@ class Runner:
         self.out.mkdir(parents=True, exist_ok=True)
         with _locked(self.out):
             self._clear_leftovers()
-            known = _read_json(self.out / "study.json") or {}
+            known = read_object(self.out / "study.json") or {}
             self._measure()
             self._write_study(known, complete=False)
             for source in self.sources.values():
@@ -261,7 +259,7 @@ class Runner:
 
     def _clear_leftovers(self) -> None:
         """Removes the temporary files of a killed process: those of our own names, in our own folders."""
-        names = (*RESULT_FILES, "study.json", "packs.json", "pack.json", "checkpoint.safetensors")
+        names = (*records.FILES, "study.json", "packs.json", "pack.json", "checkpoint.safetensors")
         runs = [folder for folder in self.out.iterdir() if re.fullmatch(r"[0-9a-f]{24}", folder.name)]
         packs = [path.parent for path in (self.out / "packs").rglob("pack.json")]
         for folder in (self.out, *runs, *packs):
@@ -383,7 +381,7 @@ class Runner:
         if equal not in ("time", "memory"):
             return
         for folder in (COMMITTED / self.study.name, self.out):
-            self.measured |= (_read_json(folder / "budget.json") or {}).get("measured", {})
+            self.measured |= (read_object(folder / "budget.json") or {}).get("measured", {})
         for task in self.study.tasks:
             known = self.measured.setdefault(task, {})
             for entry in self.study.methods:
@@ -480,7 +478,7 @@ class Runner:
     def _pack_folders(self, group: Group) -> Iterator[tuple[Path, list[str]]]:
         """The folders of packs of this group that were begun, under this study or an earlier form of it, and their members."""
         for folder in sorted((self.out / "packs").glob(f"{glob.escape(group.name)}-????????")):
-            names = (_read_json(folder / "pack.json") or {}).get("members", [])
+            names = (read_object(folder / "pack.json") or {}).get("members", [])
             if names:
                 yield folder, names
 
@@ -501,7 +499,7 @@ class Runner:
     def _run_pack(self, runs: Sequence[Run], folder: Path, index: int, what: str, note: str | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         pack_file = {"schema": SCHEMA, "members": [run.fingerprint for run in runs], "size": None, "note": None}
-        begun = _read_json(folder / "pack.json")
+        begun = read_object(folder / "pack.json")
         if begun is not None and begun.get("members") == pack_file["members"]:
             if begun["size"] is not None:  # it was split before it was cut off, and stays so
                 self._apart(runs, folder, index, what, begun["size"], begun["note"])
@@ -568,10 +566,10 @@ class Runner:
             except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:
                 self.say(f"note: {runs[0].entry.label}: no sites.json, a decomposition did not converge ({error})")
                 found = None
-            head = {"schema": SCHEMA, "kept": TOP, "intruders": {"looked_at": INTRUDERS, "cosine": COSINE}}
+            intruders = {"looked_at": INTRUDERS, "cosine": COSINE}
             for run, new, sites in zip(runs, is_new, found or [], strict=found is not None):
                 if new:
-                    write_json(self.out / run.fingerprint / "sites.json", {**head, "sites": sites}, indent=None)
+                    records.write_sites(self.out / run.fingerprint, TOP, intruders, sites)
         wanted = knockout.seeds(study.knock_out, study.seeds)
         members = [k for k, (run, new) in enumerate(zip(runs, is_new, strict=True)) if new and run.seed in wanted]
         if members:
@@ -588,7 +586,7 @@ class Runner:
                 members,
             )
             for member, one in zip(members, measured, strict=True):
-                write_json(self.out / runs[member].fingerprint / knockout.FILE, one, indent=None)
+                records.write_knock_out(self.out / runs[member].fingerprint, one)
 
     def _as_pack(self, runs: Sequence[Run]) -> Pack:
         first = runs[0]
@@ -674,16 +672,12 @@ class Runner:
     def _result(self, run: Run) -> dict[str, Any] | None:
         """The run's result, from this folder or from the committed ones, which are copied here."""
         mine = self.out / run.fingerprint
-        theirs = COMMITTED / self.study.name / "runs" / run.fingerprint
-        if not (mine / "result.json").is_file() and (theirs / "result.json").is_file() and mine.resolve() != theirs.resolve():
-            mine.mkdir(parents=True, exist_ok=True)
-            for name in RESULT_FILES:  # the result last: a folder with one is whole
-                if (theirs / name).is_file():
-                    with replacing(mine / name) as temporary:
-                        shutil.copyfile(theirs / name, temporary)
+        if not (mine / "result.json").is_file():
+            for name, content in self._committed(run.fingerprint).items():  # the result last: a folder with one is whole
+                write_file(mine / name, content)
         if not (mine / "result.json").is_file():
             return None
-        result, config = _read_json(mine / "result.json"), _read_json(mine / "config.json")
+        result, config = read_object(mine / "result.json"), read_object(mine / "config.json")
         if result is None or config is None or "status" not in result:
             self.say(f"note: {mine / 'result.json'} or its config.json is missing or no JSON; the run is made again")
             return None
@@ -691,13 +685,26 @@ class Runner:
             return None
         if any(written.get(k) != v for written in (result, config) for k, v in self._names(run).items()):
             # The same run under another label or in another study: the numbers stay, the names follow the file.
-            write_json(mine / "config.json", {**config, **self._names(run), "quick": self.study.quick})
-            write_json(mine / "result.json", {**result, **self._names(run)})
-            result = _read_json(mine / "result.json")
+            records.rename(mine, config, result, self._names(run), self.study.quick)
+            result = read_object(mine / "result.json")
         for name, version in self.versions.items():
             if config.get("versions", {}).get(name, version) != version:
                 self._strangers.add(f"{name} {config['versions'][name]} (here {version})")
         return result
+
+    def _committed(self, fingerprint: str) -> Mapping[str, bytes]:
+        """The files of a run that an archive, of the committed study or in our own folder, or its folder has; else none.
+
+        Raises:
+            ValueError: an archive is damaged.
+        """
+        theirs = COMMITTED / self.study.name
+        if self._archived is None:
+            self._archived = archive.read(theirs / archive.NAME) | archive.read(self.out / archive.NAME)
+        if fingerprint in self._archived:
+            return self._archived[fingerprint]
+        folder = theirs / "runs" / fingerprint
+        return records.contents(folder) if (folder / records.RESULT).is_file() else {}
 
     # -- what is written ------------------------------------------------------------------------------------------------
 
@@ -707,7 +714,6 @@ class Runner:
         folder = self.out / run.fingerprint
         folder.mkdir(parents=True, exist_ok=True)
         config = {
-            "schema": SCHEMA,
             "fingerprint": run.fingerprint,
             "numerics": NUMERICS,
             **self._names(run),
@@ -731,8 +737,8 @@ class Runner:
             "pack": {"index": index, "size": len(runs), "member": member, "members": [r.fingerprint for r in runs]},
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        if not keep or _read_json(folder / "config.json") is None:
-            write_json(folder / "config.json", config)
+        if not keep or read_object(folder / "config.json") is None:
+            records.write_config(folder, config)
 
     def _write_predictions(self, run: Run, outcome: Outcome) -> None:
         """Writes the predictions of the scored split, where the kind of task keeps them."""
@@ -741,17 +747,14 @@ class Runner:
         made = outcome.predictions.get(split)
         stored = None if made is None else kinds.get(task.kind).stored(made)
         if stored is not None:
-            with replacing(self.out / run.fingerprint / PREDICTIONS) as path:
-                save_file({"predictions": np.ascontiguousarray(stored)}, path, {"split": split})
+            records.write_predictions(self.out / run.fingerprint, split, stored)
 
     def _write_result(self, run: Run, outcome: Outcome, index: int, size: int, note: str | None) -> None:
         task = self.prepared[run.task].task
         selection, split = self._selection_split(task), self._score_split(task)
         scores = {split: metrics.get(task.metric) for split, metrics in outcome.metrics.items()}
         failed = outcome.error is not None
-        empty = {f.name: None for f in dataclasses.fields(Outcome)}
         result = {
-            "schema": SCHEMA,
             "fingerprint": run.fingerprint,
             **self._names(run),
             "status": "failed" if failed else "completed",
@@ -766,14 +769,14 @@ class Runner:
             "score_standard_error": None if failed else outcome.standard_errors.get(split),
             "score_rows": None if failed else outcome.rows.get(split),
             "metrics": outcome.metrics,
-            **{k: v for k, v in (outcome.facts or NO_FACTS).items() if k not in empty},
+            **outcome.facts,
             "pack_size": size,
             "pack_index": index,
             "device": self.device.type,
             "precision": self.precision,
             "packing_note": note,
         }
-        write_json(self.out / run.fingerprint / "result.json", result)
+        records.write_result(self.out / run.fingerprint, result)
         self._made.add(run.fingerprint)
 
     def _names(self, run: Run) -> dict[str, Any]:
@@ -797,7 +800,6 @@ class Runner:
                   for e in self.study.methods if e.swept}  # fmt: skip
         others = [label for label in known.get("methods", []) if label not in labels]
         value = {
-            "schema": SCHEMA,
             "study": self.study.name,
             "quick": self.study.quick,
             "title": self.study.title or self.study.name,
@@ -813,7 +815,7 @@ class Runner:
             else labels,
             "complete": complete and (not others or bool(known.get("complete"))),
         }
-        write_json(self.out / "study.json", value)
+        records.write_study(self.out, value)
         known_packs = (*self.groups, *self.added)
         packs = [{"pack": g.name, "members": [{"seed": s, "learning_rate": r} for s, r in g.members]} for g in known_packs]
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -821,30 +823,6 @@ class Runner:
             written = json.loads((self.out / "packs.json").read_text())["packs"]
             packs += [pack for pack in written if others and pack["pack"] not in mine]
         write_json(self.out / "packs.json", {"schema": SCHEMA, "pack": self.pack, "packs": packs})
-
-
-NO_FACTS = {
-    "steps": None,
-    "total_steps": None,
-    "epochs": None,
-    "skipped_steps": None,
-    "tokens_per_second": None,
-    "seconds": None,
-    "pack_seconds": None,
-    "peak_memory_bytes": None,
-    "pack_peak_memory_bytes": None,
-    "trainable_parameters": None,
-    "nominal_parameters": None,
-    "active_parameters": None,
-    "head_parameters": None,
-    "scale": None,
-    "ranks": {},
-    "nominal_ranks": {},
-    "physical_ranks": {},
-    "final_train_loss": None,
-    "dropout_note": None,
-    "scored_step": None,
-}
 
 
 def _twins(entries: Sequence[Entry], total: int, targets: dict[str, list[str]]) -> list[str]:
@@ -872,15 +850,6 @@ def _placed_by(run: Run) -> str:
 def _is_out_of_memory(error: Exception) -> bool:
     # torch has no class of its own for the CPU's allocator, which raises RuntimeError("... DefaultCPUAllocator: ...").
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None where there is no file, or no object in it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _given(settings: Settings) -> dict[str, Any]:

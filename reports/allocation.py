@@ -10,10 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from rankwise.experiments.records import Run, is_run
 from rankwise.reports import figures, tables
 from rankwise.reports import ranks as rank_maps
 from rankwise.reports.ranks import RankMap, SiteRank, believed_and_measured
-from rankwise.reports.results import Arm, Run, Study, is_run, is_study, load_all
+from rankwise.reports.results import Arm, Study, is_study, load_all
 from rankwise.reports.statistics import spearman, summary
 from rankwise.reports.tables import SPECTRA, Estimate, Table, alarms
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rankwise.experiments.files import write_file
 from rankwise.reports.figures import FAINT, INK, RANK_COLOURS, Drawing, colour, house_style, panels, save, title_above
 from rankwise.reports.ranks import module_labels, split_site
-from rankwise.reports.results import write_file
 from rankwise.reports.tables import Cell, Table, escape_markdown
 
 SCHEMA = 1

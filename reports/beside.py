@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from rankwise.experiments.files import write_file
+from rankwise.experiments.records import read_json
 from rankwise.reports import papers
 from rankwise.reports.papers import Published
-from rankwise.reports.results import read_json, write_file
 from rankwise.reports.statistics import LEVEL, Summary, summary
 from rankwise.reports.tables import Difference, Estimate, Table, bytes_text, rate_text
 

@@ -19,7 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from rankwise.reports.results import Run, Study, best_rate, load, write_file
+from rankwise.experiments.files import write_file
+from rankwise.experiments.records import Run
+from rankwise.reports.results import Study, best_rate, load
 from rankwise.reports.statistics import ALPHA, paired_differences, share_found, sign_flip_power, sign_flip_test
 from rankwise.reports.verdicts import KINDS, verdicts
 

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from rankwise.experiments.records import RankStep, Run
 from rankwise.reports.figures import FAINT, INK, colour, floor_of, turns
 from rankwise.reports.ranks import module_labels, site_order, split_site
-from rankwise.reports.results import Arm, RankStep, Run, Study, best_rate, rate_score
+from rankwise.reports.results import Arm, Study, best_rate, rate_score
 from rankwise.reports.statistics import summary
 from rankwise.reports.tables import Difference, Estimate, Table, decimal, mean_ranks, parameters, rate_text, verdict_table
 from rankwise.reports.verdicts import Verdict

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rankwise.experiments.files import write_file
+from rankwise.experiments.records import Result, Run
 from rankwise.reports.ranks import RankMap, believed_and_measured, module_labels, site_order, split_site
-from rankwise.reports.results import Arm, Result, Run, Study, best_rate, rate_score, write_file
+from rankwise.reports.results import Arm, Study, best_rate, rate_score
 from rankwise.reports.statistics import jaccard, spearman
 from rankwise.reports.tables import decimal, mean_ranks, rate_text
 

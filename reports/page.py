@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from rankwise.experiments.files import write_file
 from rankwise.reports import allocation, facts, figures, html, tables
-from rankwise.reports.results import Study, load_all, write_file
+from rankwise.reports.results import Study, load_all
 from rankwise.reports.verdicts import verdicts, warnings
 
 TEMPLATES = Path(__file__).parent / "templates"

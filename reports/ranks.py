@@ -15,8 +15,8 @@ from math import sqrt
 from pathlib import Path
 
 import numpy as np
+from rankwise.experiments.records import RankStep, Run, is_run, load_run, read_json
 from rankwise.reports import faults
-from rankwise.reports.results import RankStep, Run, is_run, load_run, read_json
 from rankwise.variants.files.peft.names import CONFIG, PICKLE, PREFIX, WEIGHTS, is_meant, part
 
 FACTS = ("parameters", "share", "effective_rank", "stable_rank", "energy_rank", "relative_norm", "importance", "intruders")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rankwise.experiments.files import write_file
 from rankwise.reports import figures
-from rankwise.reports.results import write_file
 from rankwise.reports.tables import Table, bytes_text, escape_markdown, seconds_text
 
 SCHEMA = 1

@@ -15,8 +15,9 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+from rankwise.experiments.records import Result
 from rankwise.reports import ranks as rank_maps
-from rankwise.reports.results import Arm, Result, Study, best_rate, rate_score
+from rankwise.reports.results import Arm, Study, best_rate, rate_score
 from rankwise.reports.statistics import (
     FEWEST_FOR_BOOTSTRAP,
     bca_interval,

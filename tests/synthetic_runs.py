@@ -93,11 +93,11 @@ def write_run(
     """One run's folder by the contract; `changes` overwrite keys of result.json. Returns the folder."""
     setting = setting or method
     identity = [study, setting, task, model, phase, seed, rate]
-    fingerprint = f"{zlib.crc32(repr(identity).encode()):08x}" * 8
+    fingerprint = f"{zlib.crc32(repr(identity).encode()):08x}" * 3
     draw = np.random.default_rng(zlib.crc32(repr(identity).encode()))
     score = float(LEVELS.get(method, 84.0) + draw.normal(0, 0.25)) if score is None else score
     selection_score = score + 2.0 if selection_score is None else selection_score
-    folder = parent / fingerprint[:16]
+    folder = parent / fingerprint
     low_rank = is_low_rank(method)
     config = {
         "schema": 1, "fingerprint": fingerprint, "study": study, "quick": quick, "phase": phase, "method": method,

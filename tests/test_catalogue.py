@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rankwise.experiments import catalogue
+from rankwise.experiments import catalogue, files
 from rankwise.experiments.catalogue import CATALOGUE, Carrier, Entry, Unavailable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -384,12 +384,12 @@ def test_cache_is_where_the_user_says(monkeypatch, tmp_path):
 
 
 def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    catalogue.write_atomically(tmp_path / "folder" / "file", b"first")
+    files.write_file(tmp_path / "folder" / "file", b"first")
 
     def broken(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(catalogue.os, "fsync", broken)
+    monkeypatch.setattr(files.os, "fsync", broken)
     with pytest.raises(OSError, match="No space left"):
-        catalogue.write_atomically(tmp_path / "folder" / "file", b"second")
+        files.write_file(tmp_path / "folder" / "file", b"second")
     assert [path.read_bytes() for path in (tmp_path / "folder").iterdir()] == [b"first"]

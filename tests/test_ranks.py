@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from rankwise.experiments import archive
 from rankwise.reports import allocation, figures, page, ranks, results, tables
 from safetensors.numpy import save_file
 
@@ -459,9 +460,13 @@ def test_the_report_holds_these_tables_and_a_study_without_them_does_not(examine
 
 
 def test_finished_runs_are_copied_with_these_files(examined, tmp_path):
-    results.copy_finished(examined, tmp_path / "out")
-    names = [{path.name for path in folder.iterdir()} for folder in (tmp_path / "out" / "runs").iterdir()]
-    assert all("sites.json" in found for found in names) and sum("knockout.json" in found for found in names) == 2
+    results.archive_finished(examined, tmp_path / "out")
+    names = [set(files) for files in archive.read(tmp_path / "out" / archive.NAME).values()]
+    assert (
+        len(names) == len(list(examined.iterdir()))
+        and all("sites.json" in found for found in names)
+        and sum("knockout.json" in found for found in names) == 2
+    )
 
 
 def test_one_run_is_drawn_and_two_are_laid_side_by_side(examined):

@@ -8,6 +8,7 @@ import rankwise.experiments.study
 import torch
 from rankwise import variants
 from rankwise.experiments import budget, checks, config
+from rankwise.experiments.records import read_object
 from rankwise.experiments.study import Runner
 from rankwise.experiments.training.trainer import Trainer
 from rankwise.variants.adapter.probe import fill
@@ -30,7 +31,7 @@ def runs(out: Path, label: str) -> list[dict[str, Any]]:
 
 
 def settings_of(out: Path, run: dict[str, Any]) -> dict[str, Any]:
-    return rankwise.experiments.study._read_json(out / run["fingerprint"] / "config.json")
+    return read_object(out / run["fingerprint"] / "config.json")
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_sweeps_of_them_come_after_the_finals_they_take_ranks_of(model, tmp_path
     taker.pop("learning_rate")
     what = study(model, [SOURCE, taker], seeds=SEEDS, quick=True, sweep={"seeds": [1], "max_steps": 2, "trials": 2})
     ran(what, tmp_path)
-    trials = [r for r in map(rankwise.experiments.study._read_json, tmp_path.glob("*/result.json")) if r["phase"] == "sweep"]
+    trials = [r for r in map(read_object, tmp_path.glob("*/result.json")) if r["phase"] == "sweep"]
     assert len(trials) == 2
     assert all(r["ranks"] == result(tmp_path, setting="adalora", seed=1)["ranks"] for r in trials)
     beside = study(model, [SOURCE, taker], seeds=SEEDS, quick=True, sweep={"seeds": [1, 7]})

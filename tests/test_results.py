@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from rankwise.experiments import archive, files, records
 from rankwise.reports import results
 
 from tests.synthetic_runs import METHODS, write_json, write_run, write_study
@@ -198,14 +199,14 @@ def test_a_rate_at_which_one_seed_failed_is_not_chosen(tmp_path):
 
 def test_write_file_leaves_the_old_one_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
-    results.write_file(path, "old")
+    files.write_file(path, "old")
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="No space"):
-        results.write_file(path, "new")
+        files.write_file(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
     assert path.read_text() == "old"
 
@@ -215,8 +216,10 @@ def test_committed_runs_are_whole_and_hold_no_weights(study, tmp_path):
     done = [run for run in study.runs if run.result is not None]
     (done[0].folder / "adapter").mkdir(exist_ok=True)
     (done[0].folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
-    results.copy_finished(folder, tmp_path / "kept")
+    results.archive_finished(folder, tmp_path / "kept")
     again = results.load(tmp_path / "kept")
     assert [run.result for run in again.runs] == [run.result for run in done]
     assert again.settings == study.settings
-    assert not list((tmp_path / "kept").rglob("*.safetensors"))
+    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == [archive.NAME, "study.json"]
+    stored = archive.read(tmp_path / "kept" / archive.NAME)
+    assert not {name for run in stored.values() for name in run} - set(records.FILES)

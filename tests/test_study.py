@@ -18,12 +18,12 @@ import rankwise.experiments.training.state
 import rankwise.experiments.training.trainer
 import torch
 from rankwise import variants
-from rankwise.experiments import config, kinds
+from rankwise.experiments import archive, config, files, kinds, records
 from rankwise.experiments.config import Study
 from rankwise.experiments.study import Runner, groups
 from rankwise.experiments.training.optim import MemberAdamW
 from rankwise.experiments.training.trainer import Trainer
-from rankwise.reports.results import load
+from rankwise.reports.results import archive_finished, load
 from safetensors import safe_open
 
 from tests import small_world
@@ -242,22 +242,57 @@ def test_committed_results_are_taken_as_finished_and_copied(model, tmp_path, mon
     assert ran(what, tmp_path / "committed" / "small" / "runs") == made
 
 
-@pytest.mark.parametrize("name", rankwise.experiments.study.RESULT_FILES)
+def test_an_archived_study_is_finished_without_a_run(model, tmp_path, monkeypatch):
+    what = study(model, seeds=2, knock_out=True)
+    made = ran(what, tmp_path / "made")
+    archive_finished(tmp_path / "made", tmp_path / "committed" / "small")
+    no_training(monkeypatch)
+    assert ran(what, tmp_path / "mine") == made
+    for one in made:
+        mine, theirs = (records.contents(tmp_path / where / one["fingerprint"]) for where in ("mine", "made"))
+        assert mine == theirs and records.PREDICTIONS in mine
+    # So is one whose archive lies in the folder itself.
+    archive_finished(tmp_path / "made", tmp_path / "here")
+    shutil.rmtree(tmp_path / "committed")
+    assert ran(what, tmp_path / "here") == made
+
+
+def test_of_a_study_that_is_archived_in_part_only_the_rest_is_run(model, tmp_path, monkeypatch):
+    made = ran(study(model, seeds=2), tmp_path / "made")
+    archive_finished(tmp_path / "made", tmp_path / "committed" / "small")
+    ran(study(model, ["head"], seeds=2), tmp_path / "mine")
+    both = ran(study(model, ["lora", "head"], seeds=3), tmp_path / "mine")
+    assert [r["pack_size"] for r in both] == [2, 2, 1, 2, 2, 1]
+    assert both[:2] == made
+
+
+def test_a_damaged_archive_stops_a_study_before_it_trains(model, tmp_path, monkeypatch):
+    what = study(model, seeds=1)
+    ran(what, tmp_path / "made")
+    path = archive_finished(tmp_path / "made", tmp_path / "committed" / "small")
+    path.write_bytes(path.read_bytes()[:-9])
+    no_training(monkeypatch)
+    with pytest.raises(ValueError, match=r"small.runs\.parquet is not a whole Parquet file .*take it from git again"):
+        ran(what, tmp_path / "mine")
+    assert path.name == archive.NAME
+
+
+@pytest.mark.parametrize("name", records.FILES)
 def test_a_committed_result_that_was_half_copied_is_copied_again(model, tmp_path, monkeypatch, name):
     what = study(model, ["lora"], seeds=1, knock_out=True)
     (made,) = ran(what, tmp_path / "committed" / "small" / "runs")
-    copy = shutil.copyfile
+    flush = files._to_disk
 
-    def full_disk(source, target):
-        if Path(source).name == name:
-            Path(target).write_bytes(Path(source).read_bytes()[:40])
-            raise OSError(errno.ENOSPC, "No space left on device", str(target))
-        return copy(source, target)
+    def full_disk(file):
+        if f".{name}." in file.name:
+            file.truncate(40)
+            raise OSError(errno.ENOSPC, "No space left on device", file.name)
+        flush(file)
 
-    monkeypatch.setattr(rankwise.experiments.study.shutil, "copyfile", full_disk)
+    monkeypatch.setattr(files, "_to_disk", full_disk)
     with pytest.raises(OSError, match="No space"):
         ran(what, tmp_path / "mine")
-    monkeypatch.setattr(rankwise.experiments.study.shutil, "copyfile", copy)
+    monkeypatch.setattr(files, "_to_disk", flush)
     assert not list((tmp_path / "mine").rglob("result.json"))
     assert not list((tmp_path / "mine").rglob(".*.tmp"))
     no_training(monkeypatch)
@@ -838,7 +873,8 @@ def test_a_run_s_folder_holds_what_the_contract_says_in_strict_json(model, tmp_p
     for r in results:
         folder = tmp_path / r["fingerprint"]
         files = {p.name for p in folder.iterdir()}
-        assert files == {"config.json", "metrics.jsonl", "ranks.jsonl", "sites.json", "result.json", "adapter"}
+        assert files == {"config.json", "metrics.jsonl", "ranks.jsonl", "sites.json", "predictions.safetensors",
+                         "result.json", "adapter"}  # fmt: skip
         written, made = strict((folder / "result.json").read_text()), strict((folder / "config.json").read_text())
         assert written == r
         assert made["fingerprint"] == r["fingerprint"]

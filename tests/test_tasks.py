@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rankwise.experiments import catalogue, kinds, models, tasks
+from rankwise.experiments import catalogue, files, kinds, models, tasks
 from rankwise.experiments.data import draws
 from rankwise.experiments.data import lengths as plan
 from rankwise.experiments.data.encoded import Encoded
@@ -372,7 +372,7 @@ def test_full_disk_costs_only_the_kept_tokens(tmp_path, monkeypatch, cache, caps
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(catalogue, "write_atomically", full)
+    monkeypatch.setattr(files, "write_file", full)
     assert len(task.encode(models.tiny_tokenizer(), "train", 24)) == 2
     assert "tokens are not kept: No space left on device" in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rankwise.experiments import catalogue
+from rankwise.experiments import files
 from rankwise.experiments.data.encoded import Encoded
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.data.questions import Questions
@@ -87,7 +87,7 @@ def write(path: Path, encoded: Encoded) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     try:
-        catalogue.write_atomically(path, buffer.getvalue())
+        files.write_file(path, buffer.getvalue())
     except OSError as error:  # the tokens are in memory; only the next start is slower
         with suppress(OSError):
             print(f"tokens are not kept: {error.strerror or error} in {path.parent}", file=sys.stderr)
