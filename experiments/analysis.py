@@ -1,7 +1,7 @@
 """What training did to the weights: LoRA's subspaces, and DoRA's magnitudes and directions, measured in our own runs.
 
-python -m rankwise.experiments.analysis subspace --out DIR       (writes subspace.json and subspace.npz)
-python -m rankwise.experiments.analysis magnitude --out DIR      (writes magnitude.json)
+rankwise analysis subspace --out DIR       (writes subspace.json and subspace.npz)
+rankwise analysis magnitude --out DIR      (writes magnitude.json)
 
 subspace   LoRA at several ranks and at two seeds: phi(A1, A2, i, j), the overlap of the top i and top j right singular
            vectors of two learned A's, and how much dW amplifies what W holds in dW's directions.  Hu et al. 2021,
@@ -19,14 +19,14 @@ training: pairs from two seeds are measured beside them, and the overlap of the 
 `rankwise.reports.analysis` draws what is written here.  No torch is imported before the settings are checked.
 """
 
-import argparse
 import hashlib
 import io
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from rankwise.experiments import checks, config
@@ -125,14 +125,41 @@ def familiarity(start: np.ndarray, now: np.ndarray, count: int) -> np.ndarray:
 # -- what is trained ----------------------------------------------------------------------------------------------------
 
 
-def study(chosen: argparse.Namespace, methods: Sequence[Mapping[str, Any]]) -> Study:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What an analysis is made of; the command says what each is."""
+
+    kind: Literal["subspace", "magnitude"]
+    out: Path
+    model: str = MINILM
+    task: str = "glue/stsb"
+    examples: int = 800
+    steps: int = 100
+    batch_size: int = 8
+    max_length: int = 128
+    seed: int = 0
+    rate: float = RATE
+    device: str = "auto"
+    ranks: Sequence[int] = (4, 8, 64)  # of a subspace analysis; the greatest has two seeds
+    rank: int = 8  # of a magnitude analysis, and what follows
+    full_rate: float = FULL_RATE
+    seeds: int = 3
+
+    @property
+    def given(self) -> set[str]:
+        """The options that its kind reads."""
+        others = {"rank", "full_rate", "seeds"} if self.kind == "subspace" else {"ranks"}
+        return {one.name for one in fields(self)} - others
+
+
+def study(chosen: Options, methods: Sequence[Mapping[str, Any]]) -> Study:
     """The settings as a study, whose checks they pass so; no torch, no download.
 
     Raises:
         ValueError: what the user can mend, one line for each fault.
     """
     least = {"examples": 1, "batch_size": 1, "seed": 0, "steps": SNAPSHOTS, "seeds": 1}
-    for name in [name for name in least if hasattr(chosen, name)]:
+    for name in [name for name in least if name in chosen.given]:
         if getattr(chosen, name) < least[name]:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(chosen, name)}: give at least {least[name]}")
     if chosen.out.exists() and not chosen.out.is_dir():
@@ -146,7 +173,7 @@ def study(chosen: argparse.Namespace, methods: Sequence[Mapping[str, Any]]) -> S
     return found
 
 
-def prepare(chosen: argparse.Namespace, what: Study, sites_of: str) -> tuple["Runner", dict[str, np.ndarray]]:
+def prepare(chosen: Options, what: Study, sites_of: str) -> tuple["Runner", dict[str, np.ndarray]]:
     """A runner with data and targets ready, and the pre-trained weight (O, I) of each site of the method `sites_of`."""
     from rankwise.experiments import measure, models
     from rankwise.experiments.study import Runner
@@ -231,7 +258,7 @@ def tuned(trainer: "Trainer", weights: Mapping[str, np.ndarray]) -> dict[str, np
     return {name: weight + float64(trainer.adapter.delta(name)) for name, weight in weights.items()}
 
 
-def write(chosen: argparse.Namespace, runner: "Runner", found: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+def write(chosen: Options, runner: "Runner", found: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
     """The files, then <kind>.json with the numbers and with what they come from, each whole or not at all."""
     import torch
     from rankwise.experiments import measure, models
@@ -268,7 +295,7 @@ def write(chosen: argparse.Namespace, runner: "Runner", found: Mapping[str, Any]
 # -- the two analyses ---------------------------------------------------------------------------------------------------
 
 
-def subspace(chosen: argparse.Namespace) -> None:
+def subspace(chosen: Options) -> None:
     """Trains LoRA at every rank with one seed, and at the greatest with the next seed too, and compares their subspaces.
 
     subspace.npz holds float16 grids (sites, R1, R2): "A/p" of the learned A, "start/p" of A before training, "dW/p" of the
@@ -277,7 +304,7 @@ def subspace(chosen: argparse.Namespace) -> None:
     """
     ranks = sorted(set(chosen.ranks))
     if len(ranks) < 2 or ranks[0] < 1:
-        raise ValueError(f"--ranks {' '.join(map(str, chosen.ranks))}: give at least two different ranks, each at least 1")
+        raise ValueError(f"--ranks {','.join(map(str, chosen.ranks))}: give at least two different ranks, each at least 1")
     top = ranks[-1]
     entry = {"method": "lora", "rank": top, "alpha": ALPHA, "learning_rate": chosen.rate, "targets": TARGETS}
     runner, weights = prepare(chosen, study(chosen, [entry]), "lora")
@@ -329,7 +356,7 @@ def subspace(chosen: argparse.Namespace) -> None:
     write(chosen, runner, numbers, {"subspace.npz": archive.getvalue()})
 
 
-def magnitude(chosen: argparse.Namespace) -> None:
+def magnitude(chosen: Options) -> None:
     """Trains full fine-tuning, LoRA and DoRA, and measures at each snapshot how far size and direction have moved."""
     low_rank = {"rank": chosen.rank, "alpha": ALPHA, "learning_rate": chosen.rate, "targets": TARGETS}
     methods = [{"method": "full", "learning_rate": chosen.full_rate}, *({"method": m, **low_rank} for m in ("lora", "dora"))]
@@ -360,55 +387,5 @@ def magnitude(chosen: argparse.Namespace) -> None:
 # -- the command --------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def parser() -> argparse.ArgumentParser:
-    found = _Parser(prog="python -m rankwise.experiments.analysis", description=__doc__.partition("\n")[0], allow_abbrev=False)
-    kinds = found.add_subparsers(dest="kind", required=True, metavar="subspace | magnitude")
-    for run, about in ((subspace, "LoRA's subspaces"), (magnitude, "DoRA's magnitudes and directions")):
-        options = kinds.add_parser(run.__name__, help=about, allow_abbrev=False)
-        add = options.add_argument
-        add("--out", type=Path, required=True, help="folder of the results")
-        add("--model", default=MINILM, help="hub id or folder (default: %(default)s)")
-        add("--task", default="glue/stsb", help="a task (default: %(default)s)")
-        add("--examples", type=int, default=800, help="train on so many (default: %(default)s)")
-        add("--steps", type=int, default=100, help="of the optimizer (default: %(default)s)")
-        add("--batch-size", type=int, default=8, help="rows of a step (default: %(default)s)")
-        add("--max-length", type=int, default=128, help="tokens at which an input is cut (default: %(default)s)")
-        add("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
-        add("--rate", type=float, default=RATE, help="learning rate of LoRA and DoRA (default: %(default)s)")
-        add("--device", default="auto", help="cpu, cuda, cuda:N, or auto")
-        if run is subspace:
-            add("--ranks", type=int, nargs="+", default=[4, 8, 64], help="the greatest has two seeds (default: 4 8 64)")
-        else:
-            add("--rank", type=int, default=8, help="of LoRA and DoRA (default: %(default)s)")
-            add("--full-rate", type=float, default=FULL_RATE, help="rate of full fine-tuning (default: %(default)s)")
-            add("--seeds", type=int, default=3, help="so many runs of each method (default: %(default)s)")
-        options.set_defaults(run=run)
-    return found
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 2 with a line for each thing that the user can mend."""
-    try:
-        chosen = parser().parse_args(words)
-        chosen.run(chosen)
-    except (ValueError, OSError) as error:
-        for line in str(error).splitlines():
-            _say(line)
-        return 2
-    except KeyboardInterrupt:
-        _say("interrupted; nothing was written")
-        return 130
-    return 0
-
-
 def _say(line: str) -> None:
     print(f"rankwise: {line}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

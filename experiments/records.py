@@ -33,6 +33,7 @@ CONFIG, METRICS, RANKS, SITES = "config.json", "metrics.jsonl", "ranks.jsonl", "
 KNOCKOUT, PREDICTIONS, RESULT = "knockout.json", "predictions.safetensors", "result.json"
 FILES = (CONFIG, METRICS, RANKS, SITES, KNOCKOUT, PREDICTIONS, RESULT)  # all but weights; the result last: it makes a run whole
 STUDY = "study.json"  # beside the runs: the order and the names of a study's settings
+STUDY_FILE = "study.toml"  # beside the runs: a copy of the file that the study was read from
 REMEDY = "move that run's folder away and run `rankwise compare` again"
 
 Number = Annotated[float, Field(allow_inf_nan=False)]

@@ -1,16 +1,14 @@
 """LoRA's subspaces and DoRA's magnitudes and directions beside the papers: figures and tables of `experiments.analysis`.
 
-python -m rankwise.reports.analysis DIR --out DIR        (writes analysis.md, figures/ and tables/)
+rankwise analysis report DIR --out DIR        (writes analysis.md, figures/ and tables/)
 
 Only the files that `experiments.analysis` wrote are read here, nothing is trained.  Means and ranges are over layers (of
 correlations: over seeds), and say nothing of other models, tasks or lengths of training.
 """
 
-import argparse
 import hashlib
 import io
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,14 +75,12 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     """
     found = {kind: _read(folder, kind) for kind in KINDS if (folder / f"{kind}.json").is_file()}
     if not found:
-        raise ValueError(
-            f"{folder}: neither subspace.json nor magnitude.json: give what `python -m rankwise.experiments.analysis` wrote"
-        )
+        raise ValueError(f"{folder}: neither subspace.json nor magnitude.json: give what `rankwise analysis` wrote")
     return found
 
 
 def _read(folder: Path, kind: str) -> dict[str, Any]:
-    path, again = folder / f"{kind}.json", f"make it again with `python -m rankwise.experiments.analysis {kind}`"
+    path, again = folder / f"{kind}.json", f"make it again with `rankwise analysis {kind}`"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -505,21 +501,3 @@ def _section(
         parts.append(f"### {escape_markdown(table.title)}\n\n{table.markdown()}\n{notes}")
     parts.append("".join(f"{escape_markdown(caption)}\n" for caption in found["captions"]))
     return parts
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 2 with a line that says what the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m rankwise.reports.analysis", description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="what `python -m rankwise.experiments.analysis` wrote")
-    parser.add_argument("--out", type=Path, help="folder of analysis.md, figures and tables (default: the same)")
-    chosen = parser.parse_args(words)
-    try:
-        print(f"report: {write(read(chosen.folder), chosen.out or chosen.folder)}")
-    except (ValueError, OSError) as error:
-        print(f"rankwise: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,9 +10,7 @@ test has power, and an uncorrected smallest p-value fails the same check.  The p
 The families are drawn from one pool, so that they are not independent: the bound is a check, not a theorem.
 """
 
-import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from rankwise.experiments.files import write_file
 from rankwise.experiments.records import Run
-from rankwise.reports.results import Study, best_rate, load
+from rankwise.reports.results import Study, best_rate
 from rankwise.reports.statistics import ALPHA, paired_differences, share_found, sign_flip_power, sign_flip_test
 from rankwise.reports.verdicts import KINDS, verdicts
 
@@ -102,6 +100,8 @@ def calibrate(study: Study, design: Design) -> dict:
     Raises:
         ValueError: the pool has fewer seeds than a family takes.
     """
+    if min(design.families, design.comparisons, design.sweep_seeds) < 1 or design.seeds < max(2, design.sweep_seeds):
+        raise ValueError("give at least one family, one comparison, two seeds, and among them those of the sweep")
     pool = pool_of(study)
     seeds = list(next(iter(pool.values())))
     needed = (design.comparisons + 1) * design.seeds
@@ -212,29 +212,7 @@ def text(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m rankwise.reports.calibration", description=__doc__.partition("\n")[0])
-    parser.add_argument("runs", type=Path, help="folder of the pool's runs")
-    parser.add_argument("--out", type=Path, help="folder for calibration.json and calibration.md")
-    parser.add_argument("--families", type=int, default=Design.families)
-    parser.add_argument("--comparisons", type=int, default=Design.comparisons)
-    parser.add_argument("--seeds", type=int, default=Design.seeds, help="of each arm")
-    parser.add_argument("--sweep-seeds", type=int, default=Design.sweep_seeds, help="of those, that choose the rate")
-    given = parser.parse_args(arguments)
-    try:
-        design = Design(given.families, given.comparisons, given.seeds, given.sweep_seeds)
-        if min(given.families, given.comparisons, given.sweep_seeds) < 1 or given.seeds < max(2, given.sweep_seeds):
-            raise ValueError("give at least one family, one comparison, two seeds, and among them those of the sweep")
-        found = calibrate(load(given.runs), design)
-    except ValueError as error:
-        print(f"calibration: {error}", file=sys.stderr)
-        return 2
-    if given.out:
-        write_file(given.out / "calibration.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
-        write_file(given.out / "calibration.md", text(found))
-    print(text(found), end="")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def write(found: dict, out: Path) -> None:
+    """calibration.json and calibration.md."""
+    write_file(out / "calibration.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    write_file(out / "calibration.md", text(found))

@@ -12,9 +12,9 @@ from typing import Any
 
 from rankwise.experiments import archive
 from rankwise.experiments.files import write_file
-from rankwise.experiments.records import STUDY, Result, Run, StudyFile, checked, is_run, load_run, read_json
+from rankwise.experiments.records import STUDY, STUDY_FILE, Result, Run, StudyFile, checked, is_run, load_run, read_json
 
-BESIDE = (STUDY, "study.toml", "budget.json")  # what a committed study keeps beside its runs
+BESIDE = (STUDY, STUDY_FILE, "budget.json")  # what a committed study keeps beside its runs
 FULL = "full"  # the method that every difference is taken to: full fine-tuning
 
 

@@ -12,10 +12,13 @@ Designs: "chosen-rate" is the one before: each method's rate by some sweep seeds
 test at these rates as if they had been given.  "shared-rate" and "whole-curve" are those of `designs`.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
+from rankwise.experiments.files import write_file
 from rankwise.reports.designs import Curve, shared_rate, whole_curve
 from rankwise.reports.statistics import ALPHA, holm, sign_flip_test
 
@@ -144,3 +147,9 @@ def text(found: dict) -> str:
         "should hold at the neighbouring rates too.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def write(found: dict, out: Path) -> None:
+    """designs.json and designs.md."""
+    write_file(out / "designs.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    write_file(out / "designs.md", text(found))

@@ -22,6 +22,7 @@ from rankwise.variants.adapter.step import NotPackable
 from scipy.linalg import subspace_angles
 
 from tests import small_world
+from tests.command import rankwise
 from tests.test_cli import ROOT
 from tests.tiny import tiny
 
@@ -212,9 +213,9 @@ def world(tmp_path_factory):
     small_world.register(patch.setitem)
     model = small_world.model(tmp_path_factory.mktemp("model"))
     out = tmp_path_factory.mktemp("out")
-    assert analysis.main(["subspace", "--out", str(out), "--model", model, *OPTIONS, "--ranks", "6", "2", "3"]) == 0
+    assert rankwise("analysis", "subspace", "--out", str(out), "--model", model, *OPTIONS, "--ranks", "6,2,3") == 0
     more = ["--rank", "3", "--seeds", "2", "--full-rate", "0.002"]
-    assert analysis.main(["magnitude", "--out", str(out), "--model", model, *OPTIONS, *more]) == 0
+    assert rankwise("analysis", "magnitude", "--out", str(out), "--model", model, *OPTIONS, *more) == 0
     yield model, out
     patch.undo()
 
@@ -321,8 +322,8 @@ def test_members_that_cannot_be_packed_are_trained_apart(world, tmp_path, monkey
         init(self, pack, *rest)
 
     monkeypatch.setattr(Trainer, "__init__", alone)
-    words = ["subspace", "--out", str(tmp_path), "--model", world[0], *OPTIONS, "--ranks", "2", "3", "6"]
-    assert analysis.main(words) == 0
+    words = ["subspace", "--out", str(tmp_path), "--model", world[0], *OPTIONS, "--ranks", "2,3,6"]
+    assert rankwise("analysis", *words) == 0
     assert made == [4, 1, 1, 1, 1]
     packed, apart = (strict(folder / "subspace.json") for folder in (world[1], tmp_path))
     key = lambda row: (row["site"], row["rank"], row["seed"])  # noqa: E731
@@ -346,13 +347,13 @@ def test_members_that_cannot_be_packed_are_trained_apart(world, tmp_path, monkey
         (["subspace", "--task", "glue/stb"], "closest: glue/stsb"),
         (["magnitude", "--steps", "3"], "--steps 3: give at least 4"),
         (["magnitude", "--seeds", "0"], "--seeds 0: give at least 1"),
-        (["magnitude", "--ranks", "3", "4"], "--ranks"),
+        (["magnitude", "--ranks", "3,4"], "--ranks"),
         (["magnitude", "--seed", "-1"], "--seed -1: give at least 0"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_before_torch_is_imported(tmp_path, words, said):
     words = [*words, "--out", str(tmp_path)] if words not in ([], ["subspace"]) else words
-    code = f"import sys; from rankwise.experiments.analysis import main; code = main({words!r}); "
+    code = f"import sys; from tests.command import rankwise; code = rankwise('analysis', *{words!r}); "
     code += "sys.exit(9 if 'torch' in sys.modules else code)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr
@@ -361,14 +362,14 @@ def test_what_the_user_can_mend_is_one_line_before_torch_is_imported(tmp_path, w
 
 
 def test_ranks_that_no_matrix_can_have_are_refused_and_nothing_is_written(world, tmp_path, capsys):
-    assert analysis.main(["subspace", "--out", str(tmp_path), "--model", world[0], *OPTIONS, "--ranks", "3", "33"]) == 2
+    assert rankwise("analysis", "subspace", "--out", str(tmp_path), "--model", world[0], *OPTIONS, "--ranks", "3,33") == 2
     assert "33 is above 32" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 
 def test_a_run_that_diverges_is_refused_with_the_remedy(world, tmp_path, capsys):
-    words = ["subspace", "--out", str(tmp_path), "--model", world[0], *OPTIONS, "--ranks", "2", "3", "--rate", "1e30"]
-    assert analysis.main(words) == 2
+    words = ["subspace", "--out", str(tmp_path), "--model", world[0], *OPTIONS, "--ranks", "2,3", "--rate", "1e30"]
+    assert rankwise("analysis", *words) == 2
     assert "not finite at the rate 1e+30: lower it" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
@@ -378,7 +379,7 @@ def test_a_run_that_diverges_is_refused_with_the_remedy(world, tmp_path, capsys)
 
 def test_the_report_has_every_figure_and_table_and_is_the_same_each_time(world, tmp_path):
     for folder in ("1", "2"):
-        assert report.main([str(world[1]), "--out", str(tmp_path / folder)]) == 0
+        assert rankwise("analysis", "report", str(world[1]), "--out", str(tmp_path / folder)) == 0
     files = {path.relative_to(tmp_path / "1"): path.read_bytes() for path in (tmp_path / "1").rglob("*.*")}
     assert files == {path.relative_to(tmp_path / "2"): path.read_bytes() for path in (tmp_path / "2").rglob("*.*")}
     figures = {f"figures/{name}.{end}" for name in ("subspace-ranks", "subspace-seeds", "subspace-updates", "movement")
@@ -480,21 +481,21 @@ def test_the_papers_factors_stand_in_the_table(world):
 
 
 def test_files_that_do_not_belong_together_are_refused(world, tmp_path, capsys):
-    assert report.main([str(tmp_path)]) == 2
+    assert rankwise("analysis", "report", str(tmp_path)) == 2
     assert "neither subspace.json nor magnitude.json" in capsys.readouterr().err
     shutil.copyfile(world[1] / "subspace.json", tmp_path / "subspace.json")
-    assert report.main([str(tmp_path)]) == 2
+    assert rankwise("analysis", "report", str(tmp_path)) == 2
     assert "subspace.npz: missing" in capsys.readouterr().err
     content = bytearray((world[1] / "subspace.npz").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "subspace.npz").write_bytes(content)
-    assert report.main([str(tmp_path)]) == 2
+    assert rankwise("analysis", "report", str(tmp_path)) == 2
     assert "not the file that subspace.json speaks of" in capsys.readouterr().err
     (tmp_path / "subspace.json").write_text('{"schema": 2, "kind": "subspace"}')
-    assert report.main([str(tmp_path)]) == 2
+    assert rankwise("analysis", "report", str(tmp_path)) == 2
     assert "of schema 1" in capsys.readouterr().err
     (tmp_path / "subspace.json").write_text("{")
-    assert report.main([str(tmp_path)]) == 2
+    assert rankwise("analysis", "report", str(tmp_path)) == 2
     assert "no JSON" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["subspace.json", "subspace.npz"]
 

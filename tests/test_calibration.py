@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rankwise.reports import calibration
 from rankwise.reports.calibration import Design, calibrate, family, pool_of, share
 from rankwise.reports.results import load
 from rankwise.reports.verdicts import verdicts
 
+from tests.command import rankwise
 from tests.synthetic_runs import write_json, write_run
 
 COMMITTED = Path(__file__).parent.parent / "reports" / "studies" / "calibration"
@@ -79,10 +79,10 @@ def test_bounds_are_clopper_and_pearsons_and_bad_designs_are_refused(study):
 
 
 def test_the_command_writes_what_it_prints(study, tmp_path, capsys):
-    assert calibration.main([str(study.folder), "--families", "20", "--seeds", "4", "--out", str(tmp_path)]) == 0
+    assert rankwise("calibration", study.folder, "--families", 20, "--seeds", 4, "--out", tmp_path) == 0
     assert capsys.readouterr().out == (tmp_path / "calibration.md").read_text()
     assert json.loads((tmp_path / "calibration.json").read_text())["design"]["families"] == 20
-    assert calibration.main([str(tmp_path / "nowhere")]) == 2
+    assert rankwise("calibration", tmp_path / "nowhere") == 2
     assert "nowhere" in capsys.readouterr().err
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from rankwise.experiments import catalogue, checks, cli, config, models, recipes, tasks
 from rankwise.reports import beside, papers
+from rankwise.reports.results import load
 from rankwise.reports.statistics import summary
 from rankwise.variants.adapter import targets as module_names
 from scipy.stats import ttest_ind_from_stats
@@ -504,8 +505,7 @@ def test_the_estimates_by_hand():
 
 def test_the_share_of_the_machine_is_that_of_the_committed_measurements():
     reports = Path(beside.__file__).parent
-    found = [json.loads(path.read_text()) for path in (reports / "studies" / "quick-look" / "runs").glob("*/result.json")]
-    (speed,) = [one["tokens_per_second"] for one in found if one["method"] == "lora"]
+    (speed,) = [one.tokens_per_second for one in load(reports / "studies" / "quick-look").results() if one.method == "lora"]
     rate = json.loads((reports / "bench" / "bench.json").read_text())["machine"]["matrix_product_gflops"]["fp32"]
     reached = speed * 4 * recipes.SHAPES[MINILM].in_matrices / (rate * 1e9)
     assert abs(reached - recipes.REACHED) < 0.01

@@ -1,9 +1,8 @@
 """What each change buys: our own step and evaluation without it, beside the whole, in one process.
 
-python -m rankwise.experiments.bench.ablation --json reports/bench/ablation.json
+rankwise bench --ablation --json reports/bench/ablation.json
 """
 
-import argparse
 import contextlib
 import statistics
 import tempfile
@@ -64,20 +63,16 @@ def measured(shape: Shape, method: str, setup: Setup, rounds: int) -> Iterator[d
             }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the rows there too")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--shapes", nargs="*", choices=[shape.name for shape in SHAPES], default=[s.name for s in SHAPES])
-    chosen = parser.parse_args()
+def show(json_file: Path | None, rounds: int) -> None:
+    """Prints a line for each change taken out; all rows into a file where one is named."""
     measure.keep_freed_memory()
     device = torch.device("cpu")
     precision = measure.precision("auto", device)
     found = {"machine": machine(device, precision, ((1024, 1024, 1024),)), "rows": []}
     with tempfile.TemporaryDirectory() as scratch:
-        for shape in [shape for shape in SHAPES if shape.name in chosen.shapes]:
+        for shape in SHAPES:
             for method in METHODS:
-                for row in measured(shape, method, Setup(device, precision, Path(scratch)), chosen.rounds):
+                for row in measured(shape, method, Setup(device, precision, Path(scratch)), rounds):
                     low, high = row["slower_spread"]
                     print(
                         f"{row['case']:18} without {row['without']:18} {1000 * row['seconds']:7.1f} ms "
@@ -85,9 +80,5 @@ def main() -> None:
                         flush=True,
                     )
                     found["rows"].append(row)
-    if chosen.json is not None:
-        write_json(chosen.json, found)
-
-
-if __name__ == "__main__":
-    main()
+    if json_file is not None:
+        write_json(json_file, found)

@@ -1,6 +1,6 @@
 """What was tried for the CPU's floor and not kept: other attention kernels, packed weights.  Read with reports/bench/notes.md.
 
-python -m rankwise.experiments.bench.tried
+rankwise bench --tried
 """
 
 import statistics
@@ -73,7 +73,8 @@ def packed_weights() -> None:
             print(f"product {rows:5} x {inner:4} x {columns:4}  {name:15} {rate:5.0f} GFLOP/s")
 
 
-if __name__ == "__main__":
+def show() -> None:
+    """Prints every measurement."""
     measure.keep_freed_memory()
     attention_kernels()
     packed_weights()

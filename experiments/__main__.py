@@ -1,0 +1,5 @@
+"""`python -m rankwise.experiments` is the command `rankwise`."""
+
+from rankwise.experiments.cli import main
+
+main()

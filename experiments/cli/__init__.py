@@ -1,0 +1,64 @@
+"""The command, one file for each of its words.  Results go to standard output, everything else to standard error.
+
+Exit codes: 0 all completed, 1 some run failed, 2 the user can mend it (one clear line for each fault), 130 interrupted.
+Settings are checked before torch is imported, so that help and refusals answer within a second.  Only this package imports
+experiments, variants and reports together.
+"""
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+from rankwise.experiments.cli.analysis import analysis
+from rankwise.experiments.cli.app import app, complain, place_of
+from rankwise.experiments.cli.bench import bench
+from rankwise.experiments.cli.calibration import calibration
+from rankwise.experiments.cli.compare import compare
+from rankwise.experiments.cli.export import export
+from rankwise.experiments.cli.listing import list_
+from rankwise.experiments.cli.paper import paper
+from rankwise.experiments.cli.ranks import ranks
+from rankwise.experiments.cli.report import report
+
+# In the order of `rankwise --help`.
+for command in (compare, report, paper, ranks, export, bench, calibration):
+    app.command()(command)
+app.add_typer(analysis, name="analysis")
+app.command(name="list")(list_)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Entry point: turns what a user can mend into one line and an exit code."""
+    try:
+        code = app(words, standalone_mode=False)  # typer returns the code of an Exit, and 130 for an interrupt
+        if code == 130:
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        complain("interrupted; the same command goes on where this one stopped")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (typer.Abort, EOFError):
+        sys.exit(130)
+    except ValueError as error:
+        complain(str(error))
+        sys.exit(2)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            complain(
+                f"the disk is full{place_of(error)}: free some space and give the same command again; nothing done is lost"
+            )
+        else:
+            complain(str(error) if error.errno is None else f"{error.strerror}{place_of(error)}")
+        sys.exit(2)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's own usage errors
+            complain(error.format_message())
+            sys.exit(2)
+        raise

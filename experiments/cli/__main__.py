@@ -1,0 +1,3 @@
+from rankwise.experiments.cli import main
+
+main()

@@ -1,0 +1,39 @@
+"""rankwise export: an adapter as a plain LoRA or merged into its model."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rankwise.experiments.cli.app import Json, nothing_kept_if_interrupted
+from rankwise.experiments.cli.progress import Progress
+
+
+def export(
+    path: Annotated[Path, typer.Argument(help="A run's folder, or any adapter's, ours or PEFT's.")],
+    to: Annotated[str, typer.Option(help="lora: a plain LoRA; merged: a whole model, the adapter merged into it.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: a new or an empty one, or an earlier export.")],
+    model: Annotated[str | None, typer.Option(help="Base model.  [default: the one that PATH names]")] = None,
+    model_class: Annotated[str | None, typer.Option(help="Its class in transformers.  [default: the adapter's]")] = None,
+    total_rank: Annotated[int | None, typer.Option(help="Truncate first, to so many ranks of all sites together.")] = None,
+    total_parameters: Annotated[int | None, typer.Option(help="The same, to so many parameters.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Take a trained adapter elsewhere: as a plain LoRA, truncated if wanted, or merged into its model."""
+    from rankwise.experiments import export as exports
+
+    if total_rank is not None and total_parameters is not None:
+        raise ValueError("--total-rank and --total-parameters are two budgets: give one")
+    for flag, number in (("--total-rank", total_rank), ("--total-parameters", total_parameters)):
+        if number is not None and number < 1:
+            raise ValueError(f"{flag} {number}: give at least 1")
+    source = exports.find(path, to, model, model_class)
+    exports.check_out(out, source.adapter)
+    with Progress() as bar, nothing_kept_if_interrupted():
+        bar.say(f"{source.model}: loading torch and the model ...")
+        made = exports.export(source, to, out, total_rank, total_parameters)
+    if as_json:
+        print(json.dumps(made | {"out": str(out)}, indent=1))
+        return
+    what = "" if made["total_rank"] is None else f", {made['total_rank']} ranks in {made['sites']} sites"
+    print(f"{made['method']}{what}{', truncated' if made['truncated'] else ''}, as {to}: {out}")

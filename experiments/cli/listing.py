@@ -1,0 +1,33 @@
+"""rankwise list: what there is."""
+
+import json
+from pathlib import Path
+
+from rankwise.experiments.cli.app import Json
+from rankwise.variants.settings import METHODS
+
+
+def list_(as_json: Json = False) -> None:
+    """List the methods, models, tasks and studies there are."""
+    from rankwise.experiments import catalogue, config, recipes, tasks
+
+    rows = {
+        "methods": {m.name: f"{m.summary} ({m.source})" for m in METHODS.values()},
+        "models": {name: f"{e.kind}, {e.licence}" for name, e in catalogue.CATALOGUE.items() if e.kind == "model"},
+        "tasks": {name: tasks.get(name).licence for name in tasks.names()},
+        "studies": {name: first_comment(path) for name, path in config.shipped().items()},
+        "papers": {name: recipes.load(name).title for name in recipes.names()},
+    }
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    for kind, entries in rows.items():
+        print(kind)
+        width = max(map(len, entries), default=0)
+        for name, text in entries.items():
+            print(f"  {name:<{width}}  {text}")
+
+
+def first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""

@@ -1,0 +1,54 @@
+"""What the user sees while something runs."""
+
+import sys
+from typing import Any
+
+
+class Progress:
+    """A bar with the time left on a terminal; nothing elsewhere, except what the user should know."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True)
+        self.bar: Any = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def say(self, line: str) -> None:
+        if self.console.is_terminal:
+            self.console.print(line, highlight=False)
+
+    def warn(self, line: str) -> None:
+        print(f"rankwise: {line}", file=sys.stderr)
+
+    def start(self, total: float) -> None:
+        if not self.console.is_terminal:
+            return
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (
+            "{task.description}",
+            BarColumn(),
+            "{task.percentage:>3.0f}%",
+            TimeElapsedColumn(),
+            "left",
+            TimeRemainingColumn(),
+        )
+        columns = [TextColumn(c) if isinstance(c, str) else c for c in columns]
+        self.bar = Progress(*columns, console=self.console, speed_estimate_period=120)
+        self.task = self.bar.add_task("", total=total)
+        self.bar.start()
+
+    def advance(self, what: str, rows: float) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, description=what, advance=rows)
+
+    def more(self, rows: float) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, total=self.bar.tasks[self.task].total + rows)

@@ -1,0 +1,65 @@
+"""rankwise report: the page, figures and tables of a folder of runs."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rankwise.experiments.cli.app import Json
+
+
+def report(
+    runs: Annotated[Path, typer.Argument(help="A folder of runs.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write it.  [default: RUNS/report]")] = None,
+    with_runs: Annotated[
+        bool, typer.Option("--with-runs", help="Put finished runs, without weights, into one archive in OUT.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the report of a folder of runs: a page (HTML), Markdown, figures (SVG, PNG), tables (CSV, LaTeX)."""
+    if with_runs and out is None:
+        raise ValueError("--with-runs writes their archive to another folder: name it with --out")
+    show_report(runs, out, as_json)
+    if with_runs:
+        from rankwise.reports import results
+
+        results.archive_finished(runs, out)
+
+
+def show_report(runs: Path, out: Path | None, as_json: bool) -> None:
+    from rankwise.reports import beside, page, results, tables
+    from rankwise.reports.verdicts import verdicts
+
+    studies = results.load_all(runs)
+    commands = {study.name: command for study in studies if study.quick and (command := full_protocol(study))}
+    written = page.write(runs, out or runs / "report", beside.of_folder(runs), commands)
+    parts = [part for study in studies for part in study.parts()]
+    found = [tables.comparison(part) for part in parts]
+    if as_json:
+        names = [study.name for study in studies]
+        said = [asdict(verdict) for part in parts for verdict in verdicts(part)]
+        tables_of = [table.records() for table in found]
+        print(json.dumps({"studies": names, "report": str(written), "tables": tables_of, "verdicts": said}, indent=1))
+        return
+    for part, table in zip(parts, found, strict=True):
+        print(table.text(shutil.get_terminal_size((120, 24)).columns))
+        for verdict in () if part.quick else verdicts(part):
+            print(f"{verdict.setting}: {verdict.text}")
+        print()
+    for study in studies:
+        if study.quick:
+            fair = f"  The full protocol: {commands[study.name]}" if study.name in commands else ""
+            print(f"{study.name} is a quick look, no fair comparison.{fair}")
+    print(f"report: {written}")
+    print(f"page: {written.with_suffix('.html')}")
+
+
+def full_protocol(study: Any) -> str | None:
+    """The command of a shipped full-protocol study of the same model and task, the one with the fewest tasks; None: none."""
+    from rankwise.experiments import config
+
+    shipped = [config.read(path) for path in sorted(config.STUDIES.glob("*.toml"))]
+    fair = [other for other in shipped if not other.quick and other.model == study.model and study.task in other.tasks]
+    return f"rankwise compare {min(fair, key=lambda other: len(other.tasks)).name}" if fair else None
