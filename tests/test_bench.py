@@ -379,6 +379,7 @@ def test_command_writes_json_page_and_plot(tmp_path, bench_of, capsys, measured)
     assert "train/dora/k16" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_interrupted_bench_leaves_the_old_file(tmp_path, bench_of, capsys):
     def interrupt():
         raise KeyboardInterrupt
@@ -390,6 +391,7 @@ def test_interrupted_bench_leaves_the_old_file(tmp_path, bench_of, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["bench.json"] and (tmp_path / "bench.json").read_text() == "old"
 
 
+@pytest.mark.slow
 def test_write_that_is_cut_off_leaves_the_old_file(tmp_path, bench_of, monkeypatch):
     def half(value, file, **_):
         file.write('{"schema":')

@@ -3,18 +3,10 @@
 import pytest
 from rankwise.experiments.bench import cases, run
 
-from tests import small_world
-from tests.test_bench import (  # noqa: F401  (fixtures, and tests that are run here on the fixture below)
-    CPU,
-    model,
-    setup,
-    test_allocator_is_a_part_of_its_step_and_left_as_it_was,
-    test_every_case_comes_once_and_is_told_when_done,
-    test_ratio_tax_and_memory_are_what_they_are_called,
-    tiny_plan,
-)
+from tests import small_world, test_bench
+from tests.test_bench import CPU, bench_of, model, setup, tiny_plan  # noqa: F401  (three of them are fixtures)
 
-SOME = ("train/adalora/k16", "eval/dora/k1", "linear/lora", "allocator", "throughput/lora/k1")
+SOME = ("train/adalora/k16", "eval/dora/k1", "allocator/adalora/k1", "throughput/lora/k1")
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +19,24 @@ def measured(model, tmp_path_factory):  # noqa: F811
         lines = []
         found = run.Bench(tiny_plan(model), CPU, chosen, say=lines.append).run()
     return found, chosen, lines
+
+
+def test_every_case_comes_once(measured):
+    test_bench.test_every_case_comes_once_and_is_told_when_done(measured)
+
+
+def test_ratio_tax_and_memory(measured):
+    test_bench.test_ratio_tax_and_memory_are_what_they_are_called(measured)
+
+
+def test_allocator_is_left_as_it_was(measured, model, setup):  # noqa: F811
+    assert measured[0]["allocator"]
+    test_bench.test_allocator_is_a_part_of_its_step_and_left_as_it_was(measured, model, setup)
+
+
+def test_interrupted_leaves_the_old_file(tmp_path, bench_of, capsys):  # noqa: F811
+    test_bench.test_interrupted_bench_leaves_the_old_file(tmp_path, bench_of, capsys)
+
+
+def test_a_write_that_is_cut_off_leaves_the_old_file(tmp_path, bench_of, monkeypatch):  # noqa: F811
+    test_bench.test_write_that_is_cut_off_leaves_the_old_file(tmp_path, bench_of, monkeypatch)
