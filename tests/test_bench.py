@@ -65,6 +65,7 @@ def measured(model, tmp_path_factory):
 # -- the JSON --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_case_comes_once_and_is_told_when_done(measured):
     found, chosen, lines = measured
     groups = {"allocator": "allocator", "throughput": "throughput"}
@@ -75,6 +76,7 @@ def test_every_case_comes_once_and_is_told_when_done(measured):
     assert sorted(line.partition(":")[0] for line in lines) == sorted(case.name for case in chosen)
 
 
+@pytest.mark.slow
 def test_ratio_tax_and_memory_are_what_they_are_called(measured):
     for row in measured[0]["rows"]:
         assert row["tax"] == pytest.approx(row["seconds"] / row["floor_seconds"])
@@ -100,6 +102,7 @@ def test_seconds_are_per_member_and_batch(model, setup, monkeypatch):
         assert (row["ratio"], row["tax"]) == (peft / ours, 1.0)
 
 
+@pytest.mark.slow
 def test_json_is_strict_and_names_the_machine(measured):
     found = measured[0]
     assert json.loads(json.dumps(found, allow_nan=False)) == json.loads(json.dumps(found))
@@ -110,6 +113,7 @@ def test_json_is_strict_and_names_the_machine(measured):
     assert all(set(tried) == {"fp32", "bf16 weights", "bf16 autocast"} for tried in found["peft_precisions"].values())
 
 
+@pytest.mark.slow
 def test_targets_are_those_of_the_issue(measured):
     targets = {row["case"]: (row["target_ratio"], row["target_tax"]) for row in measured[0]["rows"]}
     assert targets["train/dora/k16"] == (2.4, 1.15) and targets["train/adalora/k1"] == (1.4, 1.35)
@@ -119,6 +123,7 @@ def test_targets_are_those_of_the_issue(measured):
         assert all(name in names for of_kind in kinds.values() for name in of_kind)
 
 
+@pytest.mark.slow
 def test_throughput_is_computed_from_steps_and_evaluations(measured):
     rows = {row["case"]: row for row in measured[0]["throughput"]}
     one = rows["throughput/lora/k16"]
@@ -138,6 +143,7 @@ def test_pack_that_does_not_fit_is_said_and_left_out(model, setup, monkeypatch):
     assert "16" in row["note"] and row["runs_per_minute"] is None and row["step_seconds"] is None
 
 
+@pytest.mark.slow
 def test_study_is_run_whole_and_beside_peft(measured):
     study = measured[0]["study"]
     assert (study["sweep_runs"], study["final_runs"], study["failed_runs"]) == (4, 3, 0)
@@ -146,6 +152,7 @@ def test_study_is_run_whole_and_beside_peft(measured):
     assert study["ratio"] == pytest.approx(study["peft_seconds"] / study["seconds"])
 
 
+@pytest.mark.slow
 def test_allocator_is_a_part_of_its_step_and_left_as_it_was(measured, model, setup):
     for row in measured[0]["allocator"]:
         assert 0 < row["share"] < 1 and (row["peft_share"] is None) == ("dora" in row["case"])
@@ -363,6 +370,7 @@ def bench_of(monkeypatch, measured, tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_command_writes_json_page_and_plot(tmp_path, bench_of, capsys, measured):
     bench_of(tmp_path / "bench.json", tmp_path / "out")
     assert json.loads((tmp_path / "bench.json").read_text()) == json.loads(json.dumps(measured[0]))
@@ -371,6 +379,7 @@ def test_command_writes_json_page_and_plot(tmp_path, bench_of, capsys, measured)
     assert "train/dora/k16" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_interrupted_bench_leaves_the_old_file(tmp_path, bench_of, capsys):
     def interrupt():
         raise KeyboardInterrupt
@@ -382,6 +391,7 @@ def test_interrupted_bench_leaves_the_old_file(tmp_path, bench_of, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["bench.json"] and (tmp_path / "bench.json").read_text() == "old"
 
 
+@pytest.mark.slow
 def test_write_that_is_cut_off_leaves_the_old_file(tmp_path, bench_of, monkeypatch):
     def half(value, file, **_):
         file.write('{"schema":')

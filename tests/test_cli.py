@@ -165,6 +165,7 @@ def test_out_that_is_a_file_is_refused(tmp_path):
 
 
 @pytest.mark.network
+@pytest.mark.slow
 def test_target_that_matches_nothing_offers_the_nearest(tmp_path):
     path = study(tmp_path, ("rank = 4", 'rank = 4\ntargets = ["qurey"]'))
     done = rankwise("compare", path, "--out", tmp_path / "out")

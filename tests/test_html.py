@@ -367,6 +367,7 @@ def head(browser, name):
     return buttons[names.index(name)], names.index(name)
 
 
+@pytest.mark.slow
 def test_nothing_is_said_on_the_console_and_nothing_is_asked_from_a_network(opened):
     assert opened.get_log("browser") == []
     sent = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
@@ -375,6 +376,7 @@ def test_nothing_is_said_on_the_console_and_nothing_is_asked_from_a_network(open
     assert opened.execute_script("return document.querySelectorAll('.chart svg.marks').length") == 6
 
 
+@pytest.mark.slow
 def test_the_slider_moves_the_map_by_keyboard(opened):
     from selenium.webdriver.common.keys import Keys
 
@@ -393,6 +395,7 @@ def test_the_slider_moves_the_map_by_keyboard(opened):
     assert opened.get_log("browser") == []
 
 
+@pytest.mark.slow
 def test_setting_and_seed_of_the_map_can_be_chosen(opened):
     choose(opened, "seed", "1")
     assert map_cells(opened) == expected_cells(final_ranks("adalora", 1))
@@ -406,6 +409,7 @@ def test_setting_and_seed_of_the_map_can_be_chosen(opened):
     assert not one(opened, ".controls [name=seed]").is_enabled()
 
 
+@pytest.mark.slow
 def test_the_table_sorts_by_value_by_mouse(opened):
     button, number = head(opened, "trainable")
     cells = column(opened, number)
@@ -423,6 +427,7 @@ def test_the_table_sorts_by_value_by_mouse(opened):
     assert len(opened.find_elements("css selector", "#p1-comparison [aria-sort]")) == 1
 
 
+@pytest.mark.slow
 def test_the_table_sorts_by_keyboard_and_what_has_no_value_stays_last(opened):
     from selenium.webdriver.common.keys import Keys
 
@@ -437,6 +442,7 @@ def test_the_table_sorts_by_keyboard_and_what_has_no_value_stays_last(opened):
     assert opened.execute_script("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
+@pytest.mark.slow
 def test_the_first_tab_leads_past_the_head(opened):
     from selenium.webdriver.common.keys import Keys
 
@@ -447,6 +453,7 @@ def test_the_first_tab_leads_past_the_head(opened):
     assert opened.execute_script("return document.activeElement.id") == "main"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [320, 390, 768])
 def test_only_tables_scroll_sideways_on_a_phone(open_page, text, width):
     browser = open_page(text, width)
@@ -459,6 +466,7 @@ def test_only_tables_scroll_sideways_on_a_phone(open_page, text, width):
     assert max(browser.execute_script(edges)) <= width
 
 
+@pytest.mark.slow
 def test_each_drawing_has_a_role_and_words_for_who_cannot_see_it(opened):
     names = opened.execute_script(
         "return [...document.querySelectorAll('.chart')].map(c => [c.getAttribute('role'), c.getAttribute('aria-label')])"
@@ -467,6 +475,7 @@ def test_each_drawing_has_a_role_and_words_for_who_cannot_see_it(opened):
     assert all(role == "group" and len(label) > 40 for role, label in names)
 
 
+@pytest.mark.slow
 def test_print_opens_everything_hides_sliders_and_shows_the_end(opened):
     from selenium.webdriver.common.keys import Keys
 
@@ -491,6 +500,7 @@ def test_print_opens_everything_hides_sliders_and_shows_the_end(opened):
         opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
+@pytest.mark.slow
 def test_labels_with_markup_are_shown_as_they_are(open_page, tmp_path):
     for method in ("full", "lora", "adalora"):
         write_run(tmp_path, method=method, setting=f"{method} {HOSTILE}", task=HOSTILE)

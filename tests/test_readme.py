@@ -1,19 +1,22 @@
 """README's commands, run as they stand: the smoke study takes the default study's place, collection that of the tests."""
 
+import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.figure
 import pytest
 import torch
 import transformers
-from rankwise.experiments import checks, config
+from rankwise.experiments import checks, cli, config
 from rankwise.experiments.catalogue import Unavailable, fetch
 from rankwise.reports import tables
 from rankwise.reports.results import load
 
+from tests import small_world
 from tests.tiny import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -29,16 +32,15 @@ COMMANDS = [
 ]
 
 
+GATE = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+TIERS = {"quick": next(c for c in COMMANDS if c.startswith("pytest")), "slow": re.search(r"^pytest .* -m slow$", GATE, re.M)[0]}
+
+
 def run(command: str, where: Path, *, limit: float = 300) -> subprocess.CompletedProcess:
     words = shlex.split(command)
     words[:1] = [sys.executable, "-m", {"rankwise": "rankwise.experiments.cli", "pytest": "pytest"}[words[0]]]
-    return subprocess.run(words, cwd=where, capture_output=True, text=True, timeout=limit, env=_environment())
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    return subprocess.run(words, cwd=where, capture_output=True, text=True, timeout=limit, env=environment)
 
 
 def test_set_up_is_two_lines_that_a_shell_takes_as_they_are():
@@ -51,37 +53,86 @@ def test_set_up_is_two_lines_that_a_shell_takes_as_they_are():
     assert ".[test]" in lines[1]
 
 
-def test_the_test_command_collects_every_test():
-    command = next(c for c in COMMANDS if c.startswith("pytest"))
-    done = run(command + " --collect-only", ROOT)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    found = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
-    assert {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")} == found
+def test_the_two_commands_for_tests_divide_all_of_them_by_one_marker():
+    """Neither names a file and one marker is all that they differ in, so that no test is in neither or in both."""
+    quick, slow = (shlex.split(command) for command in TIERS.values())
+    assert quick[-2:] == ["-m", "not slow"] and slow[-2:] == ["-m", "slow"]
+    options = {"pytest", "-q", "-n", "auto", "--dist", "loadfile", "loadscope", "worksteal", "--durations=20"}
+    assert set(quick[:-2]) | set(slow[:-2]) <= options
+    assert 'eval "$command"' in GATE
+
+
+@pytest.mark.slow
+def test_every_test_is_collected_by_one_of_the_two_commands():
+    def collected(command: str) -> set[str]:
+        done = run(command + " --collect-only", ROOT)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return {line for line in done.stdout.splitlines() if "::" in line}
+
+    quick, slow = (collected(command) for command in TIERS.values())
+    assert quick and slow and not quick & slow
+    assert quick | slow == collected("pytest -q")
+    files = {line.split("::")[0] for line in quick | slow}
+    assert files == {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")}
+
+
+SHIPPED_COMMANDS = [c for c in COMMANDS if c.startswith("rankwise")]
+
+
+def shortened(command: str, smoke: str) -> str | None:
+    """The command with the smoke study in the default study's place; None: hours on a CPU, so it is read and checked only."""
+    if command.startswith("rankwise compare stsb-minilm"):
+        checks.check(config.read(Path("stsb-minilm")))
+        return None
+    command = "rankwise compare smoke" if command == "rankwise compare" else command
+    return command.replace("compare smoke", f"compare {smoke}")
+
+
+def check_comparison(output: str, where: Path) -> None:
+    assert "adalora+dora" in output and "no fair comparison" in output
+    assert (where / Path(re.search(r"report: (\S+)", output)[1])).is_file()
+
+
+def test_the_commands_are_there():
+    assert SHIPPED_COMMANDS[0] == "rankwise compare"
+    assert any(c.startswith("rankwise report runs/smoke") for c in SHIPPED_COMMANDS)
+
+
+def test_the_commands_end_with_a_table_and_a_report_in_the_small_world(tmp_path, monkeypatch, capsys):
+    """In this process, over a model and a task made from nothing: two of the smoke study's methods, as that file sets them."""
+    small_world.register(monkeypatch.setitem)
+    monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path / "cache"))
+    # Most of a report's time is matplotlib's; what it writes is the claim of test_figures.py and of the slow tier.
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, out, **_: out.write(b"a figure"))
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "experiments" / "studies" / "smoke.toml").read_text(encoding="utf-8")
+    model = small_world.model(tmp_path / "model")
+    text = re.sub(r"^model = .*$", f'model = "{model}"', text, flags=re.M)
+    text = re.sub(r"^tasks = .*$", 'tasks = ["small/regression"]', text, flags=re.M)
+    (tmp_path / "smoke.toml").write_text(text, encoding="utf-8")
+    for command in filter(None, (shortened(c, "smoke.toml --threads 1 --methods lora,adalora+dora") for c in SHIPPED_COMMANDS)):
+        monkeypatch.setattr(sys, "argv", shlex.split(command))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        output = capsys.readouterr()
+        assert not ended.value.code, f"{command}\n{output.err[-3000:]}"
+        if command.startswith("rankwise compare smoke"):
+            check_comparison(output.out, tmp_path)
 
 
 @pytest.mark.network
 @pytest.mark.slow
-def test_main_command_and_the_others_end_with_a_table_and_a_report(tmp_path):
+def test_the_commands_end_with_a_table_and_a_report_on_the_real_model(tmp_path):
     try:
         fetch("sentence-transformers/all-MiniLM-L6-v2")
         fetch("glue/stsb")
     except Unavailable as error:
         pytest.skip(str(error))
-    commands = [c for c in COMMANDS if c.startswith("rankwise")]
-    assert commands[0] == "rankwise compare"
-    assert any(c.startswith("rankwise report runs/smoke") for c in commands)
-    for command in commands:
-        if command == "rankwise compare":
-            command += " smoke"
-        if command.startswith("rankwise compare stsb-minilm"):
-            checks.check(config.read(Path("stsb-minilm")))  # hours on a CPU: it is read and checked only
-            continue
+    for command in filter(None, (shortened(c, "smoke") for c in SHIPPED_COMMANDS)):
         done = run(command, tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
         if command.startswith("rankwise compare smoke"):
-            assert "adalora+dora" in done.stdout and "no fair comparison" in done.stdout
-            path = Path(re.search(r"report: (\S+)", done.stdout)[1])
-            assert (tmp_path / path).is_file()
+            check_comparison(done.stdout, tmp_path)
 
 
 def test_python_examples_run_as_they_stand(tmp_path, monkeypatch):

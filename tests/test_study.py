@@ -136,6 +136,7 @@ def killable(model, cache, tmp_path_factory) -> tuple[Study, dict[str, Any], flo
     return what, whole, time.perf_counter() - began
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_killed_at_the_writing_of_any_file_a_study_ends_with_the_same_bytes(killable, cache, tmp_path, after):
     what, whole, _ = killable
@@ -152,6 +153,7 @@ def test_killed_at_the_writing_of_any_file_a_study_ends_with_the_same_bytes(kill
     assert contents(tmp_path / "runs") == whole
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_a_study_ends_with_the_same_bytes(killable, cache, tmp_path):
     what, whole, seconds = killable
     moments = random.Random(0)

@@ -770,6 +770,7 @@ def test_examples_hash_knows_texts_labels_and_order():
 
 
 @pytest.mark.network
+@pytest.mark.slow
 def test_stsb_as_fetched_has_the_official_sizes_and_encodes_in_seconds(tmp_path, monkeypatch):
     try:
         folder = catalogue.fetch("glue/stsb")
