@@ -337,7 +337,8 @@ def _ended_early(unfinished: object) -> str | None:
     """What our files say of an adapter that was saved above the budget that its schedule ends with."""
     if not isinstance(unfinished, dict):
         return None
-    what = {"rank": "ranks"}.get(unfinished.get("unit"), unfinished.get("unit"))
+    unit = str(unfinished.get("unit"))
+    what = {"rank": "ranks"}.get(unit, unit)
     ends = f"its schedule ends with {unfinished.get('budget')}"
     return f"training ended before its budget was reached: {unfinished.get('has')} {what}, {ends}"
 
