@@ -599,6 +599,7 @@ METHODS: dict[str, Method] = {
         Method("head", "rankwise.variants.subset:HeadOnly", NoSettings, "only the task head is trained", "-"),
         Method("bitfit", "rankwise.variants.subset:BitFit", NoSettings, "only the biases are trained", "Zaken et al. 2022"),
         Method("lora", "rankwise.variants.lora:LoRA", LoRASettings, "low-rank update B A of each weight", "Hu et al. 2021"),
+        Method("lora-fa", "rankwise.variants.lora_fa:LoRAFA", LoRASettings, "LoRA whose A is frozen", "Zhang et al. 2023"),
         Method(
             "adalora",
             "rankwise.variants.adalora:AdaLoRA",
