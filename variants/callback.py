@@ -67,6 +67,7 @@ class AdapterCallback(TrainerCallback):
         self.adapter = adapter
         self.step: Step | None = None  # None: nobody trains
         self.micro_batch = 0
+        self._begun: tuple[int, int] | None = None  # step and micro-batch whose first training pass has begun
         self._shows_wrappers = False
         model = adapter.model
         handles = [
@@ -137,8 +138,12 @@ class AdapterCallback(TrainerCallback):
     # -- the hooks of the model --------------------------------------------------------------------------------------
 
     def _before_forward(self, model: nn.Module, args: tuple) -> None:
-        if self.step is not None:
+        if self.step is None:
+            return
+        where = (self.step.index, self.micro_batch) if model.training else None
+        if where is None or where != self._begun:  # a second pass over a micro-batch (R-Drop, SimCSE) goes on with the draws
             self.adapter.begin(self.step, self.micro_batch, training=model.training)
+        self._begun = where
 
     def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """

@@ -76,7 +76,7 @@ class Reserving(Triplets):
             return super().product(y, x, rate)
         x = drop(x, rate, self.draw, self.name)
         y = super().product(y, x, 0.0)
-        if y.requires_grad and not self.draw.is_again:
+        if y.requires_grad and (not self.draw.is_recomputing or not self._calls):
             self._calls += 1
             y.register_hook(partial(self._hear, x.detach()))
         return y

@@ -40,10 +40,23 @@ class Draw:
     def keys(self, site: str) -> Tensor:
         """Two 32-bit keys for each member, (K, 2) int32, for the next call of `site` in this forward."""
         call = self.calls[site]
-        self.calls[site] += 1
+        if self.is_recomputing and not self.is_again:  # by a door that does not restore the counts
+            if call != 1:
+                raise ValueError(
+                    f"{site} was called {call} times in this forward pass, and its activations are computed again without "
+                    "saying for which call: check point with use_reentrant=False and context_fn=adapter.draw.recompute_contexts"
+                )
+            call = 0
+        else:
+            self.calls[site] += 1
         where = f"/{self.step}/{self.micro_batch}/{site}/{call}"
         digests = b"".join(hashlib.blake2b(f"{seed}{where}".encode(), digest_size=8).digest() for seed in self.seeds)
         return torch.frombuffer(bytearray(digests), dtype=torch.int32).view(-1, 2)
+
+    @property
+    def is_recomputing(self) -> bool:
+        """Whether activations are being computed once more for the backward pass, whoever asked for that."""
+        return self.is_again or torch._C._current_graph_task_id() != -1  # -1: no backward pass is running
 
     def dropping(self, site: str, x: Tensor, rate: float) -> "Dropping":
         """The draw of the next call of `site`, whose input is x (..., features)."""

@@ -7,6 +7,7 @@ detaching, merging and counting are given here once.
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -17,8 +18,8 @@ from rankwise.variants.adapter.heads import leaves, make_head
 from rankwise.variants.adapter.linears import weight_of
 from rankwise.variants.adapter.probe import probe
 from rankwise.variants.adapter.step import Calibration, CannotMerge, Group, NotPackable, Step, Uncalibrated
-from rankwise.variants.adapter.surgery import Adapted, Surgery, key_of, name_of, parameter_places
-from rankwise.variants.adapter.targets import find_head, resolve
+from rankwise.variants.adapter.surgery import Adapted, Surgery, device_of, key_of, name_of, parameter_places, unwrapped
+from rankwise.variants.adapter.targets import find_head, resolve, warn_of_fused_experts
 from rankwise.variants.settings import Settings, check, per_member
 from torch import Tensor, nn
 
@@ -160,13 +161,24 @@ class Adapter(nn.Module):
         """
         if self._surgery is not None:
             raise ValueError(f"{self.method} is attached already: call detach() first")
+        model = unwrapped(model)
         if any(isinstance(module, Adapted | KeyedDropout) for module in model.modules()):
             raise ValueError(f"{type(model).__name__} has an adapter already: detach it first")
-        head = find_head(model) if head is None else list(head)
+        if head is None:
+            head = find_head(model)
+            if head:
+                warnings.warn(
+                    f"the task head ({', '.join(head)}) is trained, from a fresh start by the seed and not from the weights "
+                    f"that the model has: name it in attach(head=[...]) if that is meant, or keep it frozen with head=[]",
+                    stacklevel=2,
+                )
+        head = list(head)
         self.targets = targets if isinstance(targets, str) else list(targets)
         self.sites.clear()  # of an earlier model
         self.heads.clear()
         names = self.choose(model, self.targets, head)
+        if self.targets == "all-linear" and names:
+            warn_of_fused_experts(model)
         if calibration is not None and not isinstance(calibration, Calibration | Uncalibrated):
             calibration = Calibration([calibration])
         if self.members > 1:
@@ -184,6 +196,8 @@ class Adapter(nn.Module):
         self._surgery = Surgery(model)
         try:
             self._surgery.freeze()
+            self._surgery.keep_statistics()
+            self._surgery.keep_fused_paths_off()
             self._surgery.key_dropout(self.draw)
             for name in head:
                 for path, module in leaves(model, name):
@@ -200,7 +214,12 @@ class Adapter(nn.Module):
         if site is None:
             return
         base = self._surgery.model.get_submodule(name)
-        site.to(next(iter(base.parameters())).device)
+        if any(t.is_meta for t in (*site.parameters(), *site.buffers())):
+            raise ValueError(
+                f"{name}: its weight is not in memory (offloaded), and {self.method} needs its values: load the model without "
+                f"offloading, or take a method that does not, such as lora"
+            )
+        site.to(device_of(base))
         into[key_of(name)] = site
         self._surgery.replace(name, Adapted(base, site).train(base.training))
 

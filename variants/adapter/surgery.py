@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from rankwise.variants.adapter.draws import Draw, KeyedDropout
 from rankwise.variants.adapter.rows import Rows
 from torch import Tensor, nn
@@ -36,6 +37,24 @@ def name_of(key: str) -> str:
     return key.removesuffix("/").replace("/", ".")
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself where torch.compile wraps it, so that names and files are the model's own.
+
+    Raises:
+        ValueError: a wrapper that spreads the model over devices.
+    """
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(f"{type(model).__name__}: attach to the model itself (its .module), before it is wrapped")
+    return getattr(model, "_orig_mod", model)
+
+
+def device_of(base: nn.Module) -> torch.device:
+    """Where a module computes: where its parameters are, or where accelerate brings them when they are offloaded."""
+    device = next(iter(base.parameters())).device
+    execution = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
+    return torch.device(execution) if device.type == "meta" and execution is not None else device
+
+
 class Surgery:
     """Everything that attach changed in a model, so that detach can put it back."""
 
@@ -49,6 +68,20 @@ class Surgery:
         for parameter in self.model.parameters():
             self._undo.append(lambda p=parameter, was=parameter.requires_grad: p.requires_grad_(was))
             parameter.requires_grad_(False)
+
+    def keep_statistics(self) -> None:
+        """Has every batch norm use its running statistics as they are: a frozen base does not move, and rows stay apart."""
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                self._undo.append(lambda m=module: m.train(self.model.training))
+                self._undo.append(module.register_forward_pre_hook(_evaluate).remove)
+
+    def keep_fused_paths_off(self) -> None:
+        """nn.TransformerEncoderLayer's fused evaluation reads its linears' weights and never calls what stands in for them; a
+        hook on the layer turns it off (torch's own rule)."""
+        for module in self.model.modules():
+            if isinstance(module, nn.TransformerEncoderLayer):
+                self._undo.append(module.register_forward_pre_hook(_nothing).remove)
 
     def replace(self, name: str, new: nn.Module) -> None:
         """Puts `new` at every path that leads to the module called `name`."""
@@ -90,6 +123,14 @@ class Surgery:
         for step in reversed(self._undo):
             step()
         self._undo.clear()
+
+
+def _evaluate(module: nn.Module, _: tuple) -> None:
+    module.eval()
+
+
+def _nothing(module: nn.Module, _: tuple) -> None:
+    pass
 
 
 def parameter_places(model: nn.Module) -> dict[int, set[str]]:

@@ -1,6 +1,7 @@
 """Which modules of a model an adapter goes into."""
 
 import re
+import warnings
 from collections.abc import Sequence
 
 from rankwise.variants.settings import nearest
@@ -81,8 +82,42 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def find_head(model: nn.Module) -> list[str]:
-    """The task head of a transformers model, by its usual names; empty for other models."""
-    return [name for name in HEAD_NAMES if isinstance(getattr(model, name, None), nn.Module)]
+    """The task head of a transformers model: what stands outside its base model and is no output layer over the vocabulary.
+
+    BERT's "classifier", BART's and T5's "classification_head", DistilBERT's "pre_classifier" and "classifier", DeBERTa's
+    "pooler" and "classifier"; nothing of a language model.  Of other models the modules with a usual name.
+    """
+    usual = [name for name in HEAD_NAMES if isinstance(getattr(model, name, None), nn.Module)]
+    body = getattr(model, getattr(model, "base_model_prefix", None) or "", None)
+    if usual and not isinstance(body, nn.Module):
+        return usual
+    if not isinstance(body, nn.Module) or body is model:
+        return []
+    output = _output_layer(model)
+    outside = [(name, child) for name, child in model.named_children() if child is not body]
+    return [
+        name
+        for name, child in outside
+        if any(True for _ in child.parameters()) and (output is None or all(part is not output for part in child.modules()))
+    ]
+
+
+def warn_of_fused_experts(model: nn.Module) -> None:
+    """Says which weights "all-linear" leaves out because they are no linear modules: experts in one tensor of three axes."""
+    fused = {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 2
+        and parameter.shape[0] > 1
+        and not type(model.get_submodule(name.rpartition(".")[0])).__module__.startswith("torch.nn")
+    }
+    share = sum(fused.values()) / max(sum(parameter.numel() for parameter in model.parameters()), 1)
+    if share > 0.01:
+        warnings.warn(
+            f'"all-linear" leaves out {share:.0%} of the parameters: {len(fused)} fused weights such as {next(iter(fused))} '
+            f"are no linear modules, and get no adapter",
+            stacklevel=4,
+        )
 
 
 def _by_name(target: str, paths: dict[str, str]) -> set[str]:

@@ -82,7 +82,7 @@ class LowRank(nn.Module):
     def product(self, y: Tensor, x: Tensor, rate: float) -> Float[Tensor, "rows O"]:
         """The same for y and x of one type, elements of x dropped at that rate."""
         draw, dtype = self.draw, x.dtype
-        if native.usable(x, y) and self.A.dtype == torch.float32:
+        if native.usable(x, y) and native.usable(self.A, self.B) and self.A.dtype == torch.float32:
             dropping = draw.dropping(self.name, x, rate) if rate and draw.step is not None else None
             x = nn.functional.dropout(x, rate) if rate and dropping is None else x
             return NativeProduct.apply(y, x, *self.operands(), dropping, draw.rows)

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SOURCE = Path(__file__).with_name("native.c")
 # Sums may be reordered so that they vectorize; infinities and NaN keep their meaning, which divergence is found by.
 FLAGS = ["-O3", "-march=native", "-fPIC", "-fopenmp"]
 FLAGS += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
 WIDE = {"dtype": torch.float32, "device": "cpu"}  # of every sum, whatever the process's defaults are
+PLAIN = (Tensor, nn.Parameter)
 SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
 
 
@@ -35,10 +36,16 @@ class _Drop(ctypes.Structure):
 
 
 def usable(*tensors: Tensor | None) -> bool:
-    """Whether the compiled passes take these: on the CPU, all of one type of fp32 and bf16."""
+    """Whether the compiled passes take these: on the CPU, all of one type of fp32 and bf16, plain tensors with a memory of
+    their own (no subclass, nothing that torch.func wraps), and not while a graph is traced, which would lose them."""
     given = [t for t in tensors if t is not None]
     kind = given[0].dtype
-    return kind in SUFFIX and all(t.dtype == kind and t.device.type == "cpu" for t in given) and library() is not None
+    return (
+        kind in SUFFIX
+        and all(t.dtype == kind and t.device.type == "cpu" and type(t) in PLAIN for t in given)
+        and library() is not None
+        and not (torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level())
+    )
 
 
 @functools.cache
