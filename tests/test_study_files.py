@@ -11,14 +11,15 @@ import math
 import random
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from rankwise.experiments import checks, config
+from rankwise.experiments import catalogue, checks, config, recipes
 from rankwise.variants.settings import METHODS
 
 STUDIES = {name: tomllib.loads(path.read_text(encoding="utf-8")) for name, path in config.shipped().items()}
+RECIPES = {path.stem: path for path in sorted(config.PAPERS.glob("*.toml"))}
 NEEDED = {"rank": 2, "initial_rank": 4, "target_rank": 2}
 VALUES = {
     "empty text": "",
@@ -112,29 +113,59 @@ def optional(raw: dict[str, Any]) -> Iterator[tuple[str, tuple[str | int, ...], 
 
 
 REMEDIES = (
-    *("should ", "give ", "take ", "missing", "there are", "name ", "shorten", "raise ", "write ", "exchange ", "lower it"),
+    *(
+        "should ",
+        "give ",
+        "take ",
+        "missing",
+        "there are",
+        "name ",
+        "shorten",
+        "raise ",
+        "write ",
+        "exchange ",
+        "lower it",
+        "lengthen ",
+    ),
     *("add ", "these ask", "at least one row", "set "),
 )
 PYTHON = ("[type=", "Input", "instance of", "validation", "errors.pydantic", "NoneType", "object", "Traceback")
 
 
 def refusal(raw: dict[str, Any]) -> str:
-    """What is said of a file's content: nothing where it makes a study; each line with its place and a remedy."""
+    """What is said of a study's content: nothing where it makes a study; each line with its place and a remedy."""
     try:
         checks.check(config.parse(raw, default_name="file", where="file.toml"))
     except ValueError as error:
-        assert type(error) is ValueError, repr(error)  # pydantic's and json's own are kinds of it, in other words
-        said = str(error)
-    else:
-        return ""
-    for line in said.split("\n"):
-        assert re.match(r"(file\.toml|tasks|[^:]+)[.:\[]", line) and ": " in line, line
+        return clear(error)
+    return ""
+
+
+def recipe_refusal(raw: dict[str, Any], name: str, draw: random.Random) -> str:
+    """The same of a recipe and of the studies of three of its cells."""
+    try:
+        recipe = recipes.parse(raw, RECIPES[name])
+        cells = [(row, cell, variant) for variant in recipe.variants for row in recipe.rows for cell in recipe.tasks]
+        runnable = [cell for cell in draw.sample(cells, min(3, len(cells))) if not recipes.waits(recipe, *cell)]
+        for cell in runnable:
+            checks.check(recipes.plan(recipe, *cell, scale=draw.choice([1.0, 0.01])).study)
+            recipes.memory_bytes(recipes.settings_of(recipe, *cell))
+    except ValueError as error:
+        return clear(error)
+    return ""
+
+
+def clear(error: ValueError) -> str:
+    """What it says, each line with its place and a remedy, and in no other words than ours."""
+    assert type(error) is ValueError, repr(error)  # pydantic's and json's own are kinds of it
+    for line in str(error).split("\n"):
+        assert re.match(r"[^:=]+[.:\[=]", line) and (": " in line), line
         assert any(word in line for word in REMEDIES) and not any(word in line for word in PYTHON), line
         assert line.isprintable(), line
-    return said
+    return str(error)
 
 
-def check_all(changes: Iterator[tuple[str, tuple[str | int, ...], dict[str, Any]]]) -> None:
+def check_all(changes: Iterator[tuple[str, tuple[str | int, ...], dict[str, Any]]], refusal: Callable = refusal) -> None:
     refused = 0
     for what, path, raw in changes:
         try:
@@ -220,3 +251,21 @@ def test_what_is_no_toml_is_refused(text, tmp_path):
     with pytest.raises(ValueError, match="not a TOML file") as refused:
         config.read(tmp_path / "no.toml")
     assert type(refused.value) is ValueError
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_fault_in_a_recipe_is_said_in_clear_lines(name, monkeypatch):
+    def none(model: str) -> None:
+        raise ValueError(f"{model}: not to be had: give another")
+
+    monkeypatch.setattr(catalogue, "fetch", none)
+    raw, draw = tomllib.loads(RECIPES[name].read_text(encoding="utf-8")), random.Random(0)
+    changes = list(variations(raw))
+    check_all(draw.sample(changes, min(len(changes), 500)), lambda changed: recipe_refusal(changed, name, draw))
+
+
+def test_recipes_that_name_one_another_are_refused(tmp_path):
+    for name, other in (("one", "two"), ("two", "one")):
+        (tmp_path / f"{name}.toml").write_text(f'like = "{other}"', encoding="utf-8")
+    with pytest.raises(ValueError, match=r'like = "one": one and two name one another: take one out'):
+        recipes.read(tmp_path / "one.toml")
