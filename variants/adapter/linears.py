@@ -9,9 +9,9 @@ Whatever a module stores, a kind shows it as one matrix W (O, I), and a low-rank
 
 Legend: K member, N rows or tokens, I in, O out, R rank slots.
 
-To add a kind: write a class here that says how it is recognised (`holds`, `shape`), its matrix (`matrix`, `stored`), its forward
-pass with K members (`adapted`) and, where they differ from a linear's, what is refused (`fault`), where A and B start (`start`)
-and how PEFT stores the factors (`factors`, `factor_shapes`); then name it in KINDS.  No other file changes.
+To add a kind: write a class here that says how it is recognised (`holds`, `shape`), its matrix (`matrix`, `stored`), its
+forward pass with K members (`adapted`) and, where they differ from a linear's, what is refused (`fault`), where A and B
+start (`start`) and how PEFT stores the factors (`factors`, `factor_shapes`); then name it in KINDS.  No other file changes.
 """
 
 from typing import ClassVar, Literal, Protocol
@@ -146,9 +146,7 @@ class Embedding(Kind):
         if type(module).forward is not nn.Embedding.forward:
             return "which has a forward pass of its own, and only nn.Embedding's is known: choose other targets"
         if module.max_norm is not None:
-            return (
-                f"with max_norm = {module.max_norm}, which changes the frozen weight: set it to None, or choose other targets"
-            )
+            return f"with max_norm = {module.max_norm}, which changes the frozen weight: make it None, or choose other targets"
         return super().fault(module)
 
     def matrix(self, weight: Tensor) -> Tensor:
