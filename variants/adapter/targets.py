@@ -4,21 +4,12 @@ import re
 import warnings
 from collections.abc import Sequence
 
+from rankwise.variants.adapter.linears import check_adaptable, find_kind, is_linear
 from rankwise.variants.settings import nearest
 from torch import nn
 
 KEYWORDS = ("all-linear", "all-linear-peft", "attention", "mlp")
 HEAD_NAMES = ("classifier", "score", "qa_outputs")  # what transformers calls a task head, read off its model classes
-
-
-def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, or GPT-2's Conv1D, whose weight is stored (in, out)."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    # By name, not by class: variants does not import transformers.
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def resolve(model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
@@ -27,23 +18,25 @@ def resolve(model: nn.Module, targets: str | Sequence[str], head: Sequence[str])
     Args:
         targets: one or several of: a keyword ("all-linear": every linear of the layers, pooler and head excluded;
             "all-linear-peft": PEFT's rule, which keeps poolers; "attention"; "mlp"), a module's name, the end of its
-            name at a dot, or a regular expression that matches a whole name.
+            name at a dot, or a regular expression that matches a whole name.  A keyword means linears alone; the others mean
+            every kind of weight that can be adapted (adapter/linears.py), embeddings and convolutions too.
         head: names of the task head's modules, which no keyword includes.
 
     Raises:
-        ValueError: a target that matches no linear module, with the nearest name.
+        ValueError: a target that matches no module of a known kind, with the nearest name, or one that cannot be adapted.
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
     if not wanted:
         raise ValueError('targets = []: name at least one module, or use "all-linear"')
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    first = {id(module): name for name, module in linears.items()}
+    known = {name: module for name, module in model.named_modules() if find_kind(module) is not None}
+    linears = {name: module for name, module in known.items() if is_linear(module)}
+    first = {id(module): name for name, module in known.items()}
     paths = {path: first[id(m)] for path, m in model.named_modules(remove_duplicate=False) if id(m) in first}
     found: set[str] = set()
     for target in wanted:
         matches = by_keyword(model, target, linears, head) if target in KEYWORDS else _by_name(target, paths)
         if not matches:
-            raise ValueError(_no_match(model, target, linears))
+            raise ValueError(_no_match(model, target, known))
         found |= matches
     for name in found:
         parent = model.get_submodule(name.rpartition(".")[0])
@@ -54,7 +47,8 @@ def resolve(model: nn.Module, targets: str | Sequence[str], head: Sequence[str])
             )
         if any(_inside(name, part) for part in head):
             raise ValueError(f'target "{name}" belongs to the task head, which is trained whole: leave it out of targets')
-    return [name for name in linears if name in found]
+        check_adaptable(name, known[name])
+    return [name for name in known if name in found]
 
 
 def by_keyword(model: nn.Module, keyword: str, linears: dict[str, nn.Module], head: Sequence[str]) -> set[str]:
@@ -125,12 +119,13 @@ def _by_name(target: str, paths: dict[str, str]) -> set[str]:
     return {name for path, name in paths.items() if matches(target, path)}
 
 
-def _no_match(model: nn.Module, target: str, linears: dict[str, nn.Module]) -> str:
+def _no_match(model: nn.Module, target: str, known: dict[str, nn.Module]) -> str:
     others = [n for n, m in model.named_modules() if n and matches(target, n)]
     if others:
         kind = type(model.get_submodule(others[0])).__name__
-        return f'target "{target}" matches {others[0]}, a {kind}, not a linear module: name linear modules only'
-    ends = list(dict.fromkeys([*KEYWORDS, *(n.rpartition(".")[2] for n in linears), *linears]))
+        rest = "not a linear module, an nn.Embedding or an nn.Conv2d: name such modules only"
+        return f'target "{target}" matches {others[0]}, a {kind}, {rest}'
+    ends = list(dict.fromkeys([*KEYWORDS, *(n.rpartition(".")[2] for n in known), *known]))
     close = nearest(target, ends)
     closest = close.partition('"')[2].partition('"')[0] if close else ", ".join(ends[4:10])
     return f'target "{target}" matches no module; closest: {closest}'

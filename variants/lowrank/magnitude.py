@@ -2,9 +2,9 @@
 
 import torch
 from rankwise.variants import native
-from rankwise.variants.adapter.linears import as_stored, trained_dtype, weight_of
+from rankwise.variants.adapter.linears import as_stored, base_output, kind_of, weight_of
 from rankwise.variants.lowrank.products import squared_row_norms
-from rankwise.variants.lowrank.site import LowRank, base_output
+from rankwise.variants.lowrank.site import LowRank
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -15,8 +15,7 @@ class Decomposed(nn.Module):
     def __init__(self, inner: LowRank, base: nn.Module):
         super().__init__()
         self.inner = inner
-        weight = weight_of(base).detach().to(trained_dtype(base.weight))
-        self.register_buffer("weight_squared", weight.square().sum(1), persistent=False)  # (O,): W is frozen
+        self.register_buffer("weight_squared", kind_of(base).squared_row_norms(base), persistent=False)  # (O,): W is frozen
         norm = self.weight_squared.sqrt()
         self.magnitude = nn.Parameter(norm.expand(inner.A.shape[0], -1).clone())  # (K, O)
         self._norm: tuple[object, Tensor] | None = None
