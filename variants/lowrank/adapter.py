@@ -77,8 +77,9 @@ class LowRankAdapter(Adapter):
         reason = f"measures {self.needs}" if self.needs is not None else reason
         for name in names:
             if reason is not None and not is_linear(model.get_submodule(name)):
+                kind = type(model.get_submodule(name)).__name__
                 raise ValueError(
-                    f'target "{name}" is no linear module ({type(model.get_submodule(name)).__name__}), and {self.method} {reason}, '
+                    f'target "{name}" is no linear module ({kind}), and {self.method} {reason}, '
                     f"which it can do at linear modules only: choose other targets, or lora"
                 )
 
