@@ -144,7 +144,8 @@ class Adapter(nn.Module):
     ) -> "Adapter":
         """Freezes `model` and inserts the method's sites and K heads.
 
-        The output of the body is unchanged at first, but for a method that says otherwise (`starts_at_identity`).
+        The output of the body is unchanged at first, but for a method that says otherwise (`starts_at_identity`).  While
+        attached, batch norms use their running statistics in training too and never move them; full fine-tuning as well.
 
         Args:
             targets: see `rankwise.variants.adapter.targets.resolve`.
