@@ -177,6 +177,11 @@ def test_gradient_checkpointing_without_the_contexts_draws_the_same_too():
     assert all(torch.allclose(one, other) for one, other in pairs)
 
 
+def test_gradient_checkpointing_of_a_shared_layer_needs_recompute_contexts():
+    with pytest.raises(ValueError, match="recompute_contexts"):
+        gradients("albert", True, keyed=False)
+
+
 def test_a_layer_that_is_called_many_times_draws_anew_each_time():
     model = tiny("albert")
     adapter = variants.create("lora", rank=2, dropout=0.3).attach(model)

@@ -145,7 +145,8 @@ class Adapter(nn.Module):
     ) -> "Adapter":
         """Freezes `model` and inserts the method's sites and K heads.
 
-        The output of the body is unchanged at first, but for a method that says otherwise (`starts_at_identity`).
+        The output of the body is unchanged at first, but for a method that says otherwise (`starts_at_identity`).  While
+        attached, batch norms use their running statistics in training too and never move them; full fine-tuning as well.
 
         Args:
             targets: see `rankwise.variants.adapter.targets.resolve`.
@@ -196,7 +197,6 @@ class Adapter(nn.Module):
         self._surgery = Surgery(model)
         try:
             self._surgery.freeze()
-            self._surgery.keep_statistics()
             self._surgery.keep_fused_paths_off()
             self._surgery.key_dropout(self.draw)
             for name in head:

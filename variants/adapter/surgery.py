@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rankwise.variants.adapter.draws import Draw, KeyedDropout
+from rankwise.variants.adapter.draws import Draw, KeyedDropout, Recomputation
 from rankwise.variants.adapter.rows import Rows
 from torch import Tensor, nn
 
@@ -55,6 +55,31 @@ def device_of(base: nn.Module) -> torch.device:
     return torch.device(execution) if device.type == "meta" and execution is not None else device
 
 
+class HeldStatistics:
+    """A batch norm that uses its running statistics in training too, and never moves them: no adapter's file holds them.
+
+    Its training flag is False during its own forward pass alone, so that `train` and `eval` mean what they did.
+    """
+
+    def __init__(self, norm: nn.Module):
+        self.training = norm.training
+        self.hooks = [
+            norm.register_forward_pre_hook(self._before, prepend=True),
+            norm.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def _before(self, norm: nn.Module, args: tuple) -> None:
+        self.training = norm.training
+        norm.training = False
+
+    def _after(self, norm: nn.Module, *_: Any) -> None:
+        norm.training = self.training
+
+    def undo(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
 class Surgery:
     """Everything that attach changed in a model, so that detach can put it back."""
 
@@ -65,16 +90,14 @@ class Surgery:
         self._undo: list[Any] = []
 
     def freeze(self) -> None:
+        """No parameter is trained, and no norm moves its running statistics."""
         for parameter in self.model.parameters():
             self._undo.append(lambda p=parameter, was=parameter.requires_grad: p.requires_grad_(was))
             parameter.requires_grad_(False)
-
-    def keep_statistics(self) -> None:
-        """Has every batch norm use its running statistics as they are: a frozen base does not move, and rows stay apart."""
         for module in self.model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-                self._undo.append(lambda m=module: m.train(self.model.training))
-                self._undo.append(module.register_forward_pre_hook(_evaluate).remove)
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+                held = HeldStatistics(module)
+                self._undo.append(held.undo)
 
     def keep_fused_paths_off(self) -> None:
         """nn.TransformerEncoderLayer's fused evaluation reads its linears' weights and never calls what stands in for them; a
@@ -112,6 +135,8 @@ class Surgery:
                     self.set(module, key, 0.0)
                     self.silenced.append(f"{name}.{key}")
 
+        self._undo.append(Recomputation(self.model, draw).undo)
+
     def watch_rows(self, rows: Rows) -> None:
         """Has the sites know how many rows each forward pass has, so that they can refuse an input that is not rows."""
         self._undo.extend(hook.remove for hook in rows.watch(self.model))
@@ -123,10 +148,6 @@ class Surgery:
         for step in reversed(self._undo):
             step()
         self._undo.clear()
-
-
-def _evaluate(module: nn.Module, _: tuple) -> None:
-    module.eval()
 
 
 def _nothing(module: nn.Module, _: tuple) -> None:

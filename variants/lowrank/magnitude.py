@@ -87,7 +87,7 @@ class Recomposed(torch.autograd.Function):
         # The gain stays in its own precision: it lies near 1, where bf16 knows steps of 1/128.
         bias = None if bias is None else bias.to(gain.dtype)
         ctx.save_for_backward(t, gain, bias)
-        if native.usable(t) and gain.dtype == torch.float32 and (narrow or t.dtype == gain.dtype):
+        if native.usable(t, wide=(gain, bias)) and (narrow or t.dtype == gain.dtype):
             return native.gain(t, gain, bias)
         factor = gain[:, None]  # (K, 1, O)
         wide = t.to(gain.dtype)
@@ -97,7 +97,7 @@ class Recomposed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         t, gain, bias = ctx.saved_tensors
-        if native.usable(t, g) and gain.dtype == torch.float32:
+        if native.usable(t, g, wide=(gain, bias)):
             dt, dgain = native.regain(g, t, gain, bias)
             return dt, dgain if ctx.needs_input_grad[1] else None, None, None
         dgain = None

@@ -82,13 +82,14 @@ class LowRank(nn.Module):
     def product(self, y: Tensor, x: Tensor, rate: float) -> Float[Tensor, "rows O"]:
         """The same for y and x of one type, elements of x dropped at that rate."""
         draw, dtype = self.draw, x.dtype
-        if native.usable(x, y) and native.usable(self.A, self.B) and self.A.dtype == torch.float32:
+        operands = self.operands()
+        if native.usable(x, y, wide=operands):
             dropping = draw.dropping(self.name, x, rate) if rate and draw.step is not None else None
             x = nn.functional.dropout(x, rate) if rate and dropping is None else x
-            return NativeProduct.apply(y, x, *self.operands(), dropping, draw.rows)
+            return NativeProduct.apply(y, x, *operands, dropping, draw.rows)
         x = drop(x, rate, draw, self.name)
         by_member = (draw.rows.by_member(t) for t in (y, x))  # (K, N, O) and (K, N, I)
-        return LowRankProduct.apply(*by_member, *(t.to(dtype) for t in self.operands())).view(y.shape)
+        return LowRankProduct.apply(*by_member, *(t.to(dtype) for t in operands)).view(y.shape)
 
     def rows(self, x: Tensor) -> Float[Tensor, "rows I"]:
         """The input as rows, grouped by member; refused where it is not the rows of the model's input."""

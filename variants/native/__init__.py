@@ -15,7 +15,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ["-O3", "-march=native", "-fPIC", "-fopenmp"]
 FLAGS += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
 WIDE = {"dtype": torch.float32, "device": "cpu"}  # of every sum, whatever the process's defaults are
-PLAIN = (Tensor, nn.Parameter)
 SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
 
 
@@ -35,16 +34,34 @@ class _Drop(ctypes.Structure):
     _fields_ = [("keys", ctypes.c_void_p), ("threshold", ctypes.c_int32), ("scale", ctypes.c_float), ("pitch", ctypes.c_int64)]
 
 
-def usable(*tensors: Tensor | None) -> bool:
-    """Whether the compiled passes take these: on the CPU, all of one type of fp32 and bf16, plain tensors with a memory of
-    their own (no subclass, nothing that torch.func wraps), and not while a graph is traced, which would lose them."""
-    given = [t for t in tensors if t is not None]
-    kind = given[0].dtype
+def usable(*tensors: Tensor, wide: Sequence[Tensor | None] = ()) -> bool:
+    """Whether the compiled passes take these: `tensors` all of one type of fp32 and bf16, `wide` of fp32.
+
+    They read addresses, so every tensor must have memory of its own on the CPU, and nobody may be recording operations.
+    """
+    wide = [t for t in wide if t is not None]
+    kind = tensors[0].dtype
     return (
         kind in SUFFIX
-        and all(t.dtype == kind and t.device.type == "cpu" and type(t) in PLAIN for t in given)
+        and all(t.dtype == kind and _has_memory(t) for t in tensors)
+        and all(t.dtype == torch.float32 and _has_memory(t) for t in wide)
+        and not _is_recorded()
         and library() is not None
-        and not (torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level())
+    )
+
+
+def _has_memory(t: Tensor) -> bool:
+    """Whether it is a plain dense tensor on the CPU: no fake or other subclass, not meta, not sparse."""
+    return type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.layout is torch.strided
+
+
+def _is_recorded() -> bool:
+    """Whether a tracer, a compiler, a transform of torch.func or a dispatch mode must see each operation."""
+    return (
+        torch._C._is_tracing()
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
     )
 
 
