@@ -2,6 +2,7 @@
 
 import functools
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -47,7 +48,7 @@ def test_checkpointing_by_any_door_gives_the_gradients_of_the_plain_run(door, wh
 
 
 def test_a_shared_layer_computed_again_by_hand_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match="context_fn=adapter.draw.recompute_contexts"):
+    with pytest.raises(ValueError, match=r"context_fn=adapter\.draw\.recompute_contexts"):
         gradients("lora", "by hand", name="albert", rank=2)
 
 
@@ -121,3 +122,10 @@ def test_a_frozen_bases_batch_norm_never_moves_and_its_flag_is_its_own(method):
     assert all(torch.equal(v, before[k]) for k, v in model.norm.named_buffers())
     model(x)
     assert not torch.equal(model.norm.running_mean, before["running_mean"])  # its own again
+
+
+def test_a_base_whose_weights_are_offloaded_is_refused():
+    model = tiny("bert")
+    accelerate.cpu_offload(model.bert.encoder.layer[1], execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="is offloaded"):
+        variants.create("lora", rank=2).attach(model)

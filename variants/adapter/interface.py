@@ -201,6 +201,8 @@ class Adapter(nn.Module):
         if site is None:
             return
         base = self._surgery.model.get_submodule(name)
+        if hasattr(base, "_hf_hook") and any(p.is_meta for p in base.parameters()):
+            raise ValueError(f"{name} is offloaded: its weights are not in memory: load the model without device_map")
         site.to(next(iter(base.parameters())).device)
         into[key_of(name)] = site
         self._surgery.replace(name, Adapted(base, site).train(base.training))
