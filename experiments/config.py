@@ -380,7 +380,7 @@ def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study
         raw["methods"] = built or [{"method": "-", "learning_rates": [1.0]}]
         study = Study(**raw)
     except ValidationError as error:
-        faults.extend(_told(explain(error, Study, where=where), where, at, named_by_file))
+        faults.extend(_with_the_files_places(explain(error, Study, where=where), where, at, named_by_file))
     if study is not None and not faults:
         faults.extend(f"{where}: {fault}" for fault in _contradictions(study))
     if faults:
@@ -388,22 +388,22 @@ def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study
     return study
 
 
-def _told(lines: list[str], where: str, at: list[int], named_by_file: bool) -> list[str]:
+def _with_the_files_places(lines: list[str], where: str, at: list[int], named_by_file: bool) -> list[str]:
     """The faults that pydantic names, with the places that the file has.
 
     Args:
         at: which of the file's entries each of the study's is.
         named_by_file: the file sets no name, so that its own is the study's.
     """
-    told = []
+    faults = []
     for line in lines:
         if re.match(rf"{re.escape(where)}\.methods\.\d+\.source\b", line):
             continue  # a copy of another entry, which has the same fault
         line = re.sub(r"\.methods\.(\d+)", lambda found: f".methods[{at[int(found[1])] if at else 0}]", line, count=1)
         if named_by_file:
             line = line.replace(f"{where}.name:", f"{where}: it sets no name, so that the file's own is taken, but", 1)
-        told.append(line)
-    return told
+        faults.append(line)
+    return faults
 
 
 BUDGETED = (

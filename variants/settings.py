@@ -746,14 +746,14 @@ def together(members: Sequence[Settings]) -> Settings:
 def explain(error: ValidationError, kind: type[BaseModel], where: str = "") -> list[str]:
     """Each fault of a pydantic error as one line: place, value, rule and, for an unknown name, the nearest."""
     lines = {}
-    said_of = Counter(tuple(p for p in fault["loc"] if not _is_type_tag(p)) for fault in error.errors())
+    counts = Counter(tuple(p for p in fault["loc"] if not _is_type_tag(p)) for fault in error.errors())
     for fault in error.errors():
         path = [p for p in fault["loc"] if not _is_type_tag(p)]
         place = ".".join(str(p) for p in ([where] if where else []) + path)
         if fault["type"] == "extra_forbidden":
             known = _fields_at(kind, path[:-1])
             lines[place] = f"{place}: unknown setting{nearest(str(path[-1]), known)}; there are: {', '.join(known)}"
-        elif fault["type"] == "list_type" and said_of[tuple(path)] > 1 and not isinstance(fault["input"], list | str | dict):
+        elif fault["type"] == "list_type" and counts[tuple(path)] > 1 and not isinstance(fault["input"], list | str | dict):
             continue  # the other branch of "one value, or one for each member" says what is wrong
         elif fault["type"] == "missing":
             lines[place] = f"{place}: missing; give a value"
