@@ -78,8 +78,8 @@ class LowRankAdapter(Adapter):
         for name in names:
             if reason is not None and not is_linear(model.get_submodule(name)):
                 raise ValueError(
-                    f'target "{name}" is no linear module ({type(model.get_submodule(name)).__name__}), and {self.method} {reason}, '
-                    f"which it can do at linear modules only: choose other targets, or lora"
+                    f'target "{name}" is no linear module ({type(model.get_submodule(name)).__name__}), and {self.method} '
+                    f"{reason}, which it can do at linear modules only: choose other targets, or lora"
                 )
 
     def check_patterns(self, settings: Sequence[str], names: Sequence[str]) -> None:
