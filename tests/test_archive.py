@@ -27,6 +27,8 @@ def runs(tmp_path) -> Path:
     with (finals[1] / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
     write_run(folder, method="lora", seed=9, finished=False)
+    for run in results.load(folder).runs:
+        run.folder.rename(folder / run.config.fingerprint)  # as real ones are called
     return folder
 
 
