@@ -167,3 +167,14 @@ def test_a_file_of_a_run_in_the_archive_that_is_no_result_is_refused_by_name(run
     archive.write(tmp_path / archive.NAME, found)
     with pytest.raises(ValueError, match=rf"{archive.NAME}/\w+/result\.json: seed"):
         results.load(tmp_path)
+
+
+def test_no_flipped_bit_of_a_page_is_read_as_something_else(runs, tmp_path):
+    path = results.archive_finished(runs, tmp_path / "kept")
+    whole, content = archive.read(path), path.read_bytes()
+    for at in range(4, len(content), len(content) // 200):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        try:
+            assert archive.read(path) == whole, at  # a bit of the footer that says nothing of the runs
+        except ValueError as error:
+            assert "runs.parquet" in str(error)
