@@ -18,7 +18,7 @@ from rankwise.variants.adapter.linears import weight_of
 from rankwise.variants.adapter.probe import probe
 from rankwise.variants.adapter.step import Calibration, CannotMerge, Group, NotPackable, Step, Uncalibrated
 from rankwise.variants.adapter.surgery import Adapted, Surgery, key_of, name_of, parameter_places
-from rankwise.variants.adapter.targets import find_head, resolve
+from rankwise.variants.adapter.targets import find_head, resolve, unwrapped
 from rankwise.variants.settings import Settings, check, per_member
 from torch import Tensor, nn
 
@@ -147,6 +147,7 @@ class Adapter(nn.Module):
         The output of the body is unchanged at first, but for a method that says otherwise (`starts_at_identity`).
 
         Args:
+            model: what torch.compile made of a model stands for the model itself.
             targets: see `rankwise.variants.adapter.targets.resolve`.
             head: names of modules that are trained whole; found by their usual names if not given.
             calibration: a `Calibration`, for a method that measures the model before it trains (`needs`), or a batch of
@@ -154,12 +155,13 @@ class Adapter(nn.Module):
                 from the model.
 
         Raises:
-            ValueError: a target that matches nothing, a model that has an adapter already, or no calibration for a method
-                that needs one.
+            ValueError: a target that matches nothing, a model that has an adapter already or is wrapped for several devices,
+                or no calibration for a method that needs one.
             NotPackable: K > 1, and packed members do not equal members alone in this model.
         """
         if self._surgery is not None:
             raise ValueError(f"{self.method} is attached already: call detach() first")
+        model = unwrapped(model)
         if any(isinstance(module, Adapted | KeyedDropout) for module in model.modules()):
             raise ValueError(f"{type(model).__name__} has an adapter already: detach it first")
         head = find_head(model) if head is None else list(head)
@@ -185,6 +187,7 @@ class Adapter(nn.Module):
         try:
             self._surgery.freeze()
             self._surgery.key_dropout(self.draw)
+            self._surgery.keep_from_fusing()
             for name in head:
                 for path, module in leaves(model, name):
                     self._put(path, make_head(path, module, self.draw), self.heads)
@@ -299,13 +302,15 @@ class Adapter(nn.Module):
         """Writes one member into the model's own weights, and takes the sites out of the way until `unmerge`.
 
         Raises:
-            CannotMerge: a weight that is also used elsewhere (tied).
+            CannotMerge: a method that cannot be merged, or a weight that is also used elsewhere (tied).
             ValueError: a member that does not exist, or merged already.
         """
         if not 0 <= member < self.members:
             raise ValueError(f"member = {member}: there are {self.members}, counted from 0")
         if self.is_merged:
             raise ValueError(f"{self.method} is merged already: call unmerge() first")
+        if not self.mergeable:
+            raise CannotMerge(f"{self.method} cannot be merged: its change is not one of the model's weights; keep it attached")
         adapted = [(n, m) for n, m in self.model.named_modules() if isinstance(m, Adapted)]
         places = parameter_places(self.model)
         news = []

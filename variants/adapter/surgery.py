@@ -36,6 +36,10 @@ def name_of(key: str) -> str:
     return key.removesuffix("/").replace("/", ".")
 
 
+def _nothing(*_: Any) -> None:
+    """A hook that does nothing; a plain function, which pickles with the model."""
+
+
 class Surgery:
     """Everything that attach changed in a model, so that detach can put it back."""
 
@@ -78,6 +82,14 @@ class Surgery:
                 if isinstance(rate, float) and rate > 0:
                     self.set(module, key, 0.0)
                     self.silenced.append(f"{name}.{key}")
+
+    def keep_from_fusing(self) -> None:
+        """Has torch's encoder layers call their modules in evaluation too, where a fused path would read weights alone."""
+        for module in self.model.modules():
+            if isinstance(module, nn.TransformerEncoderLayer):  # torch leaves the fused path where a hook is attached
+                self._undo.append(module.register_forward_hook(_nothing).remove)
+            elif isinstance(module, nn.TransformerEncoder):
+                self.set(module, "use_nested_tensor", False)  # which only the fused path can read
 
     def watch_rows(self, rows: Rows) -> None:
         """Has the sites know how many rows each forward pass has, so that they can refuse an input that is not rows."""

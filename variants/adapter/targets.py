@@ -8,6 +8,7 @@ from torch import nn
 
 KEYWORDS = ("all-linear", "all-linear-peft", "attention", "mlp")
 HEAD_NAMES = ("classifier", "score", "qa_outputs")  # what transformers calls a task head, read off its model classes
+PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")  # torch's wrappers
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -78,6 +79,25 @@ def matches(pattern: str, name: str) -> bool:
         return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
     except re.error:
         return False
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, where torch.compile wrapped it, so that names and files are those of the plain model.
+
+    Raises:
+        ValueError: a wrapper for several devices, or a part of the model that is compiled apart.
+    """
+    while type(model).__name__ == "OptimizedModule":
+        model = model._orig_mod
+    for name, module in model.named_modules():
+        kind, where = type(module).__name__, name or "the model"
+        if kind in PARALLEL:
+            raise ValueError(
+                f"{where} is wrapped in {kind}, which keeps its own list of parameters: attach first, wrap afterwards"
+            )
+        if kind == "OptimizedModule":
+            raise ValueError(f"{where} is compiled apart, which changes names below it: attach first, compile afterwards")
+    return model
 
 
 def find_head(model: nn.Module) -> list[str]:
