@@ -36,6 +36,42 @@ def test_a_compiled_model_is_attached_to_by_its_plain_names():
     assert [name for name, _ in adapter.named_sites()] == ["0", "1"]
 
 
+class Experts(nn.Module):
+    """Four experts in one parameter (4, 6, 5), beside what is no stack of weights: a class token (1, 1, 5)."""
+
+    def __init__(self, fused: bool):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 1, 5))
+        self.router, self.conv = nn.Linear(5, 4), nn.Conv1d(2, 3, 2)
+        if fused:
+            self.down = nn.Parameter(torch.zeros(4, 6, 5))
+
+
+def test_fused_experts_that_all_linear_leaves_out_are_named_with_their_share():
+    layer = Experts(fused=True)
+    with pytest.warns(UserWarning, match=r"leaves out 73% .*\(0\)"):  # 120 of 120 + 5 + 24 + 15 = 164: 73.2
+        variants.create("lora", rank=2).attach(nn.Sequential(layer), head=[])
+
+
+@pytest.mark.filterwarnings("error")
+def test_tokens_convolutions_and_chosen_targets_are_not_warned_of():
+    variants.create("lora", rank=2).attach(nn.Sequential(Experts(fused=False)), head=[])
+    variants.create("lora", rank=2).attach(nn.Sequential(Experts(fused=True)), targets=["router"], head=[])
+
+
+def test_an_attach_that_fails_at_its_last_step_leaves_the_model_as_it_was(monkeypatch):
+    def fail(adapter):
+        raise RuntimeError("planted")
+
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(variants, "open_door", fail, raising=False)
+        with pytest.raises(RuntimeError, match="planted"):
+            variants.create("lora", rank=2).attach(model, head=[])
+    assert [type(module) for module in model] == [nn.Linear, nn.Linear]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_wrappers_are_refused_with_the_remedy():
     for wrapped, remedy in (
         (nn.DataParallel(nn.Linear(5, 7)), "attach first, wrap afterwards"),

@@ -18,7 +18,7 @@ from rankwise.variants.adapter.linears import weight_of
 from rankwise.variants.adapter.probe import probe
 from rankwise.variants.adapter.step import Calibration, CannotMerge, Group, NotPackable, Step, Uncalibrated
 from rankwise.variants.adapter.surgery import Adapted, Surgery, key_of, name_of, parameter_places
-from rankwise.variants.adapter.targets import find_head, resolve, unwrapped
+from rankwise.variants.adapter.targets import find_head, resolve, unwrapped, warn_of_stacked_weights
 from rankwise.variants.settings import Settings, check, per_member
 from torch import Tensor, nn
 
@@ -178,7 +178,13 @@ class Adapter(nn.Module):
             self._insert(model, names, head)
         finally:
             self._calibration = Uncalibrated()  # it may hold data, or a trainer
-        variants.open_door(self)
+        try:
+            variants.open_door(self)
+        except BaseException:  # a failed attach leaves the model as it was
+            self.detach()
+            raise
+        if self.targets == "all-linear" and self.sites and not self.trains_base:
+            warn_of_stacked_weights(model)
         return self
 
     def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None:

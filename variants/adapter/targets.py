@@ -1,6 +1,7 @@
 """Which modules of a model an adapter goes into."""
 
 import re
+import warnings
 from collections.abc import Sequence
 
 from rankwise.variants.settings import nearest
@@ -98,6 +99,29 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if kind == "OptimizedModule":
             raise ValueError(f"{where} is compiled apart, which changes names below it: attach first, compile afterwards")
     return model
+
+
+def warn_of_stacked_weights(model: nn.Module) -> None:
+    """Warns of weights that "all-linear" cannot mean: stacks of matrices in one parameter, such as fused experts.
+
+    A parameter of three or more axes counts where no module of torch's own holds it, as a convolution would; one with an
+    axis of length 1 is no stack but a token or a table of positions.
+    """
+    owners = [(n, m) for n, m in model.named_modules() if not type(m).__module__.startswith("torch.nn.")]
+    stacked = {
+        name: sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 2 and min(p.shape) > 1)
+        for name, module in owners
+    }
+    names = [name for name, size in stacked.items() if size]
+    if not names:
+        return
+    total = sum(p.numel() for p in model.parameters() if not p.requires_grad)  # of the frozen model, without the adapter
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    warnings.warn(
+        f'"all-linear" leaves out {sum(stacked.values()) / total:.0%} of the parameters, which are no linear modules but '
+        f"stacks of weights ({shown}): no adapter changes those",
+        stacklevel=3,
+    )
 
 
 def find_head(model: nn.Module) -> list[str]:
