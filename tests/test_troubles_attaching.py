@@ -57,6 +57,8 @@ def test_fused_experts_that_all_linear_leaves_out_are_named_with_their_share():
 def test_tokens_convolutions_and_chosen_targets_are_not_warned_of():
     variants.create("lora", rank=2).attach(nn.Sequential(Experts(fused=False)), head=[])
     variants.create("lora", rank=2).attach(nn.Sequential(Experts(fused=True)), targets=["router"], head=[])
+    several = variants.create("lora", rank=2, members=3)  # whose own factors are stacks (K, R, I)
+    several.attach(nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)), head=[])
 
 
 def test_an_attach_that_fails_at_its_last_step_leaves_the_model_as_it_was(monkeypatch):

@@ -109,7 +109,9 @@ def warn_of_stacked_weights(model: nn.Module) -> None:
     """
     owners = [(n, m) for n, m in model.named_modules() if not type(m).__module__.startswith("torch.nn.")]
     stacked = {
-        name: sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 2 and min(p.shape) > 1)
+        name: sum(
+            p.numel() for p in module.parameters(recurse=False) if not p.requires_grad and p.dim() > 2 and min(p.shape) > 1
+        )
         for name, module in owners
     }
     names = [name for name, size in stacked.items() if size]
