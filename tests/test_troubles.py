@@ -192,14 +192,14 @@ def test_a_compiled_model_is_unwrapped_and_a_spread_one_refused(tmp_path):
     assert all(name.startswith("bert.") for name, _ in adapter.named_sites())
     variants.save_pretrained(adapter, tmp_path)
     variants.load_pretrained(bert(), tmp_path)
-    with pytest.raises(ValueError, match="DataParallel: attach to the model itself"):
+    with pytest.raises(ValueError, match=r"wrapped in DataParallel.*attach first, wrap afterwards"):
         variants.create("lora", rank=2).attach(nn.DataParallel(bert()), head=[])
 
 
 def test_fused_experts_that_all_linear_leaves_out_are_said():
     config = transformers.MixtralConfig(vocab_size=67, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
                                         num_key_value_heads=2, intermediate_size=48, num_local_experts=4)  # fmt: skip
-    with pytest.warns(UserWarning, match=r"leaves out 7\d% of the parameters: 2 fused weights such as .*experts"):
+    with pytest.warns(UserWarning, match=r"leaves out \d\d% of the parameters.*stacks of weights .*experts"):
         variants.create("lora", rank=2).attach(transformers.MixtralForCausalLM(config))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -2,7 +2,6 @@
 
 import functools
 
-import accelerate
 import pytest
 import torch
 import transformers
@@ -122,10 +121,3 @@ def test_a_frozen_bases_batch_norm_never_moves_and_its_flag_is_its_own(method):
     assert all(torch.equal(v, before[k]) for k, v in model.norm.named_buffers())
     model(x)
     assert not torch.equal(model.norm.running_mean, before["running_mean"])  # its own again
-
-
-def test_a_base_whose_weights_are_offloaded_is_refused():
-    model = tiny("bert")
-    accelerate.cpu_offload(model.bert.encoder.layer[1], execution_device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="is offloaded"):
-        variants.create("lora", rank=2).attach(model)

@@ -18,8 +18,8 @@ from rankwise.variants.adapter.heads import leaves, make_head
 from rankwise.variants.adapter.linears import weight_of
 from rankwise.variants.adapter.probe import probe
 from rankwise.variants.adapter.step import Calibration, CannotMerge, Group, NotPackable, Step, Uncalibrated
-from rankwise.variants.adapter.surgery import Adapted, Surgery, device_of, key_of, name_of, parameter_places, unwrapped
-from rankwise.variants.adapter.targets import find_head, resolve, warn_of_fused_experts
+from rankwise.variants.adapter.surgery import Adapted, Surgery, device_of, key_of, name_of, parameter_places
+from rankwise.variants.adapter.targets import find_head, resolve, unwrapped, warn_of_stacked_weights
 from rankwise.variants.settings import Settings, check, per_member
 from torch import Tensor, nn
 
@@ -149,6 +149,7 @@ class Adapter(nn.Module):
         attached, batch norms use their running statistics in training too and never move them; full fine-tuning as well.
 
         Args:
+            model: what torch.compile made of a model stands for the model itself.
             targets: see `rankwise.variants.adapter.targets.resolve`.
             head: names of modules that are trained whole; found by their usual names if not given.
             calibration: a `Calibration`, for a method that measures the model before it trains (`needs`), or a batch of
@@ -156,8 +157,8 @@ class Adapter(nn.Module):
                 from the model.
 
         Raises:
-            ValueError: a target that matches nothing, a model that has an adapter already, or no calibration for a method
-                that needs one.
+            ValueError: a target that matches nothing, a model that has an adapter already or is wrapped for several devices,
+                or no calibration for a method that needs one.
             NotPackable: K > 1, and packed members do not equal members alone in this model.
         """
         if self._surgery is not None:
@@ -178,8 +179,6 @@ class Adapter(nn.Module):
         self.sites.clear()  # of an earlier model
         self.heads.clear()
         names = self.choose(model, self.targets, head)
-        if self.targets == "all-linear" and names:
-            warn_of_fused_experts(model)
         if calibration is not None and not isinstance(calibration, Calibration | Uncalibrated):
             calibration = Calibration([calibration])
         if self.members > 1:
@@ -189,7 +188,13 @@ class Adapter(nn.Module):
             self._insert(model, names, head)
         finally:
             self._calibration = Uncalibrated()  # it may hold data, or a trainer
-        variants.open_door(self)
+        try:
+            variants.open_door(self)
+        except BaseException:  # a failed attach leaves the model as it was
+            self.detach()
+            raise
+        if self.targets == "all-linear" and self.sites and not self.trains_base:
+            warn_of_stacked_weights(model)
         return self
 
     def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None:
@@ -197,8 +202,8 @@ class Adapter(nn.Module):
         self._surgery = Surgery(model)
         try:
             self._surgery.freeze()
-            self._surgery.keep_fused_paths_off()
             self._surgery.key_dropout(self.draw)
+            self._surgery.keep_from_fusing()
             for name in head:
                 for path, module in leaves(model, name):
                     self._put(path, make_head(path, module, self.draw), self.heads)
@@ -318,13 +323,15 @@ class Adapter(nn.Module):
         """Writes one member into the model's own weights, and takes the sites out of the way until `unmerge`.
 
         Raises:
-            CannotMerge: a weight that is also used elsewhere (tied).
+            CannotMerge: a method that cannot be merged, or a weight that is also used elsewhere (tied).
             ValueError: a member that does not exist, or merged already.
         """
         if not 0 <= member < self.members:
             raise ValueError(f"member = {member}: there are {self.members}, counted from 0")
         if self.is_merged:
             raise ValueError(f"{self.method} is merged already: call unmerge() first")
+        if not self.mergeable:
+            raise CannotMerge(f"{self.method} cannot be merged: its change is not one of the model's weights; keep it attached")
         adapted = [(n, m) for n, m in self.model.named_modules() if isinstance(m, Adapted)]
         places = parameter_places(self.model)
         news = []

@@ -37,17 +37,6 @@ def name_of(key: str) -> str:
     return key.removesuffix("/").replace("/", ".")
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself where torch.compile wraps it, so that names and files are the model's own.
-
-    Raises:
-        ValueError: a wrapper that spreads the model over devices.
-    """
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise ValueError(f"{type(model).__name__}: attach to the model itself (its .module), before it is wrapped")
-    return getattr(model, "_orig_mod", model)
-
-
 def device_of(base: nn.Module) -> torch.device:
     """Where a module computes: where its parameters are, or where accelerate brings them when they are offloaded."""
     device = next(iter(base.parameters())).device
@@ -80,6 +69,10 @@ class HeldStatistics:
             hook.remove()
 
 
+def _nothing(*_: Any) -> None:
+    """A hook that does nothing; a plain function, which pickles with the model."""
+
+
 class Surgery:
     """Everything that attach changed in a model, so that detach can put it back."""
 
@@ -98,13 +91,6 @@ class Surgery:
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
                 held = HeldStatistics(module)
                 self._undo.append(held.undo)
-
-    def keep_fused_paths_off(self) -> None:
-        """nn.TransformerEncoderLayer's fused evaluation reads its linears' weights and never calls what stands in for them; a
-        hook on the layer turns it off (torch's own rule)."""
-        for module in self.model.modules():
-            if isinstance(module, nn.TransformerEncoderLayer):
-                self._undo.append(module.register_forward_pre_hook(_nothing).remove)
 
     def replace(self, name: str, new: nn.Module) -> None:
         """Puts `new` at every path that leads to the module called `name`."""
@@ -137,6 +123,14 @@ class Surgery:
 
         self._undo.append(Recomputation(self.model, draw).undo)
 
+    def keep_from_fusing(self) -> None:
+        """Has torch's encoder layers call their modules in evaluation too, where a fused path would read weights alone."""
+        for module in self.model.modules():
+            if isinstance(module, nn.TransformerEncoderLayer):  # torch leaves the fused path where a hook is attached
+                self._undo.append(module.register_forward_hook(_nothing).remove)
+            elif isinstance(module, nn.TransformerEncoder):
+                self.set(module, "use_nested_tensor", False)  # which only the fused path can read
+
     def watch_rows(self, rows: Rows) -> None:
         """Has the sites know how many rows each forward pass has, so that they can refuse an input that is not rows."""
         self._undo.extend(hook.remove for hook in rows.watch(self.model))
@@ -148,10 +142,6 @@ class Surgery:
         for step in reversed(self._undo):
             step()
         self._undo.clear()
-
-
-def _nothing(module: nn.Module, _: tuple) -> None:
-    pass
 
 
 def parameter_places(model: nn.Module) -> dict[int, set[str]]:

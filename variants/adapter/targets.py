@@ -10,6 +10,7 @@ from torch import nn
 
 KEYWORDS = ("all-linear", "all-linear-peft", "attention", "mlp")
 HEAD_NAMES = ("classifier", "score", "qa_outputs")  # what transformers calls a task head, read off its model classes
+PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")  # torch's wrappers
 
 
 def resolve(model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
@@ -75,6 +76,50 @@ def matches(pattern: str, name: str) -> bool:
         return False
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, where torch.compile wrapped it, so that names and files are those of the plain model.
+
+    Raises:
+        ValueError: a wrapper for several devices, or a part of the model that is compiled apart.
+    """
+    while type(model).__name__ == "OptimizedModule":
+        model = model._orig_mod
+    for name, module in model.named_modules():
+        kind, where = type(module).__name__, name or "the model"
+        if kind in PARALLEL:
+            raise ValueError(
+                f"{where} is wrapped in {kind}, which keeps its own list of parameters: attach first, wrap afterwards"
+            )
+        if kind == "OptimizedModule":
+            raise ValueError(f"{where} is compiled apart, which changes names below it: attach first, compile afterwards")
+    return model
+
+
+def warn_of_stacked_weights(model: nn.Module) -> None:
+    """Warns of weights that "all-linear" cannot mean: stacks of matrices in one parameter, such as fused experts.
+
+    A parameter of three or more axes counts where no module of torch's own holds it, as a convolution would; one with an
+    axis of length 1 is no stack but a token or a table of positions.
+    """
+    owners = [(n, m) for n, m in model.named_modules() if not type(m).__module__.startswith("torch.nn.")]
+    stacked = {
+        name: sum(
+            p.numel() for p in module.parameters(recurse=False) if not p.requires_grad and p.dim() > 2 and min(p.shape) > 1
+        )
+        for name, module in owners
+    }
+    names = [name for name, size in stacked.items() if size]
+    if not names:
+        return
+    total = sum(p.numel() for p in model.parameters() if not p.requires_grad)  # of the frozen model, without the adapter
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    warnings.warn(
+        f'"all-linear" leaves out {sum(stacked.values()) / total:.0%} of the parameters, which are no linear modules but '
+        f"stacks of weights ({shown}): no adapter changes those",
+        stacklevel=3,
+    )
+
+
 def find_head(model: nn.Module) -> list[str]:
     """The task head of a transformers model: what stands outside its base model and is no output layer over the vocabulary.
 
@@ -94,24 +139,6 @@ def find_head(model: nn.Module) -> list[str]:
         for name, child in outside
         if any(True for _ in child.parameters()) and (output is None or all(part is not output for part in child.modules()))
     ]
-
-
-def warn_of_fused_experts(model: nn.Module) -> None:
-    """Says which weights "all-linear" leaves out because they are no linear modules: experts in one tensor of three axes."""
-    fused = {
-        name: parameter.numel()
-        for name, parameter in model.named_parameters()
-        if parameter.dim() > 2
-        and parameter.shape[0] > 1
-        and not type(model.get_submodule(name.rpartition(".")[0])).__module__.startswith("torch.nn")
-    }
-    share = sum(fused.values()) / max(sum(parameter.numel() for parameter in model.parameters()), 1)
-    if share > 0.01:
-        warnings.warn(
-            f'"all-linear" leaves out {share:.0%} of the parameters: {len(fused)} fused weights such as {next(iter(fused))} '
-            f"are no linear modules, and get no adapter",
-            stacklevel=4,
-        )
 
 
 def _by_name(target: str, paths: dict[str, str]) -> set[str]:

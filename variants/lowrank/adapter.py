@@ -96,6 +96,10 @@ class LowRankAdapter(Adapter):
                         f"{nearest(pattern, [*(n.rpartition('.')[2] for n in names), *names])}"
                     )
 
+    def final_budget(self) -> Tensor | None:
+        """(K,) what the schedule ends with, in ranks or parameters as `settings.cost` says; None where nothing is cut."""
+        return None
+
     def make_low_rank(self, name: str, module: nn.Module) -> LowRank:
         """The method's own site, without magnitudes."""
         raise NotImplementedError
