@@ -1,0 +1,54 @@
+"""rankwise data: what would be read of a user's own files."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rankwise.experiments.cli.app import Json
+
+SHOWN = 3  # rows of the training part
+WIDEST = 300  # characters of a field that are shown
+
+
+def data(
+    train: Annotated[str, typer.Argument(help="File (JSONL, JSON, CSV, TSV, Parquet), glob, folder of images, or hub id.")],
+    test: Annotated[str | None, typer.Option(help="The part that is reported.  [default: a fixed tenth]")] = None,
+    validation: Annotated[str | None, typer.Option(help="The part that rates are chosen on.  [default: a fixed tenth]")] = None,
+    kind: Annotated[str | None, typer.Option(help="Kind of task.  [default: by the fields]")] = None,
+    input: Annotated[str | None, typer.Option(help="Field or template that the model reads.")] = None,
+    target: Annotated[str | None, typer.Option(help="Field or template that it is to give.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show how a file of your own is read: fields, parts, labels, first rows, and what is wrong with it."""
+    from pydantic import ValidationError
+    from rankwise.experiments.tasks import own
+    from rankwise.variants.settings import explain
+
+    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(train).stem).strip("._-") or "data"
+    try:
+        asked = own.OwnData(
+            name=name[:80], train=train, test=test, validation=validation, kind=kind, input=input, target=target
+        )
+    except ValidationError as error:
+        raise ValueError("\n".join(explain(error, own.OwnData, where="data"))) from None
+    parts = own.read(asked)
+    rows = [{k: v for k, v in asdict(row).items() if v not in (None, ())} for row in parts.rows["train"][:SHOWN]]
+    sizes = {part: len(found) for part, found in parts.rows.items()}
+    if as_json:
+        facts = {"kind": parts.reading.kind, "fields": parts.fields, "rows": sizes, "labels": parts.labels}
+        print(json.dumps(facts | {"notes": parts.notes, "first": rows}, indent=1, default=str))
+        return
+    print(f"fields: {', '.join(parts.fields)}")
+    print(f"kind:   {parts.reading.kind}")
+    print(f"rows:   {', '.join(f'{part} {count:,}' for part, count in sizes.items())}")
+    if parts.labels:
+        print(f"labels: {len(parts.labels)} ({', '.join(parts.labels[:10])}{', ...' if len(parts.labels) > 10 else ''})")
+    for note in parts.notes:
+        print(f"- {note}")
+    for number, row in enumerate(rows, start=1):
+        print(f"\nrow {number} of the training part")
+        for key, value in row.items():
+            text = str(value)
+            print(f"  {key}: {text[:WIDEST]}{' ...' if len(text) > WIDEST else ''}")

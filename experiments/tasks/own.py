@@ -1,0 +1,556 @@
+"""A user's own files as rows of input and target: read by `datasets`, their fields recognised and said, their faults named.
+
+    parts = read(OwnData(name="support", train="train.jsonl"))
+    parts.reading.said          "reading instruction + input as the prompt, output as the target"
+    parts.rows["train"][0]      Row(input="...", target="...")
+
+A file is JSON lines, JSON, CSV, TSV or Parquet, a glob of such files, a folder of images (a subfolder a label), or a hub id
+("owner/name" or "owner/name:configuration").  Where no test or validation part is given, a fixed, seeded part of the training
+rows becomes it, and this is said.  Nothing is guessed silently: fields that fit no known form, or more than one, are refused
+with the names that there are.
+"""
+
+import csv
+import glob
+import hashlib
+import json
+import math
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from rankwise.variants.settings import nearest
+
+Kind = Literal[
+    "classification",
+    "regression",
+    "token-classification",
+    "span",
+    "choice",
+    "generation",
+    "language-modelling",
+    "image-classification",
+]
+BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+HELD_OUT = 0.1  # share of the training rows that becomes a part that is not given
+SPLIT_SEED = 0
+PLACES = ("train", "validation", "test")
+
+
+class OwnData(BaseModel):
+    """What a study says of a user's data: [[data]]."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
+    """What tables call it."""
+    train: str
+    """File, glob, folder of images or hub id."""
+    test: str | None = None
+    """The part that is reported; a fixed tenth of the training rows if not given."""
+    validation: str | None = None
+    """The part that rates are chosen on; a fixed tenth of the training rows if not given."""
+    kind: Kind | None = None
+    """Kind of task; by the fields if not given."""
+    input: str | None = None
+    """Field, or a template of fields ("{instruction}\\n{context}"), that the model reads."""
+    target: str | None = None
+    """Field, or a template of fields, that it is to give."""
+    metrics: list[str] = []
+    """Metrics of the report, the first the one that methods are compared by; the kind's own if not given."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which fields are read as what, and the sentence that says so.
+
+    input, target: templates over the fields; `messages` names a field of chat messages instead, of which the last turn of the
+    assistant is the target.  pair: a second input of a classifier, kept apart so that the tokenizer joins the two.
+    """
+
+    kind: Kind
+    said: str
+    input: str = ""
+    target: str = ""
+    pair: str = ""
+    messages: str = ""
+    choices: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example.  target: a text, a number (regression) or what the file has (tags, an answer's index)."""
+
+    input: Any
+    target: Any
+    pair: str | None = None
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The rows of each part, how they were read, and what a reader should know of them."""
+
+    reading: Reading
+    rows: Mapping[str, Sequence[Row]]
+    notes: tuple[str, ...]
+    labels: tuple[str, ...] = ()  # of a classification, sorted
+    fields: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Form:
+    """Fields that files of one kind commonly have, and how they are read."""
+
+    fields: tuple[str, ...]
+    reading: Reading
+
+
+def _form(kind: Kind, input: str, target: str, said: str, pair: str = "", **more: str) -> _Form:
+    """A form by the names of its fields."""
+    fields = tuple(name for name in (input, pair, *more.values(), target) if name)
+    templates = ("{" + name + "}" if name else "" for name in (input, target, pair))
+    return _Form(tuple(dict.fromkeys(fields)), Reading(kind, f"reading {said}", *templates, **more))
+
+
+_FORMS = (
+    _Form(
+        ("messages",),
+        Reading("generation", "reading messages as a chat, its last assistant turn as the target", messages="messages"),
+    ),
+    _form(
+        "choice",
+        "question",
+        "answer",
+        "question as the input, choices as the options, answer as the right one",
+        choices="choices",
+    ),
+    _form("span", "question", "answers", "question and context as the input, answers as spans of the context", pair="context"),
+    _form("token-classification", "tokens", "tags", "tokens as the words, tags as their labels"),
+    _form("token-classification", "tokens", "ner_tags", "tokens as the words, ner_tags as their labels"),
+    _form("generation", "instruction", "output", "instruction as the prompt, output as the target"),
+    _form("generation", "prompt", "completion", "prompt as the prompt, completion as the target"),
+    _form("generation", "question", "answer", "question as the prompt, answer as the target"),
+    _form("image-classification", "image", "label", "image as the input, label as its class"),
+    _form("classification", "sentence1", "label", "sentence1 and sentence2 as the input, label as its class", pair="sentence2"),
+    _form("classification", "premise", "label", "premise and hypothesis as the input, label as its class", pair="hypothesis"),
+    _form("classification", "text", "label", "text as the input, label as its class"),
+    _form("language-modelling", "text", "text", "text as the text to model"),
+)
+
+
+def read(data: OwnData, sample: int | None = None) -> Parts:
+    """The rows of each part.
+
+    sample: read no more than so many rows of each file (to show them); labels and counts are then of these alone.
+
+    Raises:
+        ValueError: one line for each fault: file, row, what is wrong, the remedy.
+    """
+    given = {part: where for part in PLACES if (where := getattr(data, part)) is not None}
+    tables = {part: load(where, sample) for part, where in given.items()}
+    reading = recognise(tables["train"], data)
+    faults: list[str] = []
+    rows = {part: _rows(table, reading, given[part], faults) for part, table in tables.items()}
+    _refuse(faults)
+    notes = [reading.said]
+    if reading.kind == "classification" and data.kind is None and _are_numbers(rows["train"]):
+        reading = replace(reading, kind="regression")
+        rows = {part: [replace(row, target=_number(row.target)) for row in found] for part, found in rows.items()}
+        notes.append("its targets are numbers, some of which are no whole ones: kind = regression")
+    rows = _split(rows, given["train"], notes)
+    labels = _labels(reading, rows, given, faults)
+    _refuse(faults)
+    notes += _overlap(rows)
+    return Parts(reading, rows, tuple(notes), labels, tuple(tables["train"].column_names))
+
+
+def load(where: str, sample: int | None = None) -> Any:
+    """The table of a file, glob, folder of images or hub id, as a `datasets.Dataset`.
+
+    Text columns of a CSV stay text ("NA" and "01" are no numbers), whatever its rows look like.
+
+    Raises:
+        ValueError: nothing there, mixed or unknown kinds of file, or one that cannot be read; the reason and its place.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below, once
+    split = "train" if sample is None else f"train[:{sample}]"
+    path = Path(where)
+    if path.is_dir():
+        if not any(p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif") for p in path.rglob("*")):
+            raise ValueError(
+                f"{where}: a folder without images: give a file, a glob such as {where}/*.jsonl, or a folder of images"
+            )
+        return datasets.load_dataset("imagefolder", data_dir=str(path), split=split)
+    files = [str(path)] if path.is_file() else sorted(glob.glob(where, recursive=True))
+    if files:
+        return _from_files(where, files, split)
+    if where.count("/") == 1 and not path.suffix and not where.startswith((".", "/", "~")):
+        return _from_hub(where, split)
+    raise ValueError(
+        f'{where}: no such file: give a file, a glob, a folder of images, or a hub id ("owner/name:configuration")'
+    )
+
+
+def _from_files(where: str, files: list[str], split: str) -> Any:
+    import datasets
+
+    suffixes = {Path(file).suffix.lower() for file in files}
+    if len(suffixes) > 1 or not suffixes <= BUILDERS.keys():
+        names = ", ".join(sorted(suffixes))
+        raise ValueError(f"{where}: files of {names or 'no known kind'}: give files of one of {', '.join(BUILDERS)}")
+    suffix = suffixes.pop()
+    options: dict[str, Any] = {}
+    if BUILDERS[suffix] == "csv":
+        separator = "\t" if suffix == ".tsv" else ","
+        headers = [_check_csv(file, separator) for file in files]
+        for file, header in zip(files, headers, strict=True):
+            if header != headers[0]:
+                raise ValueError(f"{file}: its fields {', '.join(header)} are not those of {files[0]}: {', '.join(headers[0])}")
+        text = datasets.Features({name: datasets.Value("string") for name in headers[0]})
+        options = {"sep": separator, "features": text, "keep_default_na": False}
+    try:
+        return datasets.load_dataset(BUILDERS[suffix], data_files=files, split=split, **options)
+    except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError, ValueError, OSError) as error:
+        for file in files if suffix != ".parquet" else []:  # now that it matters, look for the line
+            _check_text(file, as_json=suffix in (".jsonl", ".ndjson"))
+        reason = str(error.__cause__ or error).strip().splitlines()
+        raise ValueError(f"{where}: cannot be read as {suffix}: {reason[0] if reason else type(error).__name__}") from None
+
+
+def _from_hub(where: str, split: str) -> Any:
+    import datasets
+
+    name, _, configuration = where.partition(":")
+    try:
+        return datasets.load_dataset(name, configuration or None, split=split)
+    except Exception as error:  # the hub's client raises many kinds
+        first = str(error).strip().splitlines()
+        raise ValueError(f"{where}: neither a file here nor to be read from the hub: {first[0] if first else error}") from None
+
+
+def _check_text(file: str, as_json: bool = False) -> None:
+    """
+    Raises:
+        ValueError: bytes that are not UTF-8, or (`as_json`) a line that is no JSON object, with its number.
+    """
+    with open(file, "rb") as opened:
+        for number, line in enumerate(opened, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{file}, line {number}: byte 0x{line[error.start]:02x} is no UTF-8: save the file as UTF-8"
+                ) from None
+            if as_json and text.strip():
+                try:
+                    found = json.loads(text)
+                except ValueError as error:
+                    raise ValueError(f"{file}, line {number}: no JSON ({error}): each line is one object") from None
+                if not isinstance(found, dict):
+                    raise ValueError(f"{file}, line {number}: a {type(found).__name__}, no object: each line is one object")
+
+
+def _check_csv(file: str, separator: str) -> list[str]:
+    """Its header.
+
+    Raises:
+        ValueError: no header, no rows, or a row with another number of fields than the header.
+    """
+    _check_text(file)
+    with open(file, encoding="utf-8-sig", newline="") as opened:
+        reader = csv.reader(opened, delimiter=separator)
+        header = next(reader, None)
+        if not header:
+            raise ValueError(f"{file}: empty: the first line names the fields")
+        if len(set(header)) < len(header):
+            twice = next(name for name in header if header.count(name) > 1)
+            raise ValueError(f'{file}, line 1: two fields are called "{twice}": rename one')
+        for row in reader:
+            if row and len(row) != len(header):
+                raise ValueError(
+                    f"{file}, line {reader.line_num}: {len(row)} fields where the header has {len(header)}: "
+                    f'put a field that holds "{separator}" in quotation marks'.replace("\t", "\\t")
+                )
+    return header
+
+
+# -- fields ------------------------------------------------------------------------------------------------------------
+
+
+def recognise(table: Any, data: OwnData) -> Reading:
+    """How the fields of a table are read: as the study says, else by their names.
+
+    Raises:
+        ValueError: a named field that is not there, names that fit no known form, or two that do not fit together.
+    """
+    columns = table.column_names
+    if data.input is not None or data.target is not None:
+        return _as_told(table, data)
+    fitting = [form for form in _FORMS if set(form.fields) <= set(columns) and _fits(form.reading.kind, data.kind)]
+    best = [f for f in fitting if not any(set(f.fields) < set(other.fields) for other in fitting)]
+    remedy = "name the fields by input and target (--input, --target)"
+    if not best:
+        of_kind = f" for kind = {data.kind}" if data.kind else ""
+        raise ValueError(f"{data.train}: the fields {', '.join(columns)} fit no known form{of_kind}: {remedy}")
+    if len({form.reading.kind for form in best}) > 1 or len(best) > 1:
+        forms = " or ".join("+".join(form.fields) for form in best)
+        raise ValueError(f"{data.train}: the fields can be read as {forms}: {remedy}, or the kind (--kind)")
+    reading = best[0].reading
+    if "instruction" in best[0].fields and "input" in columns:
+        said = "reading instruction + input as the prompt, output as the target"
+        reading = replace(reading, said=said, input="{instruction}\n{input}")
+    if data.kind is not None and data.kind != reading.kind:
+        said = f"{reading.said.replace('its class', 'its number')} (kind = {data.kind})"
+        reading = replace(reading, kind=data.kind, said=said)
+    return reading
+
+
+def _fits(kind: str, wanted: str | None) -> bool:
+    return wanted in (None, kind) or (wanted, kind) == ("regression", "classification")
+
+
+def _as_told(table: Any, data: OwnData) -> Reading:
+    """The fields that the study names."""
+    columns = table.column_names
+    if data.input is None or (data.target is None and data.kind != "language-modelling"):
+        missing = "input" if data.input is None else "target"
+        raise ValueError(f"{data.train}: {missing} is not given: name both input and target, or none")
+    templates = {key: _template(value, key, columns, data.train) for key, value in
+                 (("input", data.input), ("target", data.target or data.input))}  # fmt: skip
+    said = f"reading {data.input!r} as the input, {data.target or data.input!r} as the target"
+    kind = data.kind
+    if kind is None:
+        kind, why = _kind_of(table, templates["target"])
+        said += f"; {why}"
+    if kind == "choice":
+        if "choices" not in columns:
+            raise ValueError(f'{data.train}: kind = choice takes a field "choices" with the options of each row')
+        return Reading(kind, said, templates["input"], templates["target"], choices="choices")
+    if kind == "span":
+        if "context" not in columns:
+            raise ValueError(f'{data.train}: kind = span takes a field "context" with the text that answers are spans of')
+        return Reading(kind, said, templates["input"], templates["target"], "{context}")
+    return Reading(kind, said, templates["input"], templates["target"])
+
+
+def _kind_of(table: Any, target: str) -> tuple[Kind, str]:
+    """Classes where few values come again and again, text where they do not; and why."""
+    values = [str(_filled(target, row)) for row in table.select(range(min(len(table), 1_000)))]
+    distinct = len(set(values))
+    if distinct <= 20 and len(values) >= 5 * distinct:
+        return "classification", f"its {distinct} values in {len(values)} rows are classes (kind = classification)"
+    return "generation", f"its {distinct} values in {len(values)} rows are texts to generate (kind = generation)"
+
+
+def _template(text: str, key: str, columns: Sequence[str], where: str) -> str:
+    """A field's name or a template as a template.
+
+    Raises:
+        ValueError: a field that is not there, or braces that do not close.
+    """
+    if text in columns:
+        return "{" + text + "}"
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        raise ValueError(
+            f'{where}: {key} = "{text}" is no template ({error}): write a field as {{name}}, a brace as {{{{'
+        ) from None
+    unknown = next((name for name in names or [text] if name not in columns), None)
+    if unknown is not None:
+        raise ValueError(
+            f'{where}: {key} names the field "{unknown}", which is not there{nearest(unknown, columns)}; '
+            f"there are: {', '.join(columns)}"
+        )
+    return text
+
+
+def _filled(template: str, row: Mapping[str, Any]) -> Any:
+    """A template with the row's values in it; the value itself, of whatever type, where it is one field alone."""
+    parts = list(string.Formatter().parse(template))
+    if len(parts) == 1 and parts[0][0] == "" and parts[0][1] is not None:
+        return row[parts[0][1]]
+    filled = (literal + ("" if name is None or row[name] is None else str(row[name])) for literal, name, _, _ in parts)
+    return "".join(filled).rstrip("\n")
+
+
+# -- rows ----------------------------------------------------------------------------------------------------------------
+
+
+def _rows(table: Any, reading: Reading, where: str, faults: list[str], most_faults: int = 5) -> list[Row]:
+    """The rows of a table; a fault for each of the first rows that cannot be one."""
+    rows, bad = [], 0
+    names = {column: feature.names for column, feature in table.features.items() if hasattr(feature, "int2str")}
+    for number, row in enumerate(table, start=1):
+        for column, classes in names.items():  # a class's number becomes its name; -1 is the hub's word for no label
+            row[column] = classes[row[column]] if row[column] is not None and row[column] >= 0 else None
+        try:
+            rows.append(_row(row, reading))
+        except ValueError as error:
+            bad += 1
+            if bad <= most_faults:
+                faults.append(f"{where}, row {number}: {error}")
+    if bad > most_faults:
+        faults.append(f"{where}: {bad - most_faults} more rows with faults of this kind")
+    if not len(table):
+        faults.append(f"{where}: no rows")
+    return rows
+
+
+def _row(row: Mapping[str, Any], reading: Reading) -> Row:
+    """
+    Raises:
+        ValueError: what is wrong with this row, and the remedy.
+    """
+    if reading.messages:
+        return _chat(row[reading.messages])
+    given, target = _filled(reading.input, row), _filled(reading.target, row)
+    if _is_empty(given):
+        raise ValueError("the input is empty: fill it, or take the row out")
+    if _is_empty(target):
+        raise ValueError("the target is empty: fill it, or take the row out")
+    if reading.kind == "regression":
+        target = _number(target)
+    elif reading.kind in ("generation", "language-modelling"):
+        target = str(target)
+    pair = _filled(reading.pair, row) if reading.pair else None
+    if reading.pair and _is_empty(pair):
+        raise ValueError("the second input is empty: fill it, or take the row out")
+    if not reading.choices:
+        return Row(given, target, pair)
+    return _choice(given, target, row[reading.choices])
+
+
+def _chat(messages: Any) -> Row:
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages):
+        raise ValueError('messages should be a list of {"role": ..., "content": ...}')
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
+    if not last or _is_empty(messages[last]["content"]):
+        raise ValueError("a chat needs a turn before its last assistant turn, and this turn some content")
+    return Row(tuple({"role": m["role"], "content": m["content"]} for m in messages[:last]), str(messages[last]["content"]))
+
+
+def _choice(given: Any, answer: Any, choices: Any) -> Row:
+    texts = choices.get("text") if isinstance(choices, Mapping) else choices  # ARC's form: {"text": [...], "label": [...]}
+    if isinstance(texts, str):
+        try:
+            texts = json.loads(texts)
+        except ValueError:
+            raise ValueError(f'choices = "{texts[:40]}": should be a list of options') from None
+    if not isinstance(texts, list) or len(texts) < 2:
+        raise ValueError("choices: a question has two options or more")
+    texts = tuple(str(text) for text in texts)
+    names = choices.get("label", []) if isinstance(choices, Mapping) else []
+    letters = string.ascii_uppercase[: len(texts)]
+    for known in (
+        [str(i) for i in range(len(texts))],
+        [str(n) for n in names],
+        list(letters),
+        list(letters.lower()),
+        list(texts),
+    ):
+        if str(answer) in known:
+            return Row(given, known.index(str(answer)), choices=texts)
+    raise ValueError(f'answer = "{answer}" is none of the {len(texts)} options: give its index from 0, its letter, or its text')
+
+
+def _number(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f'target = "{value}" is no number: mend it, or give kind = "classification"') from None
+    if not math.isfinite(number):
+        raise ValueError(f"target = {value}: should be a finite number: mend it, or take the row out")
+    return number
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and math.isnan(value))
+
+
+def _are_numbers(rows: Sequence[Row]) -> bool:
+    """Whether the targets are numbers some of which are no whole ones."""
+    try:
+        numbers = [float(row.target) for row in rows]
+    except (TypeError, ValueError):
+        return False
+    return any(not number.is_integer() for number in numbers)
+
+
+# -- parts ---------------------------------------------------------------------------------------------------------------
+
+
+def _split(rows: Mapping[str, list[Row]], where: str, notes: list[str]) -> dict[str, list[Row]]:
+    """Train, validation and test: what is not given is a fixed, seeded tenth of the training rows.
+
+    Raises:
+        ValueError: too few training rows for that.
+    """
+    missing = [part for part in ("test", "validation") if part not in rows]
+    train, made = list(rows["train"]), dict(rows)
+    size = max(1, round(HELD_OUT * len(train)))
+    if missing and len(train) < 10:
+        raise ValueError(
+            f"{where}: {len(train)} rows are too few to set {' and '.join(missing)} aside: give at least 10, or a file for each"
+        )
+    order = np.random.default_rng([SPLIT_SEED, *b"own data"]).permutation(len(train))
+    for part in missing:
+        taken, order = order[:size], order[size:]
+        made[part] = [train[i] for i in sorted(taken)]
+        notes.append(f"{part}: {size} of the {len(train)} training rows, drawn by a fixed seed, because none is given")
+    if missing:
+        made["train"] = [train[i] for i in sorted(order)]
+    return {part: made[part] for part in PLACES}
+
+
+def _labels(
+    reading: Reading, rows: Mapping[str, Sequence[Row]], given: Mapping[str, str], faults: list[str]
+) -> tuple[str, ...]:
+    """The classes, sorted: whole numbers by value, texts by alphabet; a fault for each that training never sees."""
+    if reading.kind not in ("classification", "image-classification", "token-classification"):
+        return ()
+    several = reading.kind == "token-classification"
+
+    def of(part: str) -> set[str]:
+        return {str(label) for row in rows[part] for label in (row.target if several else [row.target])}
+
+    known = of("train")
+    for part in ("validation", "test"):
+        for label in sorted(of(part) - known):
+            where = given.get(part, given["train"])
+            faults.append(f'{where}: label "{label}" is in the {part} part and in no training row: add some, or take it out')
+    if len(known) < 2:
+        faults.append(f"{given['train']}: {len(known)} distinct label: a classification has two or more")
+    return tuple(sorted(known, key=lambda label: (0, int(label), "") if label.lstrip("-").isdigit() else (1, 0, label)))
+
+
+def _overlap(rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    """A note for each part that shares inputs with the training rows."""
+    notes = []
+    seen = {_digest(row) for row in rows["train"]}
+    for part in ("validation", "test"):
+        twice = sum(_digest(row) in seen for row in rows[part])
+        if twice:
+            notes.append(f"{twice} of the {len(rows[part])} rows of the {part} part have the input of a training row")
+    repeated = len(rows["train"]) - len(seen)
+    if repeated:
+        notes.append(f"{repeated} of the {len(rows['train'])} training rows repeat the input of another")
+    return notes
+
+
+def _digest(row: Row) -> bytes:
+    content = row.input.tobytes() if hasattr(row.input, "tobytes") else repr((row.input, row.pair)).encode()
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _refuse(faults: Sequence[str]) -> None:
+    if faults:
+        raise ValueError("\n".join(faults))
