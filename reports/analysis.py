@@ -82,7 +82,7 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 def _read(folder: Path, kind: str) -> dict[str, Any]:
     path, again = folder / f"{kind}.json", f"make it again with `rankwise analysis {kind}`"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: no JSON ({error}): {again}") from None
     if not isinstance(found, dict) or (found.get("schema"), found.get("kind")) != (SCHEMA, kind):

@@ -347,6 +347,7 @@ def test_members_that_cannot_be_packed_are_trained_apart(world, tmp_path, monkey
         (["subspace", "--task", "glue/stb"], "closest: glue/stsb"),
         (["magnitude", "--steps", "3"], "--steps 3: give at least 4"),
         (["magnitude", "--seeds", "0"], "--seeds 0: give at least 1"),
+        (["subspace", "--ranks", "3,x"], "--ranks 3,x: give at least two different ranks"),
         (["magnitude", "--ranks", "3,4"], "--ranks"),
         (["magnitude", "--seed", "-1"], "--seed -1: give at least 0"),
     ],

@@ -1,9 +1,9 @@
-"""rankwise list: what there is."""
+"""`rankwise list`: what there is."""
 
 import json
 from pathlib import Path
 
-from rankwise.experiments.cli.app import Json
+from rankwise.experiments.cli.options import Json
 from rankwise.variants.settings import METHODS
 
 
@@ -29,5 +29,6 @@ def list_(as_json: Json = False) -> None:
 
 
 def first_comment(path: Path) -> str:
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    """The first line of a study file, where it is a comment."""
+    first = path.read_text(encoding="utf-8-sig").partition("\n")[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""
