@@ -45,7 +45,7 @@ def check(study: Study) -> None:
             rows = min(task.sizes["train"], study.training.train_examples or task.sizes["train"])
             check_phases(study, rows, faults)
         except ValueError as error:
-            faults.append(str(error))
+            faults.append(f"tasks: {error}")
     if faults:
         raise ValueError("\n".join(dict.fromkeys(faults)))
 

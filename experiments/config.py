@@ -6,10 +6,11 @@ it into runs.
 
 import re
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from rankwise.variants.settings import (
     METHODS,
     PATTERNS,
@@ -23,13 +24,53 @@ from rankwise.variants.settings import (
     explain,
     method,
     nearest,
+    quoted,
+    shown,
 )
 
 STUDIES = Path(__file__).parent / "studies"
 PAPERS = STUDIES / "papers"  # recipes of published tables, which experiments/recipes.py reads
 DEFAULT_STUDY = STUDIES / "default.toml"
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+MOST_SEEDS = 10_000  # of `seeds = N`; more is a slip of the finger, and takes all memory where it is a large one
+LONGEST_NAME = 100  # bytes; a pack's folder has the label, the task and numbers in its name, and 255 bytes are a name's limit
 STEP_COUNTS = ("warmup_steps", "final_steps", "interval", "rise_steps")  # may be given as a share of the run, "10%"
+
+
+def _one_line(text: str) -> str:
+    if any(character < " " or character == "\x7f" for character in text):
+        raise ValueError(f"{quoted(text)} has control characters, such as a line break: take them out")
+    return text
+
+
+def _not_empty(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty: give a text")
+    return _one_line(text)
+
+
+def _label(text: str) -> str:
+    return _short_enough(_one_line(text))
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text):
+        fitting = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("._-")[:LONGEST_NAME] or "my-study"
+        raise ValueError(
+            f"{quoted(text)} cannot name the folder of the runs: use letters, digits, '.', '_' and '-', the first a letter or "
+            f'digit; for example name = "{fitting}"'
+        )
+    return _short_enough(text)
+
+
+def _short_enough(text: str) -> str:
+    size = len(text.encode())
+    if size > LONGEST_NAME:
+        raise ValueError(
+            f"{quoted(text)} has {size} bytes, and at most {LONGEST_NAME} fit, because files and folders of the runs are "
+            f"named by it: shorten it"
+        )
+    return text
 
 
 class _Section(BaseModel):
@@ -111,9 +152,9 @@ class Sweep(_Section):
     """Seeds of each rate; a rate chosen by one seed makes verdicts err too often (reports/studies/calibration)."""
     trials: PositiveInt | None = None
     """Most rates that a method may try, those of its grid among them; two more than the grid, if not given."""
-    halving: int | None = Field(default=None, ge=2)
+    halving: int | None = Field(default=None, ge=2, le=1000)
     """Successive halving: after each rung one in so many rates goes on, to a rung so many times as long."""
-    rungs: int = Field(default=2, ge=2)
+    rungs: int = Field(default=2, ge=2, le=100)
     """Rungs of successive halving; the last is as long as `epochs` and `max_steps` say."""
 
     def most_trials(self, grid: int, quick: bool) -> int:
@@ -140,7 +181,7 @@ class Entry(_Section):
 
     method: str
     """Name of the method."""
-    label: str = Field(default="", pattern=r"^[^\x00-\x1f\x7f]*$")
+    label: Annotated[str, AfterValidator(_label)] = ""
     """What tables call it; the method's name if not given."""
     learning_rates: list[Positive] = Field(min_length=1)
     """Rates to choose from; one rate means no choice."""
@@ -186,17 +227,17 @@ class Entry(_Section):
 class Study(_Section):
     """A comparison: methods x tasks x seeds, over one model."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Annotated[str, AfterValidator(_name)]
     """Name of the study and of its folder."""
-    title: str = ""
+    title: Annotated[str, AfterValidator(_one_line)] = ""
     """What the report is headed with."""
     quick: bool = False
     """A quick look, not a fair comparison; the output says so."""
     reference: str | None = None
     """Label of the method that differences are taken to; full fine-tuning where it takes part, if not given."""
-    model: str
+    model: Annotated[str, AfterValidator(_not_empty)]
     """Hub id of the pre-trained model."""
-    tasks: list[str] = Field(min_length=1)
+    tasks: list[Annotated[str, AfterValidator(_not_empty)]] = Field(min_length=1)
     """Names of the tasks."""
     seeds: list[Seed] = Field(min_length=1)
     """Seeds of the final runs: data order, head and adapter start, dropout."""
@@ -237,11 +278,30 @@ def read(path: Path) -> Study:
         ValueError: the file is not there, is no TOML, or says something that it may not; one line for each fault.
     """
     path = find(path)
+    return parse(read_toml(path), default_name=path.stem, where=path.name)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file, which may begin with a byte order mark.
+
+    Raises:
+        ValueError: the file is no TOML.
+    """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # also of a number with thousands of digits, and of nesting as deep
         raise ValueError(f"{path}: not a TOML file: {error}") from None
-    return parse(raw, default_name=path.stem, where=path.name)
+
+
+def too_large(value: Any, place: str) -> list[str]:
+    """A fault for every whole number of a file's content that is beyond TOML's 64 bits."""
+    if isinstance(value, dict):
+        return [fault for key, inner in value.items() for fault in too_large(inner, f"{place}.{key}")]
+    if isinstance(value, list):
+        return [fault for index, inner in enumerate(value) for fault in too_large(inner, f"{place}[{index}]")]
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return [f"{place} = {shown(value)}: whole numbers of a TOML file have 64 bits: give one below 2^63"]
+    return []
 
 
 def find(path: Path) -> Path:
@@ -269,7 +329,10 @@ def shipped() -> dict[str, Path]:
 
 def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study:
     """A study from the content of its file: shorthands written out, defaults filled in, every fault named."""
-    faults: list[str] = []
+    faults = too_large(raw, where)
+    if faults:
+        raise ValueError("\n".join(faults))
+    named_by_file = "name" not in raw
     raw = {"name": default_name, **raw}
     known = [*Study.model_fields, "task", "defaults"]
     for key in [k for k in raw if k not in known]:
@@ -278,12 +341,12 @@ def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study
     if "task" in raw and "tasks" not in raw:
         raw["tasks"] = [raw["task"]]
     raw.pop("task", None)
-    raw["seeds"] = _seeds(raw.get("seeds", 1))
+    raw["seeds"] = _seeds(raw.get("seeds", 1), f"{where}.seeds", faults)
     if isinstance(raw.get("sweep"), dict) and "seeds" in raw["sweep"]:
-        raw["sweep"] = {**raw["sweep"], "seeds": _seeds(raw["sweep"]["seeds"])}
+        raw["sweep"] = {**raw["sweep"], "seeds": _seeds(raw["sweep"]["seeds"], f"{where}.sweep.seeds", faults)}
     defaults = raw.pop("defaults", {})
     if not isinstance(defaults, dict):
-        faults.append(f"{where}.defaults = {defaults!r}: should be a table")
+        faults.append(f"{where}.defaults = {shown(defaults)}: should be a table, [defaults]")
         defaults = {}
     budget = raw.get("budget")
     solved = isinstance(budget, dict) and budget.get("equal") == "parameters"
@@ -299,14 +362,14 @@ def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study
         faults.append(f'{where}.tasks: a study names at least one task; add tasks = ["glue/stsb"]')
         raw["tasks"] = ["-"]
     used: set[str] = set()
-    built, whole = [], True
+    built, at = [], []  # the sound entries, and which of the file's each is
     for index, entry in enumerate(entries):
         try:
             built.append(_entry(entry, defaults, used, f"{where}.methods[{index}]", solved))
+            at.append(index)
         except ValueError as error:
             faults.append(str(error))
-            whole = False
-    if whole:
+    if len(built) == len(entries):
         faults += _give_sources(built, where)
     for key in sorted(set(defaults) - used):
         readable = sorted({f for m in METHODS.values() for f in m.settings.model_fields} | set(Entry.model_fields))
@@ -317,12 +380,30 @@ def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study
         raw["methods"] = built or [{"method": "-", "learning_rates": [1.0]}]
         study = Study(**raw)
     except ValidationError as error:
-        faults.extend(explain(error, Study, where=where))
+        faults.extend(_with_the_files_places(explain(error, Study, where=where), where, at, named_by_file))
     if study is not None and not faults:
         faults.extend(f"{where}: {fault}" for fault in _contradictions(study))
     if faults:
         raise ValueError("\n".join(faults))
     return study
+
+
+def _with_the_files_places(lines: list[str], where: str, at: list[int], named_by_file: bool) -> list[str]:
+    """The faults that pydantic names, with the places that the file has.
+
+    Args:
+        at: which of the file's entries each of the study's is.
+        named_by_file: the file sets no name, so that its own is the study's.
+    """
+    faults = []
+    for line in lines:
+        if re.match(rf"{re.escape(where)}\.methods\.\d+\.source\b", line):
+            continue  # a copy of another entry, which has the same fault
+        line = re.sub(r"\.methods\.(\d+)", lambda found: f".methods[{at[int(found[1])] if at else 0}]", line, count=1)
+        if named_by_file:
+            line = line.replace(f"{where}.name:", f"{where}: it sets no name, so that the file's own is taken, but", 1)
+        faults.append(line)
+    return faults
 
 
 BUDGETED = (
@@ -343,7 +424,10 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
         ValueError: one line for each fault.
     """
     if not isinstance(entry.get("method"), str):
-        raise ValueError(f"{where}.method: missing; name one of: {', '.join(METHODS)}")
+        given = f".method = {shown(entry['method'])}: is no text" if "method" in entry else ".method: missing"
+        raise ValueError(f"{where}{given}; name one of: {', '.join(METHODS)}")
+    if not isinstance(entry.get("label", ""), str):  # others name it, so that it is needed before all else is checked
+        raise ValueError(f"{where}.label = {shown(entry['label'])}: should be a text, in quotes, or left out")
     try:
         spec = method(entry["method"])
     except ValueError as error:
@@ -361,9 +445,10 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
             faults.append(f"{where}.targets: {spec.name} inserts nothing at targets, so it has no effect: take it out")
         elif key in ("ranks_of", "permuted"):
             takers = ", ".join(one.name for one in METHODS.values() if one.takes_ranks)
-            faults.append(f"{where}.{key}: {spec.name} takes no ranks; methods that do: {takers}")
+            faults.append(f"{where}.{key}: {spec.name} takes no ranks; methods that do: {takers}; take it out")
         else:
-            faults.append(f"{where}.{key}: unknown setting of {spec.name}{nearest(key, own | shared)}")
+            there = ", ".join(sorted(own | shared))
+            faults.append(f"{where}.{key}: unknown setting of {spec.name}{nearest(key, own | shared)}; there are: {there}")
     inherited = {
         k: v for k, v in defaults.items() if k in own | (shared - {"method", "label", "ranks_of", "permuted", "shared_with"})
     }
@@ -390,8 +475,10 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
         settings |= {k: v for k, v in UNSOLVED.items() if k in own}
     for key in STEP_COUNTS:
         value = settings.get(key)
-        if isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)?\s*%", value):
-            faults.append(f'{where}.{key} = "{value}": give a number of steps, or a share of the run such as "10%"')
+        if isinstance(value, str) and not _is_share(value):
+            faults.append(
+                f'{where}.{key} = {quoted(value)}: give a number of steps, or a share of the run such as "10%", at most "100%"'
+            )
             settings.pop(key)
     try:
         check(spec.name, {k: _steps(v, 100) if k in STEP_COUNTS else v for k, v in settings.items()})
@@ -425,7 +512,7 @@ def _give_sources(entries: list[dict[str, Any]], where: str) -> list[str]:
         label = entry["ranks_of"]
         source = by_label.get(label) if isinstance(label, str) else None
         if source is None:
-            faults.append(f'{place}.ranks_of = "{label}" is no label of a method{nearest(str(label), by_label)}')
+            faults.append(f"{place}.ranks_of = {quoted(label)} is no label of a method{_labels(label, by_label)}")
         elif "ranks_of" in source:
             faults.append(f'{place}.ranks_of = "{label}": this takes its own ranks from "{source["ranks_of"]}": name that')
         elif not method(source["method"]).takes_targets:
@@ -437,12 +524,17 @@ def _give_sources(entries: list[dict[str, Any]], where: str) -> list[str]:
     return faults
 
 
+def _labels(word: Any, known: Collection[str]) -> str:
+    """The nearest label, and all of them."""
+    return f"{nearest(str(word), known)}; there are: {', '.join(known)}"
+
+
 def _contradictions(study: Study) -> list[str]:
     """What no single field can tell: faults between them."""
     faults = []
     labels = [e.label for e in study.methods]
     if study.reference is not None and study.reference not in labels:
-        faults.append(f'reference = "{study.reference}" is no label of a method{nearest(study.reference, labels)}')
+        faults.append(f"reference = {quoted(study.reference)} is no label of a method{_labels(study.reference, labels)}")
     numbers = {e.label: len(e.learning_rates) for e in study.methods}
     if study.sweep is None and max(numbers.values()) > 1:
         label = max(numbers, key=numbers.get)
@@ -493,9 +585,9 @@ def _sharing_faults(entries: list[Entry]) -> list[str]:
     for entry in entries:
         if entry.shared_with is None:
             continue
-        said, other = f'{entry.label}: shared_with = "{entry.shared_with}"', by_label.get(entry.shared_with)
+        said, other = f"{entry.label}: shared_with = {quoted(entry.shared_with)}", by_label.get(entry.shared_with)
         if other is None or other is entry:
-            faults.append(f"{said} is no label of another method{nearest(entry.shared_with, by_label)}")
+            faults.append(f"{said} is no label of another method{_labels(entry.shared_with, by_label)}")
         elif other.shared_with is not None:
             faults.append(f'{said}, which shares the rate of "{other.shared_with}": name that')
         elif entry.learning_rates != other.learning_rates:
@@ -518,10 +610,18 @@ def _budget_faults(budget: Budget) -> list[str]:
     return faults
 
 
-def _seeds(value: Any) -> Any:
+def _seeds(value: Any, place: str, faults: list[str]) -> Any:
     """`3` means seeds 0, 1, 2."""
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    return list(range(value)) if is_number and value >= 0 else ([value] if is_number else value)
+    if isinstance(value, list):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_SEEDS:
+        return list(range(value))
+    faults.append(f"{place} = {shown(value)}: give how many, from 1 to {MOST_SEEDS:,}, or a list of them, such as [0, 1, 2]")
+    return [0]
+
+
+def _is_share(text: str) -> bool:
+    return re.fullmatch(r"\d+(\.\d+)?\s*%", text, re.ASCII) is not None and float(text.rstrip()[:-1]) <= 100
 
 
 def _steps(value: Any, total: int) -> Any:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.experiments import catalogue, kinds
+from rankwise.experiments.config import Training
 
 HEAD_SEED = 0  # of the head that the loader makes; adapters start their own heads
+POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")  # what transformers calls them
 TINY = ("bert", "deberta-v2", "gpt2", "llama", "albert")
 
 
@@ -108,6 +110,38 @@ def load(model_id: str, task: Any, precision: str = "fp32", device: str = "cpu")
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
     return model, processor, info
+
+
+def longest_input(model: Any) -> int | None:
+    """Tokens that the model's table of positions has rows for; without one what its configuration says, None if nothing.
+
+    A table with a `padding_idx` (RoBERTa's kind, MPNet's) counts positions from the row after it; one with an `offset`
+    (BART's) has so many rows before its first.
+    """
+    import torch
+
+    words = model.get_input_embeddings()
+    if not isinstance(words, torch.nn.Embedding):
+        return None  # of images: its positions are no tokens
+    lengths = [
+        table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1) - getattr(table, "offset", 0)
+        for name, table in model.named_modules()
+        if name.rpartition(".")[2] in POSITION_TABLES and isinstance(table, torch.nn.Embedding)
+    ]
+    if lengths:
+        return min(lengths)
+    is_counted = getattr(model.config, "position_biased_input", True)  # False: DeBERTa's relative positions have no end
+    return getattr(model.config, "max_position_embeddings", None) if is_counted else None
+
+
+def unfit(model: Any, training: Training) -> list[str]:
+    """What the training asks of this model that it cannot do."""
+    faults, longest = [], longest_input(model)
+    if longest is not None and training.max_length > longest:
+        faults.append(f"training.max_length = {training.max_length} is above the {longest} tokens this model takes: lower it")
+    if training.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        faults.append(f"training.gradient_checkpointing: {type(model).__name__} does not support it: take it out")
+    return faults
 
 
 def tiny(

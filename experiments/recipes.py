@@ -13,18 +13,18 @@ import json
 import math
 import os
 import time
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from pydantic import Field, ValidationError
 from rankwise.experiments import catalogue, config
-from rankwise.experiments.config import PAPERS, STEP_COUNTS, Study, Training
+from rankwise.experiments.config import MOST_SEEDS, PAPERS, STEP_COUNTS, Study, Training
 from rankwise.experiments.tasks import get as get_task
 from rankwise.experiments.tasks import names as task_names
 from rankwise.experiments.tasks.task import Task
-from rankwise.variants.settings import METHODS, method, nearest
+from rankwise.variants.settings import METHODS, Count, Fraction, Positive, PositiveInt, explain, method, nearest, quoted, shown
 
 STAND_IN = "sentence-transformers/all-MiniLM-L6-v2"  # a model that every machine with a package index can have
 
@@ -46,6 +46,28 @@ OWN_KEYS = {
 TRAINING_KEYS = frozenset(Training.model_fields) - {"warmup_ratio"}
 METHOD_KEYS = frozenset(key for one in METHODS.values() for key in one.settings.model_fields)
 KNOWN_KEYS = (*OWN_KEYS, *sorted(TRAINING_KEYS), *sorted(METHOD_KEYS))
+
+PROTOCOLS = get_args(Study.model_fields["protocol"].annotation)
+
+
+class Said(Training):
+    """What a recipe's group, task or row says of the training, each value with the rule that it has in a study."""
+
+    learning_rate: Positive | None = None
+    """See `OWN_KEYS`, as for those that follow."""
+    learning_rates: list[Positive] = Field(default=[1.0], min_length=1)
+    lr_warmup_ratio: Fraction = 0.0
+    lr_warmup_steps: Count = 0
+    cls_dropout: Fraction | None = None
+    label_smoothing: Fraction = 0.0
+    warmup_steps: Count = 0
+    """Of the method, as those that follow; whole steps, so that they can be scaled."""
+    final_steps: Count = 0
+    interval: PositiveInt = 1
+    rise_steps: Count = 0
+    rank: PositiveInt = 1
+    target_rank: PositiveInt = 1
+
 
 ROLES = ("query", "key", "value", "attention output", "intermediate", "output")
 ALL_SIX = "all six"
@@ -204,36 +226,73 @@ def load(name: str) -> Recipe:
 
 def read(path: Path) -> Recipe:
     """The recipe in a file; see `load`."""
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a TOML file: {error}") from None
+    return parse(config.read_toml(path), path)
+
+
+def parse(raw: Mapping[str, Any], path: Path, within: tuple[str, ...] = ()) -> Recipe:
+    """The recipe that a file has.
+
+    Args:
+        path: names the recipe, and says where the one is that it may be `like`.
+        within: the recipes that are like this one, and are being read.
+
+    Raises:
+        ValueError: it says something that it may not.
+    """
     where = path.name
+    if faults := config.too_large(raw, where):
+        raise ValueError("\n".join(faults))
     texts = {"table": path.stem, "title": "", "source": "", "protocol": "best-dev-epoch"}
     texts |= {"waits": "", "miniature": "", "beside": ""}
     known = (*texts, "like", "seeds", "tasks", "rows", "variants")
     _refuse_unknown(raw, known, where)
+    for key in texts:
+        _text(raw, key, where)
+    if _text(raw, "protocol", where) not in (None, *PROTOCOLS):
+        raise ValueError(f"{where}.protocol = {shown(raw['protocol'])}: should be one of: {', '.join(PROTOCOLS)}")
+    seeds = raw.get("seeds", 1)
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or not 1 <= seeds <= MOST_SEEDS:
+        raise ValueError(f"{where}.seeds = {shown(seeds)}: give how many, from 1 to {MOST_SEEDS:,}")
     tasks = dict(_table(raw, "tasks", where))
-    base = read(path.with_name(f"{raw['like']}.toml")).variants if "like" in raw else {}
+    for key in tasks:
+        _text(tasks, key, f"{where}.tasks")
+    like = _text(raw, "like", where)
+    base: Mapping[str, Variant] = {}
+    if like is not None:
+        beside = sorted(one.stem for one in path.parent.glob("*.toml") if one.stem != path.stem)
+        if like not in beside:
+            raise ValueError(
+                f"{where}.like = {quoted(like)}: no other recipe{nearest(like, beside)}; there are: {', '.join(beside)}"
+            )
+        if like in within:
+            raise ValueError(
+                f"{where}.like = {quoted(like)}: {' and '.join((*within, path.stem))} name one another: take one out"
+            )
+        other = path.with_name(f"{like}.toml")
+        base = parse(config.read_toml(other), other, (*within, path.stem)).variants
     variants: dict[str, Variant] = {}
     for name in dict.fromkeys((*base, *_table(raw, "variants", where))):
         value = _table(raw, "variants", where).get(name, {})
         variants[name] = _variant(value, tasks, variants, base.get(name), f"{where}: variants.{name}")
     rows = {}
     for label, value in _table(raw, "rows", where).items():
-        place = f'{where}: rows."{label}"'
+        place = f"{where}: rows.{quoted(label)}"
+        if not isinstance(value, dict):
+            raise ValueError(f"{place} = {shown(value)}: should be a table")
         settings = {key: value[key] for key in value if key not in ("groups", "waits")}
-        _refuse_unknown(settings, KNOWN_KEYS, place)
-        groups = tuple(value.get("groups", ()))
+        _check_values(settings, place)
+        groups = _texts(value, "groups", place)
         there = sorted({group for variant in variants.values() for group in variant.groups})
         for group in groups:
             if group not in there:
-                raise ValueError(f'{place}: no variant has a group "{group}"{nearest(group, there)}')
-        rows[label] = Row(label, groups, settings, value.get("waits", ""))
+                raise ValueError(
+                    f"{place}: no variant has a group {quoted(group)}{nearest(group, there)}; there are: {', '.join(there)}"
+                )
+        rows[label] = Row(label, groups, settings, _text(value, "waits", place) or "")
     return Recipe(
         name=path.stem,
         **{key: raw.get(key, default) for key, default in texts.items()},
-        seeds=raw.get("seeds", 1),
+        seeds=seeds,
         tasks=tasks,
         rows=rows,
         variants=variants,
@@ -246,24 +305,32 @@ def _variant(raw: Any, tasks: Mapping[str, str], known: Mapping[str, Variant], s
     start: the variant of the same name in the file that this one is like.
     """
     if not isinstance(raw, dict):
-        raise ValueError(f"{where}: should be a table")
-    raw = dict(raw)
-    about, departures, like = raw.pop("about", ""), tuple(raw.pop("departures", ())), raw.pop("like", None)
+        raise ValueError(f"{where} = {shown(raw)}: should be a table")
+    about, departures, like = _text(raw, "about", where) or "", _texts(raw, "departures", where), _text(raw, "like", where)
+    raw = {key: value for key, value in raw.items() if key not in ("about", "departures", "like")}
     if like is not None and like not in known:
-        raise ValueError(f'{where}.like = "{like}": no earlier variant of this file; there are: {", ".join(known) or "none"}')
+        raise ValueError(
+            f"{where}.like = {quoted(like)}: no earlier variant of this file; there are: {', '.join(known) or 'none'}"
+        )
     groups = {**(known[like].groups if like else {}), **(start.groups if start else {})}
     if start is not None:  # what this file adds to an earlier variant is there in a later one too
         about, departures = about or start.about, (*start.departures, *departures)
     for name, value in raw.items():
         if not isinstance(value, dict):
-            raise ValueError(f"{where}.{name}: unknown setting{nearest(name, ('about', 'departures', 'like'))}")
-        value = dict(value)
-        by_task = value.pop("tasks", {})
-        _refuse_unknown(value, KNOWN_KEYS, f"{where}.{name}")
-        for task, settings in by_task.items():
+            own = ("about", "departures", "like")
+            raise ValueError(
+                f"{where}.{name} = {shown(value)}: no setting of a variant{nearest(name, own)}; there are: {', '.join(own)}, "
+                f"and tables of settings"
+            )
+        by_task = _table(value, "tasks", f"{where}.{name}")
+        value = {key: one for key, one in value.items() if key != "tasks"}
+        _check_values(value, f"{where}.{name}")
+        for task in by_task:
             if task not in tasks:
-                raise ValueError(f"{where}.{name}.tasks.{task}: not in [tasks]{nearest(task, tasks)}")
-            _refuse_unknown(settings, KNOWN_KEYS, f"{where}.{name}.tasks.{task}")
+                raise ValueError(
+                    f"{where}.{name}.tasks.{task}: not in [tasks]{nearest(task, tasks)}; there are: {', '.join(tasks)}"
+                )
+            _check_values(_table(by_task, task, f"{where}.{name}.tasks"), f"{where}.{name}.tasks.{task}")
         base = groups.get(name, Group({}, {}))
         merged = {task: {**base.tasks.get(task, {}), **by_task.get(task, {})} for task in {**base.tasks, **by_task}}
         groups[name] = Group({**base.settings, **value}, merged)
@@ -273,8 +340,41 @@ def _variant(raw: Any, tasks: Mapping[str, str], known: Mapping[str, Variant], s
 def _table(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
     value = raw.get(key, {})
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: {key} should be a table")
+        raise ValueError(f"{where}: {key} should be a table, not {shown(value)}")
     return value
+
+
+def _text(raw: Mapping[str, Any], key: str, where: str) -> str | None:
+    value = raw.get(key)
+    if value is not None and not (isinstance(value, str) and value.isprintable()):
+        raise ValueError(f"{where}.{key} = {shown(value)}: should be a text on one line, in quotes")
+    return value
+
+
+def _texts(raw: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    values = raw.get(key, [])
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{where}.{key} = {shown(values)}: should be a list of texts")
+    return tuple(values)
+
+
+def _check_values(values: Mapping[str, Any], where: str) -> None:
+    """Settings that a group, a task or a row says.
+
+    Raises:
+        ValueError: an unknown key, or a value that no study could have, whatever the rest is; one line for each.
+    """
+    _refuse_unknown(values, KNOWN_KEYS, where)
+    for key in ("model", "method", "targets", "generation", "start_from"):
+        if _text(values, key, where) == "":
+            raise ValueError(f"{where}.{key}: is empty: give a text, or take it out")
+    _texts(values, "departures", where)
+    if "method" in values:
+        method(values["method"])
+    try:
+        Said(**{key: value for key, value in values.items() if key in Said.model_fields})
+    except ValidationError as error:
+        raise ValueError("\n".join(explain(error, Said, where=where))) from None
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:
@@ -301,6 +401,8 @@ def waits(recipe: Recipe, row: str, cell: str, variant: str) -> str:
     given = settings_of(recipe, row, cell, variant)
     needed = {"model": ("model",), "method": ("method",), "length": ("epochs", "max_steps")}
     needed["rate"] = ("learning_rate", "learning_rates")
+    if "method" in given and method(given["method"]).takes_targets:
+        needed["targets"] = ("targets",)
     for what, keys in needed.items():
         if not any(key in given for key in keys):
             return f"a recipe: it has no {what} for {cell}"
@@ -419,16 +521,28 @@ def plan(
     )
 
 
+def roles_of(text: str) -> list[str]:
+    """The roles in "query, value" or "all six".
+
+    Raises:
+        ValueError: an unknown one, with the nearest.
+    """
+    wanted = list(ROLES) if text == ALL_SIX else [one.strip() for one in text.split(",")]
+    for role in wanted:
+        if role not in ROLES:
+            raise ValueError(
+                f"targets = {quoted(text)}: no role {quoted(role)}{nearest(role, ROLES)}; there are: {', '.join(ROLES)}"
+            )
+    return wanted
+
+
 def modules_of(roles: str, model: str) -> list[str]:
     """The names of a role's modules in that model ("query, value", "all six").
 
     Raises:
         ValueError: an unknown role, or an architecture of which the names are not known.
     """
-    wanted = list(ROLES) if roles == ALL_SIX else [one.strip() for one in roles.split(",")]
-    for role in wanted:
-        if role not in ROLES:
-            raise ValueError(f'targets = "{roles}": no role "{role}"{nearest(role, ROLES)}; there are: {", ".join(ROLES)}')
+    wanted = roles_of(roles)
     architecture = shape(model).architecture
     if architecture not in MODULES:
         raise ValueError(
@@ -447,7 +561,7 @@ def shape(model: str) -> Shape:
     if model in SHAPES:
         return SHAPES[model]
     folder = catalogue.fetch(model)
-    facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    facts = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
     try:
         layers, hidden, inner = (int(facts[k]) for k in ("num_hidden_layers", "hidden_size", "intermediate_size"))
         architecture = str(facts["model_type"])

@@ -175,7 +175,7 @@ class Runner:
             task = get_task(name)
             model, tokenizer, info = models.load(self.study.model, task, "fp32", "cpu")
             training = self.study.training
-            faults.extend(_unfit(model, training))
+            faults.extend(models.unfit(model, training))
             if faults:
                 continue
             parts = {"train": self._train_split(task), **{split: split for split in self._evaluated(task)}}
@@ -859,19 +859,6 @@ def _given(settings: Settings) -> dict[str, Any]:
 def _subset(encoded: Dataset, split: str, training: Training) -> Dataset:
     """A fixed random part of a split, the same for every method and seed, where the study asks for one."""
     return encoded.random_part(training.train_examples if split == "train" else training.evaluation_examples, SUBSET)
-
-
-def _unfit(model: Any, training: Training) -> list[str]:
-    """What the training asks of this model that it cannot do."""
-    config, faults = model.config, []
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and getattr(config, "position_biased_input", True):
-        longest -= config.pad_token_id + 1 if "roberta" in config.model_type else 0  # RoBERTa counts positions after the pad
-        if training.max_length > longest:
-            faults.append(f"training.max_length = {training.max_length} is above the {longest} tokens this model takes")
-    if training.gradient_checkpointing and not model.supports_gradient_checkpointing:
-        faults.append(f"training.gradient_checkpointing: {type(model).__name__} does not support it: take it out")
-    return faults
 
 
 def _subset_captions(task: Task, data: dict[str, Dataset], training: Training) -> list[str]:

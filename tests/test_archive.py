@@ -27,6 +27,8 @@ def runs(tmp_path) -> Path:
     with (finals[1] / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
     write_run(folder, method="lora", seed=9, finished=False)
+    for run in results.load(folder).runs:
+        run.folder.rename(folder / run.config.fingerprint)  # as real ones are called
     return folder
 
 
@@ -165,3 +167,14 @@ def test_a_file_of_a_run_in_the_archive_that_is_no_result_is_refused_by_name(run
     archive.write(tmp_path / archive.NAME, found)
     with pytest.raises(ValueError, match=rf"{archive.NAME}/\w+/result\.json: seed"):
         results.load(tmp_path)
+
+
+def test_no_flipped_bit_of_a_page_is_read_as_something_else(runs, tmp_path):
+    path = results.archive_finished(runs, tmp_path / "kept")
+    whole, content = archive.read(path), path.read_bytes()
+    for at in range(4, len(content), len(content) // 200):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        try:
+            assert archive.read(path) == whole, at  # a bit of the footer that says nothing of the runs
+        except ValueError as error:
+            assert "runs.parquet" in str(error)

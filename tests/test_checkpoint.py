@@ -537,7 +537,11 @@ WRONG_TENSORS = [
     ("lora", put("base_model.model.classifier.weight", torch.ones(2, 32)), r"shape \(2, 32\) where the model needs \(3, 32\)"),
     ("lora", put("base_model.model.nowhere.lora_A.weight", torch.ones(2, 2)), "nowhere is no module of Bert"),
     ("lora", put("base_model.model.bert.embeddings.LayerNorm.lora_A.weight", torch.ones(2, 2)), "is a LayerNorm: only"),
-    ("lora", put("base_model.model.bert.embeddings.word_embeddings.lora_embedding_A", torch.ones(2, 2)), "an embedding"),
+    (
+        "lora",
+        put("base_model.model.bert.embeddings.word_embeddings.lora_embedding_A", torch.ones(2, 2)),
+        "lacks lora_embedding_B",
+    ),
     ("lora", put(f"{QUERY}.lora_B.bias", torch.ones(32)), "lora_bias is not supported"),
     ("lora", put("base_model.model.bert.pooler.dense.weight", torch.ones(32, 32)), "belongs to no adapter and to no head"),
     ("lora", put("model.weight", torch.ones(2)), "does not start with base_model.model."),

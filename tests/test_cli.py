@@ -100,6 +100,13 @@ WRONG = {
     "same-label-twice": (('"adalora"\ninitial_rank = 6\ntarget_rank = 4', '"lora"\nrank = 2'), ['"lora"', "label"]),
     "licence-not-accepted": (("glue/stsb", "conll2003"), ["conll2003", "accept"]),
     "not-toml": (("[training]", "[training"), ["not a TOML file"]),
+    "list-that-is-none": (('tasks = ["glue/stsb"]', "tasks = true"), ["tasks = True", "valid list"]),
+    "endless-seeds": (('tasks = ["glue/stsb"]', 'tasks = ["glue/stsb"]\nseeds = 1000000000000'), ["seeds", "from 1 to 10,000"]),
+    "fault-beside-taken-ranks": (
+        ('"adalora"\ninitial_rank = 6\ntarget_rank = 4', '"dora"\nranks_of = "lora"\npermuted = 3'),
+        ["permuted = 3", "boolean"],
+    ),
+    "long-label": (("rank = 4", f'rank = 4\nlabel = "{"x" * 300}"'), ["300 bytes", "at most 100", "folders of the runs"]),
 }
 
 

@@ -172,9 +172,14 @@ def test_gradient_checkpointing_with_recompute_contexts_changes_nothing(name):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
-def test_gradient_checkpointing_needs_recompute_contexts():
+def test_gradient_checkpointing_without_the_contexts_draws_the_same_too():
     pairs = zip(gradients("bert", False), gradients("bert", True, keyed=False), strict=True)
-    assert not all(torch.allclose(one, other) for one, other in pairs)
+    assert all(torch.allclose(one, other) for one, other in pairs)
+
+
+def test_gradient_checkpointing_of_a_shared_layer_needs_recompute_contexts():
+    with pytest.raises(ValueError, match="recompute_contexts"):
+        gradients("albert", True, keyed=False)
 
 
 def test_a_layer_that_is_called_many_times_draws_anew_each_time():

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from rankwise.experiments import catalogue, models, tasks
+from rankwise.experiments.config import Training
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -199,3 +200,44 @@ def test_zero_shot_spearman_of_minilm_on_stsb_is_the_published_0820():
     vectors = torch.nn.functional.normalize(torch.cat(embedded), dim=1)
     cosine = (vectors[[place[text] for text in pairs.first]] * vectors[[place[text] for text in pairs.second]]).sum(1)
     assert task.metrics(cosine, pairs.labels)["spearman"] == pytest.approx(82.0, abs=0.1)
+
+
+SMALL = {
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 20,
+}
+BART = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+FAMILIES = {  # settings beside SMALL; tokens that it takes
+    "bert": ({}, 20),
+    "roberta": ({"pad_token_id": 1}, 18),
+    "xlm-roberta": ({"pad_token_id": 1}, 18),
+    "camembert": ({"pad_token_id": 4}, 15),
+    "data2vec-text": ({"pad_token_id": 1}, 18),
+    "mpnet": ({"pad_token_id": 0}, 18),  # its table's own padding_idx is 1, whatever the configuration says
+    "distilbert": ({"dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 48}, 20),
+    "bart": ({**BART, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 1}, 20),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_longest_input_is_what_the_table_of_positions_has_rows_for(family):
+    change, longest = FAMILIES[family]
+    config = transformers.AutoConfig.for_model(family, **{**SMALL, **change})
+    model = transformers.AutoModel.from_config(config).eval()
+    assert models.longest_input(model) == longest
+    ids = torch.full((2, longest + 1), 7)
+    model(input_ids=ids[:, :longest])
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=ids)
+    assert models.unfit(model, Training(max_length=longest)) == []
+    said = f"training.max_length = {longest + 1} is above the {longest} tokens this model takes: lower it"
+    assert models.unfit(model, Training(max_length=longest + 1)) == [said]
+
+
+def test_relative_positions_have_no_longest_input():
+    assert models.longest_input(models.tiny("deberta-v2")) is None
+    assert models.longest_input(models.tiny("gpt2")) == models.longest_input(models.tiny("llama")) == 64

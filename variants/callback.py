@@ -8,7 +8,7 @@
 Where the events of `Trainer._run_epoch` (transformers 5) fall into a step of `variants`:
 
     on_step_begin          which step it is, and that its first micro-batch comes
-    model(...)             begin before it; its penalty after it (no event can change a loss)
+    model(...)             begin before the first of a micro-batch; its penalty after it (no event can change a loss)
     on_substep_end         the next micro-batch comes
     on_pre_optimizer_step  before_step: gradients are summed, unscaled and clipped
     on_optimizer_step      after_step: parameters are new, gradients are still there
@@ -67,6 +67,7 @@ class AdapterCallback(TrainerCallback):
         self.adapter = adapter
         self.step: Step | None = None  # None: nobody trains
         self.micro_batch = 0
+        self._has_begun = False  # a second training pass of this micro-batch draws on
         self._shows_wrappers = False
         model = adapter.model
         handles = [
@@ -106,9 +107,11 @@ class AdapterCallback(TrainerCallback):
 
     def _begin(self, state: Any) -> None:
         self.step, self.micro_batch = Step(state.global_step + 1, state.max_steps), 0
+        self._has_begun = False
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.micro_batch += 1
+        self._has_begun = False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         gradients = [p.grad for p in self.adapter.parameters() if p.grad is not None]
@@ -137,8 +140,9 @@ class AdapterCallback(TrainerCallback):
     # -- the hooks of the model --------------------------------------------------------------------------------------
 
     def _before_forward(self, model: nn.Module, args: tuple) -> None:
-        if self.step is not None:
+        if self.step is not None and not (model.training and self._has_begun):
             self.adapter.begin(self.step, self.micro_batch, training=model.training)
+            self._has_begun = model.training
 
     def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """

@@ -76,7 +76,8 @@ class Reserving(Triplets):
             return super().product(y, x, rate)
         x = drop(x, rate, self.draw, self.name)
         y = super().product(y, x, 0.0)
-        if y.requires_grad and not self.draw.is_again:
+        # Reentrant checkpointing runs the first pass without gradients: there the second is the one to be heard.
+        if y.requires_grad and not (self.draw.is_recomputing and self._calls):
             self._calls += 1
             y.register_hook(partial(self._hear, x.detach()))
         return y

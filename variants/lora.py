@@ -6,10 +6,9 @@ A (K, R, I) starts at random and B (K, O, R) at zero, so the model is unchanged 
 With scaling = "alpha/sqrt(r)" it is rsLoRA (Kalajdzievski 2023), with lr_ratio > 1 LoRA+ (Hayou et al. 2024).
 """
 
-import torch
 from rankwise.variants.adapter import initialization
 from rankwise.variants.adapter.draws import Draw
-from rankwise.variants.adapter.linears import module_in, module_out
+from rankwise.variants.adapter.linears import kind_of
 from rankwise.variants.lowrank.adapter import LowRankAdapter
 from rankwise.variants.lowrank.site import LowRank
 from torch import Tensor, nn
@@ -28,6 +27,6 @@ class LoRA(LowRankAdapter):
         ranks = self.site_ranks(name, self.settings.rank)
         start = initialization.STARTS[self.settings.initialization]
         draws = [initialization.generator(seed, name, "A") for seed in self.seeds]
-        A = [start(r, module_in(module), random) for r, random in zip(ranks, draws, strict=True)]
-        B = [torch.zeros(module_out(module), r) for r in ranks]
-        return (A, B), self.site_scales(name, ranks), self.settings.dropout, self.draw
+        kind = kind_of(module)
+        A, B = zip(*(kind.start(start, module, r, random) for r, random in zip(ranks, draws, strict=True)), strict=True)
+        return (list(A), list(B)), self.site_scales(name, ranks), self.settings.dropout, self.draw

@@ -6,6 +6,7 @@ mathematics of a method stands in its own file, which `Method.location` names.
 
 import difflib
 import importlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -706,7 +707,7 @@ def method(name: str) -> Method:
         ValueError: no method has that name; the message offers the nearest.
     """
     if name not in METHODS:
-        raise ValueError(f'method "{name}" is unknown{nearest(name, METHODS)}; there are: {", ".join(METHODS)}')
+        raise ValueError(f"method {quoted(name)} is unknown{nearest(name, METHODS)}; there are: {', '.join(METHODS)}")
     return METHODS[name]
 
 
@@ -745,29 +746,47 @@ def together(members: Sequence[Settings]) -> Settings:
 def explain(error: ValidationError, kind: type[BaseModel], where: str = "") -> list[str]:
     """Each fault of a pydantic error as one line: place, value, rule and, for an unknown name, the nearest."""
     lines = {}
+    counts = Counter(tuple(p for p in fault["loc"] if not _is_type_tag(p)) for fault in error.errors())
     for fault in error.errors():
         path = [p for p in fault["loc"] if not _is_type_tag(p)]
         place = ".".join(str(p) for p in ([where] if where else []) + path)
         if fault["type"] == "extra_forbidden":
             known = _fields_at(kind, path[:-1])
             lines[place] = f"{place}: unknown setting{nearest(str(path[-1]), known)}; there are: {', '.join(known)}"
-        elif fault["type"] == "list_type" and not isinstance(fault["input"], list | str | dict):
+        elif fault["type"] == "list_type" and counts[tuple(path)] > 1 and not isinstance(fault["input"], list | str | dict):
             continue  # the other branch of "one value, or one for each member" says what is wrong
         elif fault["type"] == "missing":
             lines[place] = f"{place}: missing; give a value"
         elif fault["type"] == "value_error":
             lines[place + fault["msg"]] = f"{place}: {fault['msg'].removeprefix('Value error, ')}"
         else:
-            message = fault["msg"].replace("Input should be", "should be")
-            line = f"{place} = {_short(fault['input'])}: {message[0].lower()}{message[1:]}"
+            message = _rule(fault)
+            line = f"{place} = {shown(fault['input'])}: {message[0].lower()}{message[1:]}"
             lines[place] = lines[place] + ", or " + message[0].lower() + message[1:] if place in lines else line
     return list(lines.values())
+
+
+def _rule(fault: Any) -> str:
+    """What pydantic says of a value, without Python's words for the types of a file."""
+    if fault["type"] in ("model_type", "dict_type"):
+        return "should be a table"
+    if fault["type"] == "too_short":
+        return f"should have at least {fault['ctx']['min_length']} of them"
+    if fault["type"] == "too_long":
+        return f"should have at most {fault['ctx']['max_length']} of them"
+    return fault["msg"].replace("Input should be", "should be")
 
 
 def nearest(word: str, known: Any) -> str:
     """'; did you mean "x"?' where some known word is near, else nothing."""
     close = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.6)
     return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def quoted(text: Any) -> str:
+    """A text in a message: in double quotes, on one line, and not long."""
+    inner = str(text).encode("unicode_escape").decode("ascii") if not str(text).isprintable() else str(text)
+    return f'"{inner}"' if len(inner) <= 60 else f'"{inner[:57]}..."'
 
 
 def per_member(value: Any, members: int, name: str) -> list[Any]:
@@ -803,6 +822,7 @@ def _fields_at(kind: type[BaseModel], path: list[Any]) -> list[str]:
     return list(kind.model_fields)
 
 
-def _short(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in a message: on one line, and not long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

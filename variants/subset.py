@@ -8,7 +8,7 @@ from rankwise.variants.adapter import initialization
 from rankwise.variants.adapter.draws import Draw
 from rankwise.variants.adapter.heads import leaves
 from rankwise.variants.adapter.interface import Adapter
-from rankwise.variants.adapter.linears import is_conv1d, trained_dtype
+from rankwise.variants.adapter.linears import as_matrix, trained_dtype
 from rankwise.variants.adapter.step import Group
 from rankwise.variants.adapter.surgery import Adapted, Surgery, key_of
 from rankwise.variants.adapter.targets import resolve
@@ -83,6 +83,12 @@ class FullFineTuning(Adapter):
     trains_base = True
 
     def choose(self, model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
+        for name, parameter in model.named_parameters():
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"{name} is of {parameter.dtype}, and {self.method} trains floating-point weights only: load the model "
+                    f"without quantisation"
+                )
         return []
 
     def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None:
@@ -125,7 +131,7 @@ class FullFineTuning(Adapter):
             raise ValueError(f'no module "{name}" with a weight in {type(self.model).__name__}')
         module = self.model.get_submodule(name)
         change = module.weight.detach() - old
-        return (change.mT if is_conv1d(module) else change)[None]
+        return as_matrix(module, change)[None]
 
     def changed_weights(self) -> list[str]:
         """The linears of the layers, which are what other methods adapt; the rest is trained too."""
@@ -133,7 +139,7 @@ class FullFineTuning(Adapter):
 
     def pretrained_weight(self, name: str) -> Tensor:
         old = self._originals[f"{name}.weight"].detach()
-        return old.mT if is_conv1d(self.model.get_submodule(name)) else old
+        return as_matrix(self.model.get_submodule(name), old)
 
     @contextlib.contextmanager
     def without(self, name: str) -> Iterator[None]:

@@ -27,6 +27,9 @@ class Truncated(LowRankAdapter):
     method = "truncated"
     budget_moves = -1
 
+    def final_budget(self) -> Tensor:
+        return self.target()
+
     def make_low_rank(self, name: str, module: nn.Module) -> LowRank:
         ranks = self.site_ranks(name, self.settings.initial_rank)
         start = initialization.STARTS[self.settings.initialization]

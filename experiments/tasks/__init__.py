@@ -4,6 +4,7 @@ import difflib
 
 from rankwise.experiments.tasks import conll2003, glue, reuters, sarcasm, squad
 from rankwise.experiments.tasks.task import Task
+from rankwise.variants.settings import quoted
 
 __all__ = ["Task", "get", "names"]
 
@@ -22,4 +23,4 @@ def get(name: str) -> Task:
     lower = name.lower()
     close = difflib.get_close_matches(lower, _TASKS, n=1) or [one for one in _TASKS if one.endswith("/" + lower)]
     hint = f"; closest: {close[0]}" if close else ""
-    raise ValueError(f'no task "{name}"{hint}; there are {", ".join(_TASKS)}')
+    raise ValueError(f"no task {quoted(name)}{hint}; there are {', '.join(_TASKS)}")

@@ -13,12 +13,14 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rankwise.variants import native
 from rankwise.variants.adapter.rows import Rows
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 
 class Draw:
@@ -33,14 +35,34 @@ class Draw:
         self.rows = Rows(len(self.seeds))
         self.length: int | None = None  # tokens of a sequence, where only its first one is being computed
 
+    @property
+    def is_recomputing(self) -> bool:
+        """Whether a segment is computed once more: under `recompute_contexts`, or by anyone in a backward pass."""
+        return self.is_again or torch._C._current_graph_task_id() != -1
+
     def begin(self, step: int, micro_batch: int) -> None:
         self.step, self.micro_batch = step, micro_batch
         self.calls.clear()
 
     def keys(self, site: str) -> Tensor:
-        """Two 32-bit keys for each member, (K, 2) int32, for the next call of `site` in this forward."""
+        """Two 32-bit keys for each member, (K, 2) int32, for the next call of `site` in this forward.
+
+        In a backward pass it is the one call there was, which activation checkpointing computes again.
+
+        Raises:
+            ValueError: which call is computed again cannot be known.
+        """
         call = self.calls[site]
-        self.calls[site] += 1
+        if self.is_recomputing and not self.is_again:  # by a door that restores no counter
+            if call != 1:
+                raise ValueError(
+                    f"{site} was called {call} times since begin and is now computed again in the backward pass, so that its "
+                    f"dropout is ambiguous: give torch.utils.checkpoint context_fn=adapter.draw.recompute_contexts and "
+                    f"use_reentrant=False"
+                )
+            call = 0
+        else:
+            self.calls[site] += 1
         where = f"/{self.step}/{self.micro_batch}/{site}/{call}"
         digests = b"".join(hashlib.blake2b(f"{seed}{where}".encode(), digest_size=8).digest() for seed in self.seeds)
         return torch.frombuffer(bytearray(digests), dtype=torch.int32).view(-1, 2)
@@ -71,6 +93,43 @@ class Draw:
                 self.calls, self.is_again = now, False
 
         return contextlib.nullcontext(), again()
+
+
+class Recomputation:
+    """Gives a model's own activation checkpointing the draw's `context_fn`, whoever turned it on and when.
+
+    transformers keeps it as `_gradient_checkpointing_func`, a partial of `torch.utils.checkpoint.checkpoint`, on each module
+    that has `gradient_checkpointing`.  A `context_fn` of the user's own stays.
+    """
+
+    def __init__(self, model: nn.Module, draw: Draw):
+        self.draw = draw
+        self.places = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        self.given: list[tuple[nn.Module, Any, Any]] = []  # (module, its own function, ours)
+        self.hook = model.register_forward_pre_hook(self._before) if self.places else None
+
+    def _before(self, model: nn.Module, args: tuple) -> None:
+        if not model.training:
+            return
+        for module in self.places:
+            own = getattr(module, "_gradient_checkpointing_func", None)
+            if (
+                not module.gradient_checkpointing
+                or getattr(own, "func", None) is not checkpoint
+                or "context_fn" in own.keywords
+            ):
+                continue
+            ours = functools.partial(own, use_reentrant=False, context_fn=self.draw.recompute_contexts)
+            module._gradient_checkpointing_func = ours
+            self.given.append((module, own, ours))
+
+    def undo(self) -> None:
+        if self.hook is not None:
+            self.hook.remove()
+        for module, own, ours in reversed(self.given):
+            if module._gradient_checkpointing_func is ours:  # the user has not set another since
+                module._gradient_checkpointing_func = own
+        self.given.clear()
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor
+
+Start = Callable[[int, int, Generator], Tensor]  # (rank, fan in, random) -> (rank, fan in)
 
 
 def generator(seed: int, *names: str) -> Generator:
@@ -33,4 +36,4 @@ def head(shape: torch.Size, random: Generator) -> Tensor:
     return torch.empty(shape).normal_(generator=random) * 0.02
 
 
-STARTS = {"kaiming": kaiming, "gaussian": gaussian, "triplet": triplet}
+STARTS: dict[str, Start] = {"kaiming": kaiming, "gaussian": gaussian, "triplet": triplet}

@@ -7,6 +7,7 @@ detaching, merging and counting are given here once.
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -17,8 +18,8 @@ from rankwise.variants.adapter.heads import leaves, make_head
 from rankwise.variants.adapter.linears import weight_of
 from rankwise.variants.adapter.probe import probe
 from rankwise.variants.adapter.step import Calibration, CannotMerge, Group, NotPackable, Step, Uncalibrated
-from rankwise.variants.adapter.surgery import Adapted, Surgery, key_of, name_of, parameter_places
-from rankwise.variants.adapter.targets import find_head, resolve
+from rankwise.variants.adapter.surgery import Adapted, Surgery, device_of, key_of, name_of, parameter_places
+from rankwise.variants.adapter.targets import find_head, resolve, unwrapped, warn_of_stacked_weights
 from rankwise.variants.settings import Settings, check, per_member
 from torch import Tensor, nn
 
@@ -144,9 +145,11 @@ class Adapter(nn.Module):
     ) -> "Adapter":
         """Freezes `model` and inserts the method's sites and K heads.
 
-        The output of the body is unchanged at first, but for a method that says otherwise (`starts_at_identity`).
+        The output of the body is unchanged at first, but for a method that says otherwise (`starts_at_identity`).  While
+        attached, batch norms use their running statistics in training too and never move them; full fine-tuning as well.
 
         Args:
+            model: what torch.compile made of a model stands for the model itself.
             targets: see `rankwise.variants.adapter.targets.resolve`.
             head: names of modules that are trained whole; found by their usual names if not given.
             calibration: a `Calibration`, for a method that measures the model before it trains (`needs`), or a batch of
@@ -154,15 +157,24 @@ class Adapter(nn.Module):
                 from the model.
 
         Raises:
-            ValueError: a target that matches nothing, a model that has an adapter already, or no calibration for a method
-                that needs one.
+            ValueError: a target that matches nothing, a model that has an adapter already or is wrapped for several devices,
+                or no calibration for a method that needs one.
             NotPackable: K > 1, and packed members do not equal members alone in this model.
         """
         if self._surgery is not None:
             raise ValueError(f"{self.method} is attached already: call detach() first")
+        model = unwrapped(model)
         if any(isinstance(module, Adapted | KeyedDropout) for module in model.modules()):
             raise ValueError(f"{type(model).__name__} has an adapter already: detach it first")
-        head = find_head(model) if head is None else list(head)
+        if head is None:
+            head = find_head(model)
+            if head:
+                warnings.warn(
+                    f"the task head ({', '.join(head)}) is trained, from a fresh start by the seed and not from the weights "
+                    f"that the model has: name it in attach(head=[...]) if that is meant, or keep it frozen with head=[]",
+                    stacklevel=2,
+                )
+        head = list(head)
         self.targets = targets if isinstance(targets, str) else list(targets)
         self.sites.clear()  # of an earlier model
         self.heads.clear()
@@ -176,7 +188,13 @@ class Adapter(nn.Module):
             self._insert(model, names, head)
         finally:
             self._calibration = Uncalibrated()  # it may hold data, or a trainer
-        variants.open_door(self)
+        try:
+            variants.open_door(self)
+        except BaseException:  # a failed attach leaves the model as it was
+            self.detach()
+            raise
+        if self.targets == "all-linear" and self.sites and not self.trains_base:
+            warn_of_stacked_weights(model)
         return self
 
     def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None:
@@ -185,6 +203,7 @@ class Adapter(nn.Module):
         try:
             self._surgery.freeze()
             self._surgery.key_dropout(self.draw)
+            self._surgery.keep_from_fusing()
             for name in head:
                 for path, module in leaves(model, name):
                     self._put(path, make_head(path, module, self.draw), self.heads)
@@ -200,7 +219,12 @@ class Adapter(nn.Module):
         if site is None:
             return
         base = self._surgery.model.get_submodule(name)
-        site.to(next(iter(base.parameters())).device)
+        if any(t.is_meta for t in (*site.parameters(), *site.buffers())):
+            raise ValueError(
+                f"{name}: its weight is not in memory (offloaded), and {self.method} needs its values: load the model without "
+                f"offloading, or take a method that does not, such as lora"
+            )
+        site.to(device_of(base))
         into[key_of(name)] = site
         self._surgery.replace(name, Adapted(base, site).train(base.training))
 
@@ -299,13 +323,15 @@ class Adapter(nn.Module):
         """Writes one member into the model's own weights, and takes the sites out of the way until `unmerge`.
 
         Raises:
-            CannotMerge: a weight that is also used elsewhere (tied).
+            CannotMerge: a method that cannot be merged, or a weight that is also used elsewhere (tied).
             ValueError: a member that does not exist, or merged already.
         """
         if not 0 <= member < self.members:
             raise ValueError(f"member = {member}: there are {self.members}, counted from 0")
         if self.is_merged:
             raise ValueError(f"{self.method} is merged already: call unmerge() first")
+        if not self.mergeable:
+            raise CannotMerge(f"{self.method} cannot be merged: its change is not one of the model's weights; keep it attached")
         adapted = [(n, m) for n, m in self.model.named_modules() if isinstance(m, Adapted)]
         places = parameter_places(self.model)
         news = []

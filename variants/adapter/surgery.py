@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from rankwise.variants.adapter.draws import Draw, KeyedDropout
+import torch
+from rankwise.variants.adapter.draws import Draw, KeyedDropout, Recomputation
 from rankwise.variants.adapter.rows import Rows
 from torch import Tensor, nn
 
@@ -36,6 +37,42 @@ def name_of(key: str) -> str:
     return key.removesuffix("/").replace("/", ".")
 
 
+def device_of(base: nn.Module) -> torch.device:
+    """Where a module computes: where its parameters are, or where accelerate brings them when they are offloaded."""
+    device = next(iter(base.parameters())).device
+    execution = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
+    return torch.device(execution) if device.type == "meta" and execution is not None else device
+
+
+class HeldStatistics:
+    """A batch norm that uses its running statistics in training too, and never moves them: no adapter's file holds them.
+
+    Its training flag is False during its own forward pass alone, so that `train` and `eval` mean what they did.
+    """
+
+    def __init__(self, norm: nn.Module):
+        self.training = norm.training
+        self.hooks = [
+            norm.register_forward_pre_hook(self._before, prepend=True),
+            norm.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def _before(self, norm: nn.Module, args: tuple) -> None:
+        self.training = norm.training
+        norm.training = False
+
+    def _after(self, norm: nn.Module, *_: Any) -> None:
+        norm.training = self.training
+
+    def undo(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def _nothing(*_: Any) -> None:
+    """A hook that does nothing; a plain function, which pickles with the model."""
+
+
 class Surgery:
     """Everything that attach changed in a model, so that detach can put it back."""
 
@@ -46,9 +83,14 @@ class Surgery:
         self._undo: list[Any] = []
 
     def freeze(self) -> None:
+        """No parameter is trained, and no norm moves its running statistics."""
         for parameter in self.model.parameters():
             self._undo.append(lambda p=parameter, was=parameter.requires_grad: p.requires_grad_(was))
             parameter.requires_grad_(False)
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+                held = HeldStatistics(module)
+                self._undo.append(held.undo)
 
     def replace(self, name: str, new: nn.Module) -> None:
         """Puts `new` at every path that leads to the module called `name`."""
@@ -78,6 +120,16 @@ class Surgery:
                 if isinstance(rate, float) and rate > 0:
                     self.set(module, key, 0.0)
                     self.silenced.append(f"{name}.{key}")
+
+        self._undo.append(Recomputation(self.model, draw).undo)
+
+    def keep_from_fusing(self) -> None:
+        """Has torch's encoder layers call their modules in evaluation too, where a fused path would read weights alone."""
+        for module in self.model.modules():
+            if isinstance(module, nn.TransformerEncoderLayer):  # torch leaves the fused path where a hook is attached
+                self._undo.append(module.register_forward_hook(_nothing).remove)
+            elif isinstance(module, nn.TransformerEncoder):
+                self.set(module, "use_nested_tensor", False)  # which only the fused path can read
 
     def watch_rows(self, rows: Rows) -> None:
         """Has the sites know how many rows each forward pass has, so that they can refuse an input that is not rows."""

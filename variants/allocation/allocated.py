@@ -201,6 +201,11 @@ class AllocatedAdapter(LowRankAdapter):
             self._totals = initial, [sum(prices) * mean if fixed is None else fixed for mean in means]
         return self._totals
 
+    def final_budget(self) -> Tensor | None:
+        if self.total_steps is None or self.settings.get("overshoot") or not getattr(self, "has_target", True):
+            return None  # never driven, or may end above its target, or has none
+        return self.cost_budget(Step(self.total_steps, self.total_steps))
+
     def cost_budget(self, step: Step) -> Tensor:
         """(K,): what the schedule lets the kept slots cost after this step, in ranks or in parameters."""
         end, settings = step.total - self.settings.final_steps, self.settings

@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 
 from rankwise.variants.adapter.interface import Adapter
-from rankwise.variants.adapter.step import Step
-from rankwise.variants.allocation.allocated import AllocatedAdapter
-from rankwise.variants.truncated import Truncated
+from rankwise.variants.lowrank.adapter import LowRankAdapter
 from rankwise.variants.weights.truncation import fixed_parameters
 
 
@@ -23,16 +21,10 @@ def excess(adapter: Adapter, member: int) -> Excess | None:
 
     An allocator that was never driven does not know its schedule, and is above nothing.
     """
-    settings = adapter.settings
-    if isinstance(adapter, Truncated):
-        goal = adapter.target()
-    elif isinstance(adapter, AllocatedAdapter) and adapter.total_steps is not None:
-        if settings.get("overshoot") or not getattr(adapter, "has_target", True):  # may end above it, or has none
-            return None
-        goal = adapter.cost_budget(Step(adapter.total_steps, adapter.total_steps))
-    else:
+    goal = adapter.final_budget() if isinstance(adapter, LowRankAdapter) else None
+    if goal is None:
         return None
-    budget = int(goal[member])
+    settings, budget = adapter.settings, int(goal[member])
     if settings.cost == "rank":
         has = sum(int(site.rank()[member]) for _, site in adapter.named_sites())
     else:

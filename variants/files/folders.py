@@ -58,7 +58,7 @@ def read(folder: Path) -> Contents:
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder / CONFIG} is missing: copy the one that was saved with the weights")
     try:
-        text = (folder / CONFIG).read_text(encoding="utf-8")
+        text = (folder / CONFIG).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{folder / CONFIG} is no text: copy the one that was saved with the weights") from None
     return Contents(tensors, _json(folder / CONFIG, text), facts)

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from jaxtyping import Int
 from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.adapter.linears import is_linear
 from rankwise.variants.adapter.step import Group, Step
 from rankwise.variants.adapter.targets import matches
 from rankwise.variants.lowrank.magnitude import Decomposed
@@ -64,7 +65,23 @@ class LowRankAdapter(Adapter):
     def choose(self, model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
         names = super().choose(model, targets, head)
         self.check_patterns(("rank_pattern", "alpha_pattern"), names)
+        self.check_kinds(model, names)
         return names
+
+    def check_kinds(self, model: nn.Module, names: Sequence[str]) -> None:
+        """
+        Raises:
+            ValueError: a target that is no linear, where the method needs one.
+        """
+        reason = "decomposes weights into magnitude and direction" if self.has_magnitude else None
+        reason = f"measures {self.needs}" if self.needs is not None else reason
+        for name in names:
+            if reason is not None and not is_linear(model.get_submodule(name)):
+                kind = type(model.get_submodule(name)).__name__
+                raise ValueError(
+                    f'target "{name}" is no linear module ({kind}), and {self.method} {reason}, '
+                    f"which it can do at linear modules only: choose other targets, or lora"
+                )
 
     def check_patterns(self, settings: Sequence[str], names: Sequence[str]) -> None:
         """
@@ -78,6 +95,10 @@ class LowRankAdapter(Adapter):
                         f'{setting} = {{"{pattern}": ...}} matches none of the {len(names)} targets'
                         f"{nearest(pattern, [*(n.rpartition('.')[2] for n in names), *names])}"
                     )
+
+    def final_budget(self) -> Tensor | None:
+        """(K,) what the schedule ends with, in ranks or parameters as `settings.cost` says; None where nothing is cut."""
+        return None
 
     def make_low_rank(self, name: str, module: nn.Module) -> LowRank:
         """The method's own site, without magnitudes."""

@@ -2,9 +2,9 @@
 
 import torch
 from rankwise.variants import native
-from rankwise.variants.adapter.linears import as_stored, trained_dtype, weight_of
+from rankwise.variants.adapter.linears import as_stored, base_output, kind_of, weight_of
 from rankwise.variants.lowrank.products import squared_row_norms
-from rankwise.variants.lowrank.site import LowRank, base_output
+from rankwise.variants.lowrank.site import LowRank
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -15,8 +15,7 @@ class Decomposed(nn.Module):
     def __init__(self, inner: LowRank, base: nn.Module):
         super().__init__()
         self.inner = inner
-        weight = weight_of(base).detach().to(trained_dtype(base.weight))
-        self.register_buffer("weight_squared", weight.square().sum(1), persistent=False)  # (O,): W is frozen
+        self.register_buffer("weight_squared", kind_of(base).squared_row_norms(base), persistent=False)  # (O,): W is frozen
         norm = self.weight_squared.sqrt()
         self.magnitude = nn.Parameter(norm.expand(inner.A.shape[0], -1).clone())  # (K, O)
         self._norm: tuple[object, Tensor] | None = None
@@ -88,7 +87,7 @@ class Recomposed(torch.autograd.Function):
         # The gain stays in its own precision: it lies near 1, where bf16 knows steps of 1/128.
         bias = None if bias is None else bias.to(gain.dtype)
         ctx.save_for_backward(t, gain, bias)
-        if native.usable(t) and gain.dtype == torch.float32 and (narrow or t.dtype == gain.dtype):
+        if native.usable(t, wide=(gain, bias)) and (narrow or t.dtype == gain.dtype):
             return native.gain(t, gain, bias)
         factor = gain[:, None]  # (K, 1, O)
         wide = t.to(gain.dtype)
@@ -98,7 +97,7 @@ class Recomposed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         t, gain, bias = ctx.saved_tensors
-        if native.usable(t, g) and gain.dtype == torch.float32:
+        if native.usable(t, g, wide=(gain, bias)):
             dt, dgain = native.regain(g, t, gain, bias)
             return dt, dgain if ctx.needs_input_grad[1] else None, None, None
         dgain = None

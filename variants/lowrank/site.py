@@ -16,14 +16,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from rankwise.variants import native
 from rankwise.variants.adapter.draws import Draw, drop
-from rankwise.variants.adapter.linears import as_stored, trained_dtype, weight_of
+from rankwise.variants.adapter.linears import as_stored, kind_of, trained_dtype, weight_of
 from rankwise.variants.lowrank.products import LowRankProduct, NativeProduct
 from rankwise.variants.lowrank.slots import NEW, Rearranged
 from torch import Tensor, nn
 
 
 class LowRank(nn.Module):
-    """A, B and their slots at one linear: y = base(x) + s B A x."""
+    """A, B and their slots at one frozen weight: y = base(x) + s B A x."""
 
     # Every tensor that has slots, and their axis; a subclass with more of them adds its own.
     slot_axes: ClassVar[dict[str, int]] = {"A": 1, "B": 2, "slots": 1}
@@ -55,7 +55,7 @@ class LowRank(nn.Module):
         self.register_buffer("slots", (torch.arange(max(ranks)) < torch.tensor(ranks)[:, None]).to(**like))
         self.register_buffer("scale", torch.tensor(scale, **like))
         self.register_buffer("given", torch.tensor(ranks), persistent=False)  # (K,) slots at the start
-        self.name, self.dropout = name, dropout
+        self.name, self.dropout, self.kind = name, dropout, kind_of(base)
         self.changes: list[tuple[nn.Parameter, Rearranged]] = []  # what an optimizer has yet to follow
         self.draw = draw
 
@@ -82,13 +82,14 @@ class LowRank(nn.Module):
     def product(self, y: Tensor, x: Tensor, rate: float) -> Float[Tensor, "rows O"]:
         """The same for y and x of one type, elements of x dropped at that rate."""
         draw, dtype = self.draw, x.dtype
-        if native.usable(x, y) and self.A.dtype == torch.float32:
+        operands = self.operands()
+        if native.usable(x, y, wide=operands):
             dropping = draw.dropping(self.name, x, rate) if rate and draw.step is not None else None
             x = nn.functional.dropout(x, rate) if rate and dropping is None else x
-            return NativeProduct.apply(y, x, *self.operands(), dropping, draw.rows)
+            return NativeProduct.apply(y, x, *operands, dropping, draw.rows)
         x = drop(x, rate, draw, self.name)
         by_member = (draw.rows.by_member(t) for t in (y, x))  # (K, N, O) and (K, N, I)
-        return LowRankProduct.apply(*by_member, *(t.to(dtype) for t in self.operands())).view(y.shape)
+        return LowRankProduct.apply(*by_member, *(t.to(dtype) for t in operands)).view(y.shape)
 
     def rows(self, x: Tensor) -> Float[Tensor, "rows I"]:
         """The input as rows, grouped by member; refused where it is not the rows of the model's input."""
@@ -96,9 +97,7 @@ class LowRank(nn.Module):
         return self.draw.rows.by_member(x).flatten(0, 1)
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
-        rows = self.rows(x)
-        y = base_output(base, rows)
-        return self.draw.rows.as_input(self.add_update(y, rows).to(y.dtype), x)
+        return self.kind.adapted(self, base, x)
 
     def delta(self, base: nn.Module) -> Float[Tensor, "K O I"]:
         """The dense change of the weight."""
@@ -163,12 +162,6 @@ class LowRank(nn.Module):
         """Zeros where no slot exists, which is what a start and a step leave there."""
         self.A *= self.slots[:, :, None]
         self.B *= self.slots[:, None]
-
-
-def base_output(base: nn.Module, rows: Tensor) -> Tensor:
-    """The frozen module's output, to be changed in place: a copy where a hook of somebody's may have kept it."""
-    y = base(rows)
-    return y.clone() if base._forward_hooks else y
 
 
 def first_slots(site: LowRank, size: int) -> Int[Tensor, "K R"] | None:

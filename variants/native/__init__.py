@@ -15,12 +15,12 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SOURCE = Path(__file__).with_name("native.c")
 # Sums may be reordered so that they vectorize; infinities and NaN keep their meaning, which divergence is found by.
@@ -34,11 +34,35 @@ class _Drop(ctypes.Structure):
     _fields_ = [("keys", ctypes.c_void_p), ("threshold", ctypes.c_int32), ("scale", ctypes.c_float), ("pitch", ctypes.c_int64)]
 
 
-def usable(*tensors: Tensor | None) -> bool:
-    """Whether the compiled passes take these: on the CPU, all of one type of fp32 and bf16."""
-    given = [t for t in tensors if t is not None]
-    kind = given[0].dtype
-    return kind in SUFFIX and all(t.dtype == kind and t.device.type == "cpu" for t in given) and library() is not None
+def usable(*tensors: Tensor, wide: Sequence[Tensor | None] = ()) -> bool:
+    """Whether the compiled passes take these: `tensors` all of one type of fp32 and bf16, `wide` of fp32.
+
+    They read addresses, so every tensor must have memory of its own on the CPU, and nobody may be recording operations.
+    """
+    wide = [t for t in wide if t is not None]
+    kind = tensors[0].dtype
+    return (
+        kind in SUFFIX
+        and all(t.dtype == kind and _has_memory(t) for t in tensors)
+        and all(t.dtype == torch.float32 and _has_memory(t) for t in wide)
+        and not _is_recorded()
+        and library() is not None
+    )
+
+
+def _has_memory(t: Tensor) -> bool:
+    """Whether it is a plain dense tensor on the CPU: no fake or other subclass, not meta, not sparse."""
+    return type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.layout is torch.strided
+
+
+def _is_recorded() -> bool:
+    """Whether a tracer, a compiler, a transform of torch.func or a dispatch mode must see each operation."""
+    return (
+        torch._C._is_tracing()
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from rankwise.variants.adapter.linears import is_linear, weight_of
+from rankwise.variants.adapter.linears import check_adaptable, find_kind, is_linear, kind_of, weight_of
 from rankwise.variants.files.peft.config import PeftConfig
 from rankwise.variants.files.peft.names import COEFFICIENTS, CONFIG, FACTORS, MAGNITUDE, PREFIX, WEIGHTS
 from rankwise.variants.settings import nearest
@@ -14,30 +14,54 @@ Sites = Mapping[str, Mapping[str, Tensor]]  # site -> part -> tensor
 
 
 def check_sites(model: nn.Module, sites: Sites, config: PeftConfig) -> None:
-    """Every site is a linear of the model, has all its parts, and they fit each other and the weight."""
+    """Every site is a module of the model that can be adapted, has all its parts, and they fit each other and the weight."""
     modules = dict(model.named_modules())
-    needed = {A, B} | ({COEFFICIENTS} if config.is_adalora else {MAGNITUDE} if config.has_magnitude else set())
+    beside = {COEFFICIENTS} if config.is_adalora else {MAGNITUDE} if config.has_magnitude else set()
     for name, parts in sites.items():
         if name not in modules:
             raise ValueError(
                 f"{name} is no module of {type(model).__name__}{nearest(name, modules)}: load the model it was for"
             )
         base = modules[name]
-        if not is_linear(base) or not base.weight.is_floating_point():
-            raise ValueError(f"{name} is a {type(base).__name__}: only adapters of nn.Linear and Conv1D can be loaded")
+        kind = find_kind(base)
+        if kind is None or (beside and not kind.is_linear):
+            known = f"only adapters of {'linears' if beside else 'linears, nn.Embedding and nn.Conv2d'} can be loaded"
+            form = f" where {CONFIG} has {'AdaLoRA' if config.is_adalora else 'use_dora'}" if beside else ""
+            raise ValueError(f"{name} is a {type(base).__name__}: {known}{form}; choose other targets in PEFT")
+        check_adaptable(name, base)
+        a, b = FACTORS[kind.factors]
+        needed = {a, b} | beside
         if set(parts) != needed:
             missing, more = ", ".join(sorted(needed - set(parts))), ", ".join(sorted(set(parts) - needed))
             fault = f"lacks {missing}" if missing else f"has {more}, which peft_type and use_dora do not allow"
             raise ValueError(f"{name} {fault}: the file is not whole or not of this {CONFIG}; save the adapter again")
-        out_features, in_features = weight_of(base).shape
-        rank = parts[A].shape[0] if parts[A].dim() else 0
-        shapes = {A: (rank, in_features), B: (out_features, rank), COEFFICIENTS: (rank, 1), MAGNITUDE: (out_features,)}
+        rank = parts[a].shape[0] if parts[a].dim() else 0
+        shapes = dict(zip((a, b), kind.factor_shapes(base, rank), strict=True))
+        shapes |= {COEFFICIENTS: (rank, 1), MAGNITUDE: (len(weight_of(base)),)}
         for key, value in parts.items():
             if tuple(value.shape) != shapes[key]:
                 raise ValueError(
                     f"{name}.{key} has shape {tuple(value.shape)} where {type(model).__name__} needs {shapes[key]}: "
                     f"load the model it was trained on"
                 )
+
+
+def as_matrices(model: nn.Module, sites: Sites, ours: bool) -> dict[str, dict[str, Tensor]]:
+    """The checked parts under the names of a linear's, A (r, I) and B (O, r), whatever the kind of weight.
+
+    Raises:
+        ValueError: a file that is not `ours`, of a module in which PEFT's update is another function of A and B.
+    """
+    matrices = {}
+    for name, parts in sites.items():
+        base = model.get_submodule(name)
+        kind = kind_of(base)
+        reason = kind.unlike_peft(base)
+        if reason is not None and not ours:
+            raise ValueError(f"{name} was another function in PEFT: {reason}; train it here, or choose other targets")
+        names = dict(zip(FACTORS[kind.factors], (A, B), strict=True))
+        matrices[name] = {names.get(key, key): value.flatten(1) if key in names else value for key, value in parts.items()}
+    return matrices
 
 
 def heads_of(model: nn.Module, config: PeftConfig) -> list[str]:

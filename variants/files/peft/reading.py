@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from rankwise.variants.adapter.interface import Adapter
-from rankwise.variants.adapter.linears import is_linear
+from rankwise.variants.adapter.linears import find_kind
 from rankwise.variants.adapter.step import Uncalibrated
 from rankwise.variants.adapter.targets import matches
 from rankwise.variants.allocation.allocated import AllocatedAdapter
 from rankwise.variants.files.facts import Facts
 from rankwise.variants.files.folders import Contents
 from rankwise.variants.files.peft.base import put_base, take_base
-from rankwise.variants.files.peft.checks import Sites, check_heads, check_sites, check_targets, heads_of
+from rankwise.variants.files.peft.checks import Sites, as_matrices, check_heads, check_sites, check_targets, heads_of
 from rankwise.variants.files.peft.config import PeftConfig
 from rankwise.variants.files.peft.names import (
     COEFFICIENTS,
@@ -59,6 +59,7 @@ def load(model: nn.Module, contents: Contents) -> Adapter:
         raise ValueError(f"{WEIGHTS} holds none of an adapter's tensors: a foreign file; save the adapter again")
     check_heads(model, rest, heads, config)
     check_targets(model, sites, config)
+    sites = as_matrices(model, sites, ours=facts is not None)
     seeds = [facts.seed if facts is not None else 0]
     if not sites:
         adapter, fill = method("head").load()(seeds=seeds), {}
@@ -69,8 +70,8 @@ def load(model: nn.Module, contents: Contents) -> Adapter:
     else:
         adapter, fill = _lora(sites, config, facts)
     with detached_if_it_fails(adapter):
-        linears = [n for n, m in model.named_modules() if is_linear(m)]
-        targets = [pattern_of(name, linears) for name in fill] or "all-linear"
+        known = [n for n, m in model.named_modules() if find_kind(m) is not None]
+        targets = [pattern_of(name, known) for name in fill] or "all-linear"
         head = heads if facts is None else list(facts.head)
         adapter.attach(model, targets, head=head, calibration=Uncalibrated({name: slots.size for name, slots in fill.items()}))
         adapter.targets = facts.targets if facts is not None and facts.targets is not None else list(fill)
@@ -103,8 +104,6 @@ def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]],
             rest[name] = value
         elif of is None:  # the head from before training
             continue
-        elif of.part in FACTORS["embedding"]:
-            raise ValueError(f"tensor {key} adapts an embedding, which is not supported: adapt linear modules only")
         else:
             adapter = of.adapter
             if of.part != "ranknum":  # in files of old PEFT; always init_r

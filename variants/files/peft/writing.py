@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from rankwise.variants.adapter.interface import Adapter
-from rankwise.variants.adapter.linears import is_conv1d
+from rankwise.variants.adapter.linears import is_linear, kind_of
 from rankwise.variants.allocation.allocated import AllocatedAdapter
 from rankwise.variants.allocation.sites import Triplets
 from rankwise.variants.files.budget import excess
@@ -68,7 +69,7 @@ def written(adapter: Adapter, member: int, plain: bool = False) -> Contents:
     if not sites:
         none = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "use_dora": False}
         update = _Update([], {}, none)
-    elif not plain and adapter.peft_type == "ADALORA" and all(isinstance(site, Triplets) for site in sites.values()):
+    elif not plain and adapter.peft_type == "ADALORA" and all(_has_adalora_form(adapter, name) for name in sites):
         update = _triplets(adapter, alone, member)
     else:
         update = _factors(adapter, alone, member)
@@ -80,7 +81,7 @@ def written(adapter: Adapter, member: int, plain: bool = False) -> Contents:
         "revision": None,
         "inference_mode": True,
         "bias": "none",
-        "fan_in_fan_out": any(is_conv1d(adapter.base(name)) for name in sites),
+        "fan_in_fan_out": any(kind_of(adapter.base(name)).fan_in_fan_out for name in sites),
         "init_lora_weights": "gaussian" if settings.get("initialization") == "gaussian" else True,
         "layers_pattern": None,
         "layers_to_transform": None,
@@ -151,8 +152,7 @@ def _factors(adapter: Adapter, alone: Adapter, member: int) -> _Update:
             continue
         if not len(A):
             A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
-        a, b = FACTORS["linear"]
-        tensors[f"{name}.{a}.weight"], tensors[f"{name}.{b}.weight"] = A, B
+        tensors |= _named(name, adapter.base(name), A, B)
         if magnitude is not None:
             tensors[f"{name}.{MAGNITUDE}"] = magnitude[member]
         ranks[name] = len(A)
@@ -171,6 +171,21 @@ def _factors(adapter: Adapter, alone: Adapter, member: int) -> _Update:
         "use_dora": all(hasattr(site, "magnitude") for _, site in adapter.named_sites()),
     }
     return _Update(list(ranks), tensors, config, facts)
+
+
+def _has_adalora_form(adapter: Adapter, name: str) -> bool:
+    """Triplets at a linear; PEFT's AdaLoRA adapts nothing else."""
+    return isinstance(adapter.site(name), Triplets) and is_linear(adapter.base(name))
+
+
+def _named(name: str, base: nn.Module, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """A (r, I) and B (O, r) of a LORA's site under PEFT's names and in its shapes."""
+    kind = kind_of(base)
+    if (reason := kind.unlike_peft(base)) is not None:
+        warnings.warn(f"{name}: in PEFT this file has other outputs until it is merged there: {reason}", stacklevel=2)
+    end = ".weight" if kind.factors == "linear" else ""  # an embedding's are bare parameters in PEFT
+    pairs = zip(FACTORS[kind.factors], (A, B), kind.factor_shapes(base, len(A)), strict=True)
+    return {f"{name}.{factor}{end}": value.reshape(shape) for factor, value, shape in pairs}
 
 
 def _acting(name: str, site: LowRank, member: int) -> tuple[Tensor, Tensor, dict]:
