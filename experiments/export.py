@@ -207,6 +207,8 @@ def _labels(shapes: dict[str, list[int]], heads: tuple[str, ...], model_class: s
 def _config(adapter: Path) -> PeftConfig | None:
     """None for an adapter in our own format."""
     values = _object(adapter / CONFIG)
+    if values is None and (adapter / CONFIG).exists():
+        raise ValueError(f"{adapter / CONFIG} holds no JSON object: cut off, changed or foreign; save the adapter again")
     try:
         return PeftConfig.read(values) if values else None
     except ValueError as error:

@@ -495,6 +495,15 @@ def test_files_that_do_not_belong_together_are_refused(world, tmp_path, capsys):
     (tmp_path / "subspace.json").write_text('{"schema": 2, "kind": "subspace"}')
     assert rankwise("analysis", "report", str(tmp_path)) == 2
     assert "of schema 1" in capsys.readouterr().err
+    whole = json.loads((world[1] / "subspace.json").read_text())
+    for value, said in (
+        ({key: whole[key] for key in whole if key != "sites"}, "sites: field required"),
+        (whole | {"files_sha256": 3}, "files_sha256: input should be a valid dictionary"),
+        (whole | {"members": [{"rank": 2, "seed": "x", "score": 1.0}]}, "members.0.seed: input should be a valid integer"),
+    ):
+        (tmp_path / "subspace.json").write_text(json.dumps(value))
+        assert rankwise("analysis", "report", str(tmp_path)) == 2
+        assert said in capsys.readouterr().err
     (tmp_path / "subspace.json").write_text("{")
     assert rankwise("analysis", "report", str(tmp_path)) == 2
     assert "no JSON" in capsys.readouterr().err

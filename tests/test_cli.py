@@ -305,6 +305,25 @@ def test_pickled_adapter_is_refused(adapter_folder):
     refused(rankwise("ranks", adapter_folder), "adapter_model.bin")
 
 
+@pytest.mark.parametrize("content", [b"", b'{"r": ', b"[1]", b"\xff\xfe"])
+def test_adapter_whose_settings_are_no_json_is_refused(adapter_folder, tmp_path, content, capsys):
+    (adapter_folder / "adapter_config.json").write_bytes(content)
+    for words in (["ranks", adapter_folder], ["export", adapter_folder, "--to", "lora", "--out", tmp_path / "out"]):
+        refused(in_process(capsys, *words), "adapter_config.json", "JSON", "save the adapter again")
+
+
+def test_byte_order_marks_in_a_runs_files_are_no_fault(tmp_path, capsys):
+    from tests.synthetic_runs import write_study
+
+    folder = write_study(tmp_path / "runs", seeds=range(1), collapse=False)
+    assert command.rankwise("ranks", folder, "--json") == 0
+    plain = capsys.readouterr().out
+    for path in folder.rglob("*.json*"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert command.rankwise("ranks", folder, "--json") == 0
+    assert capsys.readouterr().out == plain
+
+
 def test_list_is_json_on_request():
     found = json.loads(rankwise("list", "--json").stdout)
     assert set(found) == {"methods", "models", "tasks", "studies", "papers"}
