@@ -196,7 +196,7 @@ def test_copy_member_takes_one_member_out():
 def test_the_head_is_found_on_every_tiny_model():
     assert {name: find_head(tiny(name)) for name in TINY} == {
         "bert": ["classifier"],
-        "deberta": ["classifier"],
+        "deberta": ["pooler", "classifier"],  # both stand outside the base model and start at random
         "gpt2": ["score"],
         "llama": ["score"],
         "albert": ["classifier"],

@@ -7,6 +7,9 @@ backward pass keeps A x (R numbers a token) instead of x (I of them) for the wei
 Zhang et al. 2023 (arXiv 2308.03303), eq. (4).  The file is a plain LoRA with both factors.
 """
 
+import torch
+from rankwise.variants.adapter import initialization
+from rankwise.variants.adapter.linears import module_in
 from rankwise.variants.lora import LoRA
 from rankwise.variants.lowrank.site import LowRank
 from torch import Tensor, nn
@@ -32,4 +35,9 @@ class LoRAFA(LoRA):
     method = "lora-fa"
 
     def make_low_rank(self, name: str, module: nn.Module) -> LowRank:
-        return FrozenA(name, module, *self.start(name, module))
+        (A, B), *rest = self.start(name, module)
+        # LoRA's A of an embedding starts at zero, where a frozen one would stay: here A is drawn and B zero at every site.
+        draw = initialization.STARTS[self.settings.initialization]
+        randoms = [initialization.generator(seed, name, "A") for seed in self.seeds]
+        A = [draw(len(a), module_in(module), random) for a, random in zip(A, randoms, strict=True)]
+        return FrozenA(name, module, (A, [torch.zeros_like(b) for b in B]), *rest)

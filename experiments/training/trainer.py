@@ -31,6 +31,7 @@ from rankwise.experiments.training.pack import Outcome, Pack
 from rankwise.experiments.training.schedule import schedule_factor
 from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.step import Calibration, Group, Step
+from rankwise.variants.files.doors import close_door
 from rankwise.variants.settings import method
 from torch import Tensor
 
@@ -72,6 +73,7 @@ class Trainer:
         first_token.only(self.model, self.adapter.draw)
         began = time.perf_counter()
         self.adapter.attach(self.model, pack.targets, head=self.info.heads, calibration=self._calibration())
+        close_door(self.model)  # nobody saves this model by its own name, and packs must be freed one by one
         self.seconds = 0.0 if self.adapter.needs is None else time.perf_counter() - began
         if training.gradient_checkpointing:
             keyed = {"use_reentrant": False, "context_fn": self.adapter.draw.recompute_contexts}

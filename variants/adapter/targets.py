@@ -21,7 +21,8 @@ def resolve(model: nn.Module, targets: str | Sequence[str], head: Sequence[str])
             "all-linear-peft": PEFT's rule, which keeps poolers; "attention"; "mlp"), a module's name, the end of its
             name at a dot, or a regular expression that matches a whole name.  A keyword means linears alone; the others mean
             every kind of weight that can be adapted (adapter/linears.py), embeddings and convolutions too.
-        head: names of the task head's modules, which no keyword includes.
+        head: names of the task head's modules, which are trained whole; the end of a name that others have too passes them
+            over.
 
     Raises:
         ValueError: a target that matches no module of a known kind, with the nearest name, or one that cannot be adapted.
@@ -38,7 +39,12 @@ def resolve(model: nn.Module, targets: str | Sequence[str], head: Sequence[str])
         matches = by_keyword(model, target, linears, head) if target in KEYWORDS else _by_name(target, paths)
         if not matches:
             raise ValueError(_no_match(model, target, known))
-        found |= matches
+        inside = {name for name in matches if any(_inside(name, part) for part in head)}
+        named = {name for name in inside if not name.endswith(f".{target}")}  # the end of a name means others too
+        if named or inside == matches:
+            name = min(named or inside)
+            raise ValueError(f'target "{name}" belongs to the task head, which is trained whole: leave it out of targets')
+        found |= matches - inside
     for name in found:
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, nn.MultiheadAttention):
@@ -46,8 +52,6 @@ def resolve(model: nn.Module, targets: str | Sequence[str], head: Sequence[str])
                 f'target "{name}" lies in an nn.MultiheadAttention, which reads its weights without calling the module, '
                 f"so an adapter there would have no effect: choose other targets"
             )
-        if any(_inside(name, part) for part in head):
-            raise ValueError(f'target "{name}" belongs to the task head, which is trained whole: leave it out of targets')
         check_adaptable(name, known[name])
     return [name for name in known if name in found]
 

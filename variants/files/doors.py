@@ -14,6 +14,7 @@ from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.files import pretrained
 from rankwise.variants.files.export import export_merged, save_whole
 from rankwise.variants.files.state import has_peft_form
+from torch import nn
 
 
 class Door:
@@ -64,4 +65,9 @@ def open_door(adapter: Adapter) -> None:
     model = adapter.model
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = Door(adapter)
-        adapter.when_detached(functools.partial(delattr, model, "save_pretrained"))
+        adapter.when_detached(functools.partial(close_door, model))
+
+
+def close_door(model: nn.Module) -> None:
+    """Gives the model its own `save_pretrained` back: model, door and adapter are a circle, freed only by the collector."""
+    vars(model).pop("save_pretrained", None)
