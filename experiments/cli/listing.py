@@ -9,11 +9,11 @@ from rankwise.variants.settings import METHODS
 
 def list_(as_json: Json = False) -> None:
     """List the methods, models, tasks and studies there are."""
-    from rankwise.experiments import catalogue, config, recipes, tasks
+    from rankwise.experiments import config, recipes, sources, tasks
 
     rows = {
         "methods": {m.name: f"{m.summary} ({m.source})" for m in METHODS.values()},
-        "models": {name: f"{e.kind}, {e.licence}" for name, e in catalogue.CATALOGUE.items() if e.kind == "model"},
+        "models": {name: f"{e.kind}, {e.licence}" for name, e in sources.CATALOGUE.items() if e.kind == "model"},
         "tasks": {name: tasks.get(name).licence for name in tasks.names()},
         "studies": {name: first_comment(path) for name, path in config.shipped().items()},
         "papers": {name: recipes.load(name).title for name in recipes.names()},
