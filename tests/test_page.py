@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from rankwise.experiments import files
 from rankwise.reports import page, results
 
 from tests.synthetic_runs import write_json, write_run, write_study
@@ -76,7 +77,7 @@ def test_a_report_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypat
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         page.write(folder, tmp_path / "out")
     assert path.read_bytes() == before

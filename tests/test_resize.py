@@ -6,7 +6,7 @@ import pytest
 import torch
 from rankwise import variants
 from rankwise.experiments.training.optim import MemberAdamW
-from rankwise.variants import initialization
+from rankwise.variants.adapter import initialization
 from rankwise.variants.adapter.probe import fill
 from rankwise.variants.adapter.step import Group, Step
 from rankwise.variants.lora import LoRA

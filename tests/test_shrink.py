@@ -7,7 +7,7 @@ import torch
 from rankwise import variants
 from rankwise.experiments.training.optim import MemberAdamW
 from rankwise.variants.adapter.step import Step
-from rankwise.variants.lowrank import NONE, Rearranged
+from rankwise.variants.lowrank.slots import NONE, Rearranged
 
 from tests import small_world
 from tests.contract import RATES, SEEDS, TARGETS, of_member, settings
