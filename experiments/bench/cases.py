@@ -208,7 +208,7 @@ def select(pattern: str | None, full: bool) -> list[Case]:
     chosen = _matching(pattern, [case for case in everything if full or not case.full])
     if not chosen and _matching(pattern, everything):
         raise ValueError(f"--cases {pattern}: this is measured with --full alone: add --full")
-    return chosen or _refuse(pattern, everything, [case for case in everything if full or not case.full])
+    return chosen or _refuse(str(pattern), everything, [case for case in everything if full or not case.full])
 
 
 def select_ablated(pattern: str | None) -> list[Case]:
@@ -218,7 +218,7 @@ def select_ablated(pattern: str | None) -> list[Case]:
         ValueError: the pattern matches none.
     """
     everything = [case for case in cases() if case.group == "encoder" and case.method in ABLATED]
-    return _matching(pattern, everything) or _refuse(pattern, everything, everything)
+    return _matching(pattern, everything) or _refuse(str(pattern), everything, everything)
 
 
 def _matching(pattern: str | None, of: Sequence[Case]) -> list[Case]:

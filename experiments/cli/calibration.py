@@ -31,7 +31,7 @@ def calibration(
         raise ValueError(f"--sweep-seeds {sweep_seeds or SWEEP_SEEDS}: a method has {seeds} seeds: give fewer, or more --seeds")
     check_output_folder("--out", out)
     with nothing_kept_if_interrupted():
-        if designs:
+        if runs is None:
             from rankwise.reports import simulation as made
 
             result = made.simulate(families=families, comparisons=comparisons or 5, seeds=seeds)

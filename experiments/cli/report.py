@@ -25,7 +25,7 @@ def report(
         raise ValueError("--with-runs writes their archive to another folder: name it with --out")
     check_output_folder("--out", out)
     show_report(runs, out, as_json)
-    if with_runs:
+    if with_runs and out is not None:
         from rankwise.reports import results
 
         results.archive_finished(runs, out)
