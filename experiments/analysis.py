@@ -16,17 +16,16 @@ algebra gives 1 - d^2/p, which is what the definition says and what is computed 
 start from one seed share eight rows at the start (each A is drawn row by row), so that their overlap says nothing of
 training: pairs from two seeds are measured beside them, and the overlap of the untrained A's too.
 
-`rankwise.reports.analysis` draws what is written here.  No torch is imported before the settings are checked.
+`rankwise analysis report` draws what is written here (reports/analysis.py).  subspace_study and magnitude_study check the
+settings without torch.
 """
 
 import hashlib
 import io
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rankwise.experiments import checks, config
@@ -38,10 +37,8 @@ if TYPE_CHECKING:
     from rankwise.experiments.training.trainer import Trainer
 
 SCHEMA = 1
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 TARGETS = ["query", "value"]  # what LoRA adapts in most of its experiments, and DoRA's sec. 3.2 looks at
 ALPHA = 16  # one alpha for every rank, as LoRA has it (sec. 4.1), so that the scale of rank 64 is an eighth of rank 8's
-RATE, FULL_RATE = 1e-3, 5e-5  # those of the quick look (studies/default.toml)
 SNAPSHOTS = 4  # Liu et al. 2024, sec. 3.2: three along the way and the last
 EVALUATED = 256  # rows of the selection split that say whether a run has learned anything
 INTRUDERS = 10  # left singular vectors of the tuned weight, from the top, that are looked up among the pre-trained ones
@@ -125,65 +122,57 @@ def familiarity(start: np.ndarray, now: np.ndarray, count: int) -> np.ndarray:
 # -- what is trained ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What an analysis is made of; the command says what each is."""
-
-    kind: Literal["subspace", "magnitude"]
-    out: Path
-    model: str = MINILM
-    task: str = "glue/stsb"
-    examples: int = 800
-    steps: int = 100
-    batch_size: int = 8
-    max_length: int = 128
-    seed: int = 0
-    rate: float = RATE
-    device: str = "auto"
-    ranks: Sequence[int] = (4, 8, 64)  # of a subspace analysis; the greatest has two seeds
-    rank: int = 8  # of a magnitude analysis, and what follows
-    full_rate: float = FULL_RATE
-    seeds: int = 3
-
-    @property
-    def given(self) -> set[str]:
-        """The options that its kind reads."""
-        others = {"rank", "full_rate", "seeds"} if self.kind == "subspace" else {"ranks"}
-        return {one.name for one in fields(self)} - others
+def subspace_study(ranks: Sequence[int], rate: float, **common: Any) -> Study:
+    """What `subspace` trains: LoRA at the greatest rank, of which the others are members. common: see `_study`."""
+    entry = {"method": "lora", "rank": max(ranks), "alpha": ALPHA, "learning_rate": rate, "targets": TARGETS}
+    return _study("subspace", [entry], **common)
 
 
-def study(chosen: Options, methods: Sequence[Mapping[str, Any]]) -> Study:
-    """The settings as a study, whose checks they pass so; no torch, no download.
+def magnitude_study(rank: int, rate: float, full_rate: float, **common: Any) -> Study:
+    """What `magnitude` trains: full fine-tuning at `full_rate`, LoRA and DoRA at `rate`. common: see `_study`."""
+    low_rank = {"rank": rank, "alpha": ALPHA, "learning_rate": rate, "targets": TARGETS}
+    methods = [{"method": "full", "learning_rate": full_rate}, *({"method": name, **low_rank} for name in ("lora", "dora"))]
+    return _study("magnitude", methods, **common)
+
+
+def _study(
+    kind: str,
+    methods: Sequence[Mapping[str, Any]],
+    *,
+    model: str,
+    task: str,
+    examples: int,
+    steps: int,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+) -> Study:
+    """The options as a Study, so they pass the same checks; no torch, no download.
 
     Raises:
-        ValueError: what the user can mend, one line for each fault.
+        ValueError: what the user can correct, one line for each fault.
     """
-    least = {"examples": 1, "batch_size": 1, "seed": 0, "steps": SNAPSHOTS, "seeds": 1}
-    for name in [name for name in least if name in chosen.given]:
-        if getattr(chosen, name) < least[name]:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(chosen, name)}: give at least {least[name]}")
-    if chosen.out.exists() and not chosen.out.is_dir():
-        raise ValueError(f"--out {chosen.out}: this is a file; name a folder")
-    training = {"epochs": chosen.steps, "max_steps": chosen.steps, "batch_size": chosen.batch_size, "precision": "fp32"}
-    training |= {"max_length": chosen.max_length, "evaluations_per_epoch": 0}
-    training |= {"train_examples": chosen.examples, "evaluation_examples": EVALUATED}
-    raw = {"name": chosen.kind, "quick": True, "model": chosen.model, "tasks": [chosen.task], "seeds": [chosen.seed]}
-    found = config.parse({**raw, "training": training, "methods": list(methods)}, default_name=chosen.kind, where=chosen.kind)
-    checks.check(found)
-    return found
+    training = {"epochs": steps, "max_steps": steps, "batch_size": batch_size, "precision": "fp32"}
+    training |= {"max_length": max_length, "evaluations_per_epoch": 0}
+    training |= {"train_examples": examples, "evaluation_examples": EVALUATED}
+    raw = {"name": kind, "quick": True, "model": model, "tasks": [task], "seeds": [seed]}
+    study = config.parse({**raw, "training": training, "methods": list(methods)}, default_name=kind, where=kind)
+    checks.check(study)
+    return study
 
 
-def prepare(chosen: Options, what: Study, sites_of: str) -> tuple["Runner", dict[str, np.ndarray]]:
+def prepare(
+    study: Study, out: Path, device: str, say: Callable[[str], None], sites_of: str
+) -> tuple["Runner", dict[str, np.ndarray]]:
     """A runner with data and targets ready, and the pre-trained weight (O, I) of each site of the method `sites_of`."""
-    from rankwise.experiments import measure, models
+    from rankwise.experiments import models
     from rankwise.experiments.study import Runner
     from rankwise.variants.adapter.linears import weight_of
 
-    measure.keep_freed_memory()
-    runner = Runner(what, chosen.out, chosen.device, say=_say)
+    runner = Runner(study, out, device, say=say)
     runner.prepare()
-    prepared = runner.prepared[chosen.task]
-    model, _, _ = models.load(chosen.model, prepared.task, "fp32", "cpu")
+    prepared = runner.prepared[study.tasks[0]]
+    model, _, _ = models.load(study.model, prepared.task, "fp32", "cpu")
     return runner, {name: float64(weight_of(model.get_submodule(name))) for name in prepared.targets[sites_of]}
 
 
@@ -219,7 +208,7 @@ def trainers(
         )
         # It is stepped by `train`, not by its own `run`, and so writes neither checkpoint nor logs.
         trainer = Trainer(pack, prepared.data, runner.out, [runner.out] * len(members))
-        _say(f"{label} on {name}: {len(members)} of {len(seeds)} runs, {trainer.total} steps")
+        runner.say(f"{label} on {name}: {len(members)} of {len(seeds)} runs, {trainer.total} steps")
         return trainer
 
     everyone = list(range(len(seeds)))
@@ -258,27 +247,28 @@ def tuned(trainer: "Trainer", weights: Mapping[str, np.ndarray]) -> dict[str, np
     return {name: weight + float64(trainer.adapter.delta(name)) for name, weight in weights.items()}
 
 
-def write(chosen: Options, runner: "Runner", found: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-    """The files, then <kind>.json with the numbers and with what they come from, each whole or not at all."""
+def write(runner: "Runner", numbers: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+    """The files, then <study>.json with the numbers and with what they come from, each whole or not at all."""
     import torch
     from rankwise.experiments import measure, models
     from rankwise.experiments.files import write_file, write_json
 
-    prepared = runner.prepared[chosen.task]
-    chosen.out.mkdir(parents=True, exist_ok=True)
+    study, out = runner.study, runner.out
+    prepared = runner.prepared[study.tasks[0]]
+    out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        write_file(chosen.out / name, content)
+        write_file(out / name, content)
     value = {
         "schema": SCHEMA,
-        "kind": chosen.kind,
-        "model": chosen.model,
-        "task": chosen.task,
+        "kind": study.name,
+        "model": study.model,
+        "task": study.tasks[0],
         "metric": prepared.task.metric,
         "split": prepared.task.selection_split,
         "captions": prepared.captions,
-        "methods": [entry.model_dump(mode="json") for entry in runner.study.methods],
-        "training": runner.study.training.model_dump(mode="json"),
-        "model_hash": models.content_hash(chosen.model),
+        "methods": [entry.model_dump(mode="json") for entry in study.methods],
+        "training": study.training.model_dump(mode="json"),
+        "model_hash": models.content_hash(study.model),
         "data_hash": prepared.data_hash,
         "versions": runner.versions,
         "device": runner.device.type,
@@ -286,45 +276,43 @@ def write(chosen: Options, runner: "Runner", found: Mapping[str, Any], files: Ma
         "threads": torch.get_num_threads(),
         "precision": runner.precision,
         **runner.commit,
-        **found,
+        **numbers,
         "files_sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
-    write_json(chosen.out / f"{chosen.kind}.json", value)
+    write_json(out / f"{study.name}.json", value)
 
 
 # -- the two analyses ---------------------------------------------------------------------------------------------------
 
 
-def subspace(chosen: Options) -> None:
+def subspace(study: Study, ranks: Sequence[int], out: Path, device: str, say: Callable[[str], None]) -> None:
     """Trains LoRA at every rank with one seed, and at the greatest with the next seed too, and compares their subspaces.
+
+    study: a `subspace_study` of these ranks, which rise.
 
     subspace.npz holds float16 grids (sites, R1, R2): "A/p" of the learned A, "start/p" of A before training, "dW/p" of the
     update, for each pair p: "nested" (the two greatest ranks, one seed), "ranks" (the same, two seeds) and "seeds" (the
     greatest rank, two seeds); and "gaussian" (R, R) of two random matrices.
     """
-    ranks = sorted(set(chosen.ranks))
-    if len(ranks) < 2 or ranks[0] < 1:
-        raise ValueError(f"--ranks {','.join(map(str, chosen.ranks))}: give at least two different ranks, each at least 1")
-    top = ranks[-1]
-    entry = {"method": "lora", "rank": top, "alpha": ALPHA, "learning_rate": chosen.rate, "targets": TARGETS}
-    runner, weights = prepare(chosen, study(chosen, [entry]), "lora")
+    top, (first_seed,) = ranks[-1], study.seeds
+    runner, weights = prepare(study, out, device, say, "lora")
     narrow, most = min(((name, min(weight.shape)) for name, weight in weights.items()), key=lambda pair: pair[1])
     if top > most:
         raise ValueError(f"--ranks: {top} is above {most}, the greatest that {narrow} can have: give lower ones")
 
-    members = [*((rank, chosen.seed) for rank in ranks), (top, chosen.seed + 1)]
+    members = [*((rank, first_seed) for rank in ranks), (top, first_seed + 1)]
     same, other = len(ranks) - 1, len(ranks)  # the members of the greatest rank
     pairs = {"nested": (same - 1, same), "ranks": (same - 1, other), "seeds": (same, other)}
-    found: dict[str, list[dict[str, np.ndarray]]] = {of: [{} for _ in members] for of in ("start", "A", "dW")}
+    subspaces: dict[str, list[dict[str, np.ndarray]]] = {of: [{} for _ in members] for of in ("start", "A", "dW")}
     amplified, ends = [], [None for _ in members]
-    random = np.random.default_rng(chosen.seed)
+    random = np.random.default_rng(first_seed)
     noise = {name: random.standard_normal(weight.shape) for name, weight in weights.items()}
     for trainer, which in trainers(runner, "lora", [s for _, s in members], rank=[r for r, _ in members]):
         sites = dict(trainer.adapter.named_sites())
 
         def keep(of: str, which: list[int] = which, sites: dict[str, Any] = sites) -> None:
             for at, k in enumerate(which):
-                found[of][k] = {name: directions(float64(site.A[at, : members[k][0]])) for name, site in sites.items()}
+                subspaces[of][k] = {name: directions(float64(site.A[at, : members[k][0]])) for name, site in sites.items()}
 
         keep("start")
         for k, score in zip(which, train(trainer), strict=True):
@@ -333,13 +321,13 @@ def subspace(chosen: Options) -> None:
         for name, weight in weights.items():
             for k, update in zip(which, float64(trainer.adapter.delta(name)), strict=True):
                 rank, seed = members[k]
-                found["dW"][k][name] = directions(update)[:, :rank]
+                subspaces["dW"][k][name] = directions(update)[:, :rank]
                 row = amplification(weight, update, rank, noise[name])
                 amplified.append({"site": name, "rank": rank, "seed": seed, **row})
 
     grids = {
-        f"{of}/{pair}": np.stack([phi(subspaces[a][name], subspaces[b][name]) for name in weights])
-        for of, subspaces in found.items()
+        f"{of}/{pair}": np.stack([phi(members_of[a][name], members_of[b][name]) for name in weights])
+        for of, members_of in subspaces.items()
         for pair, (a, b) in pairs.items()
     }
     width = next(iter(weights.values())).shape[1]
@@ -353,16 +341,18 @@ def subspace(chosen: Options) -> None:
         "pairs": pairs,
         "amplification": amplified,
     }
-    write(chosen, runner, numbers, {"subspace.npz": archive.getvalue()})
+    write(runner, numbers, {"subspace.npz": archive.getvalue()})
 
 
-def magnitude(chosen: Options) -> None:
-    """Trains full fine-tuning, LoRA and DoRA, and measures at each snapshot how far size and direction have moved."""
-    low_rank = {"rank": chosen.rank, "alpha": ALPHA, "learning_rate": chosen.rate, "targets": TARGETS}
-    methods = [{"method": "full", "learning_rate": chosen.full_rate}, *({"method": m, **low_rank} for m in ("lora", "dora"))]
-    runner, weights = prepare(chosen, study(chosen, methods), "lora")
-    seeds = list(range(chosen.seed, chosen.seed + chosen.seeds))
-    at = [round(chosen.steps * (i + 1) / SNAPSHOTS) for i in range(SNAPSHOTS)]
+def magnitude(study: Study, num_seeds: int, out: Path, device: str, say: Callable[[str], None]) -> None:
+    """Trains full fine-tuning, LoRA and DoRA, and measures at each snapshot how far size and direction have moved.
+
+    study: a `magnitude_study`. num_seeds: runs of each method, from the study's seed on.
+    """
+    runner, weights = prepare(study, out, device, say, "lora")
+    (first_seed,) = study.seeds
+    seeds = list(range(first_seed, first_seed + num_seeds))
+    at = [round(study.training.max_steps * (i + 1) / SNAPSHOTS) for i in range(SNAPSHOTS)]
     moves, runs = [], []
     for entry in runner.study.methods:
         for trainer, which in trainers(runner, entry.label, seeds):
@@ -381,11 +371,4 @@ def magnitude(chosen: Options) -> None:
 
             for k, score in zip(which, train(trainer, look), strict=True):
                 runs.append({"method": entry.method, "seed": seeds[k], "score": score})
-    write(chosen, runner, {"runs": runs, "snapshots": at, "sites": list(weights), "moves": moves}, {})
-
-
-# -- the command --------------------------------------------------------------------------------------------------------
-
-
-def _say(line: str) -> None:
-    print(f"rankwise: {line}", file=sys.stderr, flush=True)
+    write(runner, {"runs": runs, "snapshots": at, "sites": list(weights), "moves": moves}, {})

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-from rankwise.experiments import catalogue
+from rankwise.experiments import sources
 from rankwise.experiments.config import Study, Training
 from rankwise.experiments.sweep import rung_steps
 from rankwise.experiments.tasks import get as get_task
@@ -39,7 +39,7 @@ def check(study: Study) -> None:
         try:
             task = get_task(name)
             if task.data is not None:
-                catalogue.require_acceptance(task.data, study.accept_licences)
+                sources.require_acceptance(task.data, study.accept_licences)
             if task.sizes is None:
                 continue
             rows = min(task.sizes["train"], study.training.train_examples or task.sizes["train"])

@@ -289,6 +289,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a TOML file: byte {error.start} is not UTF-8: save it as UTF-8") from None
     except (ValueError, RecursionError) as error:  # also of a number with thousands of digits, and of nesting as deep
         raise ValueError(f"{path}: not a TOML file: {error}") from None
 

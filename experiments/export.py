@@ -122,7 +122,7 @@ def export(
 
     Raises:
         ValueError: the adapter does not fit the model, or a budget cannot be met.
-        OSError: the base model is not to be had, or the disk is full.
+        OSError: the base model could not be obtained, or the disk is full.
     """
     from rankwise import variants
     from rankwise.experiments import models
@@ -156,14 +156,14 @@ def _load(source: Source, whole: bool) -> tuple[Any, Any]:
 
     whole: refuse a base that lacks weights which the adapter does not hold either.
     """
-    from rankwise.experiments import catalogue, models, tasks
+    from rankwise.experiments import models, sources, tasks
 
     try:
         if source.run is not None:
             model, tokenizer, _ = models.load(source.model, tasks.get(source.run["task"]))
             return model, tokenizer
-        folder = catalogue.fetch(source.model)
-    except catalogue.Unavailable as error:
+        folder = sources.fetch(source.model)
+    except sources.Unavailable as error:
         raise ValueError(f"{error}; name a copy that is at hand with --model") from None
     import transformers
 
@@ -207,6 +207,8 @@ def _labels(shapes: dict[str, list[int]], heads: tuple[str, ...], model_class: s
 def _config(adapter: Path) -> PeftConfig | None:
     """None for an adapter in our own format."""
     values = _object(adapter / CONFIG)
+    if values is None and (adapter / CONFIG).exists():
+        raise ValueError(f"{adapter / CONFIG} holds no JSON object: cut off, changed or foreign; save the adapter again")
     try:
         return PeftConfig.read(values) if values else None
     except ValueError as error:

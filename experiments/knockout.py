@@ -8,7 +8,6 @@ of a task.  The score of the whole split is not to be compared with these.
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,7 +109,7 @@ def of_run(folder: Path, rows: int = ROWS) -> dict[str, Any]:
         raise ValueError(
             f"{folder} has no adapter/ (a committed run holds no weights), so nothing can be taken out: make it again"
         )
-    config, result = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "result.json"))
+    config, result = (records.read_json(folder / name) for name in (records.CONFIG, records.RESULT))
     task = get_task(config["task"])
     model, processor, _ = models.load(config["model"], task, "fp32", "cpu")
     adapter = variants.load_pretrained(model, folder / "adapter")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise.experiments import catalogue, kinds
+from rankwise.experiments import kinds, sources
 from rankwise.experiments.config import Training
 
 HEAD_SEED = 0  # of the head that the loader makes; adapters start their own heads
@@ -35,7 +35,7 @@ class ModelInfo:
 
 def content_hash(model_id: str) -> str:
     """sha256 over config, tokenizer and weights of a model; for one of the catalogue known before any download."""
-    return catalogue.content_hash(model_id)
+    return sources.content_hash(model_id)
 
 
 def parameter_shapes(model_id: str) -> dict[str, tuple[int, ...]]:
@@ -43,7 +43,7 @@ def parameter_shapes(model_id: str) -> dict[str, tuple[int, ...]]:
     from safetensors import safe_open
 
     shapes = {}
-    for path in catalogue.weights(catalogue.fetch(model_id)):
+    for path in sources.weights(sources.fetch(model_id)):
         with safe_open(path, framework="numpy") as file:
             shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
     return shapes
@@ -58,7 +58,7 @@ def load(model_id: str, task: Any, precision: str = "fp32", device: str = "cpu")
     """
     if precision not in ("fp32", "bf16"):
         raise ValueError(f'precision "{precision}" is not known; it must be fp32 or bf16')
-    folder = catalogue.fetch(model_id)
+    folder = sources.fetch(model_id)
 
     import safetensors
     import torch

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import Field, ValidationError
-from rankwise.experiments import catalogue, config
+from rankwise.experiments import config, sources
 from rankwise.experiments.config import MOST_SEEDS, PAPERS, STEP_COUNTS, Study, Training
 from rankwise.experiments.tasks import get as get_task
 from rankwise.experiments.tasks import names as task_names
@@ -560,7 +560,7 @@ def shape(model: str) -> Shape:
     """
     if model in SHAPES:
         return SHAPES[model]
-    folder = catalogue.fetch(model)
+    folder = sources.fetch(model)
     facts = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
     try:
         layers, hidden, inner = (int(facts[k]) for k in ("num_hidden_layers", "hidden_size", "intermediate_size"))
@@ -580,19 +580,21 @@ def check_at_hand(plans: Sequence[Plan]) -> None:
     faults = []
     for model in dict.fromkeys(one.study.model for one in plans):
         try:
-            catalogue.fetch(model)
-        except catalogue.Unavailable as error:
+            sources.fetch(model)
+        except sources.Unavailable as error:
             faults.append(
-                f"model {model} is not to be had; tried: {'; '.join(error.tried)}; "
+                f"model {model} could not be obtained; tried: {'; '.join(error.tried)}; "
                 f"put another in its place, labelled in every table: --model {STAND_IN}"
             )
     for name in dict.fromkeys(one.study.tasks[0] for one in plans):
         task = get_task(name)
         try:
             task.load((task.official_train_split, task.dev_split))
-        except catalogue.Unavailable as error:
-            here = ", ".join(known for known, entry in catalogue.CATALOGUE.items() if entry.kind == "data")
-            faults.append(f"data {name} are not to be had; tried: {'; '.join(error.tried)}; without a hub there are: {here}")
+        except sources.Unavailable as error:
+            here = ", ".join(known for known, entry in sources.CATALOGUE.items() if entry.kind == "data")
+            faults.append(
+                f"data {name} could not be obtained; tried: {'; '.join(error.tried)}; without a hub there are: {here}"
+            )
     if faults:
         raise ValueError("\n".join(faults))
 
@@ -737,7 +739,7 @@ def here(recipes: Sequence[Recipe], variant: str) -> dict[str, Any]:
     tables = []
     cells = {recipe.name: _needs(recipe, variant, flops) for recipe in recipes}
     asked = any(one["model_at"] == "hub" or one["data_at"] == "hub" for found in cells.values() for one in found)
-    away = catalogue.hub_out_of_reach() if asked else None
+    away = sources.hub_out_of_reach() if asked else None
     for recipe in recipes:
         for one in cells[recipe.name]:
             lacking = []
@@ -787,9 +789,9 @@ def _needs(recipe: Recipe, variant: str, flops: float) -> list[dict[str, Any]]:
                 given, task = settings_of(recipe, row, cell, variant), get_task(recipe.tasks[cell])
                 one |= {
                     "model": given["model"],
-                    "model_at": catalogue.at_hand(given["model"]) or "hub",
+                    "model_at": sources.at_hand(given["model"]) or "hub",
                     "task": task.name,
-                    "data_at": "hub" if task.data is None else catalogue.at_hand(task.data) or "hub",
+                    "data_at": "hub" if task.data is None else sources.at_hand(task.data) or "hub",
                     "memory_bytes": round(memory_bytes(given)),
                     "seconds": round(seconds(given, task, recipe.seeds, flops)),
                     "settings": given,

@@ -420,7 +420,7 @@ def load_run(folder: str | Path, archived: Mapping[str, bytes] | None = None) ->
 def read_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None where there is no file, or something else in it (a kill before its first line)."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, ValueError):
         return None
     return value if isinstance(value, dict) else None
@@ -461,7 +461,7 @@ def _bytes(path: Path) -> bytes | None:
 
 def _object(content: bytes, path: Path) -> dict[str, Any]:
     try:
-        value = parse_json(content.decode("utf-8"))
+        value = parse_json(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not strict JSON ({error}): cut off, changed or foreign; {REMEDY}") from None
     if not isinstance(value, dict):
@@ -477,7 +477,7 @@ def _lines(content: bytes | None, path: Path) -> tuple[list[dict], str | None]:
         if not line.strip():
             continue
         try:
-            row = parse_json(line.decode("utf-8"))
+            row = parse_json(line.decode("utf-8-sig"))
             if not isinstance(row, dict):
                 raise ValueError("not a JSON object")
             rows.append(row)

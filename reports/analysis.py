@@ -12,13 +12,18 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import (
+    Any,
+    NotRequired,  # pydantic reads typing's own from Python 3.12 on alone
+)
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 from rankwise.experiments.files import write_file
 from rankwise.reports.figures import FAINT, INK, RANK_COLOURS, Drawing, colour, house_style, panels, save, title_above
 from rankwise.reports.ranks import module_labels, split_site
 from rankwise.reports.tables import Cell, Table, escape_markdown
+from typing_extensions import TypedDict
 
 SCHEMA = 1
 KINDS = ("subspace", "magnitude")
@@ -64,6 +69,86 @@ def span(values: Iterable[float], show: Callable[[float], str] = three) -> Span:
     return Span(float(np.mean(values)), float(min(values)), float(max(values)), show)
 
 
+# -- what is read -------------------------------------------------------------------------------------------------------
+
+
+class Made(TypedDict):
+    """What both analyses say of themselves, as far as it is read here."""
+
+    model: str
+    task: str
+    metric: str
+    split: str
+    captions: list[str]
+    methods: list[dict[str, Any]]
+    training: dict[str, Any]
+    versions: dict[str, str]
+    device_name: str
+    precision: str
+    commit: str | None
+    dirty: bool | None
+    files_sha256: dict[str, str]
+
+
+class Member(TypedDict):
+    rank: int
+    seed: int
+    score: float | None
+
+
+class Site(TypedDict):
+    name: str
+    in_features: int
+
+
+class Amplified(TypedDict):
+    site: str
+    rank: int
+    seed: int
+    of_update: float
+    of_weight: float
+    of_random: float
+    weight_norm: float
+    update_norm: float
+    factor: float
+
+
+class Subspace(Made):
+    members: list[Member]
+    sites: list[Site]
+    gaussian_width: int
+    pairs: dict[str, list[int]]  # two members
+    amplification: list[Amplified]
+
+
+class Ended(TypedDict):
+    method: str
+    seed: int
+    score: float | None
+
+
+class Move(TypedDict):
+    method: str
+    seed: int
+    step: int
+    site: str
+    dM_rows: float
+    dD_rows: float
+    dM_columns: float
+    dD_columns: float
+    familiarity: NotRequired[list[float]]
+
+
+class Magnitude(Made):
+    runs: list[Ended]
+    snapshots: list[int]
+    sites: list[str]
+    moves: list[Move]
+
+
+WRITTEN = {"subspace": TypeAdapter(Subspace), "magnitude": TypeAdapter(Magnitude)}
+
+
 # -- reading ------------------------------------------------------------------------------------------------------------
 
 
@@ -82,11 +167,17 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 def _read(folder: Path, kind: str) -> dict[str, Any]:
     path, again = folder / f"{kind}.json", f"make it again with `rankwise analysis {kind}`"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: no JSON ({error}): {again}") from None
     if not isinstance(found, dict) or (found.get("schema"), found.get("kind")) != (SCHEMA, kind):
         raise ValueError(f"{path}: no {kind} analysis of schema {SCHEMA}: {again}")
+    try:
+        WRITTEN[kind].validate_python(found, strict=True)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise ValueError(f"{path}: {place}: {fault['msg'][0].lower()}{fault['msg'][1:]}: {again}") from None
     for name, digest in found["files_sha256"].items():
         try:
             content = (folder / name).read_bytes()

@@ -37,7 +37,7 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: the file is no JSON, or not of this schema.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: no JSON: {error}") from None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:

@@ -347,6 +347,7 @@ def test_members_that_cannot_be_packed_are_trained_apart(world, tmp_path, monkey
         (["subspace", "--task", "glue/stb"], "closest: glue/stsb"),
         (["magnitude", "--steps", "3"], "--steps 3: give at least 4"),
         (["magnitude", "--seeds", "0"], "--seeds 0: give at least 1"),
+        (["subspace", "--ranks", "3,x"], "--ranks 3,x: give at least two different ranks"),
         (["magnitude", "--ranks", "3,4"], "--ranks"),
         (["magnitude", "--seed", "-1"], "--seed -1: give at least 0"),
     ],
@@ -494,6 +495,15 @@ def test_files_that_do_not_belong_together_are_refused(world, tmp_path, capsys):
     (tmp_path / "subspace.json").write_text('{"schema": 2, "kind": "subspace"}')
     assert rankwise("analysis", "report", str(tmp_path)) == 2
     assert "of schema 1" in capsys.readouterr().err
+    whole = json.loads((world[1] / "subspace.json").read_text())
+    for value, said in (
+        ({key: whole[key] for key in whole if key != "sites"}, "sites: field required"),
+        (whole | {"files_sha256": 3}, "files_sha256: input should be a valid dictionary"),
+        (whole | {"members": [{"rank": 2, "seed": "x", "score": 1.0}]}, "members.0.seed: input should be a valid integer"),
+    ):
+        (tmp_path / "subspace.json").write_text(json.dumps(value))
+        assert rankwise("analysis", "report", str(tmp_path)) == 2
+        assert said in capsys.readouterr().err
     (tmp_path / "subspace.json").write_text("{")
     assert rankwise("analysis", "report", str(tmp_path)) == 2
     assert "no JSON" in capsys.readouterr().err

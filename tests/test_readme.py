@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from rankwise.experiments import checks, cli, config
-from rankwise.experiments.catalogue import Unavailable, fetch
+from rankwise.experiments.sources import Unavailable, fetch
 from rankwise.reports import tables
 from rankwise.reports.results import load
 

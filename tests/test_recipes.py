@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from rankwise.experiments import catalogue, checks, cli, config, models, recipes, tasks
+from rankwise.experiments import checks, cli, config, models, recipes, sources, tasks
 from rankwise.reports import beside, papers
 from rankwise.reports.results import load
 from rankwise.reports.statistics import summary
@@ -449,18 +449,20 @@ def test_a_file_of_ones_own_may_have_a_recipes_name(tmp_path, monkeypatch):
 
 def test_what_cannot_be_had_is_named_with_what_was_tried_and_the_remedy(monkeypatch):
     def away(name):
-        raise catalogue.Unavailable(name, ["catalogue: not in it", "hub: no connection"])
+        raise sources.Unavailable(name, ["catalogue: not in it", "hub: no connection"])
 
-    monkeypatch.setattr(catalogue, "fetch", away)
+    monkeypatch.setattr(sources, "fetch", away)
     plans = [planned("adalora-1", row, "stsb") for row in ("AdaLoRA, 1.27M", "AdaLoRA, 0.32M")]
     monkeypatch.setattr(recipes, "get_task", lambda name: SimpleNamespace(
         official_train_split="train", dev_split="dev", load=lambda splits: away(name)))  # fmt: skip
     with pytest.raises(ValueError) as error:
         recipes.check_at_hand(plans)
     model, data = str(error.value).splitlines()  # a line for each model and data set, however many cells need it
-    assert model.startswith("model microsoft/deberta-v3-base is not to be had; tried: catalogue: not in it; hub: no connection")
+    assert model.startswith(
+        "model microsoft/deberta-v3-base could not be obtained; tried: catalogue: not in it; hub: no connection"
+    )
     assert model.endswith(f"--model {MINILM}")
-    assert data.startswith("data glue/stsb are not to be had; tried: ") and "sarcasm" in data
+    assert data.startswith("data glue/stsb could not be obtained; tried: ") and "sarcasm" in data
 
 
 # -- what a machine needs -------------------------------------------------------------------------------------------------
@@ -469,17 +471,17 @@ def test_what_cannot_be_had_is_named_with_what_was_tried_and_the_remedy(monkeypa
 def test_at_hand_tells_the_cache_from_a_package_and_the_hub(tmp_path, monkeypatch):
     monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert catalogue.at_hand(MINILM) == "package"
-    assert catalogue.at_hand("microsoft/deberta-v3-base") is None
+    assert sources.at_hand(MINILM) == "package"
+    assert sources.at_hand("microsoft/deberta-v3-base") is None
     (tmp_path / "hub" / "models--microsoft--deberta-v3-base" / "snapshots").mkdir(parents=True)
-    assert catalogue.at_hand("microsoft/deberta-v3-base") == "cache"
-    assert catalogue.at_hand(str(tmp_path)) == "cache"
+    assert sources.at_hand("microsoft/deberta-v3-base") == "cache"
+    assert sources.at_hand(str(tmp_path)) == "cache"
     folder = tmp_path / "cache" / "data" / "glue--stsb"
     folder.mkdir(parents=True)
-    for name in catalogue.CATALOGUE["glue/stsb"].files:
-        assert catalogue.at_hand("glue/stsb") == "package"  # not before the last of them is there
+    for name in sources.CATALOGUE["glue/stsb"].files:
+        assert sources.at_hand("glue/stsb") == "package"  # not before the last of them is there
         (folder / name).touch()
-    assert catalogue.at_hand("glue/stsb") == "cache"
+    assert sources.at_hand("glue/stsb") == "cache"
 
 
 def test_the_shapes_are_those_of_the_papers():
@@ -538,7 +540,7 @@ def test_the_list_says_what_runs_here(offline, monkeypatch):
 
 def test_with_a_hub_the_rest_runs_too(offline, monkeypatch):
     monkeypatch.setattr(recipes, "free_memory", lambda: None)
-    monkeypatch.setattr(catalogue, "hub_out_of_reach", lambda: None)
+    monkeypatch.setattr(sources, "hub_out_of_reach", lambda: None)
     found = recipes.here([recipes.load("adalora-1")], "script")
     assert {one["here"] for one in found["tables"][0]["cells"]} == {"yes", "waits"}
 
@@ -880,7 +882,7 @@ def test_a_column_names_its_cell_and_a_scaled_cell_says_so(small, capsys):
 def test_nothing_runs_where_the_model_cannot_be_had(small, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setitem(recipes.SHAPES, "owner/not-here", recipes.SHAPES[MINILM])
-    with pytest.raises(ValueError, match=r"model owner/not-here is not to be had; tried: .*--model sentence-transformers"):
+    with pytest.raises(ValueError, match=r"model owner/not-here could not be obtained; tried: .*--model sentence-transformers"):
         cli.paper(**{**small, "model": None})
     assert not small["out"].exists()
 

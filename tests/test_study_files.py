@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from rankwise.experiments import catalogue, checks, config, recipes
+from rankwise.experiments import checks, config, recipes, sources
 from rankwise.variants.settings import METHODS
 
 STUDIES = {name: tomllib.loads(path.read_text(encoding="utf-8")) for name, path in config.shipped().items()}
@@ -258,7 +258,7 @@ def test_a_fault_in_a_recipe_is_said_in_clear_lines(name, monkeypatch):
     def none(model: str) -> None:
         raise ValueError(f"{model}: not to be had: give another")
 
-    monkeypatch.setattr(catalogue, "fetch", none)
+    monkeypatch.setattr(sources, "fetch", none)
     raw, draw = tomllib.loads(RECIPES[name].read_text(encoding="utf-8")), random.Random(0)
     changes = list(variations(raw))
     check_all(draw.sample(changes, min(len(changes), 500)), lambda changed: recipe_refusal(changed, name, draw))

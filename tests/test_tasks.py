@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rankwise.experiments import catalogue, files, kinds, models, tasks
+from rankwise.experiments import files, kinds, models, sources, tasks
 from rankwise.experiments.data import draws
 from rankwise.experiments.data import lengths as plan
 from rankwise.experiments.data.encoded import Encoded
@@ -118,7 +118,7 @@ def test_files_without_examples_are_refused(tmp_path):
 
 def test_number_of_examples_that_differs_from_the_known_one_is_refused(tmp_path, monkeypatch):
     write(tmp_path, "sts-dev.csv", STSB)
-    monkeypatch.setattr(catalogue, "fetch", lambda name: tmp_path)
+    monkeypatch.setattr(sources, "fetch", lambda name: tmp_path)
     with pytest.raises(ValueError, match="2 examples in validation, expected 1500"):
         tasks.get("glue/stsb").load(["validation"])
 
@@ -176,7 +176,7 @@ def test_r8_validation_is_carved_out_of_training_by_topic_and_the_same_each_time
     topics = np.repeat(reuters.TOPICS, [1596, 253, 2840, 41, 190, 206, 108, 251])
     lines = [f"{topic}\tstory {i}" for i, topic in enumerate(topics)]
     write(tmp_path, "reuters-r8-train.tab", "Category\tText\nd\tstring\nclass\t\n" + "\n".join(lines))
-    monkeypatch.setattr(catalogue, "fetch", lambda name: tmp_path)
+    monkeypatch.setattr(sources, "fetch", lambda name: tmp_path)
     task = tasks.get("reuters-r8")
     parts = task.load(["train", "validation"])  # the sizes are checked against the known ones
     assert not set(parts["train"].first) & set(parts["validation"].first)
@@ -264,7 +264,7 @@ def test_glue_task_without_a_hub_is_one_line_of_what_was_tried(monkeypatch, tmp_
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(
-        catalogue.Unavailable, match=r"glue/rte is not to be had: pinned package.*; hub .nyu-mll/glue.: not asked"
+        sources.Unavailable, match=r"glue/rte could not be obtained: pinned package.*; hub .nyu-mll/glue.: not asked"
     ):
         tasks.get("glue/rte").load(["dev"])
 
@@ -274,17 +274,17 @@ def test_hub_copy_of_pinned_data_is_taken_only_if_it_is_the_same(monkeypatch, tm
     columns = {"sentence1": parsed.first, "sentence2": parsed.second, "score": [0.5, 1.0]}
 
     def unavailable(name):
-        raise catalogue.Unavailable(name, ["package p: no connection"])
+        raise sources.Unavailable(name, ["package p: no connection"])
 
-    monkeypatch.setattr(catalogue, "fetch", unavailable)
+    monkeypatch.setattr(sources, "fetch", unavailable)
     monkeypatch.setattr(glue, "hub_columns", lambda *_, **__: columns)
-    with pytest.raises(catalogue.Unavailable, match=r"package p: no connection; hub .*differ from the pinned ones"):
+    with pytest.raises(sources.Unavailable, match=r"package p: no connection; hub .*differ from the pinned ones"):
         glue.read_stsb("test")
     monkeypatch.setitem(glue.STSB_CONTENT, "test", parsed.content_hash())
     assert glue.read_stsb("test").labels.tolist() == [0.5, 1.0]
     tags = {"tokens": [["a", "b"]], "ner_tags": [[1, 2]]}
     monkeypatch.setattr(conll2003, "hub_columns", lambda *_, **__: tags)
-    with pytest.raises(catalogue.Unavailable, match="differ from the pinned ones"):
+    with pytest.raises(sources.Unavailable, match="differ from the pinned ones"):
         conll2003.read("test")
 
 
@@ -308,7 +308,7 @@ def cache(tmp_path, monkeypatch):
 def stsb_on(tmp_path, monkeypatch, text=STSB):
     for name in glue.STSB_FILES.values():
         write(tmp_path, name, text)
-    monkeypatch.setattr(catalogue, "fetch", lambda name: tmp_path)
+    monkeypatch.setattr(sources, "fetch", lambda name: tmp_path)
     return replace(tasks.get("glue/stsb"), sizes=None)
 
 
@@ -390,7 +390,7 @@ def test_lengths_that_cannot_be_are_refused(tmp_path, monkeypatch, cache):
 
 def test_first_token_of_a_word_has_its_label_and_no_other(cache, tmp_path, monkeypatch):
     write(tmp_path, "train.txt", "Jon N N B-PER\nS N N I-PER\nsat N N O\n\nParis N N B-LOC\nrain N N O\n")
-    monkeypatch.setattr(catalogue, "fetch", lambda name: tmp_path)
+    monkeypatch.setattr(sources, "fetch", lambda name: tmp_path)
     task = replace(tasks.get("conll2003"), sizes=None)
     encoded = task.encode(models.tiny_tokenizer(), "train", 8)
     # [CLS] J ##o ##n S s ##a [SEP] (cut off), [CLS] P ##a ##r ##i ##s r [SEP] (cut off)
@@ -773,8 +773,8 @@ def test_examples_hash_knows_texts_labels_and_order():
 @pytest.mark.slow
 def test_stsb_as_fetched_has_the_official_sizes_and_encodes_in_seconds(tmp_path, monkeypatch):
     try:
-        folder = catalogue.fetch("glue/stsb")
-    except catalogue.Unavailable as error:
+        folder = sources.fetch("glue/stsb")
+    except sources.Unavailable as error:
         pytest.skip(str(error))
     task = tasks.get("glue/stsb")
     parts = task.load()

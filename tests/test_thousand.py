@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from rankwise.experiments import checks, config
-from rankwise.experiments.catalogue import Unavailable, fetch
+from rankwise.experiments.sources import Unavailable, fetch
 from rankwise.experiments.study import Runner, groups
 from rankwise.reports import page, tables
 from rankwise.reports.results import load

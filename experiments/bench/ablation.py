@@ -6,7 +6,7 @@ rankwise bench --ablation --json reports/bench/ablation.json
 import contextlib
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,14 +15,13 @@ import torch
 from rankwise.experiments import measure
 from rankwise.experiments.bench import timing
 from rankwise.experiments.bench.arms import Ours, Setup
-from rankwise.experiments.bench.cases import MINILM, SHAPES, Shape
+from rankwise.experiments.bench.cases import MINILM, SHAPES, Case, Shape, of_group
 from rankwise.experiments.bench.run import machine
 from rankwise.experiments.bench.workloads import POOL, random_rows
-from rankwise.experiments.files import write_json
 from rankwise.experiments.training import first_token
 from rankwise.variants import native
 
-METHODS = ("lora", "dora")
+CPU = torch.device("cpu")
 # What is taken out, and how: each is in force while an arm is made and whenever it runs.
 CHANGES: dict[str, Callable[[], Any]] = {
     "nothing": contextlib.nullcontext,
@@ -34,7 +33,20 @@ CHANGES: dict[str, Callable[[], Any]] = {
 UNUSED = {"train": {"merged evaluation"}, "eval": {"compiled passes", "fused AdamW"}}  # what a phase does not have
 
 
-def measured(shape: Shape, method: str, setup: Setup, rounds: int) -> Iterator[dict[str, Any]]:
+def run(chosen: Sequence[Case], rounds: int) -> Iterator[dict[str, Any]]:
+    """The rows of these cases, on the CPU, each case's as soon as it is measured; rounds: timed ones."""
+    precision = measure.precision("auto", CPU)
+    with tempfile.TemporaryDirectory(prefix="rankwise-bench-") as scratch:
+        for shape in SHAPES:
+            at_shape = of_group(chosen, "encoder", shape.name)
+            for method in dict.fromkeys(case.method for case in at_shape):
+                phases = [case.phase for case in at_shape if case.method == method]
+                yield from measured(shape, method, Setup(CPU, precision, Path(scratch)), rounds, phases)
+
+
+def measured(
+    shape: Shape, method: str, setup: Setup, rounds: int, phases: Sequence[str] = ("train", "eval")
+) -> Iterator[dict[str, Any]]:
     """A row for each change: seconds per member without it, and how many times slower that is."""
     rows = random_rows(MINILM, POOL * shape.rows, shape.length)
     arms = {}
@@ -49,7 +61,8 @@ def measured(shape: Shape, method: str, setup: Setup, rounds: int) -> Iterator[d
 
         return step
 
-    for phase, batches in (("train", 1), ("eval", shape.evaluation_batches)):
+    for phase in phases:
+        batches = 1 if phase == "train" else shape.evaluation_batches
         names = [name for name in CHANGES if name not in UNUSED[phase]]
         times = timing.interleave({name: without(name, phase) for name in names}, setup.device, rounds)
         whole = times["nothing"]
@@ -63,22 +76,15 @@ def measured(shape: Shape, method: str, setup: Setup, rounds: int) -> Iterator[d
             }
 
 
-def show(json_file: Path | None, rounds: int) -> None:
-    """Prints a line for each change taken out; all rows into a file where one is named."""
-    measure.keep_freed_memory()
-    device = torch.device("cpu")
-    precision = measure.precision("auto", device)
-    found = {"machine": machine(device, precision, ((1024, 1024, 1024),)), "rows": []}
-    with tempfile.TemporaryDirectory() as scratch:
-        for shape in SHAPES:
-            for method in METHODS:
-                for row in measured(shape, method, Setup(device, precision, Path(scratch)), rounds):
-                    low, high = row["slower_spread"]
-                    print(
-                        f"{row['case']:18} without {row['without']:18} {1000 * row['seconds']:7.1f} ms "
-                        f"{row['slower']:.3f} [{low:.3f}, {high:.3f}]",
-                        flush=True,
-                    )
-                    found["rows"].append(row)
-    if json_file is not None:
-        write_json(json_file, found)
+def line(row: dict[str, Any]) -> str:
+    """A row as it is printed."""
+    low, high = row["slower_spread"]
+    return (
+        f"{row['case']:18} without {row['without']:18} {1000 * row['seconds']:7.1f} ms "
+        f"{row['slower']:.3f} [{low:.3f}, {high:.3f}]"
+    )
+
+
+def machine_of_cpu() -> dict[str, Any]:
+    """What the rows were measured on."""
+    return machine(CPU, measure.precision("auto", CPU), ((1024, 1024, 1024),))

@@ -7,7 +7,7 @@ import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NoReturn
 
 from rankwise.variants.settings import nearest
 
@@ -15,6 +15,8 @@ PEFT_VERSION = "0.21.2"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 METHODS = ("lora", "adalora", "dora", "adalora+dora")
 PEFT_METHODS = ("lora", "adalora", "dora")  # PEFT has no AdaLoRA with magnitudes
+ABLATED = ("lora", "dora")  # what --ablation takes our changes out of
+ABLATION_REPETITIONS = 3
 
 # The same for every arm.
 RECIPE: dict[str, Any] = {
@@ -197,30 +199,41 @@ def cases() -> list[Case]:
 
 
 def select(pattern: str | None, full: bool) -> list[Case]:
-    """The cases to measure: those of the pattern (`train/dora/*`), without one all; the further ones with `full` alone.
+    """The cases to measure: those of the pattern (`train/dora/*`), without one all; those of `full` only if it is set.
 
     Raises:
         ValueError: the pattern matches none.
     """
     everything = cases()
-    allowed = [case for case in everything if full or not case.full]
-    if pattern is None:
-        return allowed
-    found = [case for case in allowed if fnmatchcase(case.name, pattern)]
-    if found:
-        return found
-    if any(fnmatchcase(case.name, pattern) for case in everything):
+    chosen = _matching(pattern, [case for case in everything if full or not case.full])
+    if not chosen and _matching(pattern, everything):
         raise ValueError(f"--cases {pattern}: this is measured with --full alone: add --full")
-    names = [case.name for case in everything]
-    raise ValueError(
-        f'--cases "{pattern}" matches no case{nearest(pattern, names)}; there are: {", ".join(c.name for c in allowed)}'
-    )
+    return chosen or _refuse(str(pattern), everything, [case for case in everything if full or not case.full])
+
+
+def select_ablated(pattern: str | None) -> list[Case]:
+    """The cases of `--ablation`: steps and evaluations of the methods in ABLATED, at each of SHAPES.
+
+    Raises:
+        ValueError: the pattern matches none.
+    """
+    everything = [case for case in cases() if case.group == "encoder" and case.method in ABLATED]
+    return _matching(pattern, everything) or _refuse(str(pattern), everything, everything)
+
+
+def _matching(pattern: str | None, of: Sequence[Case]) -> list[Case]:
+    return [case for case in of if pattern is None or fnmatchcase(case.name, pattern)]
+
+
+def _refuse(pattern: str, known: Sequence[Case], shown: Sequence[Case]) -> NoReturn:
+    near = nearest(pattern, [case.name for case in known])
+    raise ValueError(f'--cases "{pattern}" matches no case{near}; there are: {", ".join(case.name for case in shown)}')
 
 
 def check_peft() -> None:
     """
     Raises:
-        ValueError: PEFT is not there in the version that we compare with.
+        ValueError: PEFT is not installed in the version that we compare with.
     """
     remedy = "give: pip install -c constraints.txt -e '.[bench]'"
     try:
@@ -231,17 +244,8 @@ def check_peft() -> None:
         raise ValueError(f"bench compares with PEFT {PEFT_VERSION}, and {version} is installed; {remedy}")
 
 
-def positive(option: str, value: int | None) -> None:
-    """
-    Raises:
-        ValueError: a number below 1.
-    """
-    if value is not None and value < 1:
-        raise ValueError(f"{option} {value}: give at least 1")
-
-
 def settings(method: str, sizes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What `variants.create` is told: the recipe, with other sizes where they are given."""
+    """The settings for `variants.create`: the recipe's, with other sizes where they are given."""
     own = RECIPE["adalora"] if method.startswith("adalora") else {key: RECIPE[key] for key in ("rank", "alpha")}
     own = {**own, "dropout": RECIPE["lora_dropout"]}
     if method.startswith("adalora"):

@@ -4,10 +4,9 @@ rankwise bench --tried
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from rankwise.experiments import measure
 from rankwise.experiments.bench import timing
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,6 +15,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 CPU = torch.device("cpu")
 ATTENTION = ((32, 32), (512, 16), (32, 128))  # rows, tokens; 12 heads of 32, as MiniLM has
 PRODUCTS = ((1024, 384, 384), (1024, 384, 1536), (1024, 1536, 384), (8192, 384, 1536), (64, 2048, 2048))
+
+
+def lines() -> Iterator[str]:
+    """A line for each kernel and size, as soon as it is measured."""
+    yield from attention_kernels()
+    yield from packed_weights()
 
 
 def milliseconds(step: Callable[[], object], rounds: int = 15) -> float:
@@ -36,7 +41,7 @@ def fused(kind: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return attention
 
 
-def attention_kernels() -> None:
+def attention_kernels() -> Iterator[str]:
     kernels = {"flash": fused(SDPBackend.FLASH_ATTENTION), "math": fused(SDPBackend.MATH), "plain": plain}
     for rows, tokens in ATTENTION:
         states = [torch.randn(rows, tokens, 384, requires_grad=True) for _ in range(3)]
@@ -54,13 +59,12 @@ def attention_kernels() -> None:
             train = milliseconds(lambda kernel=kernel, run=run: run(kernel))
             with torch.no_grad():
                 evaluation = milliseconds(lambda kernel=kernel, run=run: run(kernel))
-            print(
+            yield (
                 f"attention {rows:4} x {tokens:3}  {name:6} forward and backward {train:6.2f} ms, forward {evaluation:6.2f} ms"
             )
 
 
-@torch.no_grad()
-def packed_weights() -> None:
+def packed_weights() -> Iterator[str]:
     for rows, inner, columns in PRODUCTS:
         x, weight, bias = torch.randn(rows, inner), torch.randn(columns, inner), torch.randn(columns)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
@@ -69,12 +73,6 @@ def packed_weights() -> None:
             "oneDNN, packed": lambda x=x, w=packed, b=bias: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], ""),
         }
         for name, product in kinds.items():
-            rate = 2 * rows * inner * columns / milliseconds(product, 30) / 1e6
-            print(f"product {rows:5} x {inner:4} x {columns:4}  {name:15} {rate:5.0f} GFLOP/s")
-
-
-def show() -> None:
-    """Prints every measurement."""
-    measure.keep_freed_memory()
-    attention_kernels()
-    packed_weights()
+            with torch.no_grad():
+                rate = 2 * rows * inner * columns / milliseconds(product, 30) / 1e6
+            yield f"product {rows:5} x {inner:4} x {columns:4}  {name:15} {rate:5.0f} GFLOP/s"

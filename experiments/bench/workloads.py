@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from rankwise import variants
-from rankwise.experiments import catalogue, models, tasks
+from rankwise.experiments import models, sources, tasks
 from rankwise.experiments.bench import timing
 from rankwise.experiments.bench.arms import Floor, ImprovedFloor, Ours, OursAlone, Peft, Setup, trainer
 from rankwise.experiments.bench.cases import LINEAR_SIZES, RECIPE, TOTAL_STEPS, LlamaSize, Shape, settings
@@ -146,7 +146,7 @@ def _regression() -> Task:
 
 def random_rows(model_id: str, rows: int, length: int) -> Encoded:
     """Rows of exactly `length` random tokens, none of them special, with random scores."""
-    config = json.loads((catalogue.fetch(model_id) / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((sources.fetch(model_id) / "config.json").read_text(encoding="utf-8"))
     size = config["vocab_size"]
     random = np.random.default_rng(0)
     ids = random.integers(min(1000, size // 8), size, rows * length, dtype=np.int32)

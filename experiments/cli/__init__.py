@@ -9,8 +9,10 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
+from pydantic import ValidationError
 from rankwise.experiments.cli.analysis import analysis
 from rankwise.experiments.cli.app import app, complain, place_of
 from rankwise.experiments.cli.bench import bench
@@ -42,7 +44,7 @@ def main(words: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         complain("interrupted; the same command goes on where this one stopped")
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the program that read our output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (typer.Abort, EOFError):
@@ -60,6 +62,14 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's own usage errors
-            complain(error.format_message())
+            complain(usage(error))
             sys.exit(2)
         raise
+
+
+def usage(error: Any) -> str:
+    """What is wrong with the words of a command line."""
+    if isinstance(error.__cause__, ValidationError):  # typer since 0.29 converts with pydantic and leaves out the value
+        fault = error.__cause__.errors()[0]
+        return f"{error.param.opts[0]} {fault['input']}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+    return error.format_message()

@@ -1,3 +1,6 @@
+"""`python -m rankwise.experiments.cli` is the command `rankwise`."""
+
 from rankwise.experiments.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,8 @@
-"""The application, and how it complains."""
+"""The application that commands are registered with, and how it complains."""
 
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import Annotated
 
 import typer
 
@@ -15,12 +14,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
-
 
 @contextlib.contextmanager
 def nothing_kept_if_interrupted() -> Iterator[None]:
-    """Says so; what `main` says of an interrupt is about runs, which are kept."""
+    """For a command that keeps nothing of what was cut off; `main` speaks of runs, which are kept."""
     try:
         yield
     except KeyboardInterrupt:
@@ -29,9 +26,11 @@ def nothing_kept_if_interrupted() -> Iterator[None]:
 
 
 def complain(text: str) -> None:
+    """Prints each line on standard error, under the command's name."""
     for line in text.splitlines():
         print(f"rankwise: {line}", file=sys.stderr)
 
 
 def place_of(error: OSError) -> str:
+    """Which file it is about, where the error knows."""
     return f": {error.filename}" if error.filename else ""

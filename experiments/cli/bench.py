@@ -1,74 +1,127 @@
-"""rankwise bench: our steps beside PEFT's and beside the frozen model's floor."""
+"""`rankwise bench`: how fast a step is."""
 
 import os
-import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rankwise.experiments.cli.app import nothing_kept_if_interrupted
+from rankwise.experiments.cli.options import Device, Threads, check_device, check_least, check_output_file, check_output_folder
+from rankwise.experiments.cli.options import width as terminal_width
 from rankwise.experiments.cli.progress import Progress
 from rankwise.experiments.cli.start import start_torch
+
+OUT = Path("runs/bench")
 
 
 def bench(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON to FILE.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for bench.json, bench.md and figures.")] = Path("runs/bench"),
+    out: Annotated[Path | None, typer.Option(help=f"Folder for bench.json, bench.md and figures.  [default: {OUT}]")] = None,
     full: Annotated[bool, typer.Option("--full", help="Packed throughput, a study, and a Llama shape too.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.  [default: what torch takes]")] = None,
+    device: Device = "auto",
+    threads: Threads = None,
     cases: Annotated[str | None, typer.Option(help="Only these, as in 'train/dora/*'.")] = None,
     repetitions: Annotated[int | None, typer.Option(help="Timed rounds, instead of each case's own number.")] = None,
     ablation: Annotated[
-        bool, typer.Option("--ablation", help="What each change for speed buys: one taken out at a time.")
+        bool, typer.Option("--ablation", help="Instead: our own steps on the CPU without each change.")
     ] = False,
-    tried: Annotated[bool, typer.Option("--tried", help="Times of what was tried and not kept.")] = False,
+    tried: Annotated[bool, typer.Option("--tried", help="Instead: attention kernels and packed weights, not kept.")] = False,
 ) -> None:
     """Time our steps beside PEFT's and beside the frozen model's floor."""
     from rankwise.experiments.bench import cases as known
 
-    chosen = known.select(cases, full)
-    known.positive("--threads", threads)
-    known.positive("--repetitions", repetitions)
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ValueError(f"--json {json_file}: the folder {json_file.parent} is not there; make it, or name another")
-    if json_file is not None and json_file.is_dir():
-        raise ValueError(f"--json {json_file}: this is a folder; name a file")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: this is a file; name a folder")
-    if ablation or tried:
-        idle = {"--full": full, "--cases": cases is not None, "both of --ablation and --tried": ablation and tried}
-        for flag in [flag for flag, given in idle.items() if given]:
-            raise ValueError(f"{flag} has no effect with --{'ablation' if ablation else 'tried'}: take it out")
-        with Progress() as bar, nothing_kept_if_interrupted():
-            start_torch(bar, threads)
-            if tried:
-                from rankwise.experiments.bench.tried import show
-            else:
-                from rankwise.experiments.bench.ablation import show
-            show(json_file, repetitions or 3) if ablation else show()
-        return
+    _refuse_idle(
+        ablation,
+        tried,
+        idle={"--out": out, "--full": full or None, "--device": None if device == "auto" else device},
+        idle_if_tried={"--json": json_file, "--cases": cases, "--repetitions": repetitions},
+    )
+    check_least("--threads", threads)
+    check_least("--repetitions", repetitions)
+    check_device(device)
+    _check_json(json_file)
+    check_output_folder("--out", out)
+    if tried:
+        return _tried(threads)
+    chosen = known.select_ablated(cases) if ablation else known.select(cases, full)
     known.check_peft()
+    if ablation:
+        return _ablation(chosen, json_file, threads, repetitions or known.ABLATION_REPETITIONS)
 
     with Progress() as bar, nothing_kept_if_interrupted():
         bar.say("bench: loading torch and models ...")
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts memory, tells of every start
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts memory, reports every start
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what a study sets on a GPU
-        if start_torch(bar, threads):
-            bar.warn("note: another program is computing on this machine; trust the ratios more than the times")
+        _start(bar, threads)
         from rankwise.experiments import measure
         from rankwise.experiments.bench.run import Bench
         from rankwise.experiments.files import write_json
 
         where = measure.device(device)
         bar.start(len(chosen))
-        found = Bench(known.plan(where.type), where, chosen, repetitions, bar.warn, bar.advance).run()
+        result = Bench(known.plan(where.type), where, chosen, repetitions, bar.warn, bar.advance).run()
         if json_file is not None:
-            write_json(json_file, found)
+            write_json(json_file, result)
     from rankwise.reports import speed
 
-    print(speed.text(found, shutil.get_terminal_size((120, 24)).columns))
-    print(f"report: {speed.write(found, out)}")
-    if found["failures"]:
+    print(speed.text(result, terminal_width()))
+    print(f"report: {speed.write(result, out or OUT)}")
+    if result["failures"]:
         raise typer.Exit(1)
+
+
+def _ablation(chosen: list, json_file: Path | None, threads: int | None, repetitions: int) -> None:
+    """Prints a line for each case and change as it is measured."""
+    with Progress() as bar, nothing_kept_if_interrupted():
+        bar.say("bench: loading torch and models ...")
+        _start(bar, threads)
+        from rankwise.experiments.bench import ablation
+        from rankwise.experiments.files import write_json
+
+        rows = []
+        for row in ablation.run(chosen, repetitions):
+            print(ablation.line(row), flush=True)
+            rows.append(row)
+        if json_file is not None:
+            write_json(json_file, {"machine": ablation.machine_of_cpu(), "rows": rows})
+
+
+def _tried(threads: int | None) -> None:
+    """Prints a line for each kernel as it is measured."""
+    with Progress() as bar, nothing_kept_if_interrupted():
+        bar.say("bench: loading torch ...")
+        _start(bar, threads)
+        from rankwise.experiments.bench import tried
+
+        for line in tried.lines():
+            print(line, flush=True)
+
+
+def _start(bar: Progress, threads: int | None) -> None:
+    if start_torch(bar, threads):
+        bar.warn("note: another program is computing on this machine; trust the ratios more than the times")
+
+
+def _refuse_idle(ablation: bool, tried: bool, idle: dict[str, Any], idle_if_tried: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: two measurements at once, or an option that the one asked for does not read.
+    """
+    if ablation and tried:
+        raise ValueError("--ablation and --tried are two measurements: give one")
+    if ablation or tried:
+        unread = idle | (idle_if_tried if tried else {})
+        option = next((option for option, value in unread.items() if value is not None), None)
+        if option is not None:
+            raise ValueError(f"{option} has no effect with {'--tried' if tried else '--ablation'}: leave it out")
+
+
+def _check_json(path: Path | None) -> None:
+    """
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    if path is not None and not path.parent.exists():
+        raise ValueError(f"--json {path}: the folder {path.parent} is not there; make it, or name another")
+    check_output_file("--json", path)

@@ -1,11 +1,12 @@
-"""rankwise export: an adapter as a plain LoRA or merged into its model."""
+"""`rankwise export`: a trained adapter for use elsewhere."""
 
 import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rankwise.experiments.cli.app import Json, nothing_kept_if_interrupted
+from rankwise.experiments.cli.app import nothing_kept_if_interrupted
+from rankwise.experiments.cli.options import Json, check_least, check_output_folder
 from rankwise.experiments.cli.progress import Progress
 
 
@@ -15,8 +16,8 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write: a new or an empty one, or an earlier export.")],
     model: Annotated[str | None, typer.Option(help="Base model.  [default: the one that PATH names]")] = None,
     model_class: Annotated[str | None, typer.Option(help="Its class in transformers.  [default: the adapter's]")] = None,
-    total_rank: Annotated[int | None, typer.Option(help="Truncate first, to so many ranks of all sites together.")] = None,
-    total_parameters: Annotated[int | None, typer.Option(help="The same, to so many parameters.")] = None,
+    total_rank: Annotated[int | None, typer.Option(help="Truncate first, to this many ranks over all sites.")] = None,
+    total_parameters: Annotated[int | None, typer.Option(help="The same, to this many parameters.")] = None,
     as_json: Json = False,
 ) -> None:
     """Take a trained adapter elsewhere: as a plain LoRA, truncated if wanted, or merged into its model."""
@@ -24,9 +25,9 @@ def export(
 
     if total_rank is not None and total_parameters is not None:
         raise ValueError("--total-rank and --total-parameters are two budgets: give one")
-    for flag, number in (("--total-rank", total_rank), ("--total-parameters", total_parameters)):
-        if number is not None and number < 1:
-            raise ValueError(f"{flag} {number}: give at least 1")
+    check_least("--total-rank", total_rank)
+    check_least("--total-parameters", total_parameters)
+    check_output_folder("--out", out)
     source = exports.find(path, to, model, model_class)
     exports.check_out(out, source.adapter)
     with Progress() as bar, nothing_kept_if_interrupted():

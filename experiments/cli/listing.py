@@ -1,19 +1,19 @@
-"""rankwise list: what there is."""
+"""`rankwise list`: what there is."""
 
 import json
 from pathlib import Path
 
-from rankwise.experiments.cli.app import Json
+from rankwise.experiments.cli.options import Json
 from rankwise.variants.settings import METHODS
 
 
 def list_(as_json: Json = False) -> None:
     """List the methods, models, tasks and studies there are."""
-    from rankwise.experiments import catalogue, config, recipes, tasks
+    from rankwise.experiments import config, recipes, sources, tasks
 
     rows = {
         "methods": {m.name: f"{m.summary} ({m.source})" for m in METHODS.values()},
-        "models": {name: f"{e.kind}, {e.licence}" for name, e in catalogue.CATALOGUE.items() if e.kind == "model"},
+        "models": {name: f"{e.kind}, {e.licence}" for name, e in sources.CATALOGUE.items() if e.kind == "model"},
         "tasks": {name: tasks.get(name).licence for name in tasks.names()},
         "studies": {name: first_comment(path) for name, path in config.shipped().items()},
         "papers": {name: recipes.load(name).title for name in recipes.names()},
@@ -29,5 +29,6 @@ def list_(as_json: Json = False) -> None:
 
 
 def first_comment(path: Path) -> str:
+    """The first line of a study file, where it is a comment."""
     first = path.read_text(encoding="utf-8-sig").partition("\n")[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""

@@ -1,19 +1,18 @@
-"""rankwise ranks: the rank of every layer and module."""
+"""`rankwise ranks`: the rank of every site of a run or of an adapter."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rankwise.experiments.cli.app import Json
+from rankwise.experiments.cli.options import Json, check_least, check_output_file, check_output_folder, width
 
 
 def ranks(
     path: Annotated[Path, typer.Argument(help="A run's folder, a folder of runs, or any PEFT adapter folder.")],
     as_json: Json = False,
     csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write a line for each site to FILE.")] = None,
-    figures: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw what there is data for into DIR.")] = None,
+    figures: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for figures of what there is data for.")] = None,
     beside: Annotated[Path | None, typer.Option(help="Another run or adapter: draw both and their difference.")] = None,
     knock_out: Annotated[bool, typer.Option("--knock-out", help="Measure the loss of a run without each site first.")] = False,
     rows: Annotated[int | None, typer.Option(help="Rows of the selection split to measure it on.  [default: 128]")] = None,
@@ -28,11 +27,9 @@ def ranks(
         raise ValueError("--beside draws two allocations side by side: name a folder with --figures")
     if rows is not None and not knock_out:
         raise ValueError("--rows has no effect without --knock-out")
-    if rows is not None and rows < 1:
-        raise ValueError(f"--rows {rows}: give at least 1")
-    for flag, file in (("--csv", csv), ("--figures", figures)):
-        if file is not None and file.exists() and file.is_dir() != (flag == "--figures"):
-            raise ValueError(f"{flag} {file}: this is a {'folder; name a file' if file.is_dir() else 'file; name a folder'}")
+    check_least("--rows", rows)
+    check_output_file("--csv", csv)
+    check_output_folder("--figures", figures)
     if knock_out:
         if not is_run(path):
             raise ValueError(
@@ -41,14 +38,13 @@ def ranks(
         from rankwise.experiments import knockout
 
         knockout.of_run(path, rows or knockout.ROWS)
-    found = allocation.as_dict(path) if as_json else allocation.shown(path)
+    shown = allocation.as_dict(path) if as_json else allocation.shown(path)
     if csv is not None:
         write_file(csv, allocation.as_csv(path))
     if figures is not None:
         for drawing in allocation.drawings(path, beside):
             drawn.save(drawing, figures)
     if as_json:
-        print(json.dumps(found, indent=2, allow_nan=False))
-        return
-    width = shutil.get_terminal_size((120, 24)).columns
-    print("\n\n".join(table.text(width).rstrip("\n") for table in found))
+        print(json.dumps(shown, indent=2, allow_nan=False))
+    else:
+        print("\n\n".join(table.text(width()).rstrip("\n") for table in shown))

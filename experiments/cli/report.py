@@ -1,13 +1,15 @@
-"""rankwise report: the page, figures and tables of a folder of runs."""
+"""`rankwise report`: tables, figures and pages of runs that are there."""
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rankwise.experiments.cli.app import Json
+from rankwise.experiments.cli.options import Json, check_output_folder, width
+
+if TYPE_CHECKING:
+    from rankwise.reports.results import Study
 
 
 def report(
@@ -21,14 +23,16 @@ def report(
     """Write the report of a folder of runs: a page (HTML), Markdown, figures (SVG, PNG), tables (CSV, LaTeX)."""
     if with_runs and out is None:
         raise ValueError("--with-runs writes their archive to another folder: name it with --out")
+    check_output_folder("--out", out)
     show_report(runs, out, as_json)
-    if with_runs:
+    if with_runs and out is not None:
         from rankwise.reports import results
 
         results.archive_finished(runs, out)
 
 
 def show_report(runs: Path, out: Path | None, as_json: bool) -> None:
+    """Writes the report of a folder of runs, and prints its comparisons and verdicts."""
     from rankwise.reports import beside, page, results, tables
     from rankwise.reports.verdicts import verdicts
 
@@ -36,28 +40,31 @@ def show_report(runs: Path, out: Path | None, as_json: bool) -> None:
     commands = {study.name: command for study in studies if study.quick and (command := full_protocol(study))}
     written = page.write(runs, out or runs / "report", beside.of_folder(runs), commands)
     parts = [part for study in studies for part in study.parts()]
-    found = [tables.comparison(part) for part in parts]
+    comparisons = [tables.comparison(part) for part in parts]
     if as_json:
-        names = [study.name for study in studies]
-        said = [asdict(verdict) for part in parts for verdict in verdicts(part)]
-        tables_of = [table.records() for table in found]
-        print(json.dumps({"studies": names, "report": str(written), "tables": tables_of, "verdicts": said}, indent=1))
+        value = {
+            "studies": [study.name for study in studies],
+            "report": str(written),
+            "tables": [table.records() for table in comparisons],
+            "verdicts": [asdict(verdict) for part in parts for verdict in verdicts(part)],
+        }
+        print(json.dumps(value, indent=1))
         return
-    for part, table in zip(parts, found, strict=True):
-        print(table.text(shutil.get_terminal_size((120, 24)).columns))
+    for part, table in zip(parts, comparisons, strict=True):
+        print(table.text(width()))
         for verdict in () if part.quick else verdicts(part):
             print(f"{verdict.setting}: {verdict.text}")
         print()
     for study in studies:
         if study.quick:
-            fair = f"  The full protocol: {commands[study.name]}" if study.name in commands else ""
-            print(f"{study.name} is a quick look, no fair comparison.{fair}")
+            remedy = f"  The full protocol: {commands[study.name]}" if study.name in commands else ""
+            print(f"{study.name} is a quick look, no fair comparison.{remedy}")
     print(f"report: {written}")
     print(f"page: {written.with_suffix('.html')}")
 
 
-def full_protocol(study: Any) -> str | None:
-    """The command of a shipped full-protocol study of the same model and task, the one with the fewest tasks; None: none."""
+def full_protocol(study: "Study") -> str | None:
+    """The command of a shipped study of the same model and task that is no quick look; of several the one with fewest tasks."""
     from rankwise.experiments import config
 
     shipped = [config.read(path) for path in sorted(config.STUDIES.glob("*.toml"))]

@@ -7,7 +7,7 @@ from pathlib import Path
 from rankwise.experiments.cli.progress import Progress
 
 
-def start_torch(bar: Progress, threads: int | None) -> bool:
+def start_torch(bar: Progress, threads: int | None = None) -> bool:
     """Imports torch with its threads set; whether other programs compute on this machine.
 
     libgomp's threads spin for milliseconds when they wait: a little faster on an idle machine, several times slower where
@@ -41,7 +41,7 @@ def others_compute() -> bool:
         return False
 
 
-def warn_if_not_compiled(bar: "Progress") -> None:
+def warn_if_not_compiled(bar: Progress) -> None:
     """Nothing is slower without a word."""
     from rankwise.variants import native
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rankwise.experiments import catalogue
+from rankwise.experiments import sources
 from rankwise.experiments.data.examples import Examples
 
 
@@ -37,8 +37,8 @@ def hub_columns(name: str, path: str, config: str | None, split: str, tried: lis
 
     Raises: Unavailable: with what was tried before (`tried`) and why the hub did not help.
     """
-    if not _datasets_cache_may_hold(path) and (reason := catalogue.hub_out_of_reach()):
-        raise catalogue.Unavailable(name, [*tried, f"hub ({path}): {reason}"])
+    if not _datasets_cache_may_hold(path) and (reason := sources.hub_out_of_reach()):
+        raise sources.Unavailable(name, [*tried, f"hub ({path}): {reason}"])
     try:
         import datasets
 
@@ -47,18 +47,18 @@ def hub_columns(name: str, path: str, config: str | None, split: str, tried: lis
         return {column: list(rows[column]) for column in rows.column_names}
     except Exception as error:  # the client's errors differ between versions; all of them mean: not from there
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise catalogue.Unavailable(name, [*tried, f"hub ({path}): {reason}"]) from None
+        raise sources.Unavailable(name, [*tried, f"hub ({path}): {reason}"]) from None
 
 
 def _datasets_cache_may_hold(path: str) -> bool:
-    cache = os.environ.get("HF_DATASETS_CACHE") or catalogue.huggingface_home() / "datasets"
+    cache = os.environ.get("HF_DATASETS_CACHE") or sources.huggingface_home() / "datasets"
     return (Path(cache).expanduser() / path.replace("/", "___")).is_dir()
 
 
 def check_pinned(name: str, examples: Examples, sha256: str, path: str, tried: list[str]) -> Examples:
     """The hub's copy of data that we pin, taken only where texts and labels are the same."""
     if examples.content_hash() != sha256:
-        raise catalogue.Unavailable(name, [*tried, f"hub ({path}): its texts or labels differ from the pinned ones"])
+        raise sources.Unavailable(name, [*tried, f"hub ({path}): its texts or labels differ from the pinned ones"])
     return examples
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from rankwise.experiments import catalogue
+from rankwise.experiments import sources
 from rankwise.experiments.data import draws, lengths, tokens
 from rankwise.experiments.data.encoded import Encoded
 from rankwise.experiments.kinds.interface import Kind, Planned
@@ -49,7 +49,7 @@ class Text(Kind):
         identity = [tokens.tokenizer_hash(processor), task.data_hash()]
         parts = [tokens.FORMAT, draws.SPLIT_SEED, task.name, task.kind, split, max_length, *identity]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-        path = catalogue.cache_folder() / "encoded" / f"{task.name.replace('/', '--')}-{split}-{key}.npz"
+        path = sources.cache_folder() / "encoded" / f"{task.name.replace('/', '--')}-{split}-{key}.npz"
         kept = tokens.read(path, max_length, is_by_token=self.of_words)
         if kept is not None:
             return kept

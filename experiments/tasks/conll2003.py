@@ -8,13 +8,13 @@ script conlleval does. As there, an I-X with no entity of type X just before it 
 from pathlib import Path
 
 import numpy as np
-from rankwise.experiments import catalogue
+from rankwise.experiments import sources
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.data.reading import check_pinned, hub_columns, lines_of, malformed
 from rankwise.experiments.tasks.metrics import entity_f1, resampled_entity_f1
 from rankwise.experiments.tasks.task import Task
 
-ENTRY = catalogue.CATALOGUE["conll2003"]
+ENTRY = sources.CATALOGUE["conll2003"]
 # The hub's order of the tags.
 TAGS = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC")
 FILES = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
@@ -53,8 +53,8 @@ def parse(path: Path) -> Examples:
 
 def read(split: str) -> Examples:
     try:
-        folder = catalogue.fetch("conll2003")
-    except catalogue.Unavailable as missing:
+        folder = sources.fetch("conll2003")
+    except sources.Unavailable as missing:
         return from_hub(split, missing.tried)
     return parse(folder / FILES[split])
 
@@ -80,7 +80,7 @@ TASKS = (
         read=read,
         measure=entity_f1,
         resampled=resampled_entity_f1,
-        identity=lambda: catalogue.content_hash("conll2003"),
+        identity=lambda: sources.content_hash("conll2003"),
         caption=("CoNLL-2003 scores whole entities; words cut off by the length limit are not scored.",),
     ),
 )

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from rankwise.experiments import catalogue
+from rankwise.experiments import sources
 from rankwise.experiments.data.draws import carve
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.data.reading import check_pinned, hub_columns, lines_of, malformed
@@ -27,7 +27,7 @@ from rankwise.experiments.tasks.metrics import (
 from rankwise.experiments.tasks.task import Task
 
 HUB = "nyu-mll/glue"
-STSB = catalogue.CATALOGUE["glue/stsb"]
+STSB = sources.CATALOGUE["glue/stsb"]
 STSB_FILES = {"train": "sts-train.csv", "validation": "sts-dev.csv", "test": "sts-test.csv"}
 STSB_CONTENT = {  # Examples.content_hash() of the pinned files
     "train": "9aa4701e6eb280242ae3af35aa3f9ac2f42ca5be42643e2132b9e369166be3d5",
@@ -77,8 +77,8 @@ def parse_stsb(path: Path) -> Examples:
 
 def read_stsb(split: str) -> Examples:
     try:
-        folder = catalogue.fetch("glue/stsb")
-    except catalogue.Unavailable as missing:
+        folder = sources.fetch("glue/stsb")
+    except sources.Unavailable as missing:
         return stsb_from_hub(split, missing.tried)
     return parse_stsb(folder / STSB_FILES[split])
 
@@ -187,7 +187,7 @@ TASKS = (
         read=read_stsb,
         measure=correlations,
         resampled=resampled_correlations,
-        identity=lambda: catalogue.content_hash("glue/stsb"),
+        identity=lambda: sources.content_hash("glue/stsb"),
         captions_by_model={
             "sentence-transformers/all-MiniLM-L6-v2": (
                 "MiniLM was tuned for sentence similarity already (zero-shot cosine Spearman 0.820 on the STS-B test "

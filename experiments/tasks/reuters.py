@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from rankwise.experiments import catalogue
+from rankwise.experiments import sources
 from rankwise.experiments.data.draws import carve
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.data.reading import lines_of, malformed
@@ -42,7 +42,7 @@ def parse(path: Path) -> Examples:
 
 
 def read(split: str) -> Examples:
-    folder = catalogue.fetch("reuters-r8")
+    folder = sources.fetch("reuters-r8")
     if split == "test":
         return parse(folder / "reuters-r8-test.tab")
     examples = parse(folder / "reuters-r8-train.tab")
@@ -50,7 +50,7 @@ def read(split: str) -> Examples:
     return examples.select(np.flatnonzero(kept))
 
 
-ENTRY = catalogue.CATALOGUE["reuters-r8"]
+ENTRY = sources.CATALOGUE["reuters-r8"]
 TASKS = (
     Task(
         name="reuters-r8",
@@ -63,7 +63,7 @@ TASKS = (
         sizes={"train": OFFICIAL["train"] - VALIDATION, "validation": VALIDATION, "test": OFFICIAL["test"]},
         read=read,
         measure=accuracy_and_macro_f1,
-        identity=lambda: catalogue.content_hash("reuters-r8"),
+        identity=lambda: sources.content_hash("reuters-r8"),
         caption=(
             f"Reuters R8 has no official validation part: {VALIDATION} of the {OFFICIAL['train']} training stories "
             "(10 % of each topic, drawn once with a fixed seed) are kept out of training to choose on.",

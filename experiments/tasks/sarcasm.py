@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from rankwise.experiments import catalogue
+from rankwise.experiments import sources
 from rankwise.experiments.data import draws
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.data.reading import lines_of, malformed
@@ -43,11 +43,11 @@ def parts(num_rows: int) -> dict[str, np.ndarray]:
 
 
 def read(split: str) -> Examples:
-    examples = parse(catalogue.fetch("sarcasm") / "samples.jsonl")
+    examples = parse(sources.fetch("sarcasm") / "samples.jsonl")
     return examples.select(parts(len(examples))[split])
 
 
-ENTRY = catalogue.CATALOGUE["sarcasm"]
+ENTRY = sources.CATALOGUE["sarcasm"]
 TASKS = (
     Task(
         name="sarcasm",
@@ -60,7 +60,7 @@ TASKS = (
         sizes={"train": DISTINCT - 2 * (DISTINCT // 10), "validation": DISTINCT // 10, "test": DISTINCT // 10},
         read=read,
         measure=accuracy_and_macro_f1,
-        identity=lambda: catalogue.content_hash("sarcasm"),
+        identity=lambda: sources.content_hash("sarcasm"),
         caption=(
             f"The sarcasm headlines have no official split: the {DISTINCT} distinct ones are cut 80 / 10 / 10 %, "
             "once, with a fixed seed.",

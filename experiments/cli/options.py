@@ -1,0 +1,84 @@
+"""Options that several commands share, and the checks of what was given; no torch."""
+
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rankwise.variants.settings import nearest
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.  [default: torch's own number]")]
+Pack = Annotated[int | None, typer.Option(help="Most members that train at once.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Run failed runs again.")]
+
+
+def check_least(option: str, value: int | None, least: int = 1) -> None:
+    """
+    Raises:
+        ValueError: a number below the least that makes sense.
+    """
+    if value is not None and value < least:
+        raise ValueError(f"{option} {value}: give at least {least}")
+
+
+def check_device(name: str) -> None:
+    """Whether this names a device at all; whether the machine has it is known only to torch.
+
+    Raises:
+        ValueError: it names none.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device {name}: no such device; give cpu, cuda, cuda:N, or auto")
+
+
+def check_output_folder(option: str, path: Path | None) -> None:
+    """
+    Raises:
+        ValueError: it, or a part of its path, is a file.
+    """
+    _check_parents(option, path)
+    if path is not None and path.exists() and not path.is_dir():
+        raise ValueError(f"{option} {path}: this is a file; name a folder")
+
+
+def check_output_file(option: str, path: Path | None) -> None:
+    """
+    Raises:
+        ValueError: it is a folder, or a part of its path is a file.
+    """
+    _check_parents(option, path)
+    if path is not None and path.is_dir():
+        raise ValueError(f"{option} {path}: this is a folder; name a file")
+
+
+def _check_parents(option: str, path: Path | None) -> None:
+    there = None if path is None else next((parent for parent in path.parents if parent.exists()), None)
+    if there is not None and not there.is_dir():
+        raise ValueError(f"{option} {path}: {there} is a file; name a folder in its place")
+
+
+def names(option: str, given: str, known: Iterable[str], where: str) -> list[str]:
+    """The names in a list with commas between.
+
+    known: those that `where`, a study or a table, has.
+
+    Raises:
+        ValueError: none, or one that is not known.
+    """
+    known = list(known)
+    chosen = [name.strip() for name in given.split(",") if name.strip()]
+    for name in chosen:
+        if name not in known:
+            raise ValueError(f'{option}: "{name}" is not in {where}{nearest(name, known)}; it has: {", ".join(known)}')
+    if not chosen:
+        raise ValueError(f"{option} is empty: name at least one of: {', '.join(known)}")
+    return chosen
+
+
+def width() -> int:
+    """Columns of the terminal; 120 where there is none."""
+    return shutil.get_terminal_size((120, 24)).columns
