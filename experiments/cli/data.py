@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rankwise.experiments.cli.app import Json
+from rankwise.experiments.cli.options import Json
 
 SHOWN = 3  # rows of the training part
 WIDEST = 300  # characters of a field that are shown
