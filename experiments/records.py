@@ -186,7 +186,7 @@ class StudyFile(Stored):
     seeds: list[int] = []
     trials: dict[str, Count] = {}
     budget: dict[str, Any] = {}
-    shared_with: dict[str, str] = {}  # setting -> the setting whose learning rate it shares (experiments/rates.py)
+    shared_with: dict[str, str] = {}  # setting -> the setting whose learning rate it shares
     methods: list[str]
     complete: bool
 

@@ -644,7 +644,7 @@ class Runner:
         if all(rate is not None for _, rate in group.members):
             return list(group.members)
         rung = 0 if self.study.sweep.halving is None else self.study.sweep.rungs - 1
-        best = sweep.ranked(self._scores(self._sharers(group.entry), group.task, rung))[0]
+        best = sweep.best_rate(self._scores(self._sharers(group.entry), group.task, rung))
         return [(seed, best) for seed, _ in group.members]
 
     def _specify(self, group: Group, seed: int, rate: float) -> Run:
@@ -799,6 +799,8 @@ class Runner:
         trials = {e.label: self.study.sweep.most_trials(len(e.learning_rates), self.study.quick)
                   for e in self.study.methods if e.swept}  # fmt: skip
         others = [label for label in known.get("methods", []) if label not in labels]
+        shared = {label: first for label, first in known.get("shared_with", {}).items() if label in others}
+        shared |= {entry.label: entry.shared_with for entry in self.study.methods if entry.shared_with is not None}
         value = {
             "study": self.study.name,
             "quick": self.study.quick,
@@ -814,6 +816,7 @@ class Runner:
             if others
             else labels,
             "complete": complete and (not others or bool(known.get("complete"))),
+            **({"shared_with": shared} if shared else {}),
         }
         records.write_study(self.out, value)
         known_packs = (*self.groups, *self.added)

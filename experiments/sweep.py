@@ -5,7 +5,7 @@ that a sweep that was cut off takes the same way again.  Successive halving: Jam
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 Scores = Mapping[float, Sequence[float | None]]  # rate -> selection score of each seed, None where the run failed
 
@@ -13,16 +13,30 @@ Scores = Mapping[float, Sequence[float | None]]  # rate -> selection score of ea
 def ranked(scores: Scores) -> list[float]:
     """The rates, best mean score first; of equal ones the lower.
 
-    A rate at which a seed failed comes after all that went through; where every rate failed the lowest is the likeliest to
-    hold, and the final rows must be made.
+    A rate at which a seed failed comes after all that went through.  If all failed, the lowest comes first: it is the most
+    likely to be stable, and final runs are still required.
     """
 
     def key(rate: float) -> tuple[bool, float, float]:
-        found = [score for score in scores[rate] if score is not None]
-        mean = sum(found) / len(found) if found else -math.inf
-        return len(found) < len(scores[rate]), -mean, rate
+        completed = [score for score in scores[rate] if score is not None]
+        # fsum: the exact sum, so that the order of the runs decides no tie.
+        mean = math.fsum(completed) / len(completed) if completed else -math.inf
+        return len(completed) < len(scores[rate]), -mean, rate
 
     return sorted(scores, key=key)
+
+
+def best_rate(scores: Scores) -> float:
+    """The rate of the final runs: the first of `ranked`.
+
+    The runner trains at it and the reports mark it.  Of settings that share a rate, `scores` has the runs of all.
+    """
+    return ranked(scores)[0]
+
+
+def is_at_edge(rate: float, tried: Collection[float]) -> bool:
+    """Whether nothing was tried beyond the rate, so that a better one may lie there."""
+    return rate in (min(tried), max(tried))
 
 
 def next_rate(scores: Scores, trials: int) -> float | None:
@@ -32,9 +46,9 @@ def next_rate(scores: Scores, trials: int) -> float | None:
     The step is the ratio of the two rates at that edge; the new rate has two significant digits.
     """
     grid = sorted(scores)
-    if len(grid) < 2 or len(grid) >= trials or all(score is None for found in scores.values() for score in found):
+    if len(grid) < 2 or len(grid) >= trials or all(score is None for seeds in scores.values() for score in seeds):
         return None
-    best = ranked(scores)[0]
+    best = best_rate(scores)
     if best == grid[-1]:
         wanted = _rounded(grid[-1] * grid[-1] / grid[-2])
     elif best == grid[0]:
@@ -56,10 +70,10 @@ def survivors(scores: Scores, halving: int) -> list[float]:
 
 def by_rate(members: Iterable[tuple[float, float | None]]) -> dict[float, list[float | None]]:
     """(rate, score) of each run as `Scores`."""
-    found: dict[float, list[float | None]] = {}
+    scores: dict[float, list[float | None]] = {}
     for rate, score in members:
-        found.setdefault(rate, []).append(score)
-    return found
+        scores.setdefault(rate, []).append(score)
+    return scores
 
 
 def _rounded(rate: float) -> float:

@@ -4,18 +4,21 @@ Runs lie in DIR/<fingerprint>/ or DIR/runs/<fingerprint>/, or in the archive DIR
 them count, and where two are the same run the finished one does.  What a run's files hold is said in experiments/records.py.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rankwise.experiments import archive
+from rankwise.experiments import archive, sweep
 from rankwise.experiments.files import write_file
 from rankwise.experiments.records import STUDY, STUDY_FILE, Result, Run, StudyFile, checked, is_run, load_run, read_json
 
 BESIDE = (STUDY, STUDY_FILE, "budget.json")  # what a committed study keeps beside its runs
 FULL = "full"  # the method that every difference is taken to: full fine-tuning
+
+
+Grid = dict[float, tuple[Run, ...]]  # every rate that was tried, ascending: its runs on the highest rung that it reached
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +29,8 @@ class Arm:
     method: str
     rate: float | None  # None: no final run yet
     final: tuple[Run, ...]
-    grid: dict[float, tuple[Run, ...]]  # every rate that was tried, ascending: its runs on the highest rung that it reached
+    grid: Grid
+    shared_grids: tuple[Grid, ...] = ()  # those of the settings that share its rate
 
     def of(self, status: str) -> list[Run]:
         return [run for run in self.final if run.status == status]
@@ -53,7 +57,7 @@ class Arm:
 @dataclass(frozen=True)
 class BestRate:
     rate: float
-    score: float
+    score: float  # mean selection score of the arm itself
     at_edge: bool  # of a grid of two rates or more: beyond it nothing was tried
 
 
@@ -74,6 +78,7 @@ class Study:
     margin: float | None = None  # points within which a setting is equivalent to the reference, fixed beforehand
     seeds: tuple[int, ...] = ()  # that the study asks for
     trials: Mapping[str, int] = field(default_factory=dict)  # label -> most rates that it may try
+    shared_with: Mapping[str, str] = field(default_factory=dict)  # label -> that of the setting whose rate it shares
     budget: Mapping[str, Any] = field(default_factory=dict)  # what is equal, as the study's file says it
 
     def parts(self) -> list["Study"]:
@@ -99,7 +104,17 @@ class Study:
     def arms(self) -> list[Arm]:
         """One arm a setting, in the study's order; settings of which nothing was started are left out."""
         by_setting = {setting: [r for r in self.runs if r.config.setting == setting] for setting in self.settings}
-        return [_arm(setting, runs) for setting, runs in by_setting.items() if runs]
+        by_setting = {setting: runs for setting, runs in by_setting.items() if runs}
+        grids = {setting: _grid(runs) for setting, runs in by_setting.items()}
+        return [
+            _arm(setting, runs, grids[setting], tuple(grids[other] for other in self.sharers(setting) if other in grids))
+            for setting, runs in by_setting.items()
+        ]
+
+    def sharers(self, setting: str) -> list[str]:
+        """The other settings that train at one rate with this one."""
+        leader = self.shared_with.get(setting, setting)
+        return [s for s in self.settings if s != setting and self.shared_with.get(s, s) == leader]
 
     @property
     def reference_arms(self) -> list[Arm]:
@@ -116,18 +131,21 @@ class Study:
 
 
 def best_rate(arm: Arm) -> BestRate | None:
-    """The rate with the best mean selection score; a rate at which a seed failed wins only where all rates have one.
+    """The rate that the sweep chooses (`sweep.best_rate`), by the runs of the arm and of all arms that share its rate.
 
-    Ties go to the smaller rate. A failed rate still counts as tried when the grid's edge is looked for.
+    None where there was no choice, or no run of the arm at that rate completed.  A failed rate still counts as tried when
+    the grid's edge is looked for.
     """
-    top = max((_rung(runs) for runs in arm.grid.values()), default=0)  # a shorter run's score is not compared with these
-    scores = {rate: rate_score(runs) for rate, runs in arm.grid.items() if _rung(runs) == top}
-    scores = {rate: score for rate, score in scores.items() if score is not None}
+    grids = (arm.grid, *arm.shared_grids)
+    top = max((_rung(runs) for grid in grids for runs in grid.values()), default=0)
+    # A shorter run's score, of a lower rung, is not compared with those of the top one.
+    finished = [run for grid in grids for runs in grid.values() for run in runs if run.result and run.config.rung == top]
+    scores = sweep.by_rate((run.config.learning_rate, run.result.selection_score) for run in finished)
     if len(arm.grid) < 2 or not scores:
         return None
-    sound = [rate for rate in scores if all(run.status != "failed" for run in arm.grid[rate])] or list(scores)
-    rate = max(sound, key=lambda rate: (scores[rate], -rate))
-    return BestRate(rate, scores[rate], at_edge=rate in (min(arm.grid), max(arm.grid)))
+    rate = sweep.best_rate(scores)
+    score = rate_score(arm.grid.get(rate, ()))
+    return None if score is None else BestRate(rate, score, sweep.is_at_edge(rate, {r for grid in grids for r in grid}))
 
 
 def rate_score(runs: Iterable[Run]) -> float | None:
@@ -140,25 +158,32 @@ def _rung(runs: Iterable[Run]) -> int:
     return max((run.config.rung for run in runs), default=0)
 
 
-def _arm(setting: str, runs: list[Run]) -> Arm:
-    def at(rate: float, among: list[Run]) -> tuple[Run, ...]:
-        return tuple(sorted((r for r in among if r.config.learning_rate == rate), key=lambda r: r.config.seed))
+def _at(rate: float, runs: Iterable[Run]) -> tuple[Run, ...]:
+    """The runs at that rate, ordered by seed."""
+    return tuple(sorted((run for run in runs if run.config.learning_rate == rate), key=lambda run: run.config.seed))
 
-    def rates(among: list[Run]) -> list[float]:
-        return sorted({run.config.learning_rate for run in among})
 
+def _rates(runs: Iterable[Run]) -> list[float]:
+    return sorted({run.config.learning_rate for run in runs})
+
+
+def _grid(runs: Sequence[Run]) -> Grid:
+    """The grid of a setting with these runs: that of its sweep, or of its final runs where there was none."""
+    tried = [run for run in runs if run.config.phase == "sweep"] or runs
+    by_rate = {rate: _at(rate, tried) for rate in _rates(tried)}
+    return {rate: tuple(run for run in at if run.config.rung == _rung(at)) for rate, at in by_rate.items()}
+
+
+def _arm(setting: str, runs: Sequence[Run], grid: Grid, shared_grids: tuple[Grid, ...]) -> Arm:
     final = [run for run in runs if run.config.phase == "final"]
-    sweep = [run for run in runs if run.config.phase == "sweep"]
-    tried = {rate: at(rate, sweep or final) for rate in rates(sweep or final)}
-    grid = {rate: tuple(run for run in found if run.config.rung == _rung(found)) for rate, found in tried.items()}
-    arm = Arm(setting, runs[0].config.method, None, (), grid)
+    arm = Arm(setting, runs[0].config.method, None, (), grid, shared_grids)
     best = best_rate(arm)
-    final_rates = rates(final)
-    if not final_rates:
+    rates = _rates(final)
+    if not rates:
         return arm
     # More than one rate among the final runs: a grid that was widened after some of them, or a study without a sweep.
-    rate = best.rate if best and best.rate in final_rates else max(final_rates, key=lambda r: len(at(r, final)))
-    return replace(arm, rate=rate, final=at(rate, final))
+    rate = best.rate if best and best.rate in rates else max(rates, key=lambda r: len(_at(r, final)))
+    return replace(arm, rate=rate, final=_at(rate, final))
 
 
 def load(folder: str | Path) -> Study:
@@ -253,6 +278,6 @@ def _study(name: str, folder: Path, runs: list[Run], described: StudyFile | None
         settings=tuple(settings),
         complete=info.complete if info else None,
         runs=tuple(started),
-        **({key: getattr(info, key) for key in ("protocol", "margin", "trials", "budget")} if info else {}),
+        **({key: getattr(info, key) for key in ("protocol", "margin", "trials", "budget", "shared_with")} if info else {}),
         seeds=tuple(info.seeds) if info else (),
     )

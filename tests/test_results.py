@@ -197,6 +197,46 @@ def test_a_rate_at_which_one_seed_failed_is_not_chosen(tmp_path):
     assert grid(tmp_path, {1e-4: 80.0, 1e-3: 85.0, 1e-2: 90.0}).rate == 1e-3
 
 
+def write_pair(folder, ours: dict, other: dict, shared: bool) -> list[results.Arm]:
+    """The arms of LoRA and DoRA with these selection scores by rate and seed, which share a rate or not."""
+    for method, grid in (("lora", ours), ("dora", other)):
+        for rate, scores in grid.items():
+            for seed, score in enumerate(scores):
+                lost = {"error": "collapsed"} if score is None else {"selection_score": score}
+                write_run(folder, method=method, rate=rate, seed=seed, phase="sweep", **lost)
+        for rate in (1e-4, 1e-3, 1e-2):
+            write_run(folder, method=method, rate=rate, seed=7)
+    facts = {"schema": 1, "study": "stsb-minilm", "quick": False, "title": "", "methods": ["lora", "dora"], "complete": True}
+    write_json(folder / "study.json", facts | ({"shared_with": {"dora": "lora"}} if shared else {}))
+    return results.load(folder).arms
+
+
+LORA = {1e-4: [50.0, 50.0], 1e-3: [58.0, 60.0], 1e-2: [60.0, 61.0]}  # its own best is 1e-2, at the edge
+DORA = {1e-4: [59.0, 61.0], 1e-3: [60.0, 59.0], 1e-2: [40.0, 42.0]}  # its own best is 1e-4, at the other
+
+
+def test_settings_that_share_a_rate_are_marked_at_the_one_that_is_best_for_all(tmp_path):
+    arms = write_pair(tmp_path / "shared", LORA, DORA, shared=True)
+    assert [arm.rate for arm in arms] == [1e-3, 1e-3]
+    assert [results.best_rate(arm) for arm in arms] == [
+        results.BestRate(1e-3, 59.0, at_edge=False),
+        results.BestRate(1e-3, 59.5, at_edge=False),
+    ]
+    arms = write_pair(tmp_path / "apart", LORA, DORA, shared=False)  # study.json of before names no sharing
+    assert [results.best_rate(arm).rate for arm in arms] == [arm.rate for arm in arms] == [1e-2, 1e-4]
+    assert all(results.best_rate(arm).at_edge for arm in arms)
+
+
+def test_the_edge_of_a_shared_grid_is_that_of_the_joint_choice(tmp_path):
+    """DoRA alone stands inside; together they stand at the edge.  A seed that fails counts against the rate of both."""
+    inside = {1e-4: [50.0, 50.0], 1e-3: [52.0, 52.0], 1e-2: [51.0, 51.0]}
+    arms = write_pair(tmp_path / "edge", LORA, inside, shared=True)
+    assert [(best.rate, best.at_edge) for best in map(results.best_rate, arms)] == [(1e-2, True)] * 2
+    arms = write_pair(tmp_path / "failed", LORA, {**inside, 1e-2: [51.0, None]}, shared=True)
+    assert [(best.rate, best.at_edge) for best in map(results.best_rate, arms)] == [(1e-3, False)] * 2
+    assert [arm.rate for arm in arms] == [1e-3, 1e-3]
+
+
 def test_write_file_leaves_the_old_one_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     files.write_file(path, "old")

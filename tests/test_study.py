@@ -23,7 +23,7 @@ from rankwise.experiments.config import Study
 from rankwise.experiments.study import Runner, groups
 from rankwise.experiments.training.optim import MemberAdamW
 from rankwise.experiments.training.trainer import Trainer
-from rankwise.reports.results import archive_finished, load
+from rankwise.reports.results import BestRate, archive_finished, best_rate, load
 from safetensors import safe_open
 
 from tests import small_world
@@ -494,6 +494,28 @@ def test_entries_that_share_a_rate_choose_it_together_and_widen_together(model, 
     )
     runner._sweep(runner._sharers(runner.study.methods[1]), "small/regression")
     assert {one for one in ran_at if one[1] == 3.3e-2} == {("lora", 3.3e-2), ("dora", 3.3e-2)}
+
+
+def test_the_report_marks_the_shared_rate_that_the_final_runs_had(model, tmp_path, monkeypatch):
+    """Each method alone would take an edge; the rate between is best for both, and no grid is widened."""
+    scores = {"lora": {1e-3: 40.0, 3e-3: 59.0, 1e-2: 60.0}, "dora": {1e-3: 60.0, 3e-3: 58.0, 1e-2: 40.0}, "head": {1e-2: 1.0}}
+    write = Runner._write_result
+
+    def scored(self, run, outcome, *rest):
+        outcome.metrics["validation"][self.prepared[run.task].task.metric] = scores[run.entry.label][run.learning_rate]
+        write(self, run, outcome, *rest)
+
+    monkeypatch.setattr(Runner, "_write_result", scored)
+    entry = {"rank": 2, "learning_rates": [1e-2, 1e-3, 3e-3]}
+    methods = [{"method": "lora", **entry}, {"method": "dora", **entry, "shared_with": "lora"}]
+    ran(study(model, methods, sweep={"seeds": [5], "max_steps": 1}, seeds=1), tmp_path)
+    assert strict((tmp_path / "study.json").read_text())["shared_with"] == {"dora": "lora"}
+    arms = load(tmp_path).arms
+    assert [(arm.rate, best_rate(arm)) for arm in arms] == [
+        (3e-3, BestRate(3e-3, scores[arm.setting][3e-3], at_edge=False)) for arm in arms
+    ]
+    ran(study(model, ["head"], seeds=1), tmp_path)  # what is not asked for now stays in the study's file
+    assert strict((tmp_path / "study.json").read_text())["shared_with"] == {"dora": "lora"}
 
 
 @pytest.mark.parametrize(

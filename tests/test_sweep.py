@@ -11,6 +11,12 @@ def test_the_best_mean_wins_and_a_rate_with_a_failure_comes_last():
     assert sweep.ranked({4e-3: [1.0], 2e-3: [1.0], 8e-3: [1.0]}) == [2e-3, 4e-3, 8e-3]  # ties: the lower
 
 
+def test_the_order_of_the_runs_decides_no_tie():
+    """The two rates have the same three scores, whose plain sums differ in the last bit by their order."""
+    assert 0.1 + 0.2 + 0.3 != 0.3 + 0.2 + 0.1
+    assert sweep.best_rate({1e-3: [0.3, 0.2, 0.1], 2e-3: [0.1, 0.2, 0.3]}) == 1e-3
+
+
 @pytest.mark.parametrize(
     ("scores", "trials", "wanted"),
     [
