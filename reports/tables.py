@@ -597,10 +597,21 @@ def rate_sweep(study: Study) -> Table | None:
         "An empty cell (-) was not tried; a rate at which a seed failed is not chosen where another went through.",
     ]
     caption += _trial_sentences(study, arms)
+    caption += _sharing_sentences(study, arms)
     caption += _edge_sentences(arms)
     title = f"Learning rates tried: {study.task}, {study.model}"
     columns = ("setting", *(rate_text(rate) for rate in rates), "status")
     return Table("rates", title, columns, tuple(rows), tuple(caption))
+
+
+def _sharing_sentences(study: Study, arms: list[Arm]) -> list[str]:
+    """Which settings train at one rate, whose best is then not the best of each row."""
+    groups = dict.fromkeys(tuple(sorted([arm.setting, *study.sharers(arm.setting)])) for arm in arms)
+    return [
+        f"{' and '.join(group)} share one rate: the one with the best mean over the runs of all of them."
+        for group in groups
+        if len(group) > 1
+    ]
 
 
 def _trial_sentences(study: Study, arms: list[Arm]) -> list[str]:

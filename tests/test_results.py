@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from rankwise.experiments import archive, files, records
-from rankwise.reports import results
+from rankwise.reports import results, tables
 
 from tests.synthetic_runs import METHODS, write_json, write_run, write_study
 
@@ -222,6 +222,8 @@ def test_settings_that_share_a_rate_are_marked_at_the_one_that_is_best_for_all(t
         results.BestRate(1e-3, 59.0, at_edge=False),
         results.BestRate(1e-3, 59.5, at_edge=False),
     ]
+    table = tables.rate_sweep(results.load(tmp_path / "shared"))
+    assert "dora and lora share one rate: the one with the best mean over the runs of all of them." in table.caption
     arms = write_pair(tmp_path / "apart", LORA, DORA, shared=False)  # study.json of before names no sharing
     assert [results.best_rate(arm).rate for arm in arms] == [arm.rate for arm in arms] == [1e-2, 1e-4]
     assert all(results.best_rate(arm).at_edge for arm in arms)
