@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rankwise.experiments.study
+import rankwise.experiments.study.runner
 import torch
 from rankwise import variants
 from rankwise.experiments import budget, checks, config
@@ -38,7 +38,7 @@ def settings_of(out: Path, run: dict[str, Any]) -> dict[str, Any]:
 def whole(model, tmp_path_factory) -> Path:  # noqa: F811
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rankwise.experiments.study, "COMMITTED", out / "committed")
+        patch.setattr(rankwise.experiments.study.runner, "COMMITTED", out / "committed")
         assert all(r["status"] == "completed" for r in ran(study(model, WHOLE, seeds=SEEDS), out))
     return out
 

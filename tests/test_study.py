@@ -1,5 +1,6 @@
 """A study: what is finished is never run twice, what is killed goes on to the same bytes, a failure is a result."""
 
+import dataclasses
 import errno
 import json
 import multiprocessing
@@ -13,14 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import rankwise.experiments.study
+import rankwise.experiments.study.runner
 import rankwise.experiments.training.state
 import rankwise.experiments.training.trainer
 import torch
 from rankwise import variants
-from rankwise.experiments import archive, config, files, kinds, records
+from rankwise.experiments import archive, config, files, kinds, measure, records
 from rankwise.experiments.config import Study
 from rankwise.experiments.study import Runner, groups
+from rankwise.experiments.study.equalize import Equalizer
+from rankwise.experiments.study.store import RunStore
 from rankwise.experiments.training.optim import MemberAdamW
 from rankwise.experiments.training.trainer import Trainer
 from rankwise.reports.results import BestRate, archive_finished, best_rate, load
@@ -47,7 +50,7 @@ def model(cache, tmp_path_factory) -> str:
 
 @pytest.fixture(autouse=True)
 def nothing_committed(monkeypatch, tmp_path):
-    monkeypatch.setattr(rankwise.experiments.study, "COMMITTED", tmp_path / "committed")
+    monkeypatch.setattr(rankwise.experiments.study.runner, "COMMITTED", tmp_path / "committed")
 
 
 TRAINING = small_world.training(epochs=1, max_steps=4, train_examples=24, evaluation_examples=12, log_every=1).model_dump()
@@ -170,7 +173,7 @@ def test_killed_at_random_moments_a_study_ends_with_the_same_bytes(killable, cac
 
 def test_a_pack_of_which_a_part_is_finished_goes_on_as_that_pack(model, tmp_path, monkeypatch):
     what = study(model, seeds=3)
-    write, written = Runner._write_result, []
+    write, written = RunStore.write_result, []
 
     def stop_after_one(self, run, *args):
         if written:
@@ -178,10 +181,10 @@ def test_a_pack_of_which_a_part_is_finished_goes_on_as_that_pack(model, tmp_path
         write(self, run, *args)
         written.append(run)
 
-    monkeypatch.setattr(Runner, "_write_result", stop_after_one)
+    monkeypatch.setattr(RunStore, "write_result", stop_after_one)
     with pytest.raises(KeyboardInterrupt):
         ran(what, tmp_path / "runs")
-    monkeypatch.setattr(Runner, "_write_result", write)
+    monkeypatch.setattr(RunStore, "write_result", write)
     assert len(list((tmp_path / "runs").glob("*/result.json"))) == 1
     no_training(monkeypatch)
     assert [r["pack_size"] for r in ran(what, tmp_path / "runs")] == [3, 3, 3]
@@ -319,7 +322,7 @@ def test_a_damaged_result_is_made_again(model, tmp_path, name, text):
 def test_results_of_other_versions_are_kept_and_said(model, tmp_path, monkeypatch):
     what = study(model, ["head"], seeds=1)
     ran(what, tmp_path)
-    monkeypatch.setattr(rankwise.experiments.study.measure, "versions", lambda: {"torch": "99.0"})
+    monkeypatch.setattr(measure, "versions", lambda: {"torch": "99.0"})
     no_training(monkeypatch)
     said = []
     ran(what, tmp_path, say=said.append)
@@ -349,7 +352,7 @@ def test_packs_are_those_of_the_whole_study_whatever_methods_are_asked_for(model
 def fingerprint(what: Study, out: Path) -> str:
     runner = Runner(what, out, device="cpu")
     runner.prepare()
-    return runner._specify(runner.groups[-1], 0, 1e-2).fingerprint
+    return runner.known.planned(runner.known.of_study[-1], 0, 1e-2).fingerprint
 
 
 def test_fingerprints_change_with_each_setting_that_changes_results_and_with_no_other(model, cache, tmp_path):
@@ -405,11 +408,11 @@ def test_fingerprints_change_with_each_setting_that_changes_results_and_with_no_
     assert len(set(different.values())) == len(different)
     runner = Runner(study(model, [entry]), tmp_path, device="cpu")
     runner.prepare()
-    (group,) = runner.groups
-    assert runner._specify(group, 0, 1e-2).fingerprint == base
-    assert len({base, runner._specify(group, 1, 1e-2).fingerprint, runner._specify(group, 0, 1e-3).fingerprint}) == 3
-    runner.precision = "bf16"
-    assert runner._specify(group, 0, 1e-2).fingerprint != base
+    (group,) = runner.known.of_study
+    assert runner.known.planned(group, 0, 1e-2).fingerprint == base
+    assert len({base, runner.known.planned(group, 1, 1e-2).fingerprint, runner.known.planned(group, 0, 1e-3).fingerprint}) == 3
+    runner.known.context = dataclasses.replace(runner.context, precision="bf16")
+    assert runner.known.planned(group, 0, 1e-2).fingerprint != base
 
 
 def test_two_labels_of_the_same_runs_are_refused(model, tmp_path):
@@ -443,22 +446,24 @@ def test_the_sweep_takes_the_best_rate(model, tmp_path, monkeypatch, scores, bes
     what = study(model, [{"method": "lora", "rank": 2, "learning_rates": [1e-2, 1e-3, 3e-3]}], sweep={"max_steps": 3})
     runner = Runner(what, tmp_path, device="cpu")
     runner.prepare()
-    final = runner.groups[-1]
-    monkeypatch.setattr(runner, "_result", lambda run: {"selection_score": scores[run.learning_rate], "status": "completed"})
-    assert runner._rates(final) == [(0, best), (1, best)]
+    final = runner.known.of_study[-1]
+    monkeypatch.setattr(
+        runner.store, "result", lambda run: {"selection_score": scores[run.learning_rate], "status": "completed"}
+    )
+    assert runner.known.rates(final) == [(0, best), (1, best)]
 
 
 def test_a_grid_is_widened_while_its_best_rate_stands_at_the_edge_within_the_budget_of_trials(model, tmp_path, monkeypatch):
     """Scores rise up to 0.08: the grid of 3e-3 and 1e-2 grows by its own step, 10 / 3, until 0.11 lies beyond the best."""
-    best, written = 0.033, Runner._write_result
+    best, written = 0.033, RunStore.write_result
 
     def risen(self, run, outcome, *rest):
         if outcome.metrics.get("validation"):
-            metric = self.prepared[run.task].task.metric
+            metric = self.context.tasks[run.task].task.metric
             outcome.metrics["validation"][metric] = 90 - 10 * abs(np.log(run.learning_rate / best))
         written(self, run, outcome, *rest)
 
-    monkeypatch.setattr(Runner, "_write_result", risen)
+    monkeypatch.setattr(RunStore, "write_result", risen)
     for trials, tried, chosen in ((3, [3e-3, 1e-2, 3.3e-2], 3.3e-2), (9, [3e-3, 1e-2, 3.3e-2, 0.11], 3.3e-2)):
         what = study(model, [SWEPT], sweep={"seeds": [0], "max_steps": 1, "trials": trials}, seeds=1)
         out = tmp_path / str(trials)
@@ -482,30 +487,30 @@ def test_entries_that_share_a_rate_choose_it_together_and_widen_together(model, 
     runner = Runner(study(model, methods, sweep={"max_steps": 3, "trials": 4}), tmp_path, device="cpu")
     runner.prepare()
     scored = lambda run: {"selection_score": scores[run.entry.method, run.learning_rate], "status": "completed"}  # noqa: E731
-    monkeypatch.setattr(runner, "_result", scored)
-    for final in [group for group in runner.groups if group.phase == "final"]:
-        assert runner._rates(final) == [(0, 3e-3), (1, 3e-3)]
+    monkeypatch.setattr(runner.store, "result", scored)
+    for final in [group for group in runner.known.of_study if group.phase == "final"]:
+        assert runner.known.rates(final) == [(0, 3e-3), (1, 3e-3)]
 
     scores |= {("lora", 1e-2): 60.0, ("lora", 1e-3): 50.0}  # now the joint best stands at the upper edge: both go on
     scores |= {(name, 3.3e-2): 10.0 for name in ("lora", "dora")}
     ran_at = []
     monkeypatch.setattr(
-        runner, "_run_group", lambda group: ran_at.extend((group.entry.label, r) for _, r in group.members) or []
+        runner, "_run_pack", lambda group, may_train: ran_at.extend((group.entry.label, r) for _, r in group.members) or []
     )
-    runner._sweep(runner._sharers(runner.study.methods[1]), "small/regression")
+    runner._sweep(runner.known.sharers(runner.study.methods[1]), "small/regression")
     assert {one for one in ran_at if one[1] == 3.3e-2} == {("lora", 3.3e-2), ("dora", 3.3e-2)}
 
 
 def test_the_report_marks_the_shared_rate_that_the_final_runs_had(model, tmp_path, monkeypatch):
     """Each method alone would take an edge; the rate between is best for both, and no grid is widened."""
     scores = {"lora": {1e-3: 40.0, 3e-3: 59.0, 1e-2: 60.0}, "dora": {1e-3: 60.0, 3e-3: 58.0, 1e-2: 40.0}, "head": {1e-2: 1.0}}
-    write = Runner._write_result
+    write = RunStore.write_result
 
     def scored(self, run, outcome, *rest):
-        outcome.metrics["validation"][self.prepared[run.task].task.metric] = scores[run.entry.label][run.learning_rate]
+        outcome.metrics["validation"][self.context.tasks[run.task].task.metric] = scores[run.entry.label][run.learning_rate]
         write(self, run, outcome, *rest)
 
-    monkeypatch.setattr(Runner, "_write_result", scored)
+    monkeypatch.setattr(RunStore, "write_result", scored)
     entry = {"rank": 2, "learning_rates": [1e-2, 1e-3, 3e-3]}
     methods = [{"method": "lora", **entry}, {"method": "dora", **entry, "shared_with": "lora"}]
     ran(study(model, methods, sweep={"seeds": [5], "max_steps": 1}, seeds=1), tmp_path)
@@ -594,7 +599,7 @@ def test_a_budget_that_is_too_small_is_refused_with_what_would_do(model, tmp_pat
 def test_equal_time_shortens_what_is_slower_and_is_written_down(model, tmp_path, monkeypatch):
     seconds = {"lora": 1.0, "full": 2.0}
     probe = lambda self, entry, task, accumulation: {"seconds_per_step": seconds[entry.label], "peak_bytes": 1}  # noqa: E731
-    monkeypatch.setattr(Runner, "_probe", probe)
+    monkeypatch.setattr(Equalizer, "_probe", probe)
     methods = [{"method": "lora", "rank": 2, "learning_rate": 1e-3}, {"method": "full", "learning_rate": 1e-4}]
     what = study(model, methods, seeds=1, reference="lora", budget={"equal": "time"})
     assert [r["total_steps"] for r in ran(what, tmp_path)] == [4, 2]
@@ -605,7 +610,7 @@ def test_equal_time_shortens_what_is_slower_and_is_written_down(model, tmp_path,
 
 def test_equal_memory_takes_micro_batches_until_a_step_fits(model, tmp_path, monkeypatch):
     peak = lambda self, entry, task, accumulation: {"seconds_per_step": 1.0, "peak_bytes": 100 // accumulation}  # noqa: E731
-    monkeypatch.setattr(Runner, "_probe", peak)
+    monkeypatch.setattr(Equalizer, "_probe", peak)
     what = study(model, seeds=1, budget={"equal": "memory", "bytes": 30})
     [result] = ran(what, tmp_path)
     config = json.loads((tmp_path / result["fingerprint"] / "config.json").read_text())
@@ -617,7 +622,7 @@ def test_equal_memory_takes_micro_batches_until_a_step_fits(model, tmp_path, mon
 def test_a_probe_measures_real_steps(model, tmp_path):
     runner = Runner(study(model), tmp_path, device="cpu")
     runner.prepare()
-    found = runner._probe(runner.study.methods[0], runner.study.tasks[0], 1)
+    found = runner.equalizer._probe(runner.study.methods[0], runner.study.tasks[0], 1)
     assert found["seconds_per_step"] > 0 and found["peak_bytes"] > 10 * 2**20
 
 
@@ -700,7 +705,7 @@ def test_a_pack_that_does_not_fit_in_memory_is_split(model, tmp_path, monkeypatc
 
 def test_a_pack_that_was_split_stays_split_when_it_goes_on(model, tmp_path, monkeypatch):
     tried = out_of_memory_above(2, monkeypatch)
-    write, count = Runner._write_result, []
+    write, count = RunStore.write_result, []
 
     def stop(self, *args):
         if len(count) == 1:
@@ -708,10 +713,10 @@ def test_a_pack_that_was_split_stays_split_when_it_goes_on(model, tmp_path, monk
         count.append(1)
         write(self, *args)
 
-    monkeypatch.setattr(Runner, "_write_result", stop)
+    monkeypatch.setattr(RunStore, "write_result", stop)
     with pytest.raises(KeyboardInterrupt):
         ran(study(model, seeds=4), tmp_path / "runs")
-    monkeypatch.setattr(Runner, "_write_result", write)
+    monkeypatch.setattr(RunStore, "write_result", write)
     assert tried == [4, 2]
     results = ran(study(model, seeds=4), tmp_path / "runs")
     assert tried == [4, 2, 2, 2]  # four members are not tried again
@@ -770,7 +775,7 @@ def test_a_failed_run_is_tried_again_only_when_asked_for(model, tmp_path, monkey
     again = ran(what, tmp_path, retry_failed=True)  # and fails again, which is a result too
     assert [r["status"] for r in again] == ["failed"] * 2
     monkeypatch.undo()
-    monkeypatch.setattr(rankwise.experiments.study, "COMMITTED", tmp_path / "committed")
+    monkeypatch.setattr(rankwise.experiments.study.runner, "COMMITTED", tmp_path / "committed")
     assert [r["status"] for r in ran(what, tmp_path, retry_failed=True)] == ["completed"] * 2
 
 

@@ -1,0 +1,179 @@
+"""Packs in their folders: begun, gone on with after a kill, split where their members cannot train together.
+
+A pack's folder, packs/<name>-<members>/, holds its checkpoint and pack.json: its members, and the size of the smaller packs
+that they are split into.  It goes once all of its runs are finished.
+"""
+
+import dataclasses
+import gc
+import glob
+import hashlib
+import shutil
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rankwise import variants
+from rankwise.experiments.files import write_json
+from rankwise.experiments.records import SCHEMA, read_object
+from rankwise.experiments.study.context import Context
+from rankwise.experiments.study.examine import Examiner
+from rankwise.experiments.study.plan import PackPlan
+from rankwise.experiments.study.runs import PlannedRun, as_pack
+from rankwise.experiments.study.store import RunStore
+from rankwise.experiments.training.pack import Outcome
+from rankwise.experiments.training.trainer import Trainer
+from rankwise.variants.adapter.step import NotPackable
+
+
+@dataclass(frozen=True)
+class Split:
+    """Why members cannot train together, and how many of them are to be tried next."""
+
+    size: int
+    reason: str
+
+
+class PackRunner:
+    """Trains the missing runs of planned packs, and writes their folders."""
+
+    def __init__(self, context: Context, store: RunStore):
+        self.context, self.store, self.examiner = context, store, Examiner(context)
+
+    def run(self, plan: PackPlan, runs: Sequence[PlannedRun], missing: Sequence[PlannedRun], what: str) -> None:
+        """
+        Args:
+            runs: every member of the pack.
+            missing: those without a result.
+            what: what the progress bar calls it.
+        """
+        while missing:
+            members = self._begun(plan, runs, missing) or missing
+            self._run_members(members, self._folder(plan, members), plan.index, what)
+            missing = self.store.missing(runs)
+        for folder, fingerprints in self._folders(plan):
+            if all(self.store.has_files(fingerprint) for fingerprint in fingerprints):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    # -- folders ----------------------------------------------------------------------------------------------------
+
+    def _folder(self, plan: PackPlan, members: Sequence[PlannedRun]) -> Path:
+        """A folder that no other pack has: other members, or other settings of theirs, are another pack."""
+        digest = hashlib.sha256("".join(run.fingerprint for run in members).encode()).hexdigest()[:8]
+        return self.context.out / "packs" / f"{plan.name}-{digest}"
+
+    def _folders(self, plan: PackPlan) -> Iterator[tuple[Path, list[str]]]:
+        """The folders of packs of this plan that were begun, under this study or an earlier form of it; their members."""
+        for folder in sorted((self.context.out / "packs").glob(f"{glob.escape(plan.name)}-????????")):
+            fingerprints = (read_object(folder / "pack.json") or {}).get("members", [])
+            if fingerprints:
+                yield folder, fingerprints
+
+    def _begun(
+        self, plan: PackPlan, runs: Sequence[PlannedRun], missing: Sequence[PlannedRun]
+    ) -> list[PlannedRun] | None:  # fmt: skip
+        """The members of a pack that was begun and cut off: it goes on as it was, whoever has finished since."""
+        known = {run.fingerprint: run for run in runs}
+        wanted = {run.fingerprint for run in missing}
+        for _, fingerprints in self._folders(plan):
+            if all(one in known for one in fingerprints) and wanted & set(fingerprints):
+                return [known[one] for one in fingerprints]
+        return None
+
+    # -- members that train together --------------------------------------------------------------------------------
+
+    def _run_members(
+        self, runs: Sequence[PlannedRun], folder: Path, index: int, what: str, note: str | None = None
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            note: why a larger pack was split into this one.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        pack_file = {"schema": SCHEMA, "members": [run.fingerprint for run in runs], "size": None, "note": None}
+        begun = read_object(folder / "pack.json")
+        if begun is None or begun.get("members") != pack_file["members"]:
+            begun = None
+            write_json(folder / "pack.json", pack_file)
+        elif begun["size"] is not None:  # it was split before it was cut off, and stays so
+            self._run_smaller_packs(runs, folder, index, what, Split(begun["size"], begun["note"]))
+            return
+        for member, run in enumerate(runs):
+            self.store.write_config(run, runs, index, member, keep=begun is not None)
+        trained = self._train(runs, folder, what)
+        if isinstance(trained, Split):
+            gc.collect()  # the model that did not fit, which a traceback may have held
+            if self.context.device.type == "cuda":
+                torch.cuda.empty_cache()
+            size = trained.size
+            self.context.say(f"note: {what}: {trained.reason}" + (f", so {size} are packed" if size > 1 else ""))
+            write_json(folder / "pack.json", {**pack_file, "size": size, "note": trained.reason})
+            self._run_smaller_packs(runs, folder, index, what, trained)
+        else:
+            self._write(*trained, runs, index, note)
+
+    def _run_smaller_packs(self, runs: Sequence[PlannedRun], folder: Path, index: int, what: str, split: Split) -> None:
+        """The same members in smaller packs, each with a folder of its own, so that each resumes."""
+        for at in range(0, len(runs), split.size):
+            part = runs[at : at + split.size]
+            if self.store.missing(part):
+                self._run_members(part, folder / f"part-{at}", index, what, split.reason)
+
+    def _train(self, runs: Sequence[PlannedRun], folder: Path, what: str) -> tuple[Trainer | None, list[Outcome]] | Split:
+        """The trainer at its end and what became of each run; None and failures alike, where an error ended them all."""
+        pack, data = as_pack(self.context, runs), self.context.tasks[runs[0].task].data
+        label = f"{what}, {len(runs)} packed" if len(runs) > 1 else what
+        logs = [self.context.out / run.fingerprint for run in runs]
+        checkpoint = folder / "checkpoint.safetensors"
+        try:
+            trainer = Trainer(
+                pack,
+                data,
+                checkpoint,
+                logs,
+                self.context.study.checkpoint_seconds,
+                lambda rows: self.context.progress(label, rows),
+            )
+            return trainer, trainer.run()
+        except OSError:
+            raise
+        except NotPackable as error:
+            return Split(1, str(error))
+        except Exception as error:  # a failed run is a result, and the others go on
+            if not _is_out_of_memory(error):
+                line = str(error).splitlines()[0] if str(error) else ""
+                failed = Outcome(f"{type(error).__name__}: {line}", traceback.format_exc())
+            elif len(runs) == 1:
+                remedy = "lower batch_size, raise accumulation, or set gradient_checkpointing"
+                failed = Outcome("out of memory", f"{error}\n{remedy}")
+            else:
+                return Split((len(runs) + 1) // 2, f"a pack of {len(runs)} does not fit in memory")
+        return None, [dataclasses.replace(failed, facts={}) for _ in runs]
+
+    def _write(
+        self,
+        trainer: Trainer | None,
+        outcomes: Sequence[Outcome],
+        runs: Sequence[PlannedRun],
+        index: int,
+        note: str | None,
+    ) -> None:
+        """Writes what became of each run, but for those that finished before the pack was cut off."""
+        if runs[0].phase == "final" and trainer is not None and any(outcome.error is None for outcome in outcomes):
+            completed = [outcome.error is None for outcome in outcomes]
+            is_new = [done and self.store.result(run) is None for run, done in zip(runs, completed, strict=True)]
+            self.examiner.examine(trainer, runs, is_new)
+        for member, (run, outcome) in enumerate(zip(runs, outcomes, strict=True)):
+            if self.store.result(run) is not None:
+                continue
+            if run.phase == "final" and outcome.error is None:
+                variants.save_pretrained(trainer.adapter, self.context.out / run.fingerprint / "adapter", member=member)
+                self.store.write_predictions(run, outcome)
+            self.store.write_result(run, outcome, index, len(runs), note)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch has no class of its own for the CPU's allocator, which raises RuntimeError("... DefaultCPUAllocator: ...").
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

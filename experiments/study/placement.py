@@ -1,0 +1,54 @@
+"""Ranks that an entry takes from the finished run of another one."""
+
+from collections.abc import Callable
+
+from rankwise.experiments import budget
+from rankwise.experiments.config import Entry
+from rankwise.experiments.study.context import Context
+from rankwise.experiments.study.runs import PlannedRun
+from rankwise.experiments.study.store import RunStore
+from rankwise.variants.settings import Settings
+
+
+class Placements:
+    """Settings of runs, with the ranks that another entry's run ended with where an entry takes them.
+
+    Args:
+        final_run: (label, task, seed) -> that setting's final run with that seed; None where the study has none.
+    """
+
+    def __init__(self, context: Context, store: RunStore, final_run: Callable[[str, str, int], PlannedRun | None]):
+        self.context, self.store, self.final_run = context, store, final_run
+        self._known: dict[tuple[str, str, int], tuple[dict[str, int], dict[str, float]]] = {}
+
+    def settings(self, entry: Entry, task: str, seed: int, total_steps: int) -> Settings:
+        """The settings of a run of `total_steps` steps."""
+        if entry.ranks_of is not None:
+            ranks, scales = self._placement(entry, task, seed)
+            if entry.permuted:
+                ranks = budget.permuted(ranks, self.context.tasks[task].shapes, seed)
+            entry = budget.taking(entry, ranks, scales)
+        return entry.resolved(total_steps)
+
+    def _placement(self, entry: Entry, task: str, seed: int) -> tuple[dict[str, int], dict[str, float]]:
+        """Rank and scale of each site at the end of the final run, with that seed, of the entry that this one takes them of.
+
+        Raises:
+            ValueError: that run is not there, or failed.
+        """
+        key = entry.ranks_of, task, seed
+        if key not in self._known:
+            run = self.final_run(*key)
+            if run is None:
+                raise ValueError(f'{entry.label}: "{entry.ranks_of}" has no final run with seed {seed}: add it to the seeds')
+            result = self.store.result(run)
+            if result is None or result["status"] != "completed":
+                what = "is not finished" if result is None else f"failed ({result['error']})"
+                raise ValueError(
+                    f'{entry.label}: the run of "{entry.ranks_of}" on {task} with seed {seed} {what}, so that there are no '
+                    f"ranks to take: run it again (--retry-failed), or take the entry out"
+                )
+            scale = result["scale"]
+            scales = scale if isinstance(scale, dict) else dict.fromkeys(result["ranks"], scale)
+            self._known[key] = result["ranks"], scales
+        return self._known[key]

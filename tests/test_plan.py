@@ -1,0 +1,113 @@
+"""The packs of a study, before anything runs: by hand, and without torch."""
+
+import subprocess
+import sys
+
+import pytest
+from rankwise.experiments import config, sweep
+from rankwise.experiments.study import plan
+from rankwise.experiments.study.plan import PackPlan
+
+RATES = [1e-3, 2e-3, 4e-3]
+
+
+def study(methods: list[dict] | None = None, **changes) -> config.Study:
+    methods = methods or [{"method": "lora", "rank": 2, "learning_rates": RATES}]
+    raw = {"model": "a-model", "tasks": ["glue/stsb"], "seeds": 3, "methods": methods, "sweep": {"seeds": [7, 8]}} | changes
+    return config.parse({key: value for key, value in raw.items() if value is not None}, default_name="planned")
+
+
+def packable(name: str) -> bool:
+    return name != "full"
+
+
+def facts(packs: list[PackPlan]) -> list[tuple]:
+    return [(pack.name, pack.members) for pack in packs]
+
+
+def test_a_study_is_planned_without_torch():
+    script = (
+        "import sys; from rankwise.experiments import config; from rankwise.experiments.study import NUMERICS, plan;"
+        "packs = plan.groups(config.read(config.DEFAULT_STUDY), 4, packable=lambda name: name != 'full');"
+        "assert len(packs) > 4 and 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_sweeps_come_before_finals_and_members_are_cut_rate_by_rate():
+    one = study([{"method": "lora", "label": "my/own one", "rank": 2, "learning_rates": RATES}])
+    assert facts(plan.groups(one, 4, packable)) == [
+        ("sweep-my_own_one-glue_stsb-0", ((7, 1e-3), (8, 1e-3), (7, 2e-3), (8, 2e-3))),
+        ("sweep-my_own_one-glue_stsb-1", ((7, 4e-3), (8, 4e-3))),
+        ("final-my_own_one-glue_stsb-0", ((0, None), (1, None), (2, None))),
+    ]
+
+
+def test_what_cannot_be_packed_runs_alone_and_a_single_rate_is_known_at_once():
+    both = [{"method": "full", "learning_rate": 1e-4}, {"method": "lora", "rank": 2, "learning_rate": 1e-3}]
+    assert facts(plan.groups(study(both, seeds=[5, 3], sweep=None), 4, packable)) == [
+        ("final-full-glue_stsb-0", ((5, 1e-4),)),
+        ("final-full-glue_stsb-1", ((3, 1e-4),)),
+        ("final-lora-glue_stsb-0", ((5, 1e-3), (3, 1e-3))),
+    ]
+
+
+def run_sweep(one: config.Study, score_of, pack: int = 4) -> list[list[PackPlan]]:
+    """The packs that are added while (label, rate, rung) scores as `score_of` says."""
+    labels = [entry.label for entry in one.methods]
+    done = [p for p in plan.groups(one, pack, packable) if p.phase == "sweep"]
+
+    def scores(rung: int) -> sweep.Scores:
+        at = [p for p in done if p.rung == rung]
+        return sweep.by_rate((rate, score_of(p.entry.label, rate, rung)) for p in at for _, rate in p.members)
+
+    assert labels == list(dict.fromkeys(p.entry.label for p in done))
+    added = []
+    for packs in plan.added_packs(one, pack, one.methods, "glue/stsb", len(done), scores, packable):
+        done += packs
+        added.append(packs)
+    return added
+
+
+def test_a_grid_is_widened_pack_by_pack_until_its_best_is_inside():
+    added = run_sweep(study(), lambda label, rate, rung: -abs(rate - 9e-3))
+    assert [facts(packs) for packs in added] == [
+        [("sweep-lora-glue_stsb-2", ((7, 8e-3), (8, 8e-3)))],
+        [("sweep-lora-glue_stsb-3", ((7, 1.6e-2), (8, 1.6e-2)))],
+    ]
+    assert run_sweep(study(), lambda label, rate, rung: -abs(rate - 2e-3)) == []
+
+
+def test_entries_that_share_a_rate_are_widened_together_by_the_scores_of_both():
+    pair = [{"method": "lora", "rank": 2, "learning_rates": RATES}]
+    pair += [{"method": "dora", "rank": 2, "learning_rates": RATES, "shared_with": "lora"}]
+    best = {"lora": 1e-3, "dora": 6e-3}  # on average the upper edge, once widened the middle
+    added = run_sweep(study(pair), lambda label, rate, rung: -1000 * abs(rate - best[label]) * (1 + 9 * (label == "dora")))
+    assert [facts(packs) for packs in added] == [
+        [("sweep-lora-glue_stsb-4", ((7, 8e-3), (8, 8e-3))), ("sweep-dora-glue_stsb-4", ((7, 8e-3), (8, 8e-3)))]
+    ]
+
+
+def test_successive_halving_adds_a_rung_of_the_best_by_the_rung_before():
+    one = study(sweep={"seeds": [7], "trials": 3, "halving": 2, "rungs": 3})
+    added = run_sweep(one, lambda label, rate, rung: {1e-3: 1.0, 2e-3: 3.0, 4e-3: 2.0}[rate] + rung)
+    assert [facts(packs) for packs in added] == [
+        [("sweep-lora-glue_stsb-rung1-0", ((7, 2e-3),))],
+        [("sweep-lora-glue_stsb-rung2-0", ((7, 2e-3),))],
+    ]
+    assert plan.last_rung(one) == 2 and plan.last_rung(study()) == 0
+
+
+def test_work_counts_an_evaluated_row_a_third():
+    """2 epochs of 12 rows, evaluated twice an epoch: 3 times on 6 rows before the end, then on 6 and on 9."""
+    training = config.Training(epochs=2, batch_size=3, evaluations_per_epoch=2)
+    (pack,) = plan.groups(study([{"method": "lora", "rank": 2, "learning_rate": 1e-3}], sweep=None), 4, packable)
+    rows = {"train": 12, "validation": 6, "test": 9}
+    assert plan.work(pack, training, rows, ("validation", "test")) == pytest.approx(3 * (24 + (3 * 6 + 6 + 9) / 3))
+
+
+def test_the_reference_is_the_study_s_own_else_full_fine_tuning_else_the_first():
+    three = [{"method": m, "learning_rate": 1e-3, **({"rank": 2} if m != "full" else {})} for m in ("dora", "full", "lora")]
+    assert plan.reference(study(three, sweep=None, reference="lora")) == "lora"
+    assert plan.reference(study(three, sweep=None)) == "full"
+    assert plan.reference(study(three[::2], sweep=None)) == "dora"
