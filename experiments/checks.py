@@ -29,7 +29,7 @@ def check(study: Study) -> None:
     """
     faults = []
     for entry in study.methods:
-        if entry.ranks_of is not None and entry.swept and not set(study.sweep.seeds) <= set(study.seeds):
+        if entry.ranks_of is not None and study.sweeps(entry) and not set(study.sweep.seeds) <= set(study.seeds):
             beside = sorted(set(study.sweep.seeds) - set(study.seeds))
             faults.append(
                 f'{entry.label}: the sweep has seeds {beside}, with which "{entry.ranks_of}" has no final run to take ranks '
@@ -57,7 +57,7 @@ def check_phases(study: Study, rows: int, faults: list[str]) -> None:
     for phase, rung in (*phases, ("final", None)):
         total = phase_training(study, phase, rows, rung).total_steps(rows)
         for entry in study.methods:
-            if phase == "final" or entry.swept:
+            if phase == "final" or study.sweeps(entry):
                 with collecting(faults):
                     entry.resolved(total)
 

@@ -144,12 +144,17 @@ class Sweep(_Section):
     A grid whose best rate stands at its edge is widened by its own step until the best is inside or `trials` are used up.
     """
 
+    design: Literal["chosen-rate", "shared-rate", "whole-curve"] = "chosen-rate"
+    """chosen-rate: the best of a sweep, as if it had been given; shared-rate: so too, but methods that are compared share it
+    (shared_with), and no seed of the sweep is a final seed; whole-curve: no sweep, every rate is run with every final seed, and
+    a test chooses the rates again each time.  Tests of the latter two count the choice (reports/designs.py)."""
     epochs: PositiveInt = 1
     """Passes over the training part."""
     max_steps: PositiveInt | None = None
     """Stop after so many steps."""
     seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1)
-    """Seeds of each rate; a rate chosen by one seed makes verdicts err too often (reports/studies/calibration)."""
+    """Seeds of each rate; a rate chosen by one seed makes verdicts err too often (reports/studies/calibration).  With
+    design = "whole-curve": those of the pilots that found the grids, which are other studies and not run here."""
     trials: PositiveInt | None = None
     """Most rates that a method may try, those of its grid among them; two more than the grid, if not given."""
     halving: int | None = Field(default=None, ge=2, le=1000)
@@ -260,6 +265,10 @@ class Study(_Section):
     sweep: Sweep | None = None
     budget: Budget = Budget()
     methods: list[Entry] = Field(min_length=1)
+
+    def sweeps(self, entry: Entry) -> bool:
+        """Whether the rate of this entry is chosen before its final runs, by a sweep."""
+        return entry.swept and self.sweep.design != "whole-curve"
 
     @field_validator("methods")
     @classmethod
@@ -549,6 +558,7 @@ def _contradictions(study: Study) -> list[str]:
         given = ", ".join(f"{k} {v}" for k, v in numbers.items())
         faults.append(f"methods have unequal numbers of learning rates ({given}): give each as many, or set quick = true")
     faults += _sharing_faults(study.methods)
+    faults += _design_faults(study) if study.sweep is not None else []
     faults += _budget_faults(study.budget)
     takers = [entry.label for entry in study.methods if entry.ranks_of is not None]
     if takers and study.budget.equal in ("time", "memory"):
@@ -599,6 +609,50 @@ def _sharing_faults(entries: list[Entry]) -> list[str]:
                 f"{said}: one of them takes its ranks from a third method (ranks_of), so it trains later: both or none"
             )
     return faults
+
+
+IDLE_IN_WHOLE_CURVE = ("epochs", "max_steps", "trials", "halving", "rungs")  # settings of a sweep that is not run
+
+
+def _design_faults(study: Study) -> list[str]:
+    """What contradicts the design that the study names for its learning rates."""
+    design, given = study.sweep.design, study.sweep.model_fields_set
+    if design == "chosen-rate":
+        return []
+    faults, said = [], f'sweep.design = "{design}"'
+    if study.protocol == "best-dev-epoch":
+        faults.append(f'{said}: protocol = "best-dev-epoch" chooses on what it reports: take protocol = "held-out"')
+    both = sorted(set(study.sweep.seeds) & set(study.seeds))
+    if both and (design == "shared-rate" or "seeds" in given):
+        faults.append(
+            f"sweep.seeds = {study.sweep.seeds}: {both} are final seeds too, and {said} chooses on none of these: give others, "
+            f"such as [100, 101]"
+        )
+    if design == "shared-rate":
+        if not any(entry.shared_with for entry in study.methods):
+            faults.append(f"{said}: no method shares its rate: name shared_with at one, or take another design")
+        return faults
+    faults += [f"sweep.{key} has no effect with {said}: take it out" for key in IDLE_IN_WHOLE_CURVE if key in given]
+    if study.training.evaluations_per_epoch == 0:
+        faults.append(
+            f"training.evaluations_per_epoch = 0: {said} chooses by the selection score of the final runs, so give at least 1"
+        )
+    for entry in study.methods:
+        if entry.ranks_of is not None and entry.source is not None and entry.source.swept:
+            faults.append(
+                f'{entry.label}: ranks_of = "{entry.ranks_of}", which has a final run at each of its rates with {said}: give '
+                f"it one rate, or take another design"
+            )
+    factors = {entry.label: _factor(entry.learning_rates) for entry in study.methods if entry.swept}
+    if not study.quick and factors and max(factors.values()) > 1.1 * min(factors.values()):  # rates may be rounded
+        steps = ", ".join(f"{label} {factor:.3g}" for label, factor in factors.items())
+        faults.append(f"{said}: neighbouring rates differ by unequal factors ({steps}): give all methods the same")
+    return faults
+
+
+def _factor(rates: list[float]) -> float:
+    """The mean ratio of neighbouring rates."""
+    return (max(rates) / min(rates)) ** (1 / (len(rates) - 1))
 
 
 def _budget_faults(budget: Budget) -> list[str]:

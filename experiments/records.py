@@ -175,7 +175,7 @@ class Config(Stored):
 class StudyFile(Stored):
     """study.json: the names and the order of a study's settings."""
 
-    MAY_LACK = frozenset({"shared_with"})
+    MAY_LACK = frozenset({"shared_with", "design"})
     study: str
     quick: bool
     title: str
@@ -187,6 +187,7 @@ class StudyFile(Stored):
     trials: dict[str, Count] = {}
     budget: dict[str, Any] = {}
     shared_with: dict[str, str] = {}  # setting -> the setting whose learning rate it shares
+    design: Literal["chosen-rate", "shared-rate", "whole-curve"] = "chosen-rate"  # how rates are chosen, and so what tests them
     methods: list[str]
     complete: bool
 

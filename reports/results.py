@@ -15,6 +15,7 @@ from rankwise.experiments.files import write_file
 from rankwise.experiments.records import STUDY, STUDY_FILE, Result, Run, StudyFile, checked, is_run, load_run, read_json
 
 BESIDE = (STUDY, STUDY_FILE, "budget.json")  # what a committed study keeps beside its runs
+FROM_THE_STUDY_FILE = ("protocol", "margin", "trials", "budget", "shared_with", "design")
 FULL = "full"  # the method that every difference is taken to: full fine-tuning
 
 
@@ -79,6 +80,7 @@ class Study:
     seeds: tuple[int, ...] = ()  # that the study asks for
     trials: Mapping[str, int] = field(default_factory=dict)  # label -> most rates that it may try
     shared_with: Mapping[str, str] = field(default_factory=dict)  # label -> that of the setting whose rate it shares
+    design: str = "chosen-rate"  # how rates are chosen: this, "shared-rate" or "whole-curve" (reports/designs.py)
     budget: Mapping[str, Any] = field(default_factory=dict)  # what is equal, as the study's file says it
 
     def parts(self) -> list["Study"]:
@@ -105,7 +107,7 @@ class Study:
         """One arm a setting, in the study's order; settings of which nothing was started are left out."""
         by_setting = {setting: [r for r in self.runs if r.config.setting == setting] for setting in self.settings}
         by_setting = {setting: runs for setting, runs in by_setting.items() if runs}
-        grids = {setting: _grid(runs) for setting, runs in by_setting.items()}
+        grids = {setting: _grid(runs, self.design) for setting, runs in by_setting.items()}
         return [
             _arm(setting, runs, grids[setting], tuple(grids[other] for other in self.sharers(setting) if other in grids))
             for setting, runs in by_setting.items()
@@ -167,9 +169,10 @@ def _rates(runs: Iterable[Run]) -> list[float]:
     return sorted({run.config.learning_rate for run in runs})
 
 
-def _grid(runs: Sequence[Run]) -> Grid:
-    """The grid of a setting with these runs: that of its sweep, or of its final runs where there was none."""
-    tried = [run for run in runs if run.config.phase == "sweep"] or runs
+def _grid(runs: Sequence[Run], design: str) -> Grid:
+    """The grid of a setting with these runs: that of its sweep, or of its final runs where none chose the rate."""
+    phase = "final" if design == "whole-curve" else "sweep"
+    tried = [run for run in runs if run.config.phase == phase] or runs
     by_rate = {rate: _at(rate, tried) for rate in _rates(tried)}
     return {rate: tuple(run for run in at if run.config.rung == _rung(at)) for rate, at in by_rate.items()}
 
@@ -278,6 +281,10 @@ def _study(name: str, folder: Path, runs: list[Run], described: StudyFile | None
         settings=tuple(settings),
         complete=info.complete if info else None,
         runs=tuple(started),
-        **({key: getattr(info, key) for key in ("protocol", "margin", "trials", "budget", "shared_with")} if info else {}),
+        **(
+            {key: getattr(info, key) for key in ("protocol", "margin", "trials", "budget", "shared_with", "design")}
+            if info
+            else {}
+        ),
         seeds=tuple(info.seeds) if info else (),
     )

@@ -52,6 +52,66 @@ def test_what_cannot_be_packed_runs_alone_and_a_single_rate_is_known_at_once():
     ]
 
 
+def test_a_whole_curve_has_no_sweep_and_more_seeds_leave_its_packs_as_they_are():
+    curve = {"sweep": {"design": "whole-curve"}}
+    packs = facts(plan.groups(study(seeds=[0, 1], **curve), 4, packable))
+    assert packs == [
+        ("final-lora-glue_stsb-0", ((0, 1e-3), (0, 2e-3), (0, 4e-3), (1, 1e-3))),
+        ("final-lora-glue_stsb-1", ((1, 2e-3), (1, 4e-3))),
+    ]
+    more = facts(plan.groups(study(seeds=[0, 1, 2, 3], **curve), 4, packable))
+    assert more[0] == packs[0] and more[1][1][:2] == packs[1][1]
+
+
+PAIR = [
+    {"method": "lora", "rank": 2, "learning_rates": RATES},
+    {"method": "dora", "rank": 2, "learning_rates": RATES, "shared_with": "lora"},
+]
+TAKER = {"method": "lora", "label": "taker", "ranks_of": "lora", "learning_rates": RATES}
+UNEVEN = {"method": "dora", "rank": 2, "learning_rates": [1e-3, 3e-3, 9e-3]}
+
+
+@pytest.mark.parametrize(
+    ("sweep_section", "changes", "fault"),
+    [
+        (
+            {"design": "whole-curve", "seeds": [100, 2]},
+            {},
+            r"sweep.seeds = \[100, 2\]: \[2\] are final seeds too, .*: give",
+        ),
+        (
+            {"design": "whole-curve", "epochs": 1},
+            {},
+            'sweep.epochs has no effect with sweep.design = "whole-curve": take',
+        ),
+        ({"design": "whole-curve", "halving": 2, "rungs": 2}, {}, "sweep.rungs has no effect with"),
+        ({"design": "whole-curve"}, {"training": {"evaluations_per_epoch": 0}}, "evaluations_per_epoch = 0: .* at least 1"),
+        ({"design": "whole-curve"}, {"protocol": "best-dev-epoch"}, "chooses on what it reports: take protocol"),
+        ({"design": "whole-curve"}, {"methods": [PAIR[0], TAKER]}, 'taker: ranks_of = "lora", which has a final run at each'),
+        (
+            {"design": "whole-curve"},
+            {"methods": [PAIR[0], UNEVEN]},
+            r"unequal factors \(lora 2, dora 3\): give all methods",
+        ),
+        ({"design": "shared-rate", "seeds": [100, 101]}, {}, "no method shares its rate: name shared_with at one"),
+        ({"design": "shared-rate"}, {"methods": PAIR}, r"sweep.seeds = \[0, 1, 2\]: \[0, 1, 2\] are final seeds too"),
+        ({"design": "whole curve"}, {}, "sweep.design"),
+    ],
+)
+def test_what_contradicts_a_design_is_refused_with_the_remedy(sweep_section, changes, fault):
+    with pytest.raises(ValueError, match=fault):
+        study(sweep=sweep_section, **changes)
+
+
+def test_designs_that_hold_are_taken():
+    assert study().sweep.design == "chosen-rate"
+    assert study(PAIR, sweep={"design": "shared-rate", "seeds": [100, 101]}).sweep.design == "shared-rate"
+    rounded = {"method": "dora", "rank": 2, "learning_rates": [2.5e-4, 5e-4, 1e-3]}
+    for methods in (PAIR, [PAIR[0], rounded]):
+        one = study(methods, sweep={"design": "whole-curve", "seeds": [100]})
+        assert not any(one.sweeps(entry) for entry in one.methods)
+
+
 def run_sweep(one: config.Study, score_of, pack: int = 4) -> list[list[PackPlan]]:
     """The packs that are added while (label, rate, rung) scores as `score_of` says."""
     labels = [entry.label for entry in one.methods]

@@ -239,6 +239,21 @@ def test_the_edge_of_a_shared_grid_is_that_of_the_joint_choice(tmp_path):
     assert [arm.rate for arm in arms] == [1e-3, 1e-3]
 
 
+def test_the_grid_of_a_whole_curve_is_that_of_its_final_runs(tmp_path):
+    """Runs of a sweep that was made before, under another design, choose nothing."""
+    for rate, score in {1e-4: 60.0, 1e-3: 61.0, 1e-2: 59.0}.items():
+        write_run(tmp_path, rate=rate, phase="sweep", seed=9, selection_score=100 - score)
+        for seed in (0, 1):
+            write_run(tmp_path, rate=rate, seed=seed, selection_score=score + seed)
+    facts = {"schema": 1, "study": "stsb-minilm", "quick": False, "title": "", "methods": ["lora"], "complete": True}
+    write_json(tmp_path / "study.json", facts | {"design": "whole-curve"})
+    (arm,) = results.load(tmp_path).arms
+    assert {run.config.phase for runs in arm.grid.values() for run in runs} == {"final"}
+    assert results.best_rate(arm) == results.BestRate(1e-3, 61.5, at_edge=False) and arm.rate == 1e-3
+    write_json(tmp_path / "study.json", facts)
+    assert results.best_rate(results.load(tmp_path).arms[0]) == results.BestRate(1e-2, 41.0, at_edge=True)
+
+
 def test_write_file_leaves_the_old_one_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     files.write_file(path, "old")

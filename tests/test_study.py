@@ -551,6 +551,31 @@ def test_a_final_run_keeps_the_predictions_that_were_scored(model, tmp_path):
         assert prepared.task.metrics(predicted, *prepared.data[split].truth) == one["metrics"][split]
 
 
+def test_a_whole_curve_runs_every_rate_with_every_final_seed_and_names_its_design(model, tmp_path):
+    rates = [1e-3, 3e-3, 1e-2]
+    curve = [{"method": "lora", "rank": 2, "learning_rates": rates}]
+    results = ran(study(model, curve, seeds=2, sweep={"design": "whole-curve"}), tmp_path)
+    assert [(r["phase"], r["seed"], r["learning_rate"], r["pack_size"]) for r in results] == [
+        ("final", seed, rate, 6) for seed in (0, 1) for rate in rates
+    ]
+    assert all(r["selection_score"] is not None and r["score"] is not None for r in results)
+    assert strict((tmp_path / "study.json").read_text())["design"] == "whole-curve"
+    report = load(tmp_path)
+    (arm,) = report.arms
+    assert report.design == "whole-curve" and list(arm.grid) == rates and len(arm.final) == 2
+    means = {rate: sum(r["selection_score"] for r in results if r["learning_rate"] == rate) for rate in rates}
+    assert arm.rate == best_rate(arm).rate == max(means, key=means.get)
+
+
+def test_the_design_of_the_rates_is_no_part_of_a_run(model, tmp_path, monkeypatch):
+    """A study that was made at one rate goes on as a whole curve; what is finished stays finished."""
+    (before,) = ran(study(model, [{"method": "lora", "rank": 2, "learning_rate": 3e-3}], seeds=1), tmp_path)
+    assert "design" not in strict((tmp_path / "study.json").read_text()) and load(tmp_path).design == "chosen-rate"
+    curve = [{"method": "lora", "rank": 2, "learning_rates": [1e-3, 3e-3, 1e-2]}]
+    after = ran(study(model, curve, seeds=1, sweep={"design": "whole-curve"}), tmp_path)
+    assert after[1] == before and [r["pack_size"] for r in after] == [2, 1, 2]
+
+
 def test_successive_halving_runs_the_better_half_twice_as_long(model, tmp_path):
     rates = [1e-3, 3e-3, 1e-2, 3e-2]
     methods = [{"method": "lora", "rank": 2, "learning_rates": rates}]

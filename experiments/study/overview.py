@@ -40,7 +40,7 @@ def _study(
     """
     study, known = context.study, before.get("methods", [])
     full = next((entry.label for entry in study.methods if entry.method == "full"), None)
-    swept = [entry for entry in study.methods if entry.swept]
+    swept = [entry for entry in study.methods if study.sweeps(entry)]
     trials = {entry.label: study.sweep.most_trials(len(entry.learning_rates), study.quick) for entry in swept}
     shared = {label: first for label, first in before.get("shared_with", {}).items() if label in others}
     shared |= {entry.label: entry.shared_with for entry in study.methods if entry.shared_with is not None}
@@ -58,6 +58,7 @@ def _study(
         "methods": [*known, *(label for label in labels if label not in known)] if others else list(labels),
         "complete": complete and (not others or bool(before.get("complete"))),
         **({"shared_with": shared} if shared else {}),
+        **({"design": study.sweep.design} if study.sweep is not None and study.sweep.design != "chosen-rate" else {}),
     }
 
 

@@ -48,9 +48,11 @@ def groups(study: Study, pack: int, packable: Callable[[str], bool] = is_packabl
     plans = []
     for task in study.tasks:
         for entry in study.methods:
-            plans += grid_packs(study, pack, entry, task, entry.learning_rates, packable=packable) if entry.swept else []
+            if study.sweeps(entry):
+                plans += grid_packs(study, pack, entry, task, entry.learning_rates, packable=packable)
         for entry in study.methods:
-            members = [(seed, None if entry.swept else entry.learning_rates[0]) for seed in study.seeds]
+            rates = [None] if study.sweeps(entry) else entry.learning_rates  # more than one: a whole curve
+            members = [(seed, rate) for seed in study.seeds for rate in rates]  # more seeds later leave the packs as they are
             plans += _cut("final", entry, task, members, pack if packable(entry.method) else 1)
     return plans
 

@@ -109,7 +109,7 @@ class Runner:
         """The sweeps and the final runs of one task, of the entries that take ranks of others or of those that do not."""
         results = []
         for entry in self.study.methods:
-            if entry.swept and entry.shared_with is None and (entry.ranks_of is not None) == takes_ranks:
+            if self.study.sweeps(entry) and entry.shared_with is None and (entry.ranks_of is not None) == takes_ranks:
                 results += self._sweep(self.known.sharers(entry), task)
         for final in self.known.of_study:
             if final.phase == "final" and final.task == task and (final.entry.ranks_of is not None) == takes_ranks:
@@ -125,7 +125,7 @@ class Runner:
         alone = groups(self.study.model_copy(update={"methods": [source]}), self.pack)
         self._add(alone)
         for task in self.study.tasks:
-            if source.swept:
+            if self.study.sweeps(source):
                 self._sweep([source], task, may_train=False)
             for final in alone:
                 if final.phase == "final" and final.task == task:
