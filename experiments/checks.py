@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from rankwise.experiments import sources
 from rankwise.experiments.config import Study, Training
-from rankwise.experiments.sweep import rung_steps
+from rankwise.experiments.study.sweep import rung_steps
 from rankwise.experiments.tasks import get as get_task
 
 

@@ -422,7 +422,7 @@ BUDGETED = (
     *("alpha", "rank_pattern", "alpha_pattern"),
 )
 TAKEN = ("rank", "alpha", "rank_pattern", "alpha_pattern", "targets")  # what follows from the entry that ranks_of names
-UNSOLVED = {"rank": 1, "initial_rank": 1, "target_rank": 1}  # until experiments/budget.py has seen the model's shapes
+UNSOLVED = {"rank": 1, "initial_rank": 1, "target_rank": 1}  # until experiments/study/budget.py has seen the model's shapes
 
 
 def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], where: str, solved: bool) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rankwise.experiments import archive, sweep
+from rankwise.experiments import archive
 from rankwise.experiments.files import write_file
 from rankwise.experiments.records import STUDY, STUDY_FILE, Result, Run, StudyFile, checked, is_run, load_run, read_json
+from rankwise.experiments.study import sweep
 
 BESIDE = (STUDY, STUDY_FILE, "budget.json")  # what a committed study keeps beside its runs
 FROM_THE_STUDY_FILE = ("protocol", "margin", "trials", "budget", "shared_with", "design")

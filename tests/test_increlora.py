@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from rankwise import variants
-from rankwise.experiments.budget import ranks_for, site_costs, solved
 from rankwise.experiments.config import Entry
+from rankwise.experiments.study.budget import ranks_for, site_costs, solved
 from rankwise.variants.adapter import initialization
 from rankwise.variants.adapter.step import Step
 from torch import Tensor

@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from rankwise.experiments import config, sweep
-from rankwise.experiments.study import plan
+from rankwise.experiments import config
+from rankwise.experiments.study import plan, sweep
 from rankwise.experiments.study.plan import PackPlan
 
 RATES = [1e-3, 2e-3, 4e-3]

@@ -7,9 +7,9 @@ import pytest
 import rankwise.experiments.study.runner
 import torch
 from rankwise import variants
-from rankwise.experiments import budget, checks, config
+from rankwise.experiments import checks, config
 from rankwise.experiments.records import read_object
-from rankwise.experiments.study import Runner
+from rankwise.experiments.study import Runner, budget
 from rankwise.experiments.training.trainer import Trainer
 from rankwise.variants.adapter.probe import fill
 from rankwise.variants.settings import check, together

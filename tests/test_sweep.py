@@ -1,8 +1,8 @@
 """Choosing a rate: which is best, where a grid grows, who goes up a rung; by hand."""
 
 import pytest
-from rankwise.experiments import budget, sweep
-from rankwise.experiments.budget import SiteCost
+from rankwise.experiments.study import budget, sweep
+from rankwise.experiments.study.budget import SiteCost
 
 
 def test_the_best_mean_wins_and_a_rate_with_a_failure_comes_last():

@@ -7,6 +7,7 @@
 
     runner.py       what happens in which order; read it first
     plan.py         the runs and their packs, before any of them is made (no torch)
+    sweep.py        which rate is best, where a grid grows, who goes up a rung (no torch)
     splits.py       which part of the data is trained on, chosen on, reported (no torch)
     prepare.py      data, model and targets of each task
     runs.py         one run: its fingerprint
@@ -14,6 +15,7 @@
     packs.py        a pack in its folder: resumed, split where memory runs out
     store.py        the folders of the runs, and those of a committed study
     placement.py    ranks that are taken from another entry's run
+    budget.py       ranks, steps or micro-batches for an equal budget
     equalize.py     equal time and equal memory, measured
     examine.py      what became of each weight of a trained pack
     overview.py     study.json, packs.json, the lock

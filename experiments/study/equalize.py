@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 import torch
-from rankwise.experiments import budget
 from rankwise.experiments.checks import phase_training
 from rankwise.experiments.config import Entry, Training
 from rankwise.experiments.files import write_json
 from rankwise.experiments.records import SCHEMA, read_object
+from rankwise.experiments.study import budget
 from rankwise.experiments.study import plan as plans
 from rankwise.experiments.study.context import Context
 from rankwise.experiments.study.plan import PackPlan

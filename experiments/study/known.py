@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from rankwise.experiments import sweep
 from rankwise.experiments.config import Entry
-from rankwise.experiments.study import plan, splits
+from rankwise.experiments.study import plan, splits, sweep
 from rankwise.experiments.study.context import Context
 from rankwise.experiments.study.equalize import Equalizer
 from rankwise.experiments.study.placement import Placements

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from rankwise.experiments import budget
 from rankwise.experiments.config import Entry
+from rankwise.experiments.study import budget
 from rankwise.experiments.study.context import Context
 from rankwise.experiments.study.runs import PlannedRun
 from rankwise.experiments.study.store import RunStore

@@ -10,8 +10,8 @@ Everything here is a function of the study and of scores.  No torch, but for the
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rankwise.experiments import sweep
 from rankwise.experiments.config import Entry, Study, Training
+from rankwise.experiments.study import sweep
 from rankwise.variants.settings import method
 
 NUMERICS = 2  # raised by every commit that changes what a run computes

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankwise import variants
-from rankwise.experiments import budget, models
+from rankwise.experiments import models
 from rankwise.experiments.checks import check_phases, collecting
 from rankwise.experiments.config import Entry, Study, Training
 from rankwise.experiments.data.dataset import Dataset
 from rankwise.experiments.data.draws import SUBSET
-from rankwise.experiments.study import splits
+from rankwise.experiments.study import budget, splits
 from rankwise.experiments.tasks import Task
 from rankwise.experiments.tasks import get as get_task
 from rankwise.variants.adapter.linears import weight_of

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ class Runner:
         """
         grid = self.known.grid(entries, task)
         results = [result for pack in grid for result in self._run_pack(pack, may_train)]
-        scores = lambda rung: self.known.scores(entries, task, rung)  # noqa: E731
+        scores = partial(self.known.scores, entries, task)
         for added in plan.added_packs(self.study, self.pack, entries, task, len(grid), scores):
             self._add(added)
             results += [result for pack in added for result in self._run_pack(pack, may_train)]
