@@ -51,14 +51,14 @@ class KnownPacks:
     def scores(self, entries: Sequence[Entry], task: str, rung: int) -> sweep.Scores:
         """Selection scores of the entries' seeds, at one rung of a sweep, of what has finished."""
         at = [pack for pack in self.grid(entries, task) if pack.rung == rung]
-        runs = [self.planned(pack, seed, rate) for pack in at for seed, rate in pack.members]
-        results = [(run.learning_rate, self.store.result(run)) for run in runs]
+        results = [(run.learning_rate, self.store.result(run)) for pack in at for run in self.runs(pack)]
         return sweep.by_rate((rate, result["selection_score"]) for rate, result in results if result is not None)
 
     def rates(self, pack: PackPlan) -> list[tuple[int, float]]:
         """The (seed, rate) of each member; the rate of a final run after a sweep is the best of the sweep."""
-        if all(rate is not None for _, rate in pack.members):
-            return list(pack.members)
+        known = [(seed, rate) for seed, rate in pack.members if rate is not None]
+        if len(known) == len(pack.members):
+            return known
         rung = plan.last_rung(self.context.study)
         best = sweep.best_rate(self.scores(self.sharers(pack.entry), pack.task, rung))
         return [(seed, best) for seed, _ in pack.members]

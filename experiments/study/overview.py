@@ -40,8 +40,10 @@ def _study(
     """
     study, known = context.study, before.get("methods", [])
     full = next((entry.label for entry in study.methods if entry.method == "full"), None)
-    swept = [entry for entry in study.methods if study.sweeps(entry)]
-    trials = {entry.label: study.sweep.most_trials(len(entry.learning_rates), study.quick) for entry in swept}
+    trials = {}
+    if study.sweep is not None:
+        swept = [entry for entry in study.methods if study.sweeps(entry)]
+        trials = {entry.label: study.sweep.most_trials(len(entry.learning_rates), study.quick) for entry in swept}
     shared = {label: first for label, first in before.get("shared_with", {}).items() if label in others}
     shared |= {entry.label: entry.shared_with for entry in study.methods if entry.shared_with is not None}
     return {

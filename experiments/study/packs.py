@@ -168,7 +168,7 @@ class PackRunner:
         for member, (run, outcome) in enumerate(zip(runs, outcomes, strict=True)):
             if self.store.result(run) is not None:
                 continue
-            if run.phase == "final" and outcome.error is None:
+            if run.phase == "final" and trainer is not None and outcome.error is None:
                 variants.save_pretrained(trainer.adapter, self.context.out / run.fingerprint / "adapter", member=member)
                 self.store.write_predictions(run, outcome)
             self.store.write_result(run, outcome, index, len(runs), note)

@@ -24,31 +24,34 @@ class Placements:
     def settings(self, entry: Entry, task: str, seed: int, total_steps: int) -> Settings:
         """The settings of a run of `total_steps` steps."""
         if entry.ranks_of is not None:
-            ranks, scales = self._placement(entry, task, seed)
+            ranks, scales = self._placement(entry.label, entry.ranks_of, task, seed)
             if entry.permuted:
                 ranks = budget.permuted(ranks, self.context.tasks[task].shapes, seed)
             entry = budget.taking(entry, ranks, scales)
         return entry.resolved(total_steps)
 
-    def _placement(self, entry: Entry, task: str, seed: int) -> tuple[dict[str, int], dict[str, float]]:
-        """Rank and scale of each site at the end of the final run, with that seed, of the entry that this one takes them of.
+    def _placement(self, label: str, source: str, task: str, seed: int) -> tuple[dict[str, int], dict[str, float]]:
+        """Rank and scale of each site at the end of the source's final run with that seed.
+
+        Args:
+            label: of the entry that takes them.
+            source: label of the entry that it takes them of.
 
         Raises:
             ValueError: that run is not there, or failed.
         """
-        key = entry.ranks_of, task, seed
+        key = source, task, seed
         if key not in self._known:
             run = self.final_run(*key)
             if run is None:
-                raise ValueError(f'{entry.label}: "{entry.ranks_of}" has no final run with seed {seed}: add it to the seeds')
+                raise ValueError(f'{label}: "{source}" has no final run with seed {seed}: add it to the seeds')
             result = self.store.result(run)
             if result is None or result["status"] != "completed":
                 what = "is not finished" if result is None else f"failed ({result['error']})"
                 raise ValueError(
-                    f'{entry.label}: the run of "{entry.ranks_of}" on {task} with seed {seed} {what}, so that there are no '
+                    f'{label}: the run of "{source}" on {task} with seed {seed} {what}, so that there are no '
                     f"ranks to take: run it again (--retry-failed), or take the entry out"
                 )
-            scale = result["scale"]
-            scales = scale if isinstance(scale, dict) else dict.fromkeys(result["ranks"], scale)
-            self._known[key] = result["ranks"], scales
+            ranks, scale = result["ranks"], result["scale"]
+            self._known[key] = ranks, scale if isinstance(scale, dict) else {site: scale for site in ranks}
         return self._known[key]

@@ -68,6 +68,7 @@ def grid_packs(
     packable: Callable[[str], bool] = is_packable,
 ) -> list[PackPlan]:
     """The packs of these rates in the sweep of one method, numbered from `index`."""
+    assert study.sweep is not None
     members = [(seed, rate) for rate in rates for seed in study.sweep.seeds]
     return _cut("sweep", entry, task, members, pack if packable(entry.method) else 1, rung, index)
 
@@ -97,6 +98,7 @@ def added_packs(
         index: the number of the first added pack, one more than the grid's last.
         scores: of a rung, all that has finished.
     """
+    assert study.sweep is not None
     most = study.sweep.most_trials(len(entries[0].learning_rates), study.quick)
     while (rate := sweep.next_rate(scores(0), most)) is not None:
         yield [
@@ -114,6 +116,7 @@ def added_packs(
 
 def last_rung(study: Study) -> int:
     """The rung whose scores choose the rate of the final runs."""
+    assert study.sweep is not None
     return 0 if study.sweep.halving is None else study.sweep.rungs - 1
 
 
