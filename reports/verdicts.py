@@ -87,6 +87,8 @@ def no_winner(part: Study, arm: Arm, reference: Arm) -> list[str]:
     reasons = []
     both = (arm, reference)
     reasons += [f"{one.setting} had no choice of rates" for one in both if len(one.grid) < 2]
+    if part.design == "whole-curve" and reference.setting not in part.sharers(arm.setting):
+        reasons.append("rates were chosen by the final seeds (whole-curve), and the sign-flip test does not count the choice")
     edges = [one.setting for one in both if (best := best_rate(one)) and best.at_edge]
     reasons += [f"the best rate of {' and '.join(edges)} stands at the edge of its grid"] if edges else []
     for one in both:

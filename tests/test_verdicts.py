@@ -39,6 +39,19 @@ def plus(shift, spread=0.05):
     return [score + shift + spread * (-1) ** i for i, score in enumerate(BASE)]
 
 
+def test_a_whole_curve_names_no_winner_by_a_test_that_does_not_count_the_choice(tmp_path):
+    """Both arms chose among the same final runs; only where they share the rate is the sign-flip test exact."""
+    arms = {"full": plus(2), "lora": BASE, "dora": plus(2)}
+    study(tmp_path, arms, sweep=False, design="whole-curve", shared_with={"dora": "lora"})
+    for setting, scores in arms.items():
+        for rate in (RATES[0], RATES[2]):
+            for seed, score in enumerate(scores):
+                write_run(tmp_path, method=setting, setting=setting, seed=seed, rate=rate, score=score - 5.0)
+    part = load(tmp_path)
+    kinds = {v.setting: (v.kind, "(whole-curve), and the sign-flip test does not count" in v.text) for v in verdicts(part)}
+    assert kinds == {"full": ("undecided", True), "dora": ("better", False)}
+
+
 def test_better_worse_equivalent_and_undecided_in_words(tmp_path):
     arms = {"full": plus(2), "head": plus(-30), "lora": BASE, "dora": plus(0.1), "adalora": plus(0.3, 1.5)}
     part = study(tmp_path, arms)

@@ -21,7 +21,7 @@ class KnownPacks:
     """
 
     def __init__(self, context: Context, sources: Sequence[Entry], size: int, store: RunStore, equalizer: Equalizer):
-        self.context, self.sources, self.size, self.store, self.equalizer = context, sources, size, store, equalizer
+        self.context, self.sources, self.store, self.equalizer = context, sources, store, equalizer
         self.of_study = plan.groups(context.study, size)
         self.added: list[PackPlan] = []
         self.placements = Placements(context, store, self._final_run)
