@@ -1,8 +1,8 @@
 """What enters a run's fingerprint, and what a budget makes of a method, as they were when they were written down.
 
-One line for each method at its least settings and at some others: the values given, `identity()`, the dump, and the settings that
-a budget of parameters gives; all as JSON.  A finished run is found again by these, so no change may touch a line; a new method,
-or a new setting in a new line, adds to the file.  Made by `python -m tests.test_frozen_settings`.
+One line for each method at its least settings and at some others: the values given, `identity()`, the dump, and the settings
+that a budget of parameters gives; all as JSON.  Finished runs are found again by `identity()`, so that it may never change; a
+new method adds lines, and a new setting enters the dumps alone.  Made by `python -m tests.test_frozen_settings`.
 """
 
 import json
@@ -12,8 +12,8 @@ import pytest
 import torch
 from rankwise import variants
 from rankwise.experiments import budget
-from rankwise.experiments.config import UNSOLVED, Entry
-from rankwise.variants.settings import METHODS, check
+from rankwise.experiments.config import Entry, unsolved_ranks
+from rankwise.variants.settings import FROM_BUDGET, METHODS, check
 
 FILE = Path(__file__).parent / "frozen_settings.txt"
 OTHERS = {  # for each method, further values beside the least that it takes
@@ -64,18 +64,10 @@ def with_budget(name: str, values: dict) -> dict | None:
         return None
     model = torch.nn.ModuleDict({n: torch.nn.Linear(7 + i, 5 + 3 * i) for i, n in enumerate("abc")})
     lora = variants.create("lora", rank=1).attach(model, list("abc"), head=[])
-    fields = METHODS[name].settings.model_fields
-    given = {k: v for k, v in values.items() if k not in BUDGET_SETS}
-    entry = Entry(
-        method=name, label="x", learning_rates=[1e-3], settings=given | {k: v for k, v in UNSOLVED.items() if k in fields}
-    )
+    kind = METHODS[name].settings
+    given = {k: v for k, v in values.items() if k not in kind.with_role(*FROM_BUDGET)} | unsolved_ranks(kind)
+    entry = Entry(method=name, label="x", learning_rates=[1e-3], settings=given)
     return budget.solved(entry, lora, PARAMETERS, SCALE).settings
-
-
-BUDGET_SETS = (
-    *("rank", "initial_rank", "target_rank", "target_total", "target_parameters", "total_rank", "total_parameters"),
-    *("alpha", "rank_pattern", "alpha_pattern"),
-)
 
 
 @pytest.mark.parametrize("index", range(len(CASES)))

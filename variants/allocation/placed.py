@@ -51,7 +51,8 @@ class PlacedLoRA(LowRankAdapter):
 
     def choose(self, model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
         names = super().choose(model, targets, head)
-        self.check_patterns(("rank_bounds", "group_bounds"), names)
+        settings = self.settings
+        self.check_patterns({"rank_bounds": settings.rank_bounds, "group_bounds": settings.group_bounds}, names)
         return names
 
     def place(self, names: Sequence[str], calibration: Calibration | Uncalibrated | None) -> None:

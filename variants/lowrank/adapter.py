@@ -64,7 +64,8 @@ class LowRankAdapter(Adapter):
 
     def choose(self, model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
         names = super().choose(model, targets, head)
-        self.check_patterns(("rank_pattern", "alpha_pattern"), names)
+        settings = self.settings
+        self.check_patterns({"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}, names)
         self.check_kinds(model, names)
         return names
 
@@ -83,13 +84,13 @@ class LowRankAdapter(Adapter):
                     f"which it can do at linear modules only: choose other targets, or lora"
                 )
 
-    def check_patterns(self, settings: Sequence[str], names: Sequence[str]) -> None:
+    def check_patterns(self, settings: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
         """
         Raises:
-            ValueError: a pattern in one of these settings that matches no target.
+            ValueError: a pattern in one of these settings (name -> its patterns) that matches no target.
         """
-        for setting in settings:
-            for pattern in getattr(self.settings, setting):
+        for setting, patterns in settings.items():
+            for pattern in patterns:
                 if not any(matches(pattern, name) for name in names):
                     raise ValueError(
                         f'{setting} = {{"{pattern}": ...}} matches none of the {len(names)} targets'

@@ -30,7 +30,7 @@ from rankwise.variants.files.peft.names import (
 from rankwise.variants.files.peft.writing import RANK_EPSILON
 from rankwise.variants.files.state import copy, detached_if_it_fails, first_rank, inner, pattern_of, trained
 from rankwise.variants.lowrank.site import first_slots
-from rankwise.variants.settings import PATTERNS, method
+from rankwise.variants.settings import BY_PATTERN, method
 from torch import Tensor, nn
 
 A, B = FACTORS["linear"]
@@ -159,7 +159,8 @@ def _lora(sites: Sites, config: PeftConfig, facts: Facts | None) -> tuple[Adapte
 def _as_trained(ranks: Mapping[str, int], config: PeftConfig, facts: Facts) -> Adapter | None:
     """The adapter of our own settings; None where the configuration says other ranks or scales, as after an edit by hand."""
     settings = dict(facts.settings)
-    for key in PATTERNS:  # those of sites that the file has not, because they had no rank, match nothing
+    # Patterns of sites that the file lacks, because they had no rank, match nothing.
+    for key in method(facts.method).settings.with_role(*BY_PATTERN):
         if key in settings:
             settings[key] = {p: v for p, v in settings[key].items() if any(matches(p, name) for name in ranks)}
     adapter = method(facts.method).load()(seeds=[facts.seed], **settings)
