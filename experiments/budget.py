@@ -31,7 +31,7 @@ def site_costs(adapter: variants.Adapter) -> dict[str, SiteCost]:
     """What the sites of an attached adapter with K = 1 cost, by the sites' own count."""
     costs = {}
     for name, site in adapter.named_sites():
-        if hasattr(site, "rank"):
+        if site.has_rank:
             none, one = (int(site.count(torch.tensor([rank]))) for rank in (0, 1))
             costs[name] = SiteCost(one - none, none)
     return costs

@@ -194,7 +194,7 @@ class Runner:
                 with collecting(faults):
                     adapter = variants.create(entry.method, **_given(entry.resolved(total)))
                     adapter.attach(model, entry.targets, head=info.heads, calibration=variants.Uncalibrated())
-                    targets[entry.label] = [n for n, site in adapter.named_sites() if hasattr(site, "rank")]
+                    targets[entry.label] = [n for n, site in adapter.named_sites() if site.has_rank]
                     shapes |= {name: tuple(weight_of(adapter.base(name)).shape) for name in targets[entry.label]}
                     equal = self.study.budget
                     if equal.equal == "parameters" and entry.ranks_of is None:

@@ -169,12 +169,6 @@ class Dropping:
         return (positions ^ keys[:, :1]).mul_(keys[:, 1:] | 1)
 
 
-def keep_mask(keys: Tensor, count: int, rate: float, device: torch.device) -> Tensor:
-    """Which of `count` elements of each member survive, (K, count) bool; see `Dropping` for `keys` and `rate`."""
-    dropping = Dropping(keys, rate, count)
-    return dropping._drawn(1, count, device) >= dropping.threshold
-
-
 def drop(x: Tensor, rate: float, draw: Draw, site: str) -> Tensor:
     """`x`, whose rows are the members' rows one after the other, with elements dropped by the draw's key."""
     if rate == 0:

@@ -32,7 +32,6 @@ Site = TypeVar("Site", Triplets, Doublets)
 class AllocatedAdapter(LowRankAdapter):
     """K members whose ranks an allocator places: score x schedule x direction x cost, by name in the settings."""
 
-    total_steps: int | None = None  # of the run, as last seen
     form = "triplet"
     budget_moves: ClassVar[int] = -1  # the total falls, stays (0) or rises (1)
     scores: ClassVar[dict[str, type[Score]]] = SCORES
@@ -82,21 +81,16 @@ class AllocatedAdapter(LowRankAdapter):
         self.check_patterns({"rank_bounds": rule.rank_bounds, "group_bounds": rule.group_bounds}, names)
         return names
 
-    def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None:
-        super()._insert(model, names, head)
+    def inserted(self) -> None:
         self.loaded(total_steps=None)
-        try:
-            self._check_budget(len(names))
-        except ValueError:
-            self.detach()
-            raise
+        self._check_budget(len(self.sites))
         for site in self.triplets():
             initial = torch.tensor(self.site_ranks(site.name, self.settings.initial_rank), device=site.slots.device)
             site.kept &= torch.arange(site.slots.shape[1], device=site.slots.device) < initial[:, None]
         rule = self.rule
         self.score = self.scores[rule.score](self.triplets(), self.seeds, rule.beta1, rule.beta2).to(self.device)
         self._steps_driven, self._has_warned = 0, False
-        self.when_detached(model.register_forward_pre_hook(self._before_forward).remove)
+        self.when_detached(self.model.register_forward_pre_hook(self._before_forward).remove)
 
     def _check_budget(self, sites: int) -> None:
         """
@@ -107,17 +101,17 @@ class AllocatedAdapter(LowRankAdapter):
         initial, target = self.totals()
         by_parameters = settings.cost == "parameters"
         named = [n for n in ("target_parameters", "target_total") if settings.get(n) is not None]
-        told = f"{named[0]} =" if named else f"target_rank times {sites} sites is"
+        asked = f"{named[0]} =" if named else f"target_rank times {sites} sites is"
         unit = "parameters" if by_parameters else "triplets"
         for start, end in zip(initial, target, strict=True):
             if end > start and self.rule.direction == "prune":
                 setting = named[0] if named else "target_rank"
                 raise ValueError(
-                    f"{told} {end}, above the {start} {unit} that rank_pattern leaves: lower {setting} or raise the ranks"
+                    f"{asked} {end}, above the {start} {unit} that rank_pattern leaves: lower {setting} or raise the ranks"
                 )
             if end < start and self.rule.direction == "grow":
                 raise ValueError(
-                    f"{told} {end}, below the {start} {unit} at the start: a method that grows needs a higher target"
+                    f"{asked} {end}, below the {start} {unit} at the start: a method that grows needs a higher target"
                 )
         for site in self.triplets():
             for rank in self.site_ranks(site.name, settings.initial_rank):
@@ -185,17 +179,17 @@ class AllocatedAdapter(LowRankAdapter):
 
     def bounds(self) -> list[Bound]:
         """Least and most ranks, of sites and of groups of them."""
-        found, at, places = [], 0, {}
+        bounds, at, places = [], 0, {}
         for site in self.triplets():
             places[site.name] = range(at, at + site.slots.shape[1])
             at += site.slots.shape[1]
             least, most = self.site_bounds(site.name)
             if least or most is not None:
-                found.append(Bound(site.name, tuple(places[site.name]), least, most))
+                bounds.append(Bound(site.name, tuple(places[site.name]), least, most))
         for pattern, (least, most) in self.rule.group_bounds.items():
             inside = tuple(place for name, slots in places.items() if matches(pattern, name) for place in slots)
-            found.append(Bound(f"the sites {pattern}", inside, least, most))
-        return found
+            bounds.append(Bound(f"the sites {pattern}", inside, least, most))
+        return bounds
 
     def totals(self) -> tuple[list[int], list[int]]:
         """For each member, what the kept slots cost at the start and at the end, over all sites."""
@@ -209,8 +203,13 @@ class AllocatedAdapter(LowRankAdapter):
             self._totals = initial, [sum(prices) * mean if fixed is None else fixed for mean in means]
         return self._totals
 
+    @property
+    def has_target(self) -> bool:
+        """Whether there is a budget that the ranks end with."""
+        return True
+
     def final_budget(self) -> Tensor | None:
-        if self.total_steps is None or self.settings.get("overshoot") or not getattr(self, "has_target", True):
+        if self.total_steps is None or self.settings.get("overshoot") or not self.has_target:
             return None  # never driven, or may end above its target, or has none
         return self.cost_budget(Step(self.total_steps, self.total_steps))
 

@@ -1,4 +1,4 @@
-"""What each method can be told, and the list of methods: the one place to look a setting up.
+"""The settings of each method, and the list of methods: the one place to look a setting up.
 
     base       what all settings share, and what a field says of itself (`setting`)
     lowrank    LoRA, DoRA        allocated   ranks that move while training       placed   ranks placed before it

@@ -42,16 +42,16 @@ class LowRankSettings(Settings):
             starts: site -> the rank that it starts with; `first`: the one that needs no pattern.
             scale: alpha/r of every site; `at`: the r at which `alpha` gives it, if that is not the least rank at the start.
         """
-        found = dict(settings)
+        scaled = dict(settings)
         if others := {pattern_for(name): rank for name, rank in starts.items() if rank != first}:
-            found["rank_pattern"] = others
-        power = 1.0 if found.get("scaling", cls.model_fields["scaling"].default) == "alpha/r" else 0.5
+            scaled["rank_pattern"] = others
+        power = 1.0 if scaled.get("scaling", cls.model_fields["scaling"].default) == "alpha/r" else 0.5
         least, most = min(starts.values()), max(starts.values())
         at = least if at is None else at
-        found["alpha"] = scale * at**power
+        scaled["alpha"] = scale * at**power
         if most > least:
-            found["alpha_pattern"] = {pattern_for(n): scale * rank**power for n, rank in starts.items() if rank != at}
-        return found
+            scaled["alpha_pattern"] = {pattern_for(n): scale * rank**power for n, rank in starts.items() if rank != at}
+        return scaled
 
     @classmethod
     def _pruned(

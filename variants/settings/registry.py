@@ -1,4 +1,4 @@
-"""The methods by name: where each is, what it can be told, and where it comes from."""
+"""The methods by name: where each is, its settings, and its source."""
 
 import importlib
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from rankwise.variants.settings.truncated import TruncatedSettings
 
 @dataclass(frozen=True)
 class Method:
-    """A named method: where it is, what it can be told, and where it comes from."""
+    """A named method: where it is, its settings, and its source."""
 
     name: str
     location: str

@@ -28,7 +28,7 @@ from rankwise.variants.files.peft.names import (
     part,
 )
 from rankwise.variants.files.peft.writing import RANK_EPSILON
-from rankwise.variants.files.state import copy, detached_if_it_fails, first_rank, inner, pattern_of, trained
+from rankwise.variants.files.state import copy, detached_if_it_fails, first_rank, pattern_of, trained
 from rankwise.variants.lowrank.site import first_slots
 from rankwise.variants.settings import BY_PATTERN, method
 from torch import Tensor, nn
@@ -120,7 +120,7 @@ def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]],
 @torch.no_grad()
 def _fill_sites(adapter: Adapter, fill: Mapping[str, _Slots]) -> None:
     """Gives each site the size that it was saved with, and its slots what the file says of them."""
-    low_rank = {name: inner(adapter.site(name)) for name in fill}
+    low_rank = {name: adapter.site(name).low_rank for name in fill}
     sizes = {name: slots.size if slots.size != int(low_rank[name].slots.sum()) else None for name, slots in fill.items()}
     if any(size is not None for size in sizes.values()):
         order = [name for name, _ in adapter.named_sites()]
