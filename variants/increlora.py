@@ -84,7 +84,7 @@ class Reserving(Triplets):
 
     def _hear(self, x: Tensor, g: Tensor) -> None:
         """Adds g^T x to dL/ddW; S once every call of this micro-batch has been heard."""
-        g, x = (self.draw.rows.by_member(t.detach().to(self.A.dtype)) for t in (g, x))
+        g, x = (self.draw.rows.fold(t.detach().to(self.A.dtype)) for t in (g, x))
         gradient = torch.bmm(g.mT, x)  # (K, O, I)
         self._gradient = gradient if self._gradient is None else self._gradient + gradient
         self._heard += 1

@@ -179,8 +179,8 @@ def drop(x: Tensor, rate: float, draw: Draw, site: str) -> Tensor:
     rows = draw.rows.by_member(x)  # (K, N, F)
     dropping = draw.dropping(site, x, rate)
     if native.usable(rows):
-        return NativeDrop.apply(rows, dropping).view(x.shape)
-    return (rows * dropping.factor(rows)).to(x.dtype).view(x.shape)
+        return draw.rows.as_input(NativeDrop.apply(rows, dropping), x)
+    return draw.rows.as_input((rows * dropping.factor(rows)).to(x.dtype), x)
 
 
 class NativeDrop(torch.autograd.Function):

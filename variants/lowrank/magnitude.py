@@ -43,9 +43,11 @@ class Decomposed(Site):
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         rows = self.inner.rows(x)
         y = base_output(base, rows)
+        dtype = y.dtype
         gain, owners = self.gain(base), self.inner.draw.rows
-        by_member = owners.by_member(self.inner.add_update(y, rows))  # (K, N, O)
-        return owners.as_input(Recomposed.apply(by_member, gain, base.bias, True).to(y.dtype), x)
+        y = self.inner.add_update(y, rows)
+        scaled = Recomposed.apply(owners.fold(y), gain, base.bias, True)  # (K, N, O)
+        return owners.as_input(owners.unfold(scaled, y).to(dtype), x)
 
     def delta(self, base: nn.Module) -> Tensor:
         return self.gain(base)[:, :, None] * (weight_of(base) + self.inner.delta(base)) - weight_of(base)

@@ -96,13 +96,13 @@ class LowRank(Site):
             x = nn.functional.dropout(x, rate) if rate and dropping is None else x
             return NativeProduct.apply(y, x, *operands, dropping, draw.rows)
         x = drop(x, rate, draw, self.name)
-        by_member = (draw.rows.by_member(t) for t in (y, x))  # (K, N, O) and (K, N, I)
-        return LowRankProduct.apply(*by_member, *(t.to(dtype) for t in operands)).view(y.shape)
+        by_member = (draw.rows.fold(t) for t in (y, x))  # (K, N, O) and (K, N, I)
+        return draw.rows.unfold(LowRankProduct.apply(*by_member, *(t.to(dtype) for t in operands)), y)
 
     def rows(self, x: Tensor) -> Float[Tensor, "rows I"]:
         """The input as rows, grouped by member; refused where it is not the rows of the model's input."""
         self.draw.rows.check(self.name, x)
-        return self.draw.rows.by_member(x).flatten(0, 1)
+        return self.draw.rows.grouped(x)
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         return self.kind.adapted(self, base, x)
