@@ -6,14 +6,15 @@ it into runs.
 
 import re
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from rankwise.variants.settings import (
+    BY_PATTERN,
+    FROM_BUDGET,
     METHODS,
-    PATTERNS,
     Count,
     Fraction,
     NonNegative,
@@ -34,7 +35,6 @@ DEFAULT_STUDY = STUDIES / "default.toml"
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 MOST_SEEDS = 10_000  # of `seeds = N`; more is a slip of the finger, and takes all memory where it is a large one
 LONGEST_NAME = 100  # bytes; a pack's folder has the label, the task and numbers in its name, and 255 bytes are a name's limit
-STEP_COUNTS = ("warmup_steps", "final_steps", "interval", "rise_steps")  # may be given as a share of the run, "10%"
 
 
 def _one_line(text: str) -> str:
@@ -217,13 +217,12 @@ class Entry(_Section):
         Raises:
             ValueError: phases that do not fit into `total_steps`.
         """
-        values = {k: _steps(v, total_steps) if k in STEP_COUNTS else v for k, v in self.settings.items()}
-        settings = check(self.method, values)
-        allocates = settings.get("final_steps") is not None
-        if allocates and settings.warmup_steps + settings.final_steps >= total_steps:
+        settings = check(self.method, in_steps(self.method, self.settings, total_steps))
+        warmup, final = (settings.get(name, 0) for name in ("warmup_steps", "final_steps"))
+        if "final_steps" in settings.facts and warmup + final >= total_steps:
             raise ValueError(
                 f"{self.label}: warmup_steps = {self.settings.get('warmup_steps', 0)} and final_steps = "
-                f"{self.settings.get('final_steps', 0)} are {settings.warmup_steps} + {settings.final_steps} steps and leave "
+                f"{self.settings.get('final_steps', 0)} are {warmup} + {final} steps and leave "
                 f"none to prune in a run of {total_steps}: shorten them or train longer"
             )
         return settings
@@ -417,12 +416,15 @@ def _with_the_files_places(lines: list[str], where: str, at: list[int], named_by
     return faults
 
 
-BUDGETED = (
-    *("rank", "initial_rank", "target_rank", "target_total", "target_parameters", "total_rank", "total_parameters"),
-    *("alpha", "rank_pattern", "alpha_pattern"),
-)
-TAKEN = ("rank", "alpha", "rank_pattern", "alpha_pattern", "targets")  # what follows from the entry that ranks_of names
-UNSOLVED = {"rank": 1, "initial_rank": 1, "target_rank": 1}  # until experiments/study/budget.py has seen the model's shapes
+def in_steps(name: str, settings: Mapping[str, Any], total_steps: int) -> dict[str, Any]:
+    """The settings of the method `name` with every share of the run, "10%", made a number of steps."""
+    counts = method(name).settings.with_role("steps")
+    return {k: _steps(v, total_steps) if k in counts else v for k, v in settings.items()}
+
+
+def unsolved_ranks(kind: type[Settings]) -> dict[str, int]:
+    """A method's ranks until experiments/study/budget.py has seen the model's shapes."""
+    return dict.fromkeys(kind.with_role("rank"), 1)
 
 
 def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], where: str, solved: bool) -> dict[str, Any]:
@@ -448,6 +450,8 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
         {"targets"} if spec.takes_targets else set()
     )
     taken = "ranks_of" in entry
+    budgeted = set(spec.settings.with_role(*FROM_BUDGET))  # what follows from the budget, or from the entry that ranks_of names
+    step_counts = spec.settings.with_role("steps")
     if spec.takes_ranks:
         shared |= {"ranks_of", "permuted"}
     faults = []
@@ -464,7 +468,7 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
         k: v for k, v in defaults.items() if k in own | (shared - {"method", "label", "ranks_of", "permuted", "shared_with"})
     }
     if taken:
-        inherited = {k: v for k, v in inherited.items() if k not in TAKEN}
+        inherited = {k: v for k, v in inherited.items() if k not in budgeted | {"targets"}}
     used |= set(inherited)
     if {"learning_rate", "learning_rates"} & set(entry):
         inherited = {k: v for k, v in inherited.items() if k not in ("learning_rate", "learning_rates")}
@@ -477,14 +481,14 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
         faults.append(f"{where}.learning_rate: missing; give one, or learning_rates to choose from")
     settings = {k: v for k, v in merged.items() if k in own}
     if taken:
-        given = sorted(set(TAKEN) & set(merged))
+        given = sorted((budgeted | {"targets"}) & set(merged))
         faults.extend(f"{where}.{k}: follows from ranks_of: take it out" for k in given)
-        settings |= {k: v for k, v in UNSOLVED.items() if k in own}
+        settings |= unsolved_ranks(spec.settings)
     elif solved:
-        given = sorted(set(BUDGETED) & set(settings))
+        given = sorted(budgeted & set(settings))
         faults.extend(f"{where}.{k}: follows from the budget of parameters: take it out, or [budget]" for k in given)
-        settings |= {k: v for k, v in UNSOLVED.items() if k in own}
-    for key in STEP_COUNTS:
+        settings |= unsolved_ranks(spec.settings)
+    for key in step_counts:
         value = settings.get(key)
         if isinstance(value, str) and not _is_share(value):
             faults.append(
@@ -492,9 +496,10 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
             )
             settings.pop(key)
     try:
-        check(spec.name, {k: _steps(v, 100) if k in STEP_COUNTS else v for k, v in settings.items()})
+        check(spec.name, in_steps(spec.name, settings, 100))
         lists = [k for k, v in settings.items() if isinstance(v, list)]
-        lists += [k for k in PATTERNS if any(isinstance(v, list) for v in settings.get(k, {}).values())]
+        by_pattern = {k: settings.get(k, {}).values() for k in spec.settings.with_role(*BY_PATTERN)}
+        lists += [k for k, values in by_pattern.items() if any(isinstance(v, list) for v in values)]
         faults.extend(f"{where}.{k} = {settings[k]}: a study's entry has one value; write an entry for each" for k in lists)
     except ValueError as error:
         faults.extend(line.replace(spec.name, where, 1) for line in str(error).splitlines())

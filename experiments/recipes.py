@@ -20,11 +20,23 @@ from typing import Any, get_args
 
 from pydantic import Field, ValidationError
 from rankwise.experiments import config, sources
-from rankwise.experiments.config import MOST_SEEDS, PAPERS, STEP_COUNTS, Study, Training
+from rankwise.experiments.config import MOST_SEEDS, PAPERS, Study, Training
 from rankwise.experiments.tasks import get as get_task
 from rankwise.experiments.tasks import names as task_names
 from rankwise.experiments.tasks.task import Task
-from rankwise.variants.settings import METHODS, Count, Fraction, Positive, PositiveInt, explain, method, nearest, quoted, shown
+from rankwise.variants.settings import (
+    METHODS,
+    Count,
+    Fraction,
+    Positive,
+    PositiveInt,
+    Settings,
+    explain,
+    method,
+    nearest,
+    quoted,
+    shown,
+)
 
 STAND_IN = "sentence-transformers/all-MiniLM-L6-v2"  # a model that every machine with a package index can have
 
@@ -480,7 +492,7 @@ def plan(
     chosen = model or own
     spec = method(given["method"])
     what = f'{recipe.name}, "{row}", {cell}, {variant}' + (f", --scale {scale:g}" if scale < 1 else "")
-    training, settings, total = _lengths(given, spec.settings.model_fields, task, scale, what)
+    training, settings, total = _lengths(given, spec.settings, task, scale, what)
     entry: dict[str, Any] = {"method": spec.name, "label": _label(recipe, row, variant, scale), **settings}
     if spec.takes_targets:
         entry["targets"] = modules_of(given["targets"], chosen)
@@ -603,7 +615,7 @@ def check_at_hand(plans: Sequence[Plan]) -> None:
 
 
 def _lengths(
-    given: Mapping[str, Any], own: Mapping[str, Any], task: Task, scale: float, what: str
+    given: Mapping[str, Any], own: type[Settings], task: Task, scale: float, what: str
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
     """Training and method settings with every length in steps scaled, and the number of steps.
 
@@ -611,7 +623,8 @@ def _lengths(
         ValueError: a warm-up, or warm-up and final phase together, as long as the run.
     """
     training = {key: given[key] for key in given if key in TRAINING_KEYS}
-    settings = {key: given[key] for key in given if key in own and key not in TRAINING_KEYS}  # `schedule` is the rate's
+    read_by_method = own.model_fields.keys() - TRAINING_KEYS  # `schedule` is the rate's
+    settings = {key: given[key] for key in given if key in read_by_method}
     rows, _ = rows_of(task)
     full = Training(**training)
     total = full.total_steps(rows)
@@ -623,7 +636,7 @@ def _lengths(
         else:
             training |= {"epochs": max(1, math.ceil(epochs)), "max_steps": max(1, round(scale * total))}
         total = Training(**training).total_steps(rows)
-        for key in STEP_COUNTS:
+        for key in own.with_role("steps"):
             if key in settings:
                 settings[key] = _scaled(settings[key], scale)
     if "lr_warmup_steps" in given:

@@ -12,7 +12,7 @@ from rankwise import variants
 from rankwise.variants.adapter.probe import fill
 from rankwise.variants.adapter.step import Step
 from rankwise.variants.allocation.choice import Bound, choose, keep_top, protected
-from rankwise.variants.allocation.schedules import SCHEDULES, cubic_budget, scheduled_budget
+from rankwise.variants.allocation.schedules import SCHEDULES, scheduled_budget
 from rankwise.variants.allocation.scores import Sensitivity
 from torch import nn
 
@@ -45,17 +45,26 @@ def plain_choice(scores: list[float], slots: list[bool], budget: int) -> list[bo
 
 def test_the_cubic_schedule_is_the_papers():
     for t in range(1, 101):
-        assert cubic_budget(t, 10, 70, 131, 17) == plain_budget(t, 10, 30, 100, 131, 17)
+        assert scheduled_budget("cubic", t, 10, 70, 131, 17) == plain_budget(t, 10, 30, 100, 131, 17)
 
 
 def test_the_schedule_holds_until_the_end_of_the_warm_up_and_starts_at_once_after():
-    assert [cubic_budget(t, 4, 8, 100, 10) for t in (0, 3, 4, 5, 6, 7, 8, 9)] == [100, 100, 100, 47, 21, 11, 10, 10]
+    assert [scheduled_budget("cubic", t, 4, 8, 100, 10) for t in (0, 3, 4, 5, 6, 7, 8, 9)] == [
+        100,
+        100,
+        100,
+        47,
+        21,
+        11,
+        10,
+        10,
+    ]
 
 
 @given(st.integers(0, 30), st.integers(1, 40), st.integers(0, 60), st.integers(0, 60))
 def test_the_schedule_never_rises_and_stays_between_its_ends(start, length, one, other):
     initial, target = max(one, other), min(one, other)
-    budgets = [cubic_budget(t, start, start + length, initial, target) for t in range(start + length + 3)]
+    budgets = [scheduled_budget("cubic", t, start, start + length, initial, target) for t in range(start + length + 3)]
     assert budgets[0] == initial and budgets[-1] == target
     assert all(a >= b for a, b in itertools.pairwise(budgets))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from rankwise import variants
-from rankwise.variants.adapter.draws import Draw, KeyedDropout, drop, keep_mask
+from rankwise.variants.adapter.draws import Draw, Dropping, KeyedDropout, drop
 from rankwise.variants.adapter.probe import fill
 from rankwise.variants.adapter.step import Step
 from torch import nn
@@ -25,11 +25,16 @@ def draw(seeds: list[int], step: int = 1, micro_batch: int = 0) -> Draw:
     return made
 
 
+def keep_mask(keys: torch.Tensor, count: int, rate: float) -> torch.Tensor:
+    """Which of `count` elements of each member survive, (K, count) bool."""
+    return Dropping(keys, rate, count).factor(torch.ones(len(keys), 1, count, device=CPU))[:, 0] != 0
+
+
 def mask(seed: int = 0, step: int = 1, micro_batch: int = 0, site: str = "a", call: int = 0, rate: float = 0.3) -> torch.Tensor:
     keyed = draw([seed], step, micro_batch)
     for _ in range(call):
         keyed.keys(site)
-    return keep_mask(keyed.keys(site), COUNT, rate, CPU)[0]
+    return keep_mask(keyed.keys(site), COUNT, rate)[0]
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.3, 0.5, 0.9])
@@ -103,7 +108,7 @@ def test_a_draw_does_not_depend_on_what_was_drawn_before():
 
 @pytest.mark.parametrize("count", [1, 2, 5, 6])
 def test_odd_numbers_of_elements_are_drawn(count):
-    assert keep_mask(draw([0, 1]).keys("a"), count, 0.5, CPU).shape == (2, count)
+    assert keep_mask(draw([0, 1]).keys("a"), count, 0.5).shape == (2, count)
 
 
 def test_a_rate_of_zero_changes_nothing_and_draws_nothing():

@@ -144,7 +144,7 @@ def test_sums_are_fp32_whatever_torch_takes_by_default(default):
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(default)
-        found = [native.dots(x, A, None), *native.outer(x, z, A, None), *native.regain(x, x, A[:, 0], None)]
+        found = [native.dots(x, A, None), *native.outer(x, z, A, None), *native.scale_rows_backward(x, x, A[:, 0], None)]
     finally:
         torch.set_default_dtype(before)
     expected = [x @ A.mT, z.mT @ x, z @ A, x * A[:, :1], (x * x).sum(1)]

@@ -15,7 +15,7 @@ from rankwise import variants
 from rankwise.variants.adalora import AdaLoRA
 from rankwise.variants.adapter.probe import fill
 from rankwise.variants.adapter.step import Step
-from rankwise.variants.allocation.schedules import cubic_budget
+from rankwise.variants.allocation.schedules import scheduled_budget
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -89,7 +89,7 @@ def budget(index: int, interval: int = 5, steps: int = TOTAL) -> int:
     """What the last allocation up to step `index` allowed."""
     end = steps - SVD["final_steps"]
     last = end if index >= end else index - index % interval
-    return cubic_budget(last, SVD["warmup_steps"], end, 5 * MODULES, 2 * MODULES)
+    return scheduled_budget("cubic", last, SVD["warmup_steps"], end, 5 * MODULES, 2 * MODULES)
 
 
 @pytest.mark.parametrize("stop", [7, 12, 14])
@@ -285,7 +285,7 @@ def test_a_site_without_a_gradient_keeps_its_score():
         after = adapter.triplet_scores()
         scored = [not torch.equal(a, b) for a, b in zip(after, before, strict=True)]
         assert scored == [index < 10, index % 2 == 1 and index < 10, False], index
-        assert total(adapter.ranks()) == cubic_budget(index, 0, 10, 12, 6)
+        assert total(adapter.ranks()) == scheduled_budget("cubic", index, 0, 10, 12, 6)
     assert [rank.item() for rank in adapter.ranks().values()] == [4, 2, 0]
 
 

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 from rankwise import variants
+from rankwise.variants.settings import LowRankSettings, Settings, setting
+from rankwise.variants.settings.base import Facts
 
 GOOD = {"lora": {"rank": 4}, "dora": {"rank": 4}, "adalora": {"initial_rank": 6, "target_rank": 4}}
 
@@ -134,3 +136,44 @@ def test_checking_settings_does_not_import_torch():
 def test_an_unknown_name_of_the_package_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'LoRa'"):
         _ = variants.LoRa
+
+
+@pytest.mark.parametrize("method, values", [("dora", {"rank": 4}), ("adalora+dora", {"initial_rank": 6, "target_rank": 4})])
+def test_a_dora_without_magnitudes_is_refused(method, values):
+    assert variants.check(method, values).magnitude is variants.check(method, {**values, "magnitude": True}).magnitude is True
+    with pytest.raises(ValueError, match=r"magnitude = False: this method always has magnitudes.* take it out, or name"):
+        variants.create(method, **values, magnitude=False)
+
+
+def test_a_field_declared_again_keeps_its_facts():
+    class Parent(Settings):
+        rise: int = setting(1, role="steps", added_later=True)
+        plain: int = 0
+
+    class Child(Parent):
+        rise: int = 2
+
+    assert Child.with_role("steps") == ["rise"] and Child.facts["plain"] == Facts()
+    assert Child().identity() == {"plain": 0} and Child(rise=1).identity() == {"rise": 1, "plain": 0}
+
+
+def test_every_setting_of_a_rank_has_a_role():
+    """A pack, a study and a budget know a setting by its role alone, so that one without would be passed over in silence."""
+    ranks = {"rank", "initial_rank", "target_rank"}
+    totals = {"target_total", "target_parameters", "total_rank", "total_parameters"}
+    for one in variants.METHODS.values():
+        fields = set(one.settings.model_fields)
+        assert set(one.settings.with_role("rank")) == fields & ranks
+        assert set(one.settings.with_role("total")) == fields & totals
+        assert set(one.settings.with_role("member")) == fields & {"orthogonality"}
+        assert set(one.settings.with_role("steps")) == fields & {"warmup_steps", "final_steps", "interval", "rise_steps"}
+
+
+def test_a_method_without_a_rule_for_a_budget_is_refused():
+    class VeRASettings(LowRankSettings):
+        rank: int
+
+    with pytest.raises(ValueError, match="VeRASettings has no rule for a budget of parameters: give the method's ranks"):
+        VeRASettings.for_budget({}, {"query": 3}, 100, 2.0)
+    for one in variants.METHODS.values():
+        assert one.takes_targets == (one.settings.for_budget.__func__ is not Settings.for_budget.__func__), one.name

@@ -16,7 +16,7 @@ from rankwise.variants.settings import METHODS, check, method
 # A method's class is where the registry says; what else a user needs is named here.
 _PLACES = {method.location.partition(":")[2]: method.location.partition(":")[0] for method in METHODS.values()} | {
     "Adapter": "rankwise.variants.adapter.interface",
-    "torch_groups": "rankwise.variants.adapter.interface",
+    "torch_groups": "rankwise.variants.adapter.groups",
     "Adapted": "rankwise.variants.adapter.surgery",
     "Calibration": "rankwise.variants.adapter.step",
     "CannotMerge": "rankwise.variants.adapter.step",

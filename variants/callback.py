@@ -35,7 +35,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rankwise.variants.adapter.interface import Adapter, torch_groups
+from rankwise.variants.adapter.groups import torch_groups
+from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.step import Step
 from rankwise.variants.files.folders import placed
 from rankwise.variants.files.pretrained import warn_if_unfinished, write

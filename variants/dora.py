@@ -18,7 +18,6 @@ class DoRA(LoRA):
 
     method = "dora"
     exact_gradient = False  # the norm is detached
-    has_magnitude = True
 
 
 class AdaLoRADoRA(AdaLoRA):
@@ -26,4 +25,3 @@ class AdaLoRADoRA(AdaLoRA):
 
     method = "adalora+dora"
     exact_gradient = False
-    has_magnitude = True

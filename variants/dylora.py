@@ -128,20 +128,20 @@ class DyLoRA(LoRA):
 
     def full_ranks(self) -> list[int]:
         """The most rank that each member can be used at: that of its largest site."""
-        found = [1] * self.members
+        most_ranks = [1] * self.members
         for site in self.low_rank_sites():
             ranks = self.site_ranks(site.name, self.settings.rank)
-            found = [max(most, min(rank, site.slots.shape[1])) for most, rank in zip(found, ranks, strict=True)]
-        return found
+            most_ranks = [max(most, min(rank, site.slots.shape[1])) for most, rank in zip(most_ranks, ranks, strict=True)]
+        return most_ranks
 
     def drawn_ranks(self, index: int) -> list[int]:
         """The rank b that each member draws for step `index`."""
         keep = 1 - P if self.settings.sampling == "geometric" else 1.0
-        found = []
+        drawn = []
         for seed, ranks in zip(self.seeds, self.nested_ranks(), strict=True):
             weights = torch.tensor([keep**i for i in range(len(ranks))], dtype=torch.float64)
-            found.append(ranks[int(weights.multinomial(1, generator=initialization.generator(seed, "rank", str(index))))])
-        return found
+            drawn.append(ranks[int(weights.multinomial(1, generator=initialization.generator(seed, "rank", str(index))))])
+        return drawn
 
     def begin(self, step: Step, micro_batch: int = 0, training: bool = True) -> None:
         super().begin(step, micro_batch, training)
@@ -186,7 +186,7 @@ class DyLoRA(LoRA):
     def at_rank(self, rank: Sequence[int] | int | None) -> contextlib.AbstractContextManager:
         """Uses the first `rank` slots with alpha/rank from now on: in the model, merge, delta, ranks and every file.
 
-            adapter.at_rank(2)             # until told otherwise; None: the full rank
+            adapter.at_rank(2)             # until the next call; None: the full rank
             with adapter.at_rank(2): ...   # and back to what it was before
 
         Training goes on over all ranks.  A member or site with fewer slots uses all of its own.

@@ -37,8 +37,8 @@ class ElaLoRA(AdaLoRA):
     peft_type = "LORA"
     budget_moves = 0
 
-    def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None:
-        super()._insert(model, names, head)
+    def inserted(self) -> None:
+        super().inserted()
         self._reset: list[tuple[nn.Parameter, Rearranged]] = []
 
     def totals(self) -> tuple[list[int], list[int]]:
@@ -73,8 +73,8 @@ class ElaLoRA(AdaLoRA):
         ranks = torch.stack([site.rank() for site in sites], 1).tolist()  # (K, S)
         plans = []
         for k in range(self.members):
-            mine = [scores[s][k][: ranks[k][s]] for s in range(len(sites))]
-            plans.append(self._plan(mine, number, self.totals()[0][k]))
+            own_scores = [scores[s][k][: ranks[k][s]] for s in range(len(sites))]
+            plans.append(self._plan(own_scores, number, self.totals()[0][k]))
         places, before = [], ranks
         for s, site in enumerate(sites):
             orders = []
@@ -135,9 +135,9 @@ class ElaLoRA(AdaLoRA):
         """Every average of the optimizer starts anew, the head's and magnitudes' too."""
         for site in self.triplets():
             site.forget(site.slots.bool())
-        mine = {id(p) for site in self.triplets() for p in site.factors()}
+        of_triplets = {id(p) for site in self.triplets() for p in site.factors()}
         for parameter in self.parameters():
-            if id(parameter) not in mine:
+            if id(parameter) not in of_triplets:
                 size = parameter.shape[1]
                 places = torch.full((self.members, size), NEW, device=parameter.device)
                 self._reset.append((parameter, Rearranged(places, 1, size)))

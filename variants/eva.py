@@ -41,7 +41,7 @@ class EVA(PlacedLoRA):
         kind = Incremental if settings.decomposition == "incremental" else Exact
         rooms = self.rooms(names)
         draws = [partial(initialization.generator, seed, "eva") for seed in self.seeds]  # of no site: equal inputs tie
-        found = {n: [kind(room, settings.tau, d) for room, d in zip(rooms[n], draws, strict=True)] for n in names}
+        directions = {n: [kind(room, settings.tau, d) for room, d in zip(rooms[n], draws, strict=True)] for n in names}
         active = {(name, k) for name in names for k in range(self.members)}
         mask: Tensor | None = None
         ranks: Ranks = {}
@@ -53,7 +53,7 @@ class EVA(PlacedLoRA):
                 chosen = _chosen(x, mask, self.draw.rows)
                 for k, rows in enumerate(self.draw.rows.by_member(x)):
                     if (name, k) in active:
-                        found[name][k].update(rows[chosen[k]].double())
+                        directions[name][k].update(rows[chosen[k]].double())
 
             return after
 
@@ -61,19 +61,19 @@ class EVA(PlacedLoRA):
             for number, batch in enumerate(calibration.batches):
                 mask = _mask(batch, settings.tokens)
                 run(self, calibration, number)
-                if all(one.is_ready for ones in found.values() for one in ones):
-                    ranks = self._distribute(found)
-                    active = {(n, k) for n in names for k in range(self.members) if not found[n][k].settled(ranks[n][k])}
+                if all(one.is_ready for ones in directions.values() for one in ones):
+                    ranks = self._distribute(directions)
+                    active = {(n, k) for n in names for k in range(self.members) if not directions[n][k].settled(ranks[n][k])}
                     if not active:
                         break
         for name in names:
-            for one in found[name]:
+            for one in directions[name]:
                 one.finish(name)
-        self.measured = {name: [one.directions for one in found[name]] for name in names}
-        return self._distribute(found)
+        self.measured = {name: [one.directions for one in directions[name]] for name in names}
+        return self._distribute(directions)
 
-    def _distribute(self, found: Mapping[str, Sequence["Incremental | Exact"]]) -> Ranks:
-        return self.by_worth({name: [one.worth(self.settings.ratio) for one in ones] for name, ones in found.items()})
+    def _distribute(self, directions: Mapping[str, Sequence["Incremental | Exact"]]) -> Ranks:
+        return self.by_worth({name: [one.worth(self.settings.ratio) for one in ones] for name, ones in directions.items()})
 
     def site_bounds(self, name: str) -> list[tuple[int, int]]:
         pairs = zip(super().site_bounds(name), self.uniform_ranks(name), strict=True)

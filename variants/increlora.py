@@ -84,7 +84,7 @@ class Reserving(Triplets):
 
     def _hear(self, x: Tensor, g: Tensor) -> None:
         """Adds g^T x to dL/ddW; S once every call of this micro-batch has been heard."""
-        g, x = (self.draw.rows.by_member(t.detach().to(self.A.dtype)) for t in (g, x))
+        g, x = (self.draw.rows.fold(t.detach().to(self.A.dtype)) for t in (g, x))
         gradient = torch.bmm(g.mT, x)  # (K, O, I)
         self._gradient = gradient if self._gradient is None else self._gradient + gradient
         self._heard += 1
@@ -98,7 +98,6 @@ class WeightSensitivity(Score):
     """Ibar U of each site, from S = sum |dW * dL/ddW|; see above."""
 
     needs_gradient = True
-    smooths = ("beta1", "beta2")
 
     def __init__(self, sites: Sequence[nn.Module], seeds: Sequence[int], beta1: float, beta2: float):
         super().__init__(sites, seeds, beta1, beta2)
@@ -135,8 +134,8 @@ class IncreLoRA(AdaLoRA):
     def make_low_rank(self, name: str, module: nn.Module) -> Reserving:
         return self.make_allocated(name, module, Reserving)
 
-    def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None:
-        super()._insert(model, names, head)
+    def inserted(self) -> None:
+        super().inserted()
         power = 0.5 if self.settings.score_form == "release" else 1.0
         self.score.divisors = [(site.A.shape[2] * site.B.shape[1]) ** power for site in self.triplets()]
         for site in self.triplets():
@@ -178,8 +177,8 @@ class IncreLoRA(AdaLoRA):
         """A, B and E with the paces of their slots; the head and magnitudes as they are."""
         paced = {id(p): pace for site in self.triplets() for p, pace in zip(site.factors(), self._paces(site), strict=True)}
         rest = [replace(g, params=[p for p in g.params if id(p) not in paced]) for g in super().parameter_groups()]
-        mine = [p for site in self.triplets() for p in site.factors()]
-        return [*(group for group in rest if group.params), Group(mine, lr_scale=[paced[id(p)] for p in mine])]
+        triplets = [p for site in self.triplets() for p in site.factors()]
+        return [*(group for group in rest if group.params), Group(triplets, lr_scale=[paced[id(p)] for p in triplets])]
 
     @staticmethod
     def _paces(site: Reserving) -> list[Tensor]:

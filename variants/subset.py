@@ -9,6 +9,7 @@ from rankwise.variants.adapter.draws import Draw
 from rankwise.variants.adapter.heads import leaves
 from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.linears import as_matrix, trained_dtype
+from rankwise.variants.adapter.site import Site
 from rankwise.variants.adapter.step import Group
 from rankwise.variants.adapter.surgery import Adapted, Surgery, key_of
 from rankwise.variants.adapter.targets import resolve
@@ -26,7 +27,7 @@ class HeadOnly(Adapter):
         return []
 
 
-class BiasSite(nn.Module):
+class BiasSite(Site):
     """y = base(x) + d with d (K, O), which is the base with another bias."""
 
     def __init__(self, name: str, base: nn.Module, draw: Draw):
@@ -67,7 +68,7 @@ class BitFit(Adapter):
             raise ValueError(f"bitfit: no module of {type(model).__name__} has a bias to train: choose another method")
         return names
 
-    def make_site(self, name: str, module: nn.Module) -> nn.Module:
+    def make_site(self, name: str, module: nn.Module) -> Site:
         return BiasSite(name, module, self.draw)
 
 
@@ -199,7 +200,7 @@ class FullFineTuning(Adapter):
         self._merged = False
 
 
-class FullPrecision(nn.Module):
+class FullPrecision(Site):
     """Runs a module of the head outside autocast, as every other method's head runs."""
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
@@ -207,7 +208,7 @@ class FullPrecision(nn.Module):
             return base(x.to(base.weight.dtype))
 
 
-class Tensors(nn.Module):
+class Tensors(Site):
     """Trained tensors of one module, each (1, ...)."""
 
     def count(self, ranks: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ How the cut is made, its source and its departures stand in weights/truncation.p
 every rank.
 """
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Int
 from rankwise.variants.adapter import initialization
@@ -38,15 +36,7 @@ class Truncated(LowRankAdapter):
         B = [torch.zeros(module_out(module), r) for r in ranks]
         return Doublets(name, module, (A, B), self.site_scales(name, ranks), self.settings.dropout, self.draw)
 
-    def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None:
-        super()._insert(model, names, head)
-        try:
-            self._check_target()
-        except ValueError:
-            self.detach()
-            raise
-
-    def _check_target(self) -> None:
+    def inserted(self) -> None:
         """
         Raises:
             ValueError: a target above what there is, or below what the least ranks take.

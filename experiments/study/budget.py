@@ -6,16 +6,15 @@ whole rank, what is left of the budget goes in single ranks to sites spread even
 beyond: the shortfall is less than the cheapest rank left out.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
 
 import numpy as np
 import torch
 from rankwise import variants
-from rankwise.experiments.config import TAKEN, UNSOLVED, Entry, Training
-from rankwise.variants.settings import method
+from rankwise.experiments.config import Entry, Training
+from rankwise.variants.settings import FROM_BUDGET, method
+from rankwise.variants.settings.lowrank import pattern_for
 
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly however many are taken (Weyl)
 
@@ -30,12 +29,12 @@ class SiteCost:
 
 def site_costs(adapter: variants.Adapter) -> dict[str, SiteCost]:
     """What the sites of an attached adapter with K = 1 cost, by the sites' own count."""
-    found = {}
+    costs = {}
     for name, site in adapter.named_sites():
-        if hasattr(site, "rank"):
+        if site.has_rank:
             none, one = (int(site.count(torch.tensor([rank]))) for rank in (0, 1))
-            found[name] = SiteCost(one - none, none)
-    return found
+            costs[name] = SiteCost(one - none, none)
+    return costs
 
 
 def ranks_for(costs: Mapping[str, SiteCost], parameters: int) -> dict[str, int]:
@@ -64,54 +63,18 @@ def ranks_for(costs: Mapping[str, SiteCost], parameters: int) -> dict[str, int]:
 def solved(entry: Entry, adapter: variants.Adapter, parameters: int, scale: float) -> Entry:
     """The entry with the ranks that its budget gives, and alphas that make every site's scale alpha/r equal `scale`.
 
-    A method that prunes starts at 1.5 times its ranks (AdaLoRA sec. 4.1: b(0) = 1.5 b(T)) and ends with as many; which
-    sites keep them, and so how many parameters, is its own choice, unless its cost is one of parameters.  One that places
-    ranks uniformly has nothing to prune, and starts with the ranks that it ends with, and so does one that keeps its
-    total; one that grows starts at rank 1, and has the scale at the mean rank that it ends with; one that places ranks
-    before training is told the budget, and the mean rank whose scale every site gets.
+    What a budget means for a method, its settings say (`Settings.for_budget`).
+
+    Raises:
+        ValueError: a budget below one rank at every site, or a method without such a rule.
     """
     costs = site_costs(adapter)
     if not costs:
         return entry
-    ranks = ranks_for(costs, parameters)
-    settings = {k: v for k, v in entry.settings.items() if k not in UNSOLVED}
     kind = method(entry.method).settings
-    fields = kind.model_fields
-    direction = settings.get("direction", fields["direction"].default if "direction" in fields else None)
-    total, left = sum(ranks.values()), parameters - sum(cost.fixed for cost in costs.values())
-    mean = total / len(ranks)
-    by_parameters = settings.get("cost", "rank") == "parameters"
-    if "total_rank" in fields:  # ranks are placed once, before training
-        starts = dict.fromkeys(ranks, round(mean))
-        first = settings["rank"] = round(mean)
-        settings |= {"total_parameters": left} if by_parameters else {"total_rank": total}
-    elif "target_rank" in fields and direction == "both" and kind.GROWS:  # the total stays
-        starts = ranks
-        first = settings["initial_rank"] = min(ranks.values())
-    elif "target_rank" in fields and direction == "grow":
-        starts, first = dict.fromkeys(ranks, 1), 1
-        settings |= {"initial_rank": 1, "target_rank": round(mean)}
-        settings |= {"target_parameters": left} if by_parameters else {"target_total": total}
-    elif "target_rank" in fields:
-        starts = ranks if settings.get("score") == "uniform" else dict.fromkeys(ranks, ceil(1.5 * mean))
-        first = min(starts.values())
-        settings |= {"initial_rank": first, "target_rank": min(round(mean), first)}
-        if by_parameters:
-            settings["target_parameters"] = left
-        elif total != settings["target_rank"] * len(ranks):
-            settings["target_total"] = total
-    else:
-        starts = ranks
-        first = settings["rank"] = min(ranks.values())
-    others = {f"^{re.escape(name)}$": rank for name, rank in starts.items() if rank != first}
-    if others:
-        settings["rank_pattern"] = others
-    power = 1.0 if settings.get("scaling", fields["scaling"].default) == "alpha/r" else 0.5
-    # A site that takes slots as it grows has alpha over its rank of the moment; the mean one gets the scale in the end.
-    base = round(mean) if direction == "grow" and kind.GROWS else min(starts.values())
-    settings["alpha"] = scale * base**power
-    if max(starts.values()) > min(starts.values()):
-        settings["alpha_pattern"] = {f"^{re.escape(n)}$": scale * r**power for n, r in starts.items() if r != base}
+    given = {k: v for k, v in entry.settings.items() if k not in kind.with_role("rank")}
+    left = parameters - sum(cost.fixed for cost in costs.values())
+    settings = kind.for_budget(given, ranks_for(costs, parameters), left, scale)
     return entry.model_copy(update={"settings": settings})
 
 
@@ -123,7 +86,8 @@ def taking(entry: Entry, ranks: Mapping[str, int], scales: Mapping[str, float]) 
     """
     if not any(ranks.values()):
         raise ValueError(f'{entry.label}: "{entry.ranks_of}" ended with no rank at any site, so there is nothing to train')
-    settings = {k: v for k, v in entry.settings.items() if k not in TAKEN}
+    budgeted = method(entry.method).settings.with_role(*FROM_BUDGET)
+    settings = {k: v for k, v in entry.settings.items() if k not in budgeted}
     power = 1.0 if settings.get("scaling", "alpha/r") == "alpha/r" else 0.5
     alphas = {name: scales[name] * max(rank, 1) ** power for name, rank in ranks.items()}
     settings["rank"] = max(ranks.values())
@@ -136,7 +100,7 @@ def taking(entry: Entry, ranks: Mapping[str, int], scales: Mapping[str, float]) 
 
 def _beside(values: Mapping[str, float], default: float) -> dict[str, float]:
     """The values that are not the default, each by a pattern that matches its site alone."""
-    return {f"^{re.escape(name)}$": value for name, value in values.items() if value != default}
+    return {pattern_for(name): value for name, value in values.items() if value != default}
 
 
 def permuted(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], seed: int) -> dict[str, int]:

@@ -62,7 +62,7 @@ def prepare(study: Study, sources: Sequence[Entry]) -> PreparedStudy:
             with collecting(faults):
                 adapter = variants.create(entry.method, **_given(entry.resolved(total)))
                 adapter.attach(model, entry.targets, head=info.heads, calibration=variants.Uncalibrated())
-                targets[entry.label] = [n for n, site in adapter.named_sites() if hasattr(site, "rank")]
+                targets[entry.label] = [n for n, site in adapter.named_sites() if site.has_rank]
                 shapes |= {site: tuple(weight_of(adapter.base(site)).shape) for site in targets[entry.label]}
                 equal = study.budget
                 if equal.equal == "parameters" and entry.ranks_of is None:

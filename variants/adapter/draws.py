@@ -169,12 +169,6 @@ class Dropping:
         return (positions ^ keys[:, :1]).mul_(keys[:, 1:] | 1)
 
 
-def keep_mask(keys: Tensor, count: int, rate: float, device: torch.device) -> Tensor:
-    """Which of `count` elements of each member survive, (K, count) bool; see `Dropping` for `keys` and `rate`."""
-    dropping = Dropping(keys, rate, count)
-    return dropping._drawn(1, count, device) >= dropping.threshold
-
-
 def drop(x: Tensor, rate: float, draw: Draw, site: str) -> Tensor:
     """`x`, whose rows are the members' rows one after the other, with elements dropped by the draw's key."""
     if rate == 0:
@@ -185,8 +179,8 @@ def drop(x: Tensor, rate: float, draw: Draw, site: str) -> Tensor:
     rows = draw.rows.by_member(x)  # (K, N, F)
     dropping = draw.dropping(site, x, rate)
     if native.usable(rows):
-        return NativeDrop.apply(rows, dropping).view(x.shape)
-    return (rows * dropping.factor(rows)).to(x.dtype).view(x.shape)
+        return draw.rows.as_input(NativeDrop.apply(rows, dropping), x)
+    return draw.rows.as_input((rows * dropping.factor(rows)).to(x.dtype), x)
 
 
 class NativeDrop(torch.autograd.Function):

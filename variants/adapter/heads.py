@@ -4,10 +4,11 @@ import torch
 from rankwise.variants.adapter import initialization
 from rankwise.variants.adapter.draws import Draw
 from rankwise.variants.adapter.linears import trained_dtype
+from rankwise.variants.adapter.site import Site
 from torch import Tensor, nn
 
 
-class HeadSite(nn.Module):
+class HeadSite(Site):
     """K copies of a linear or a layer norm of the task head, trained whole.
 
     weight (K, O, I) and bias (K, O) for a linear; weight and bias (K, O) for a layer norm.

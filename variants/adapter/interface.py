@@ -1,9 +1,7 @@
-"""The interface that every method implements, and the one wrapper that every insertion uses.
+"""The interface that every method implements.
 
-An adapter is K members of one method over one frozen model.  It owns exactly the tensors it trains, each with a
-leading member axis K, the task head's among them; K = 1 is a plain run.  The model's input holds each member's rows
-contiguously: (K*N, ...).  A method writes `choose` and `make_site`, and as many of the hooks as it needs; attaching,
-detaching, merging and counting are given here once.
+An adapter is K members of one method over one frozen model.  It owns exactly the tensors it trains, each with a leading member
+axis K, the task head's among them; K = 1 is a plain run.  The rows of a batch are grouped by member (adapter/rows.py).
 """
 
 import contextlib
@@ -13,19 +11,35 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from rankwise import variants  # whose members are imported at their first use
+from rankwise.variants.adapter import merging
 from rankwise.variants.adapter.draws import Draw, KeyedDropout
 from rankwise.variants.adapter.heads import leaves, make_head
 from rankwise.variants.adapter.linears import weight_of
 from rankwise.variants.adapter.probe import probe
+from rankwise.variants.adapter.site import Site
 from rankwise.variants.adapter.step import Calibration, CannotMerge, Group, NotPackable, Step, Uncalibrated
-from rankwise.variants.adapter.surgery import Adapted, Surgery, device_of, key_of, name_of, parameter_places
+from rankwise.variants.adapter.surgery import Adapted, Surgery, device_of, key_of, name_of
 from rankwise.variants.adapter.targets import find_head, resolve, unwrapped, warn_of_stacked_weights
 from rankwise.variants.settings import Settings, check, per_member
 from torch import Tensor, nn
 
 
 class Adapter(nn.Module):
-    """K members of one method over one model."""
+    """K members of one method over one model.
+
+    A method sets the attributes below where it differs, and overrides hooks; each does nothing unless it is overridden, or
+    what most methods do:
+
+        choose, make_site                       where sites go, and what stands there: every method writes these two
+        place, inserted                         what is measured before the sites are made; what is checked after
+        parameter_groups                        which tensors are trained, and at which share of the rate
+        begin, prepare, penalty                 before a forward pass; the batch; what is added to the loss
+        before_step, after_step, take_changes   around the optimizer's step; what became of the shapes of parameters
+        budget                                  the total rank that a schedule asks for
+
+    All else is given: attaching and detaching, merging (merging.py), members, ranks and counts, by what each site says of
+    itself (site.py).  A method whose trained tensors are the model's own (`trains_base`) overrides these too.
+    """
 
     method: ClassVar[str]
     packable: ClassVar[bool] = True
@@ -63,18 +77,21 @@ class Adapter(nn.Module):
         self._surgery: Surgery | None = None
         self._calibration: Calibration | Uncalibrated | None = Uncalibrated()  # what `attach` was given, while it runs
 
-    # -- what a method writes ----------------------------------------------------------------------------------
+    # -- hooks -------------------------------------------------------------------------------------------------------
 
     def choose(self, model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
         """Names of the modules to insert a site into."""
         return resolve(model, targets, head)
 
-    def make_site(self, name: str, module: nn.Module) -> nn.Module | None:
+    def make_site(self, name: str, module: nn.Module) -> Site | None:
         """What to insert at this module, if anything."""
         return None
 
     def place(self, names: Sequence[str], calibration: Calibration | Uncalibrated | None) -> None:
         """Before the sites of these names are made, with the heads in place: what a method measures in order to start."""
+
+    def inserted(self) -> None:
+        """After the sites are made, in the model: what they start with, and settings that only now can be seen not to fit."""
 
     def parameter_groups(self) -> list[Group]:
         """What the optimizer trains.  Biases and norms do not decay."""
@@ -83,11 +100,6 @@ class Adapter(nn.Module):
         decayed = [p for n, p in named if not n.endswith("bias") and id(p) not in norms]
         plain = [p for n, p in named if n.endswith("bias") or id(p) in norms]
         return [g for g in (Group(decayed), Group(plain, weight_decay=0.0)) if g.params]
-
-    def norm_parameters(self) -> set[int]:
-        """Ids of the trained tensors that belong to a norm of the head."""
-        norms = [site for site in self.heads.values() if getattr(site, "is_norm", False)]
-        return {id(p) for site in norms for p in site.parameters()}
 
     def begin(self, step: Step, micro_batch: int = 0, training: bool = True) -> None:
         """Before each forward pass: says where training is, which keys every random draw."""
@@ -110,7 +122,7 @@ class Adapter(nn.Module):
     def take_changes(self) -> list[tuple[nn.Parameter, Callable[[Tensor], Tensor]]]:
         """What was done to the shapes of parameters since the last call, in order, for an optimizer to follow.
 
-        Each function does to a tensor of the parameter's old shape what was done to the parameter; new places are zero.
+        Each function does the same rearrangement of slots to any tensor of the parameter's old shape; new slots are zero.
         """
         return []
 
@@ -118,7 +130,7 @@ class Adapter(nn.Module):
         """(K,) total rank that the schedule asks for after this step; None for a method without a schedule."""
         return None
 
-    # -- given once ----------------------------------------------------------------------------------------------
+    # -- attaching ---------------------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -153,7 +165,7 @@ class Adapter(nn.Module):
             targets: see `rankwise.variants.adapter.targets.resolve`.
             head: names of modules that are trained whole; found by their usual names if not given.
             calibration: a `Calibration`, for a method that measures the model before it trains (`needs`), or a batch of
-                the model's input (dict, tuple or tensor); also for the probe of K > 1 where the input's form cannot be told
+                the model's input (dict, tuple or tensor); also for the probe of K > 1 where the input's form is not known
                 from the model.
 
         Raises:
@@ -211,11 +223,12 @@ class Adapter(nn.Module):
             self.place(names, self._calibration)
             for name in names:
                 self._put(name, self.make_site(name, model.get_submodule(name)), self.sites)
+            self.inserted()
         except BaseException:
             self.detach()
             raise
 
-    def _put(self, name: str, site: nn.Module | None, into: nn.ModuleDict) -> None:
+    def _put(self, name: str, site: Site | None, into: nn.ModuleDict) -> None:
         if site is None:
             return
         base = self._surgery.model.get_submodule(name)
@@ -242,12 +255,14 @@ class Adapter(nn.Module):
         if self._surgery is not None:
             self._surgery.undo_too(undo)
 
-    def named_sites(self) -> Iterator[tuple[str, nn.Module]]:
+    # -- sites -------------------------------------------------------------------------------------------------------
+
+    def named_sites(self) -> Iterator[tuple[str, Site]]:
         """(module name, site) of what the method inserted, in the model's order."""
         for key, site in self.sites.items():
             yield name_of(key), site
 
-    def site(self, name: str) -> nn.Module:
+    def site(self, name: str) -> Site:
         """The site at that module.
 
         Raises:
@@ -266,59 +281,68 @@ class Adapter(nn.Module):
         """(K, O, I): the dense change of that module's weight.
 
         Raises:
-            ValueError: no site has that name, it changes no weight, or it is merged, so that the change is not to be told.
+            ValueError: no site has that name, it changes no weight, or it is merged, so that the change is in the weight.
         """
         if self.is_merged:
             raise ValueError(f"{self.method} is merged: call unmerge() before delta()")
         site = self.site(name)
-        if not hasattr(site, "delta"):
+        if not site.has_delta:
             raise ValueError(f"{self.method} changes no weight at {name}")
         return site.delta(self.base(name))
 
     def changed_weights(self) -> list[str]:
         """Names of the modules whose weight this adapter changes, in the model's order: those that have a `delta`."""
-        return [name for name, site in self.named_sites() if hasattr(site, "delta")]
+        return [name for name, site in self.named_sites() if site.has_delta]
 
     def pretrained_weight(self, name: str) -> Tensor:
         """(O, I): the weight of that module without this adapter; while it is merged, with it."""
         return weight_of(self.base(name)).detach()
 
+    def ranked_sites(self) -> list[tuple[str, Site]]:
+        """(module name, site) of those that have a rank."""
+        return [(name, site) for name, site in self.named_sites() if site.has_rank]
+
     def ranks(self) -> dict[str, Tensor]:
         """(K,) active rank of each site that has a rank."""
-        return {name: site.rank() for name, site in self.named_sites() if hasattr(site, "rank")}
+        return {name: site.rank() for name, site in self.ranked_sites()}
 
     def live_ranks(self) -> dict[str, Tensor]:
-        """(K,) triplets that act on the output at this moment; differs from `ranks` between two projections."""
-        return {n: getattr(s, "live", s.rank)() for n, s in self.named_sites() if hasattr(s, "rank")}
+        """(K,) slots that act on the output at this moment; differs from `ranks` between two projections."""
+        return {name: site.live() for name, site in self.ranked_sites()}
 
     def nominal_ranks(self) -> dict[str, Tensor]:
         """(K,) rank slots that each member was given at the start, or has now where there are more."""
-        return {name: site.nominal() for name, site in self.named_sites() if hasattr(site, "rank")}
+        return {name: site.nominal() for name, site in self.ranked_sites()}
 
     def physical_ranks(self) -> dict[str, Tensor]:
         """(K,) rank slots that parameters are held for."""
-        return {name: site.physical() for name, site in self.named_sites() if hasattr(site, "rank")}
+        return {name: site.physical() for name, site in self.ranked_sites()}
 
     def scales(self) -> dict[str, Tensor]:
-        """(K,) the scale in force (alpha/r) of each site that has one."""
-        return {name: site.scale for name, site in self.named_sites() if hasattr(site, "scale")}
+        """(K,) the scale in force (alpha/r) of each site that has a rank."""
+        return {name: site.scale for name, site in self.ranked_sites()}
 
     def parameter_counts(self) -> dict[str, Tensor]:
         """(K,) numbers of parameters without the head: "nominal", "trainable" now and "active"; and "head"."""
         zero = torch.zeros(self.members, dtype=torch.int64)
         counts = {name: zero.clone() for name in ("nominal", "trainable", "active")}
         for _, site in self.named_sites():
-            for name, ranks in zip(counts, ("nominal", "physical", "rank"), strict=True):
-                counts[name] += site.count(getattr(site, ranks, lambda: zero)().cpu())
+            ranks = (site.nominal(), site.physical(), site.rank()) if site.has_rank else (zero, zero, zero)
+            for name, rank in zip(counts, ranks, strict=True):
+                counts[name] += site.count(rank.cpu())
         return {**counts, "head": sum((p[0].numel() for p in self.heads.parameters()), 0) + zero}
+
+    def norm_parameters(self) -> set[int]:
+        """Ids of the trained tensors that belong to a norm of the head."""
+        norms = [site for site in self.heads.values() if site.is_norm]
+        return {id(p) for site in norms for p in site.parameters()}
 
     # -- merging ---------------------------------------------------------------------------------------------------
 
     @property
     def is_merged(self) -> bool:
-        return any(m.merged for m in self.model.modules() if isinstance(m, Adapted))
+        return merging.is_merged(self.model)
 
-    @torch.no_grad()
     def merge(self, member: int = 0) -> None:
         """Writes one member into the model's own weights, and takes the sites out of the way until `unmerge`.
 
@@ -332,63 +356,20 @@ class Adapter(nn.Module):
             raise ValueError(f"{self.method} is merged already: call unmerge() first")
         if not self.mergeable:
             raise CannotMerge(f"{self.method} cannot be merged: its change is not one of the model's weights; keep it attached")
-        adapted = [(n, m) for n, m in self.model.named_modules() if isinstance(m, Adapted)]
-        places = parameter_places(self.model)
-        news = []
-        for name, module in adapted:
-            for key, value in module.site.merged(module.base, member).items():
-                old = getattr(module.base, key)
-                shared = places[id(old)] - {f"{name}.base.{key}"}
-                if shared:
-                    raise CannotMerge(
-                        f"{name}.{key} is tied to {sorted(shared)[0]}: merging would change that too; untie it first"
-                    )
-                news.append((old, value.to(old.dtype).contiguous()))
-        try:  # only after every check: merged whole or not at all
-            for old, value in news:
-                self._surgery.kept.append((old, old.data))
-                old.data = value
-            for _, module in adapted:
-                module.merged = True
-        except BaseException:  # an interrupt
-            self.unmerge()
-            raise
+        merging.merge(self._surgery, member)
 
-    @torch.no_grad()
     def unmerge(self) -> None:
         """Restores the weights that `merge` changed, which it set aside, bit for bit."""
-        for tensor, value in reversed(self._surgery.kept):
-            tensor.data = value
-        self._surgery.kept.clear()
-        for module in self.model.modules():
-            if isinstance(module, Adapted):
-                module.merged = False
+        merging.unmerge(self._surgery)
 
-    @contextlib.contextmanager
-    def without(self, name: str) -> Iterator[None]:
+    def without(self, name: str) -> contextlib.AbstractContextManager[None]:
         """The model with one site's change taken out: dW = 0 there, of every member, or of the one that is merged.
 
         Raises:
             ValueError: no site has that name.
         """
         self.site(name)
-        adapted = self.model.get_submodule(name)
-        if not adapted.merged:
-            adapted.merged = True  # the frozen module alone
-            try:
-                yield
-            finally:
-                adapted.merged = False
-            return
-        originals = {id(tensor): value for tensor, value in self._surgery.kept}
-        changed = [(p, p.data) for p in adapted.base.parameters() if id(p) in originals]
-        try:
-            for parameter, _ in changed:
-                parameter.data = originals[id(parameter)]
-            yield
-        finally:
-            for parameter, value in changed:
-                parameter.data = value
+        return merging.without(self._surgery, name)
 
     # -- members ---------------------------------------------------------------------------------------------------
 
@@ -401,10 +382,10 @@ class Adapter(nn.Module):
     def copy_member(self, source: "Adapter", member: int) -> None:
         """Takes over the state of one member of `source`; both have the same sites, and K = 1 here."""
         self.check_alone()
-        theirs = source.state_dict()
-        for name, mine in self.state_dict().items():
-            value = theirs[name][member]
-            mine.copy_(value[tuple(slice(n) for n in mine.shape[1:])].unsqueeze(0))
+        packed = source.state_dict()
+        for name, tensor in self.state_dict().items():
+            value = packed[name][member]
+            tensor.copy_(value[tuple(slice(n) for n in tensor.shape[1:])].unsqueeze(0))
 
     def check_alone(self) -> None:
         """
@@ -423,21 +404,3 @@ class Adapter(nn.Module):
         calls = self.draw.calls
         quiet = [m.site for m in self.model.modules() if isinstance(m, KeyedDropout) and m.rate > 0 and not calls[m.site]]
         return sorted({*quiet, *self._surgery.silenced})
-
-
-def torch_groups(adapter: Adapter, lr: float, weight_decay: float = 0.01) -> list[dict[str, Any]]:
-    """The adapter's parameters as an optimizer of torch takes them, each group with its own rate and decay.
-
-    Raises:
-        ValueError: a method whose rates differ within a tensor, which no group of torch's can say.
-    """
-    found = []
-    for group in adapter.parameter_groups():
-        if not isinstance(group.lr_scale, int | float):
-            raise ValueError(
-                f"{adapter.method} gives the members or ranks of a tensor rates of their own, which no parameter group of "
-                f"torch.optim can say: train it with rankwise.experiments.training.optim.MemberAdamW"
-            )
-        rates = {"lr": lr * group.lr_scale, "weight_decay": weight_decay * group.weight_decay}
-        found.append({"params": list(group.params), **rates})
-    return found

@@ -80,7 +80,7 @@ def fill(adapter: Packable, spread: float = 0.1, seed: int = 0) -> None:
             noise = torch.empty(parameter.shape).normal_(0, spread, generator=random)
             parameter.add_(noise.to(parameter))
         for _, site in adapter.named_sites():
-            getattr(site, "clear_missing_slots", lambda: None)()
+            site.clear_missing_slots()
 
 
 def _forward(adapter: Packable, model: nn.Module, batch: Any) -> Tensor:

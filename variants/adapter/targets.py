@@ -34,7 +34,7 @@ def resolve(model: nn.Module, targets: str | Sequence[str], head: Sequence[str])
     linears = {name: module for name, module in known.items() if is_linear(module)}
     first = {id(module): name for name, module in known.items()}
     paths = {path: first[id(m)] for path, m in model.named_modules(remove_duplicate=False) if id(m) in first}
-    found: set[str] = set()
+    chosen: set[str] = set()
     for target in wanted:
         matches = by_keyword(model, target, linears, head) if target in KEYWORDS else _by_name(target, paths)
         if not matches:
@@ -44,8 +44,8 @@ def resolve(model: nn.Module, targets: str | Sequence[str], head: Sequence[str])
         if named or inside == matches:
             name = min(named or inside)
             raise ValueError(f'target "{name}" belongs to the task head, which is trained whole: leave it out of targets')
-        found |= matches - inside
-    for name in found:
+        chosen |= matches - inside
+    for name in chosen:
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, nn.MultiheadAttention):
             raise ValueError(
@@ -53,7 +53,7 @@ def resolve(model: nn.Module, targets: str | Sequence[str], head: Sequence[str])
                 f"so an adapter there would have no effect: choose other targets"
             )
         check_adaptable(name, known[name])
-    return [name for name in known if name in found]
+    return [name for name in known if name in chosen]
 
 
 def by_keyword(model: nn.Module, keyword: str, linears: dict[str, nn.Module], head: Sequence[str]) -> set[str]:

@@ -5,6 +5,7 @@ every `interval` steps after the warm-up, and once at the start of the final pha
 pattern is final, and with shrink = true the slots that were cut leave the tensors.
 """
 
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import ClassVar, TypeVar
@@ -22,6 +23,7 @@ from rankwise.variants.lowrank.adapter import LowRankAdapter
 from rankwise.variants.lowrank.site import LowRank
 from rankwise.variants.lowrank.slots import NONE, Rearranged
 from rankwise.variants.settings import per_member
+from rankwise.variants.settings.allocated import Rule
 from torch import Tensor, nn
 
 Site = TypeVar("Site", Triplets, Doublets)
@@ -30,10 +32,14 @@ Site = TypeVar("Site", Triplets, Doublets)
 class AllocatedAdapter(LowRankAdapter):
     """K members whose ranks an allocator places: score x schedule x direction x cost, by name in the settings."""
 
-    total_steps: int | None = None  # of the run, as last seen
     form = "triplet"
     budget_moves: ClassVar[int] = -1  # the total falls, stays (0) or rises (1)
     scores: ClassVar[dict[str, type[Score]]] = SCORES
+
+    @functools.cached_property
+    def rule(self) -> Rule:
+        """What the allocator goes by; of SoRA, which leaves no choice, none of it is a setting."""
+        return self.settings.rule
 
     def make_low_rank(self, name: str, module: nn.Module) -> LowRank:
         return self.make_allocated(name, module, Doublets if self.form == "doublet" else Triplets)
@@ -59,36 +65,32 @@ class AllocatedAdapter(LowRankAdapter):
     def site_slots(self, name: str) -> list[int]:
         """Slots of a site for each member: its initial rank, or what it may grow to."""
         initial = self.site_ranks(name, self.settings.initial_rank)
-        if self.settings.direction == "prune" or self.settings.GROWS:
+        if self.rule.direction == "prune" or self.settings.grows:
             return initial
         return [max(rank, self.site_bounds(name)[1] or rank) for rank in initial]
 
     def site_bounds(self, name: str) -> tuple[int, int | None]:
         """Least and most rank of a site: of the first of `rank_bounds` that matches, else the method's."""
-        settings = self.settings
-        default = (settings.least_rank, settings.most_rank)
-        return next((tuple(b) for p, b in settings.rank_bounds.items() if matches(p, name)), default)
+        rule = self.rule
+        default = (rule.least_rank, rule.most_rank)
+        return next((tuple(b) for p, b in rule.rank_bounds.items() if matches(p, name)), default)
 
     def choose(self, model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
         names = super().choose(model, targets, head)
-        self.check_patterns(("rank_bounds", "group_bounds"), names)
+        rule = self.rule
+        self.check_patterns({"rank_bounds": rule.rank_bounds, "group_bounds": rule.group_bounds}, names)
         return names
 
-    def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None:
-        super()._insert(model, names, head)
+    def inserted(self) -> None:
         self.loaded(total_steps=None)
-        try:
-            self._check_budget(len(names))
-        except ValueError:
-            self.detach()
-            raise
+        self._check_budget(len(self.sites))
         for site in self.triplets():
             initial = torch.tensor(self.site_ranks(site.name, self.settings.initial_rank), device=site.slots.device)
             site.kept &= torch.arange(site.slots.shape[1], device=site.slots.device) < initial[:, None]
-        settings = self.settings
-        self.score = self.scores[settings.score](self.triplets(), self.seeds, settings.beta1, settings.beta2).to(self.device)
+        rule = self.rule
+        self.score = self.scores[rule.score](self.triplets(), self.seeds, rule.beta1, rule.beta2).to(self.device)
         self._steps_driven, self._has_warned = 0, False
-        self.when_detached(model.register_forward_pre_hook(self._before_forward).remove)
+        self.when_detached(self.model.register_forward_pre_hook(self._before_forward).remove)
 
     def _check_budget(self, sites: int) -> None:
         """
@@ -99,17 +101,17 @@ class AllocatedAdapter(LowRankAdapter):
         initial, target = self.totals()
         by_parameters = settings.cost == "parameters"
         named = [n for n in ("target_parameters", "target_total") if settings.get(n) is not None]
-        told = f"{named[0]} =" if named else f"target_rank times {sites} sites is"
+        asked = f"{named[0]} =" if named else f"target_rank times {sites} sites is"
         unit = "parameters" if by_parameters else "triplets"
         for start, end in zip(initial, target, strict=True):
-            if end > start and settings.direction == "prune":
+            if end > start and self.rule.direction == "prune":
                 setting = named[0] if named else "target_rank"
                 raise ValueError(
-                    f"{told} {end}, above the {start} {unit} that rank_pattern leaves: lower {setting} or raise the ranks"
+                    f"{asked} {end}, above the {start} {unit} that rank_pattern leaves: lower {setting} or raise the ranks"
                 )
-            if end < start and settings.direction == "grow":
+            if end < start and self.rule.direction == "grow":
                 raise ValueError(
-                    f"{told} {end}, below the {start} {unit} at the start: a method that grows needs a higher target"
+                    f"{asked} {end}, below the {start} {unit} at the start: a method that grows needs a higher target"
                 )
         for site in self.triplets():
             for rank in self.site_ranks(site.name, settings.initial_rank):
@@ -177,17 +179,17 @@ class AllocatedAdapter(LowRankAdapter):
 
     def bounds(self) -> list[Bound]:
         """Least and most ranks, of sites and of groups of them."""
-        found, at, places = [], 0, {}
+        bounds, at, places = [], 0, {}
         for site in self.triplets():
             places[site.name] = range(at, at + site.slots.shape[1])
             at += site.slots.shape[1]
             least, most = self.site_bounds(site.name)
             if least or most is not None:
-                found.append(Bound(site.name, tuple(places[site.name]), least, most))
-        for pattern, (least, most) in self.settings.group_bounds.items():
+                bounds.append(Bound(site.name, tuple(places[site.name]), least, most))
+        for pattern, (least, most) in self.rule.group_bounds.items():
             inside = tuple(place for name, slots in places.items() if matches(pattern, name) for place in slots)
-            found.append(Bound(f"the sites {pattern}", inside, least, most))
-        return found
+            bounds.append(Bound(f"the sites {pattern}", inside, least, most))
+        return bounds
 
     def totals(self) -> tuple[list[int], list[int]]:
         """For each member, what the kept slots cost at the start and at the end, over all sites."""
@@ -201,17 +203,21 @@ class AllocatedAdapter(LowRankAdapter):
             self._totals = initial, [sum(prices) * mean if fixed is None else fixed for mean in means]
         return self._totals
 
+    @property
+    def has_target(self) -> bool:
+        """Whether there is a budget that the ranks end with."""
+        return True
+
     def final_budget(self) -> Tensor | None:
-        if self.total_steps is None or self.settings.get("overshoot") or not getattr(self, "has_target", True):
+        if self.total_steps is None or self.settings.get("overshoot") or not self.has_target:
             return None  # never driven, or may end above its target, or has none
         return self.cost_budget(Step(self.total_steps, self.total_steps))
 
     def cost_budget(self, step: Step) -> Tensor:
         """(K,): what the schedule lets the kept slots cost after this step, in ranks or in parameters."""
-        end, settings = step.total - self.settings.final_steps, self.settings
+        start, end = self.rule.warmup_steps, step.total - self.settings.final_steps
         pairs = zip(*self.totals(), strict=True)
-        start = settings.warmup_steps
-        return torch.tensor([scheduled_budget(settings.schedule, step.index, start, end, b0, bT) for b0, bT in pairs])
+        return torch.tensor([scheduled_budget(self.rule.schedule, step.index, start, end, b0, bT) for b0, bT in pairs])
 
     def budget(self, step: Step) -> Tensor | None:
         """(K,) total rank after this step; None where the budget is one of parameters."""
@@ -223,7 +229,7 @@ class AllocatedAdapter(LowRankAdapter):
         super().begin(step, micro_batch, training)
         if training:
             self.total_steps = step.total
-            check_phases(self.settings.warmup_steps, self.settings.final_steps, step.total)
+            check_phases(self.rule.warmup_steps, self.settings.final_steps, step.total)
 
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
@@ -242,7 +248,7 @@ class AllocatedAdapter(LowRankAdapter):
             self.score.update(self.triplets(), counted.to(self.device))
             if self.is_due(step):
                 self._allocate(step)
-            elif self.settings.direction != "prune":
+            elif self.rule.direction != "prune":
                 self.project()
         elif step.index == final:
             self._allocate(step)
@@ -254,7 +260,7 @@ class AllocatedAdapter(LowRankAdapter):
 
     def is_due(self, step: Step) -> bool:
         """Whether ranks are allocated after this step."""
-        return step.index > self.settings.warmup_steps and step.index % self.settings.interval == 0
+        return step.index > self.rule.warmup_steps and step.index % self.settings.interval == 0
 
     def project(self) -> None:
         for site in self.triplets():
@@ -273,10 +279,10 @@ class AllocatedAdapter(LowRankAdapter):
         self.resize(places)
 
     def _allocate(self, step: Step) -> None:
-        sites, settings = self.triplets(), self.settings
+        sites, rule = self.triplets(), self.rule
         slots, kept = (torch.cat([getattr(site, mask) for site in sites], 1).bool() for mask in ("slots", "kept"))  # (K, S)
         scores = torch.cat(self.triplet_scores(), 1)
-        must = protected(settings.direction, scores, kept, settings.exchange)
+        must = protected(rule.direction, scores, kept, rule.exchange)
         chosen = choose(scores, slots, self.cost_budget(step), self.costs(), self.bounds(), must)
         for site, keep in zip(sites, chosen.split([site.slots.shape[1] for site in sites], 1), strict=True):
             site.kept.copy_(keep)

@@ -1,7 +1,7 @@
 """What the bare model says of each site before training: its inputs, or the gradients of its weight.
 
 Whatever a member measures depends on its own rows, its own head and its own seed: the members' rows go through the bare
-model together, and are told apart at each site.
+model together, and are separated at each site.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def gradients(adapter: Adapter, names: Sequence[str], calibration: Calibration) 
 
     One backward pass serves all members: G_k = g_k^T x_k, from the input x and the output's gradient g of the frozen module.
     """
-    found: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
     K = adapter.members
 
     def hook(name: str) -> Callable:
@@ -67,7 +67,7 @@ def gradients(adapter: Adapter, names: Sequence[str], calibration: Calibration) 
                 wide = torch.promote_types(weight_of(module).dtype, torch.float32)
                 with torch.autocast(x.device.type, enabled=False):
                     G = torch.bmm(adapter.draw.rows.by_member(g.detach()).mT.to(wide), x.to(wide)).cpu()  # (K, O, I)
-                found[name] = found[name].add_(G) if name in found else G
+                gradients[name] = gradients[name].add_(G) if name in gradients else G
 
             if not y.requires_grad:  # the model is frozen: its graph begins here
                 y = y.detach().requires_grad_().clone()  # a copy, as what follows may write into it
@@ -85,10 +85,10 @@ def gradients(adapter: Adapter, names: Sequence[str], calibration: Calibration) 
                 )
             losses.sum().backward()
     for name in names:
-        G = found.get(name)
+        G = gradients.get(name)
         if G is None:  # no path leads from this module to the loss
             module = adapter.model.get_submodule(name)
-            found[name] = torch.zeros(K, *weight_of(module).shape)
+            gradients[name] = torch.zeros(K, *weight_of(module).shape)
         else:
             G.div_(len(calibration.batches))
-    return found
+    return gradients

@@ -5,7 +5,7 @@ budget and bounds; A and B start, and from there on it is LoRA.  A site may get 
 nothing.
 
 One scale for all sites is the default (scale_by = "mean rank"): with alpha over a site's own rank a site that is given more
-rank learns more slowly in each direction, and what the placement is worth could not be told from that.
+rank learns more slowly in each direction, and what the placement is worth could not be seen from that.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,7 +51,8 @@ class PlacedLoRA(LowRankAdapter):
 
     def choose(self, model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
         names = super().choose(model, targets, head)
-        self.check_patterns(("rank_bounds", "group_bounds"), names)
+        settings = self.settings
+        self.check_patterns({"rank_bounds": settings.rank_bounds, "group_bounds": settings.group_bounds}, names)
         return names
 
     def place(self, names: Sequence[str], calibration: Calibration | Uncalibrated | None) -> None:
@@ -100,9 +101,9 @@ class PlacedLoRA(LowRankAdapter):
     def budgets(self, names: Sequence[str]) -> list[int]:
         """For each member the budget, in ranks or in parameters."""
         settings = self.settings
-        told = settings.total_rank if settings.cost == "rank" else settings.total_parameters
-        if told is not None:
-            return [told] * self.members
+        total = settings.total_rank if settings.cost == "rank" else settings.total_parameters
+        if total is not None:
+            return [total] * self.members
         prices = [1 if settings.cost == "rank" else self.price(name) for name in names]
         return [sum(p * self.uniform_ranks(n)[k] for p, n in zip(prices, names, strict=True)) for k in range(self.members)]
 
@@ -112,8 +113,8 @@ class PlacedLoRA(LowRankAdapter):
 
     def site_bounds(self, name: str) -> list[tuple[int, int]]:
         """For each member the least and the most rank of a site; never more than its weight's own."""
-        told = next((tuple(b) for p, b in self.settings.rank_bounds.items() if matches(p, name)), None)
-        bounds = self.default_bounds(name) if told is None else [told] * self.members
+        bound = next((tuple(b) for p, b in self.settings.rank_bounds.items() if matches(p, name)), None)
+        bounds = self.default_bounds(name) if bound is None else [bound] * self.members
         full = min(weight_of(self.model.get_submodule(name)).shape)
         return [(least, full if most is None else min(most, full)) for least, most in bounds]
 

@@ -14,21 +14,16 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def scheduled_budget(schedule: str, index: int, start: int, end: int, initial: int, target: int) -> int:
-    """The total after step `index`: `initial` until `start`, `target` from `end`; truncated to an integer between."""
+    """The total rank b(t) after step t = `index`; `cubic` is AdaLoRA's.
+
+        b(t) = b(T) + (b(0) - b(T)) (1 - (t - t_i) / (T - t_f - t_i))^3
+
+    AdaLoRA eq. (12) with b(0) = initial until t_i = start, and b(T) = target from T - t_f = end; the printed numerator has a
+    further "- t_f", without which alone the schedule is continuous (as in the release).  Truncated to an integer, as there.
+    """
     if index <= start:
         return initial
     if index >= end:
         return target
     left = SCHEDULES[schedule]((index - start) / (end - start))
     return int((initial - target) * left + target)
-
-
-def cubic_budget(index: int, start: int, end: int, initial: int, target: int) -> int:
-    """AdaLoRA's total rank after step `index`.
-
-        b(t) = b(T) + (b(0) - b(T)) (1 - (t - t_i) / (T - t_f - t_i))^3
-
-    AdaLoRA eq. (12) with t_i = start and T - t_f = end; the printed numerator has a further "- t_f", without which
-    alone the schedule is continuous (as in the release).  Truncated to an integer, as there.
-    """
-    return scheduled_budget("cubic", index, start, end, initial, target)

@@ -85,7 +85,6 @@ class Score(nn.Module):
     """What each slot is worth to the allocator; `sites` are low-rank sites in order."""
 
     needs_gradient = False
-    smooths = ()  # the smoothing settings that it reads
 
     def __init__(self, sites: Sequence[nn.Module], seeds: Sequence[int], beta1: float, beta2: float):
         super().__init__()
@@ -106,7 +105,6 @@ class SensitivityScore(Score):
     """AdaLoRA eq. (7): s of a slot's coefficient, and the means of s over its row of A and its column of B; s = Ibar U."""
 
     needs_gradient = True
-    smooths = ("beta1", "beta2")
 
     def __init__(self, sites: Sequence[nn.Module], seeds: Sequence[int], beta1: float, beta2: float):
         super().__init__(sites, seeds, beta1, beta2)
@@ -123,11 +121,11 @@ class SensitivityScore(Score):
         return self.elements.scores()
 
     def of_slots(self, sites: Sequence[nn.Module]) -> list[Tensor]:
-        scores, found = iter(self.element_scores()), []
+        scores, of_sites = iter(self.element_scores()), []
         for site in sites:
             A, B, *coefficient = (next(scores) for _ in site.factors())
-            found.append((coefficient[0] if coefficient else 0.0) + A.mean(2) + B.mean(1))
-        return found
+            of_sites.append((coefficient[0] if coefficient else 0.0) + A.mean(2) + B.mean(1))
+        return of_sites
 
     def follow(self, sites: Sequence[nn.Module], changes: Mapping[int, Callable[[Tensor], Tensor]]) -> None:
         self.elements.follow(self._tensors(sites), changes)
@@ -136,16 +134,12 @@ class SensitivityScore(Score):
 class SmoothedSensitivity(SensitivityScore):
     """The same with s = Ibar: sensitivity without its uncertainty."""
 
-    smooths = ("beta1",)
-
     def element_scores(self) -> list[Tensor]:
         return [self.elements.smoothed(i) for i in range(len(self.elements.shapes))]
 
 
 class RawSensitivity(SmoothedSensitivity):
     """The same with s = I of the last step alone: AdaLoRA's ablation "s = I" (table 4)."""
-
-    smooths = ()
 
     def __init__(self, sites: Sequence[nn.Module], seeds: Sequence[int], beta1: float, beta2: float):
         super().__init__(sites, seeds, 0.0, beta2)
@@ -155,13 +149,11 @@ class Magnitude(Score):
     """|e|: AdaLoRA's ablation "S = |lambda|" (table 4); for slots without a coefficient the norm of their component."""
 
     def of_slots(self, sites: Sequence[nn.Module]) -> list[Tensor]:
-        return [site.E.detach().abs() if hasattr(site, "E") else component_norms(site) for site in sites]
+        return [site.E.detach().abs() if site.has_coefficients else component_norms(site) for site in sites]
 
 
 class Averaged(Score):
     """A value for each slot, smoothed: v <- beta1 v + (1 - beta1) now."""
-
-    smooths = ("beta1",)
 
     def __init__(self, sites: Sequence[nn.Module], seeds: Sequence[int], beta1: float, beta2: float):
         super().__init__(sites, seeds, beta1, beta2)
@@ -209,7 +201,7 @@ class Gradient(Averaged):
     needs_gradient = True
 
     def now(self, site: nn.Module) -> Float[Tensor, "K R"]:
-        if hasattr(site, "E"):
+        if site.has_coefficients:
             return torch.zeros_like(site.E) if site.E.grad is None else site.E.grad.abs()
         return torch.zeros_like(site.slots) if site.B.grad is None else (site.B.grad * site.B.detach()).sum(1).abs()
 
@@ -222,12 +214,12 @@ class Random(Score):
         self.seeds = list(seeds)
 
     def of_slots(self, sites: Sequence[nn.Module]) -> list[Tensor]:
-        found = []
+        draws_of_sites = []
         for site in sites:
             size = site.slots.shape[1]
             draws = [torch.rand(size, generator=initialization.generator(s, site.name, "score")) for s in self.seeds]
-            found.append(torch.stack(draws).to(site.slots))
-        return found
+            draws_of_sites.append(torch.stack(draws).to(site.slots))
+        return draws_of_sites
 
 
 class Uniform(Score):
@@ -235,11 +227,11 @@ class Uniform(Score):
 
     def of_slots(self, sites: Sequence[nn.Module]) -> list[Tensor]:
         golden = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly however many are taken (Weyl)
-        found = []
+        of_sites = []
         for number, site in enumerate(sites):
             order = torch.arange(site.slots.shape[1], device=site.slots.device, dtype=site.slots.dtype)
-            found.append((-order - (number * golden) % 1).expand_as(site.slots))
-        return found
+            of_sites.append((-order - (number * golden) % 1).expand_as(site.slots))
+        return of_sites
 
 
 def component_norms(site: nn.Module) -> Float[Tensor, "K R"]:

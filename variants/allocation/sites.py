@@ -14,6 +14,7 @@ from torch import Tensor, nn
 class Triplets(LowRank):
     """A low-rank site with a trained coefficient E for each slot."""
 
+    is_allocated = has_coefficients = True
     slot_axes = LowRank.slot_axes | {"E": 1, "kept": 1}
 
     def __init__(self, *args, **kwargs):
@@ -53,6 +54,7 @@ class Triplets(LowRank):
 class Doublets(LowRank):
     """LoRA's own factors under an allocator: a slot that is cut has its column of B at zero, so that it may come back."""
 
+    is_allocated = True
     slot_axes = LowRank.slot_axes | {"kept": 1}
 
     def __init__(self, *args, **kwargs):

@@ -10,7 +10,6 @@ from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.surgery import Adapted, name_of
 from rankwise.variants.adapter.targets import KEYWORDS, matches
 from rankwise.variants.lowrank.adapter import LowRankAdapter
-from rankwise.variants.lowrank.site import LowRank
 from rankwise.variants.settings import Settings
 from torch import Tensor, nn
 
@@ -48,11 +47,6 @@ def own_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
 
 def has_peft_form(adapter: Adapter) -> bool:
     return isinstance(adapter, LowRankAdapter) or not len(adapter.sites)
-
-
-def inner(site: nn.Module) -> LowRank:
-    """The low-rank site inside a magnitude, or the site itself."""
-    return getattr(site, "inner", site)
 
 
 def first_rank(settings: Settings) -> Any:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from jaxtyping import Int
 from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.linears import is_linear
+from rankwise.variants.adapter.site import Site
 from rankwise.variants.adapter.step import Group, Step
 from rankwise.variants.adapter.targets import matches
 from rankwise.variants.lowrank.magnitude import Decomposed
@@ -19,10 +20,11 @@ class LowRankAdapter(Adapter):
     """What the low-rank methods share: ranks and scales of each site by pattern, LoRA+'s faster B, and sizes that change."""
 
     peft_type: ClassVar[str] = "LORA"  # the form of PEFT's that it is saved in
+    total_steps: int | None = None  # of the run, as last seen, where the method needs to know
 
     def low_rank_sites(self) -> list[LowRank]:
         """The low-rank sites in order, those inside a magnitude too."""
-        return [getattr(site, "inner", site) for _, site in self.named_sites()]
+        return [site.low_rank for _, site in self.named_sites()]
 
     def resize(self, places: Sequence[Int[Tensor, "K _"] | None]) -> dict[int, Rearranged]:
         """Rearranges the slots of each site (see `LowRank.resize`); None leaves one as it is.
@@ -45,7 +47,7 @@ class LowRankAdapter(Adapter):
         return taken
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Sites first take the size that theirs have in the state; an optimizer's averages are loaded in that size too."""
+        """Each site first takes the size that it has in the state; an optimizer's averages are loaded in that size too."""
         names = {id(module): name for name, module in self.named_modules()}
         places = []
         for site in self.low_rank_sites():
@@ -64,7 +66,8 @@ class LowRankAdapter(Adapter):
 
     def choose(self, model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
         names = super().choose(model, targets, head)
-        self.check_patterns(("rank_pattern", "alpha_pattern"), names)
+        settings = self.settings
+        self.check_patterns({"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}, names)
         self.check_kinds(model, names)
         return names
 
@@ -83,18 +86,21 @@ class LowRankAdapter(Adapter):
                     f"which it can do at linear modules only: choose other targets, or lora"
                 )
 
-    def check_patterns(self, settings: Sequence[str], names: Sequence[str]) -> None:
+    def check_patterns(self, settings: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
         """
         Raises:
-            ValueError: a pattern in one of these settings that matches no target.
+            ValueError: a pattern in one of these settings (name -> its patterns) that matches no target.
         """
-        for setting in settings:
-            for pattern in getattr(self.settings, setting):
+        for setting, patterns in settings.items():
+            for pattern in patterns:
                 if not any(matches(pattern, name) for name in names):
                     raise ValueError(
                         f'{setting} = {{"{pattern}": ...}} matches none of the {len(names)} targets'
                         f"{nearest(pattern, [*(n.rpartition('.')[2] for n in names), *names])}"
                     )
+
+    def loaded(self, total_steps: int | None) -> None:
+        """The tensors were set from outside, by a start or a file, which is no training."""
 
     def final_budget(self) -> Tensor | None:
         """(K,) what the schedule ends with, in ranks or parameters as `settings.cost` says; None where nothing is cut."""
@@ -109,14 +115,14 @@ class LowRankAdapter(Adapter):
         """Whether each site is decomposed into magnitude and direction."""
         return self.settings.magnitude
 
-    def make_site(self, name: str, module: nn.Module) -> nn.Module:
+    def make_site(self, name: str, module: nn.Module) -> Site:
         site = self.make_low_rank(name, module)
         return Decomposed(site, module) if self.has_magnitude else site
 
     def after_step(self, step: Step) -> None:
-        if self.has_magnitude:  # parameters are new; version counters do not always tell, fused optimizers do not raise them
-            for _, site in self.named_sites():
-                site._norm = None
+        if self.has_magnitude:
+            for site in self.sites.values():
+                site.parameters_changed()
 
     def site_ranks(self, name: str, default: list[int] | int) -> list[int]:
         """Rank of the site for each member: that of the first pattern that matches, else the default."""

@@ -3,14 +3,17 @@
 import torch
 from rankwise.variants import native
 from rankwise.variants.adapter.linears import as_stored, base_output, kind_of, weight_of
+from rankwise.variants.adapter.site import Site
 from rankwise.variants.lowrank.products import squared_row_norms
 from rankwise.variants.lowrank.site import LowRank
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-class Decomposed(nn.Module):
+class Decomposed(Site):
     """A magnitude for each output row around any low-rank site."""
+
+    has_rank = has_delta = has_magnitude = True
 
     def __init__(self, inner: LowRank, base: nn.Module):
         super().__init__()
@@ -40,9 +43,11 @@ class Decomposed(nn.Module):
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         rows = self.inner.rows(x)
         y = base_output(base, rows)
+        dtype = y.dtype
         gain, owners = self.gain(base), self.inner.draw.rows
-        by_member = owners.by_member(self.inner.add_update(y, rows))  # (K, N, O)
-        return owners.as_input(Recomposed.apply(by_member, gain, base.bias, True).to(y.dtype), x)
+        y = self.inner.add_update(y, rows)
+        scaled = Recomposed.apply(owners.fold(y), gain, base.bias, True)  # (K, N, O)
+        return owners.as_input(owners.unfold(scaled, y).to(dtype), x)
 
     def delta(self, base: nn.Module) -> Tensor:
         return self.gain(base)[:, :, None] * (weight_of(base) + self.inner.delta(base)) - weight_of(base)
@@ -50,6 +55,14 @@ class Decomposed(nn.Module):
     def merged(self, base: nn.Module, member: int) -> dict[str, Tensor]:
         weight = self.inner.direction(base, member).mul_(self.gain(base)[member, :, None])
         return {"weight": as_stored(base, weight)}
+
+    def parameters_changed(self) -> None:
+        """Version counters do not always tell: fused optimizers do not raise them."""
+        self._norm = None
+
+    @property
+    def low_rank(self) -> LowRank:
+        return self.inner
 
     @property
     def scale(self) -> Tensor:
@@ -59,7 +72,7 @@ class Decomposed(nn.Module):
         return self.inner.rank()
 
     def live(self) -> Tensor:
-        return getattr(self.inner, "live", self.inner.rank)()
+        return self.inner.live()
 
     def nominal(self) -> Tensor:
         return self.inner.nominal()
@@ -88,7 +101,7 @@ class Recomposed(torch.autograd.Function):
         bias = None if bias is None else bias.to(gain.dtype)
         ctx.save_for_backward(t, gain, bias)
         if native.usable(t, wide=(gain, bias)) and (narrow or t.dtype == gain.dtype):
-            return native.gain(t, gain, bias)
+            return native.scale_rows(t, gain, bias)
         factor = gain[:, None]  # (K, 1, O)
         wide = t.to(gain.dtype)
         return wide * factor if bias is None else torch.addcmul((1 - factor) * bias, wide, factor)
@@ -98,7 +111,7 @@ class Recomposed(torch.autograd.Function):
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         t, gain, bias = ctx.saved_tensors
         if native.usable(t, g, wide=(gain, bias)):
-            dt, dgain = native.regain(g, t, gain, bias)
+            dt, dgain = native.scale_rows_backward(g, t, gain, bias)
             return dt, dgain if ctx.needs_input_grad[1] else None, None, None
         dgain = None
         if ctx.needs_input_grad[1]:

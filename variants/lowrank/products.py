@@ -51,9 +51,9 @@ class NativeProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, c: Tensor, dropping: Dropping | None, rows: Rows) -> Tensor:
         Bt = B.mT.contiguous()  # (K, R, O)
-        z = native.dots(rows.by_member(x), A, dropping)  # (K, N, R)
+        z = native.dots(rows.fold(x), A, dropping)  # (K, N, R)
         scaled = z * c[:, None]
-        native.update_(rows.by_member(y), scaled, Bt)
+        native.update_(rows.fold(y), scaled, Bt)
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, A, Bt, c, z, scaled)
         ctx.dropping, ctx.rows = dropping, rows
@@ -64,13 +64,13 @@ class NativeProduct(torch.autograd.Function):
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         x, A, Bt, c, z, scaled = ctx.saved_tensors
         needs_y, needs_x, needs_A, needs_B, needs_c, *_ = ctx.needs_input_grad
-        g_rows = ctx.rows.by_member(g.contiguous())  # (K, N, O)
+        g_rows = ctx.rows.fold(g.contiguous())  # (K, N, O)
         dB = native.outer(g_rows, scaled, None, None)[0].mT if needs_B else None  # (K, O, R)
         dz = native.dots(g_rows, Bt, None)  # (K, N, R), before c
         dc = (dz * z).sum(1) if needs_c else None
         dx = dA = None
         if needs_A or needs_x:
-            dA, dx = native.outer(ctx.rows.by_member(x), dz * c[:, None], A if needs_x else None, ctx.dropping)
+            dA, dx = native.outer(ctx.rows.fold(x), dz * c[:, None], A if needs_x else None, ctx.dropping)
         return g if needs_y else None, None if dx is None else dx.view(x.shape), dA, dB, dc, None, None
 
 

@@ -17,14 +17,18 @@ from jaxtyping import Bool, Float, Int
 from rankwise.variants import native
 from rankwise.variants.adapter.draws import Draw, drop
 from rankwise.variants.adapter.linears import as_stored, kind_of, trained_dtype, weight_of
+from rankwise.variants.adapter.site import Site
 from rankwise.variants.lowrank.products import LowRankProduct, NativeProduct
 from rankwise.variants.lowrank.slots import NEW, Rearranged
 from torch import Tensor, nn
 
 
-class LowRank(nn.Module):
+class LowRank(Site):
     """A, B and their slots at one frozen weight: y = base(x) + s B A x."""
 
+    has_rank = has_delta = True
+    is_allocated: ClassVar[bool] = False  # an allocator chooses what is `kept`
+    has_coefficients: ClassVar[bool] = False  # each slot has a trained coefficient E
     # Every tensor that has slots, and their axis; a subclass with more of them adds its own.
     slot_axes: ClassVar[dict[str, int]] = {"A": 1, "B": 2, "slots": 1}
 
@@ -59,6 +63,10 @@ class LowRank(nn.Module):
         self.changes: list[tuple[nn.Parameter, Rearranged]] = []  # what an optimizer has yet to follow
         self.draw = draw
 
+    @property
+    def low_rank(self) -> "LowRank":
+        return self
+
     def coefficients(self) -> Float[Tensor, "K R"]:
         """What multiplies each slot: s e, zero where a slot does not exist."""
         return self.slots * self.scale[:, None]
@@ -88,13 +96,13 @@ class LowRank(nn.Module):
             x = nn.functional.dropout(x, rate) if rate and dropping is None else x
             return NativeProduct.apply(y, x, *operands, dropping, draw.rows)
         x = drop(x, rate, draw, self.name)
-        by_member = (draw.rows.by_member(t) for t in (y, x))  # (K, N, O) and (K, N, I)
-        return LowRankProduct.apply(*by_member, *(t.to(dtype) for t in operands)).view(y.shape)
+        by_member = (draw.rows.fold(t) for t in (y, x))  # (K, N, O) and (K, N, I)
+        return draw.rows.unfold(LowRankProduct.apply(*by_member, *(t.to(dtype) for t in operands)), y)
 
     def rows(self, x: Tensor) -> Float[Tensor, "rows I"]:
         """The input as rows, grouped by member; refused where it is not the rows of the model's input."""
         self.draw.rows.check(self.name, x)
-        return self.draw.rows.by_member(x).flatten(0, 1)
+        return self.draw.rows.grouped(x)
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         return self.kind.adapted(self, base, x)
@@ -116,10 +124,10 @@ class LowRank(nn.Module):
         return self.slots.sum(1).long()
 
     def nominal(self) -> Tensor:
-        """(K,) slots given at the start, or those of now where there are more."""
         return torch.maximum(self.given, self.physical())
 
-    rank = physical
+    def rank(self) -> Tensor:
+        return self.physical()
 
     @torch.no_grad()
     def resize(self, places: Int[Tensor, "K R"]) -> None:

@@ -14,7 +14,8 @@ NEW, NONE = -1, -2
 class Rearranged:
     """What became of a tensor's slots: along `axis`, slot j of member k is now its old slot places[k, j].
 
-    places: NEW for a slot that is new, zero, and starts its averages; NONE for one that only other members have, zero too.
+    places: NEW for a fresh slot: zeros, and the optimizer's averages restart.  NONE for padding, because another member has
+        more slots: zeros too.
     """
 
     places: Int[Tensor, "K R"]

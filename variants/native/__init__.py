@@ -97,7 +97,7 @@ def _load() -> ctypes.CDLL:
         except OSError:  # cut off by a full disk or a power failure
             path.unlink()
             loaded = ctypes.CDLL(str(_built(folder)))
-    for name in ("drop", "dots", "update", "outer", "gain", "regain"):
+    for name in ("drop", "dots", "update", "outer", "scale_rows", "scale_rows_backward"):
         for suffix in SUFFIX.values():
             getattr(loaded, name + suffix).restype = None
     return loaded
@@ -194,20 +194,20 @@ def outer(x: Tensor, z: Tensor, M: Tensor | None, dropping: Any) -> tuple[Tensor
     return dM, dx
 
 
-def gain(t: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+def scale_rows(t: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
     """(t - bias) * factor + bias for t (K, N, F); factor (K, F) and bias (F,) fp32."""
     K, N, F = t.shape
     t = t.contiguous()
     y = torch.empty_like(t)
-    _call("gain", t.dtype, y, t, factor.contiguous(), None if bias is None else bias.contiguous(), K, N, F)
+    _call("scale_rows", t.dtype, y, t, factor.contiguous(), None if bias is None else bias.contiguous(), K, N, F)
     return y
 
 
-def regain(g: Tensor, t: Tensor, factor: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def scale_rows_backward(g: Tensor, t: Tensor, factor: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """g * factor (K, N, F), and the sum over rows of (t - bias) * g (K, F) fp32."""
     K, N, F = t.shape
     g, t = g.contiguous(), t.contiguous()
     dt, dgain = torch.empty_like(t), torch.empty(K, F, **WIDE)
     bias = None if bias is None else bias.contiguous()
-    _call("regain", t.dtype, dt, dgain, g, t, factor.contiguous(), bias, K, N, F)
+    _call("scale_rows_backward", t.dtype, dt, dgain, g, t, factor.contiguous(), bias, K, N, F)
     return dt, dgain

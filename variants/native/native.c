@@ -216,7 +216,7 @@ void ROUTINE(outer)(float *dM, ELEMENT *dx, const ELEMENT *x, const float *z, co
 }
 
 /* y = (t - bias) * gain + bias; gain (K, F), bias (F,) or NULL */
-void ROUTINE(gain)(ELEMENT *y, const ELEMENT *t, const float *gain, const float *bias, size K, size N, size F, int threads) {
+void ROUTINE(scale_rows)(ELEMENT *y, const ELEMENT *t, const float *gain, const float *bias, size K, size N, size F, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (size at = 0; at < K * N; at++) {
     const float *factor = gain + at / N * F;
@@ -229,7 +229,7 @@ void ROUTINE(gain)(ELEMENT *y, const ELEMENT *t, const float *gain, const float 
 }
 
 /* dt = g * gain and dgain (K, F) = sum over rows of (t - bias) * g; bias (F,) or NULL */
-void ROUTINE(regain)(ELEMENT *dt, float *dgain, const ELEMENT *g, const ELEMENT *t, const float *gain, const float *bias, size K,
+void ROUTINE(scale_rows_backward)(ELEMENT *dt, float *dgain, const ELEMENT *g, const ELEMENT *t, const float *gain, const float *bias, size K,
                      size N, size F, int threads) {
   const size blocks = (F + BLOCK - 1) / BLOCK;
 #pragma omp parallel for schedule(static) num_threads(threads)

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.adapter.site import Site
+from rankwise.variants.allocation.allocated import AllocatedAdapter
 from rankwise.variants.lowrank.site import LowRank
 from rankwise.variants.weights.spectrum import effective_rank, energy_rank, stable_rank
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ def anatomy(adapter: Adapter, intruders: bool = True, bases: dict[str, Tensor] |
     names = adapter.changed_weights()
     importance = _importance(adapter)
     sites = dict(adapter.named_sites())
-    found: list[dict[str, Facts]] = [{} for _ in range(adapter.members)]
+    of_members: list[dict[str, Facts]] = [{} for _ in range(adapter.members)]
     for name in names:
         weight, site = adapter.pretrained_weight(name), sites.get(name)
         is_dense_allowed = min(weight.shape) <= MOST_DENSE
@@ -66,7 +68,7 @@ def anatomy(adapter: Adapter, intruders: bool = True, bases: dict[str, Tensor] |
             norm = None if not finite[k] else float(dense[k].double().norm() if sigma[k] is None else sigma[k].norm())
             whole = float(weight.double().norm())
             values = None if sigma[k] is None else sigma[k].cpu().numpy()
-            found[k][name] = {
+            of_members[k][name] = {
                 "nominal": nominal[k],
                 "active": active[k],
                 "parameters": parameters[k],
@@ -81,11 +83,11 @@ def anatomy(adapter: Adapter, intruders: bool = True, bases: dict[str, Tensor] |
                 "intruders": None if seen is None else sum(value < COSINE for value in seen),
                 **importance.get(name, [NO_SCORE] * adapter.members)[k],
             }
-    for facts in found:
+    for facts in of_members:
         total = sum(site["parameters"] for site in facts.values())
         for site in facts.values():
             site["share"] = _short(site["parameters"] / total) if total else 0.0
-    return found
+    return of_members
 
 
 def thin_singular_values(B: Tensor, A: Tensor) -> Tensor:
@@ -101,7 +103,7 @@ def dense_singular_values(change: Tensor) -> Tensor:
     """(min(O, I),) of a dense change (O, I), the greatest first.
 
     From the eigenvalues of its smaller Gram matrix in float64, which is several times faster; what lies below 1e-8 of the
-    greatest singular value is not to be told from 0 so, and was rounding in float32 anyway.
+    greatest singular value cannot be distinguished from 0 this way, and was rounding in float32 anyway.
     """
     wide = change.double()
     gram = wide @ wide.mT if wide.shape[0] <= wide.shape[1] else wide.mT @ wide
@@ -124,8 +126,8 @@ def left_singular_vectors(matrix: Tensor, count: int | None = None) -> Tensor:
         vectors = torch.linalg.eigh(gram).eigenvectors
     else:
         last = len(gram) - 1
-        found = eigh(gram.numpy(), subset_by_index=[max(last - count + 1, 0), last], check_finite=False)[1]
-        vectors = torch.from_numpy(found)
+        eigenvectors = eigh(gram.numpy(), subset_by_index=[max(last - count + 1, 0), last], check_finite=False)[1]
+        vectors = torch.from_numpy(eigenvectors)
     vectors = vectors.flip(1)
     if not is_wide:  # right singular vectors: W v = sigma u
         vectors = nn.functional.normalize(wide @ vectors, dim=0)
@@ -137,9 +139,9 @@ def familiarity(basis: Tensor, tuned: Tensor, count: int) -> list[float]:
     return (basis.mT @ left_singular_vectors(tuned, count)).abs().amax(0).clamp_max(1.0).tolist()
 
 
-def _sizes(site: nn.Module | None, weight: Tensor, members: int) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+def _sizes(site: Site | None, weight: Tensor, members: int) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
     """Nominal and active rank and active parameters of each member; a weight that is trained whole has all there are."""
-    if not hasattr(site, "rank"):
+    if site is None or not site.has_rank:
         return [min(weight.shape)] * members, [min(weight.shape)] * members, [weight.numel()] * members
     return site.nominal().tolist(), site.rank().tolist(), site.count(site.rank().cpu()).tolist()
 
@@ -149,15 +151,15 @@ NO_SCORE: Facts = {"importance": None, "greatest_importance": None, "scores": No
 
 def _importance(adapter: Adapter) -> dict[str, list[Facts]]:
     """Site -> for each member the allocator's own score: of every slot, and summed and greatest over the kept ones."""
-    if not hasattr(adapter, "triplet_scores"):
+    if not isinstance(adapter, AllocatedAdapter):
         return {}
-    found: dict[str, list[Facts]] = {}
+    importances: dict[str, list[Facts]] = {}
     for site, scores in zip(adapter.triplets(), adapter.triplet_scores(), strict=True):
-        found[site.name] = []
+        importances[site.name] = []
         for values, slots, kept in zip(scores.double().cpu(), site.slots.bool().cpu(), site.kept.cpu(), strict=True):
             values, kept = values[slots], kept[slots]
             chosen = values[kept].tolist()
-            found[site.name].append(
+            importances[site.name].append(
                 {
                     "importance": _short(sum(chosen)),
                     "greatest_importance": _short(max(chosen)) if chosen else None,
@@ -165,7 +167,7 @@ def _importance(adapter: Adapter) -> dict[str, list[Facts]]:
                     "kept": "".join("01"[one] for one in kept.tolist()),
                 }
             )
-    return found
+    return importances
 
 
 def _short(value: float | None) -> float | None:

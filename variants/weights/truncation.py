@@ -93,7 +93,7 @@ def truncate(
         ranks = chosen_ranks(comparable, spectra, limit, costs, bounds)
     for spectrum, rank in zip(spectra, ranks, strict=True):
         spectrum.cut(rank)
-    getattr(adapter, "loaded", lambda total_steps: None)(getattr(adapter, "total_steps", None))  # set from outside: no training
+    adapter.loaded(adapter.total_steps)
 
 
 class Spectrum:
@@ -112,7 +112,7 @@ class Spectrum:
         self.U, self.Vt = Q_B @ U, Vt @ Q_A.mT  # (K, O, M), (K, M, I)
         self.sigma: Float[Tensor, "K M"] = sigma
         # As many as the member has ranks: kept ones, or those that act where more do (between two projections of AdaLoRA).
-        ranks = torch.maximum(site.rank(), getattr(site, "live", site.rank)()).cpu().long()
+        ranks = torch.maximum(site.rank(), site.live()).cpu().long()
         self.ranks: Int[Tensor, " K"] = ranks.clamp_max(sigma.shape[1])
 
     @property
@@ -126,14 +126,14 @@ class Spectrum:
         Without a coefficient the square root of sigma / s goes into each factor; with one the factors are orthonormal.
         """
         site = self.site
-        mask = site.kept if hasattr(site, "kept") else site.slots
+        mask = site.kept if site.is_allocated else site.slots
         scale = site.scale.detach().cpu().double()
         for k, rank in enumerate(ranks.tolist()):
             if not self.finite[k]:
                 continue
             places = site.slots[k].nonzero()[:rank, 0]
             U, value, Vt = self.U[k, :, :rank], self.sigma[k, :rank] / scale[k], self.Vt[k, :rank]
-            if hasattr(site, "E"):
+            if site.has_coefficients:
                 site.E[k] = 0
                 site.E[k, places] = value.to(site.E)
             else:
@@ -150,8 +150,8 @@ def low_rank_sites(adapter: Adapter) -> list[tuple[str, LowRank]]:
     Raises:
         ValueError: the method has none.
     """
-    sites = [(name, getattr(site, "inner", site)) for name, site in adapter.named_sites()]
-    if not sites or not all(isinstance(site, LowRank) for _, site in sites):
+    sites = [(name, site.low_rank) for name, site in adapter.named_sites()]
+    if not sites or any(site is None for _, site in sites):
         raise ValueError(f"{adapter.method} has no low-rank update to truncate: give an adapter of a low-rank method")
     return sites
 

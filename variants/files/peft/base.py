@@ -40,11 +40,11 @@ def take_base(model: nn.Module, rest: dict[str, Tensor], heads: Sequence[str]) -
 
 def _vocabulary(model: nn.Module) -> list[nn.Module]:
     """The embeddings of a language model and its output layer."""
-    found = []
+    modules = []
     for name in ("get_input_embeddings", "get_output_embeddings"):
         with contextlib.suppress(AttributeError, NotImplementedError):  # transformers' models that have none
-            found.append(getattr(model, name)())
-    return [module for module in found if module is not None]
+            modules.append(getattr(model, name)())
+    return [module for module in modules if module is not None]
 
 
 def _equals(value: Tensor, parameter: nn.Parameter) -> bool:

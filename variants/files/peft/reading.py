@@ -28,9 +28,9 @@ from rankwise.variants.files.peft.names import (
     part,
 )
 from rankwise.variants.files.peft.writing import RANK_EPSILON
-from rankwise.variants.files.state import copy, detached_if_it_fails, first_rank, inner, pattern_of, trained
+from rankwise.variants.files.state import copy, detached_if_it_fails, first_rank, pattern_of, trained
 from rankwise.variants.lowrank.site import first_slots
-from rankwise.variants.settings import PATTERNS, method
+from rankwise.variants.settings import BY_PATTERN, method
 from torch import Tensor, nn
 
 A, B = FACTORS["linear"]
@@ -120,7 +120,7 @@ def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]],
 @torch.no_grad()
 def _fill_sites(adapter: Adapter, fill: Mapping[str, _Slots]) -> None:
     """Gives each site the size that it was saved with, and its slots what the file says of them."""
-    low_rank = {name: inner(adapter.site(name)) for name in fill}
+    low_rank = {name: adapter.site(name).low_rank for name in fill}
     sizes = {name: slots.size if slots.size != int(low_rank[name].slots.sum()) else None for name, slots in fill.items()}
     if any(size is not None for size in sizes.values()):
         order = [name for name, _ in adapter.named_sites()]
@@ -159,7 +159,8 @@ def _lora(sites: Sites, config: PeftConfig, facts: Facts | None) -> tuple[Adapte
 def _as_trained(ranks: Mapping[str, int], config: PeftConfig, facts: Facts) -> Adapter | None:
     """The adapter of our own settings; None where the configuration says other ranks or scales, as after an edit by hand."""
     settings = dict(facts.settings)
-    for key in PATTERNS:  # those of sites that the file has not, because they had no rank, match nothing
+    # Patterns of sites that the file lacks, because they had no rank, match nothing.
+    for key in method(facts.method).settings.with_role(*BY_PATTERN):
         if key in settings:
             settings[key] = {p: v for p, v in settings[key].items() if any(matches(p, name) for name in ranks)}
     adapter = method(facts.method).load()(seeds=[facts.seed], **settings)

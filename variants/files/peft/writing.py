@@ -17,7 +17,7 @@ from rankwise.variants.files.budget import excess
 from rankwise.variants.files.facts import Facts
 from rankwise.variants.files.folders import Contents
 from rankwise.variants.files.peft.names import BASE_LAYER, COEFFICIENTS, FACTORS, MAGNITUDE, NO_TARGETS, PREFIX
-from rankwise.variants.files.state import first_rank, inner, pattern_of, trained
+from rankwise.variants.files.state import first_rank, pattern_of, trained
 from rankwise.variants.lowrank.site import LowRank
 from torch import Tensor, nn
 
@@ -138,15 +138,15 @@ def _triplets(adapter: AllocatedAdapter, alone: Adapter, member: int) -> _Update
 def _factors(adapter: Adapter, alone: Adapter, member: int) -> _Update:
     """A PEFT LORA, and in its facts what undoes it where the settings alone do not say."""
     settings = alone.settings
-    parts = {name: _acting(name, inner(site), member) for name, site in adapter.named_sites()}
-    scales = {name: _scale_in_force(alone, name, inner(site), member) for name, site in adapter.named_sites()}
+    parts = {name: _acting(name, site.low_rank, member) for name, site in adapter.named_sites()}
+    scales = {name: _scale_in_force(alone, name, site.low_rank, member) for name, site in adapter.named_sites()}
     folds = any(undo for _, _, undo in parts.values()) or any(is_own for _, is_own in scales.values())
     folds = folds or any(len(A) != alone.site_ranks(name, first_rank(settings))[0] for name, (A, _, _) in parts.items())
     rooted = settings.scaling == "alpha/sqrt(r)" and not folds
     tensors, ranks, alphas, folded = {}, {}, {}, {}
     needed = next(iter(parts)) if not any(len(A) for A, _, _ in parts.values()) else None  # a LORA has at least one site
     for name, site in adapter.named_sites():
-        (A, B, undo), (scale, is_own), magnitude = parts[name], scales[name], getattr(site, "magnitude", None)
+        (A, B, undo), (scale, is_own), magnitude = parts[name], scales[name], site.magnitude if site.has_magnitude else None
         folded[name] = (undo or {"alive": "1" * len(A)}) | ({"scale": scale} if is_own else {})
         if not len(A) and magnitude is None and name != needed:
             continue
@@ -168,7 +168,7 @@ def _factors(adapter: Adapter, alone: Adapter, member: int) -> _Update:
         "rank_pattern": {pattern_of(n, names): r for n, r in ranks.items() if r != rank},
         "alpha_pattern": {pattern_of(n, names): a for n, a in alphas.items() if a != alpha},
         "use_rslora": rooted,
-        "use_dora": all(hasattr(site, "magnitude") for _, site in adapter.named_sites()),
+        "use_dora": all(site.has_magnitude for _, site in adapter.named_sites()),
     }
     return _Update(list(ranks), tensors, config, facts)
 
@@ -198,10 +198,10 @@ def _acting(name: str, site: LowRank, member: int) -> tuple[Tensor, Tensor, dict
     """
     slots = site.slots[member].bool()
     A, B = site.A[member][slots], site.B[member][:, slots]
-    if not hasattr(site, "kept"):
+    if not site.is_allocated:
         return A, B, {}
     kept = site.kept[member][slots]
-    if not hasattr(site, "E"):
+    if not site.has_coefficients:
         alive = kept | (B != 0).any(0)
         return A[alive], B[:, alive], {"kept": _bits(kept), "alive": _bits(alive)}
     E = site.E[member][slots]

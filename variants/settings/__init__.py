@@ -1,0 +1,84 @@
+"""The settings of each method, and the list of methods: the one place to look a setting up.
+
+    base       what all settings share, and what a field says of itself (`setting`)
+    lowrank    LoRA, DoRA        allocated   ranks that move while training       placed   ranks placed before it
+    sora, dylora, truncated      registry    the methods by name                  messages what is said of a wrong value
+
+Nothing here imports torch, so that a study file is checked, and a wrong one refused, within a second.  The mathematics of a
+method stands in its own file, which `Method.location` names.
+"""
+
+from rankwise.variants.settings.allocated import (
+    AdaLoRADoRASettings,
+    AdaLoRASettings,
+    AllocatedSettings,
+    DynamicDoRASettings,
+    ElaLoRASettings,
+    FreelyAllocatedSettings,
+    IncreLoRASettings,
+)
+from rankwise.variants.settings.base import (
+    BY_PATTERN,
+    FROM_BUDGET,
+    PER_MEMBER,
+    Count,
+    Fraction,
+    NonNegative,
+    NoSettings,
+    PerMember,
+    Positive,
+    PositiveInt,
+    Settings,
+    per_member,
+    setting,
+    together,
+)
+from rankwise.variants.settings.dylora import DyLoRASettings
+from rankwise.variants.settings.lowrank import DoRASettings, LoRASettings, LowRankSettings
+from rankwise.variants.settings.messages import explain, nearest, quoted, shown
+from rankwise.variants.settings.placed import EVASettings, GoRASettings, PlacedSettings
+from rankwise.variants.settings.registry import METHODS, Method, check, method
+from rankwise.variants.settings.sora import SoRASettings
+from rankwise.variants.settings.truncated import NORMALISATIONS, TruncatedSettings
+
+__all__ = [
+    "BY_PATTERN",
+    "FROM_BUDGET",
+    "METHODS",
+    "NORMALISATIONS",
+    "PER_MEMBER",
+    "AdaLoRADoRASettings",
+    "AdaLoRASettings",
+    "AllocatedSettings",
+    "Count",
+    "DoRASettings",
+    "DyLoRASettings",
+    "DynamicDoRASettings",
+    "EVASettings",
+    "ElaLoRASettings",
+    "Fraction",
+    "FreelyAllocatedSettings",
+    "GoRASettings",
+    "IncreLoRASettings",
+    "LoRASettings",
+    "LowRankSettings",
+    "Method",
+    "NoSettings",
+    "NonNegative",
+    "PerMember",
+    "PlacedSettings",
+    "Positive",
+    "PositiveInt",
+    "Settings",
+    "SoRASettings",
+    "TruncatedSettings",
+    "check",
+    "explain",
+    "method",
+    "nearest",
+    "per_member",
+    "quoted",
+    "setting",
+    "shown",
+    "together",
+]

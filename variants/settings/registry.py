@@ -1,0 +1,183 @@
+"""The methods by name: where each is, its settings, and its source."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+from rankwise.variants.settings.allocated import (
+    AdaLoRADoRASettings,
+    AdaLoRASettings,
+    DynamicDoRASettings,
+    ElaLoRASettings,
+    FreelyAllocatedSettings,
+    IncreLoRASettings,
+)
+from rankwise.variants.settings.base import NoSettings, Settings
+from rankwise.variants.settings.dylora import DyLoRASettings
+from rankwise.variants.settings.lowrank import DoRASettings, LoRASettings, LowRankSettings
+from rankwise.variants.settings.messages import explain, nearest, quoted
+from rankwise.variants.settings.placed import EVASettings, GoRASettings, PlacedSettings
+from rankwise.variants.settings.sora import SoRASettings
+from rankwise.variants.settings.truncated import TruncatedSettings
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named method: where it is, its settings, and its source."""
+
+    name: str
+    location: str
+    settings: type[Settings]
+    summary: str
+    source: str
+    allocation: str | None = None  # what places the ranks, where the settings do not say
+
+    def placed_by(self, settings: Settings) -> str:
+        """What places the ranks of a run with these settings: see `Settings.allocation`."""
+        return self.allocation or settings.allocation
+
+    def load(self) -> type:
+        """The adapter class; imports torch."""
+        module, _, name = self.location.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    @property
+    def takes_targets(self) -> bool:
+        return issubclass(self.settings, LowRankSettings)
+
+    @property
+    def takes_ranks(self) -> bool:
+        """Whether each site has the rank that the settings give it, from start to end."""
+        return issubclass(self.settings, LoRASettings) and self.allocation is None
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("full", "rankwise.variants.subset:FullFineTuning", NoSettings, "every parameter is trained", "-"),
+        Method("head", "rankwise.variants.subset:HeadOnly", NoSettings, "only the task head is trained", "-"),
+        Method("bitfit", "rankwise.variants.subset:BitFit", NoSettings, "only the biases are trained", "Zaken et al. 2022"),
+        Method("lora", "rankwise.variants.lora:LoRA", LoRASettings, "low-rank update B A of each weight", "Hu et al. 2021"),
+        Method("lora-fa", "rankwise.variants.lora_fa:LoRAFA", LoRASettings, "LoRA whose A is frozen", "Zhang et al. 2023"),
+        Method(
+            "adalora",
+            "rankwise.variants.adalora:AdaLoRA",
+            AdaLoRASettings,
+            "low-rank update P diag(E) Q whose rank is pruned by importance",
+            "Zhang et al. 2023",
+        ),
+        Method(
+            "dora", "rankwise.variants.dora:DoRA", DoRASettings, "LoRA on the direction, magnitudes apart", "Liu et al. 2024"
+        ),
+        Method(
+            "allocated",
+            "rankwise.variants.adalora:Allocated",
+            FreelyAllocatedSettings,
+            "any score x schedule x direction x cost, by name",
+            "variants/allocation",
+        ),
+        Method(
+            "dynamic-dora",
+            "rankwise.variants.dynamic_dora:DynamicDoRA",
+            DynamicDoRASettings,
+            "rank-one components pruned by their share of the update; not the weight-decomposed DoRA",
+            "Mao et al. 2024",
+        ),
+        Method(
+            "adalora+dora",
+            "rankwise.variants.dora:AdaLoRADoRA",
+            AdaLoRADoRASettings,
+            "AdaLoRA on the direction, magnitudes apart",
+            "Zhang et al. 2023 with Liu et al. 2024",
+        ),
+        Method(
+            "eva",
+            "rankwise.variants.eva:EVA",
+            EVASettings,
+            "rank and A from the sites' inputs, then LoRA",
+            "Paischer et al. 2025",
+        ),
+        Method(
+            "gora",
+            "rankwise.variants.gora:GoRA",
+            GoRASettings,
+            "rank and B from the first gradients, then LoRA",
+            "arXiv 2502.12171",
+        ),
+        Method(
+            "stable-rank",
+            "rankwise.variants.stable_rank:StableRank",
+            PlacedSettings,
+            "rank by the stable rank of the weights, then LoRA",
+            "after SR-LoRA, arXiv 2507.00327",
+        ),
+        Method(
+            "random-rank",
+            "rankwise.variants.random_rank:RandomRank",
+            PlacedSettings,
+            "rank placed at random, then LoRA",
+            "control",
+            allocation="random",
+        ),
+        Method(
+            "increlora",
+            "rankwise.variants.increlora:IncreLoRA",
+            IncreLoRASettings,
+            "triplets that are added where the update matters, learning in reserve before",
+            "Zhang et al. 2023 (IncreLoRA)",
+        ),
+        Method(
+            "elalora",
+            "rankwise.variants.elalora:ElaLoRA",
+            ElaLoRASettings,
+            "triplets that are cut at some sites and added at others, orthogonal to what is there",
+            "Chang et al. 2025",
+        ),
+        Method(
+            "sora",
+            "rankwise.variants.sora:SoRA",
+            SoRASettings,
+            "LoRA with a gate for each rank, which a threshold sends to zero",
+            "Ding et al. 2023",
+        ),
+        Method(
+            "dylora",
+            "rankwise.variants.dylora:DyLoRA",
+            DyLoRASettings,
+            "LoRA that is trained to be used at any rank up to its own",
+            "Valipour et al. 2023",
+        ),
+        Method(
+            "truncated",
+            "rankwise.variants.truncated:Truncated",
+            TruncatedSettings,
+            "LoRA whose update is cut after training by one threshold over all singular values",
+            "inspired by PARA (arXiv 2604.27796)",
+        ),
+    )
+}
+
+
+def method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        ValueError: no method has that name; the message offers the nearest.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method {quoted(name)} is unknown{nearest(name, METHODS)}; there are: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def check(name: str, values: dict[str, Any]) -> Settings:
+    """`values` as the settings of method `name`.
+
+    Raises:
+        ValueError: an unknown name, a wrong type or a value out of range; one line for each fault.
+    """
+    kind = method(name).settings
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise ValueError("\n".join(explain(error, kind, where=name))) from None
