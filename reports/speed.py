@@ -13,7 +13,8 @@ from typing import Any
 
 from rankwise.experiments.files import write_file
 from rankwise.reports import figures
-from rankwise.reports.tables import Table, bytes_text, escape_markdown, seconds_text
+from rankwise.reports.tables.cells import bytes_text, seconds_text
+from rankwise.reports.tables.table import Table, escape_markdown
 
 SCHEMA = 1
 

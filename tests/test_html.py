@@ -10,7 +10,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from rankwise.reports import charts, figures, html, page, results, tables
+from rankwise.reports import figures, page, results, tables
+from rankwise.reports.page import charts, html
+from rankwise.reports.page.charts import scores
 from rankwise.reports.verdicts import Verdict, verdicts
 
 from tests.synthetic_runs import BERT_SITES, final_ranks, write_json, write_run, write_study
@@ -217,7 +219,7 @@ def test_cells_are_sorted_by_the_number_they_stand_for():
 
 
 def test_settings_with_nearly_the_same_parameters_stand_side_by_side():
-    assert charts._side_by_side([385, 22_000_000, 331_000, 352_000]) == [0, 0, -6, 6]
+    assert scores.offsets([385, 22_000_000, 331_000, 352_000]) == [0, 0, -6, 6]
 
 
 def test_a_long_history_is_thinned_and_the_caption_says_so(tmp_path):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from rankwise import variants
-from rankwise.reports import shapes
-from rankwise.reports.shapes import Shape, Trained, shape
+from rankwise.reports.papers import shapes
+from rankwise.reports.papers.shapes import Shape, Trained, shape
 from transformers import (
     BartConfig,
     BartModel,

@@ -1,11 +1,6 @@
 """The papers' tables as data: what was printed, where it stands, and what is known to be wrong with it.
 
-    from rankwise.reports import papers
-    table = papers.load("adalora-1")
-    table.value("AdaLoRA, 1.27M", "stsb")         # 91.84, n = 5, "AdaLoRA, Table 1"
-    table.average_gap("AdaLoRA, 1.27M")           # printed average - mean of the columns that it averages
-
-One file a table in papers/, values as printed and in the printed order; a cell that was not printed is absent.  A cell
+One file a table in tables/, values as printed and in the printed order; a cell that was not printed is absent.  A cell
 with two numbers (90.76/90.79) is two columns, and a heading that is a budget is part of the row's label.  `counts` says
 what a row trained, so that its number of parameters can be computed (shapes.py).  Where a printed average or count is
 not what its own parts give, the row names the reason, and for a count what the formula gives instead.
@@ -19,10 +14,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from rankwise.reports.shapes import Trained
+from rankwise.reports.papers.shapes import Trained
 from rankwise.variants.settings import explain, nearest
 
-FOLDER = Path(__file__).with_name("papers")
+FOLDER = Path(__file__).with_name("tables")
 ROUNDING = 1e-9  # of binary fractions: 89.31 - 89.30 is not 0.01
 UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "%": 1.0}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rankwise.reports.statistics import ALPHA, LEVEL, holm
 
-FILE = Path(__file__).parent / "papers" / "data" / "peft-metamathqa.csv"
+FILE = Path(__file__).parent / "data" / "peft-metamathqa.csv"
 SOURCE = "huggingface/peft, method_comparison/MetaMathQA/results, commit 5d602fdbff04c33c1c4de55cda9d4ae1d7cb7e40"
 REFERENCE = "lora/llama-3.2-3B-rank32"
 

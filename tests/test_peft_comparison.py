@@ -3,7 +3,7 @@
 from math import sqrt
 
 import pytest
-from rankwise.reports.reread import FILE, REFERENCE, entries, text
+from rankwise.reports.papers.peft_comparison import FILE, REFERENCE, entries, text
 
 
 @pytest.fixture(scope="module")

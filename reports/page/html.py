@@ -1,7 +1,7 @@
 """report.html: one self-contained page of a study, which opens from disk and asks no network for anything.
 
-It is made from the same sections as report.md (`page.write` hands them over). The JavaScript of Vega, Vega-Lite and
-Vega-Embed stands in it once, the figures are JSON (`charts.py`), the page's own script (templates/report.js) sorts tables and
+It is made from the same sections as report.md (report.py hands them over). The JavaScript of Vega, Vega-Lite and
+Vega-Embed stands in it once, the figures are JSON (charts/), the page's own script (templates/report.js) sorts tables and
 moves the rank map. Everything that comes from a run is escaped: words by jinja2, JSON by its `tojson`. The same runs give the
 same bytes.
 """
@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from rankwise.reports import charts
-from rankwise.reports.figures import colour
+from rankwise.reports.figures.style import colour
+from rankwise.reports.page import charts
 from rankwise.reports.results import Study
-from rankwise.reports.tables import Cell, Estimate, Rank, Shared, Table, Tried, cell_text
+from rankwise.reports.tables.cells import Cell, Estimate, Rank, Shared, Tried, cell_text
+from rankwise.reports.tables.table import Table
 
 TEMPLATES = Path(__file__).parent / "templates"
 NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?"
@@ -34,7 +35,7 @@ class Shown:
 
 
 def render(parts: Sequence[dict], over_tasks: Sequence[Table] = (), beside: Table | None = None) -> str:
-    """The page of these parts (`page.section`), in their order.
+    """The page of these parts (`section` of report.py), in their order.
 
     over_tasks: what is said of all tasks of a study together.
     beside: a paper's numbers against ours.

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from rankwise.reports.results import Study
-from rankwise.reports.tables import error_text, rate_text
+from rankwise.reports.tables.cells import error_text, rate_text
 
 
 def counts(study: Study) -> str:

@@ -1,27 +1,20 @@
-"""Where the rank went and what it was worth: the tables of a study, and what `rankwise ranks` shows of any folder.
+"""What became of the weights, how stable an allocation is over seeds, and what each site is worth: a row a setting.
 
-PATH is a run, a folder of runs, or an adapter in PEFT's format.  The tables of a study are made from sites.json and
-knockout.json; runs that lack them (older ones, a sweep's) are left out of what needs them.
+Made from sites.json and knockout.json; runs that lack them (older ones, a sweep's) are left out of what needs them.
 """
 
-import csv
-import io
-from dataclasses import asdict
-from pathlib import Path
-
 import numpy as np
-from rankwise.experiments.records import Run, is_run
-from rankwise.reports import figures, tables
-from rankwise.reports import ranks as rank_maps
-from rankwise.reports.ranks import RankMap, SiteRank, believed_and_measured
-from rankwise.reports.results import Arm, Study, is_study, load_all
+from rankwise.experiments.records import Run
+from rankwise.reports.ranks.maps import believed_and_measured
+from rankwise.reports.results import Study
+from rankwise.reports.stability import seed_pairs
 from rankwise.reports.statistics import spearman, summary
-from rankwise.reports.tables import SPECTRA, Estimate, Table, alarms
+from rankwise.reports.tables.captions import alarms
+from rankwise.reports.tables.cells import Estimate
+from rankwise.reports.tables.rank_tables import SPECTRA
+from rankwise.reports.tables.table import Table
 
 BELIEFS = ("importance", "relative_norm", "active")  # fields of SiteFacts that a knock-out is held against
-
-
-# -- the tables of a study -------------------------------------------------------------------------------------------------
 
 
 def anatomy(study: Study) -> Table | None:
@@ -111,7 +104,7 @@ def _correlation(runs: list[Run], by: str) -> Estimate | None:
 
 def stability(study: Study) -> Table | None:
     """Setting -> how alike the allocations of two seeds are; settings whose ranks are all alike are left out."""
-    found = {arm: pairs for arm in study.arms if (pairs := figures.seed_pairs(arm))}
+    found = {arm: pairs for arm in study.arms if (pairs := seed_pairs(arm))}
     if not found:
         return None
     rows = [
@@ -139,115 +132,3 @@ def _span(values: list[float | None]) -> str | None:
 def study_tables(study: Study) -> list[Table]:
     """Those of one part that there is data for."""
     return [table for table in (make(study) for make in (anatomy, stability, knock_out)) if table is not None]
-
-
-# -- rankwise ranks --------------------------------------------------------------------------------------------------------
-
-
-def parts(path: Path) -> list[Study]:
-    """The parts of a folder of runs; none where it is a run or an adapter."""
-    is_one = is_run(path) or (path / "adapter_config.json").is_file()
-    return [part for study in load_all(path) for part in study.parts()] if not is_one and is_study(path) else []
-
-
-def shown(path: Path) -> list[Table]:
-    """The tables that `rankwise ranks` prints.
-
-    Raises:
-        ValueError: neither run, study nor adapter; or a study without ranks.
-    """
-    found = parts(path)
-    if not found:
-        return [tables.rank_table(path)]
-    made = [table for part in found for table in (tables.ranks(part), *study_tables(part)) if table is not None]
-    if not made:
-        raise ValueError(f"{path}: no finished run there has ranks; give the folder of a study of low-rank methods")
-    return made
-
-
-def as_dict(path: Path) -> dict:
-    """The same for a program: of a study every run, and the tables."""
-    found = parts(path)
-    if not found:
-        return rank_maps.read(path).as_dict()
-    return {
-        "schema": 1,
-        "kind": "study",
-        "parts": [
-            {
-                "study": part.name,
-                "task": part.task,
-                "model": part.model,
-                "tables": {table.name: table.records() for table in study_tables(part)},
-                "runs": [{"setting": arm.setting, "seed": seed, **one.as_dict()} for arm, seed, one in _maps(part)],
-            }
-            for part in found
-        ],
-    }
-
-
-def _maps(part: Study) -> list[tuple[Arm, int, RankMap]]:
-    """The final runs that have ranks."""
-    return [
-        (arm, run.config.seed, rank_maps.of_run(run))
-        for arm in part.arms
-        for run in arm.of("completed")
-        if run.result.ranks or run.sites
-    ]
-
-
-def as_csv(path: Path) -> str:
-    """One line a site, of every run where PATH is a study."""
-    found = parts(path)
-    if found:
-        heads = [
-            ({"study": part.name, "task": part.task, "model": part.model, "setting": arm.setting, "seed": seed}, one)
-            for part in found
-            for arm, seed, one in _maps(part)
-        ]
-    else:
-        heads = [({}, rank_maps.read(path))]
-    rows = [{**head, "method": one.method, **_flat(site)} for head, one in heads for site in one.sites]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def _flat(site: SiteRank) -> dict:
-    return {**asdict(site), "singular_values": " ".join(f"{value:.5g}" for value in site.singular_values)}
-
-
-def drawings(path: Path, beside: Path | None = None) -> list[figures.Drawing]:
-    """The figures of PATH; with `beside` those of the two allocations and their difference.
-
-    Raises:
-        ValueError: a study where a single allocation is needed.
-    """
-    if beside is not None:
-        one, other = (_allocation(folder) for folder in (path, beside))
-        names = [found.method if one.method != other.method else found.name for found in (one, other)]
-        ranks = [{site.site: float(site.active) for site in found.sites} for found in (one, other)]
-        return [figures.side_by_side(names[0], ranks[0], names[1], ranks[1], f"{path.name} and {beside.name}")]
-    found = parts(path)
-    if found:
-        made = [(part, [figures.rank_map, figures.allocation_pair, figures.stability, figures.budget, figures.ranks_over_time,
-                        figures.importance, figures.spectra, figures.knock_out]) for part in found]  # fmt: skip
-        drawn = [(part, make(part)) for part, functions in made for make in functions]
-        from rankwise.reports.facts import slug
-
-        several = len(found) > 1
-        return [_named(drawing, slug(part) + "-" if several else "") for part, drawing in drawn if drawing is not None]
-    one = rank_maps.read(path)
-    return [figures.one_map(one), *([figures.one_spectrum(one)] if any(site.singular_values for site in one.sites) else [])]
-
-
-def _named(drawing: figures.Drawing, prefix: str) -> figures.Drawing:
-    return figures.Drawing(prefix + drawing.name, drawing.title, drawing.alt, drawing.figure)
-
-
-def _allocation(path: Path) -> RankMap:
-    if parts(path):
-        raise ValueError(f"{path} is a study, of many allocations: give two runs or adapters to lay side by side")
-    return rank_maps.read(path)

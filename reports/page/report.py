@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from rankwise.experiments.files import write_file
-from rankwise.reports import allocation, facts, figures, html, tables
+from rankwise.reports import figures, tables
+from rankwise.reports.page import facts, html
 from rankwise.reports.results import Study, load_all
 from rankwise.reports.verdicts import verdicts, warnings
 
@@ -67,7 +68,7 @@ def section(study: Study, command: str | None = None) -> dict:
         "statistics": tables.statistics_table(study),
         "rates": tables.rate_sweep(study),
         "ranks": tables.ranks(study),
-        "allocation": allocation.study_tables(study),
+        "allocation": tables.study_tables(study),
         "troubles": facts.troubles(study),
         "places": facts.places(study),
         "settings": facts.settings(study),

@@ -1,135 +1,22 @@
-"""The rank of every site: of a run, or of any adapter folder in PEFT's format, read without torch.
+"""The ranks of a folder: of a run, or of any adapter in PEFT's format, read without torch.
 
-A site is a path such as `encoder.layer.0.attention.self.query`. Its first number is the layer, what follows is the
-module kind; this holds for BERT, DeBERTa, ALBERT, GPT-2, Llama and T5. A path without a number belongs to no layer.
 PEFT's file format: LoRA and DoRA keep `<site>.lora_A.weight` (r, I), AdaLoRA `<site>.lora_A` (r, I) with only the
 triplets that survived, so that a site may have 0 rows; nominal ranks stand in adapter_config.json.
 """
 
 import json
 import re
-from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 
 import numpy as np
-from rankwise.experiments.records import RankStep, Run, is_run, load_run, read_json
-from rankwise.reports import faults
+from rankwise.experiments.records import is_run, load_run, read_json
+from rankwise.reports.ranks import faults
+from rankwise.reports.ranks.maps import RankMap, SiteRank, bare_site, of_run
+from rankwise.reports.ranks.sites import site_order
 from rankwise.variants.files.peft.names import CONFIG, PICKLE, PREFIX, WEIGHTS, is_meant, part
-
-FACTS = ("parameters", "share", "effective_rank", "stable_rank", "energy_rank", "relative_norm", "importance", "intruders")
-
-
-@dataclass(frozen=True)
-class SiteRank:
-    site: str
-    layer: int | None
-    module: str
-    active: int
-    nominal: int
-    alpha: float | None
-    scale: float | None
-    parameters: int | None = None
-    share: float | None = None  # of all low-rank parameters
-    effective_rank: float | None = None
-    stable_rank: float | None = None
-    energy_rank: int | None = None
-    relative_norm: float | None = None  # |dW|/|W|
-    importance: float | None = None  # the allocator's score, summed over the slots it keeps
-    intruders: int | None = None
-    loss_increase: float | None = None  # without this site
-    singular_values: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class RankMap:
-    """The ranks of one run or adapter, in the model's order."""
-
-    kind: str  # "run" or "adapter"
-    name: str
-    method: str
-    note: str | None
-    sites: tuple[SiteRank, ...]
-    faults: tuple[str, ...] = ()
-    trajectory: tuple[RankStep, ...] = ()
-    evaluated: str | None = None  # what `loss_increase` was measured on
-
-    @property
-    def active(self) -> int:
-        return sum(site.active for site in self.sites)
-
-    @property
-    def nominal(self) -> int:
-        return sum(site.nominal for site in self.sites)
-
-    def as_dict(self) -> dict:
-        """For `rankwise ranks --json`."""
-        return {
-            "schema": 1,
-            "kind": self.kind,
-            "name": self.name,
-            "method": self.method,
-            "note": self.note,
-            "active": self.active,
-            "nominal": self.nominal,
-            "at_rank_0": sum(site.active == 0 for site in self.sites),
-            "faults": list(self.faults),
-            "evaluated": self.evaluated,
-            "sites": [asdict(site) for site in self.sites],
-            "trajectory": [row.model_dump() for row in self.trajectory],
-        }
-
-
-def split_site(site: str) -> tuple[str, int | None, str]:
-    """Path -> (the stack that it is in, its layer, its module kind); without a number ("", None, path)."""
-    parts = site.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if at is None or at == len(parts) - 1:
-        return "", None, site
-    return ".".join(parts[:at]), int(parts[at]), ".".join(parts[at + 1 :])
-
-
-def site_order(sites: Iterable[str]) -> list[str]:
-    """Layer by layer, a layer's modules in the order in which they first come; sites of no layer last."""
-    sites = list(dict.fromkeys(sites))
-    first = {kind: i for i, kind in reversed(list(enumerate(split_site(site)[2] for site in sites)))}
-    stacks = list(dict.fromkeys(split_site(site)[0] for site in sites))
-
-    def key(site: str) -> tuple:
-        stack, layer, kind = split_site(site)
-        return (layer is None, stacks.index(stack), layer or 0, first[kind])
-
-    return sorted(sites, key=key)
-
-
-def module_labels(sites: Iterable[str]) -> dict[str, str]:
-    """Site -> the shortest end of its module kind that no other kind of the model ends with.
-
-    `attention.self.query` is `query`; `output.dense` stays, for `attention.output.dense` ends so too. Encoder and
-    decoder are told apart by the stack's name where a model has both.
-    """
-    sites = list(sites)
-    kinds = list(dict.fromkeys(split_site(site)[2] for site in sites))
-    stacks = {split_site(site)[0] for site in sites if split_site(site)[1] is not None}
-
-    def shortest(kind: str) -> str:
-        parts = kind.split(".")
-        for length in range(1, len(parts)):
-            end = ".".join(parts[-length:])
-            if end.isdigit() or end.split(".")[0].isdigit():
-                continue
-            if not any(other != kind and ("." + other).endswith("." + end) for other in kinds):
-                return end
-        return kind
-
-    labels = {}
-    for site in sites:
-        stack, layer, kind = split_site(site)
-        several = layer is not None and len(stacks) > 1
-        labels[site] = f"{stack.split('.')[0]}: {shortest(kind)}" if several else shortest(kind)
-    return labels
 
 
 def read(path: str | Path) -> RankMap:
@@ -161,57 +48,6 @@ def read(path: str | Path) -> RankMap:
 
 def _read_run(folder: Path) -> RankMap:
     return of_run(load_run(folder))
-
-
-def of_run(run: Run) -> RankMap:
-    """What is known of the ranks of one run.
-
-    Raises:
-        ValueError: its method has none, and nothing was written of its weights either.
-    """
-    config, result = run.config, run.result
-    if result:
-        active, nominal, scale, note = result.ranks, result.nominal_ranks, result.scale, None
-        if result.status == "failed":
-            note = f"this run failed ({result.error}); these are the ranks it had"
-    else:
-        history = run.rank_history
-        active, nominal = (history[-1].ranks, history[0].ranks) if history else ({}, {})
-        scale, note = None, f"not finished: step {history[-1].step if history else 0}"
-    facts, knocked = run.sites, run.knock_out
-    if not active and facts:  # full fine-tuning
-        active, nominal = ({name: getattr(one, key) for name, one in facts.items()} for key in ("active", "nominal"))
-    if not active:
-        raise ValueError(f"{run.folder}: {config.method} ({run.status}) has no ranks; give the run of a low-rank method")
-    alpha = config.method_settings.get("alpha")
-    alpha = float(alpha) if isinstance(alpha, int | float) and not isinstance(alpha, bool) else None
-    increases = knocked.increases if knocked else {}
-    sites = []
-    for name in site_order(active):
-        site = _site(name, active[name], nominal.get(name, active[name]), alpha, _of(scale, name))
-        known = {key: getattr(facts[name], key) for key in FACTS} if name in facts else {}
-        values = tuple(facts[name].singular_values or ()) if name in facts else ()
-        sites.append(replace(site, **known, singular_values=values, loss_increase=increases.get(name)))
-    name = f"{config.setting}, {config.task}, {config.model}, seed {config.seed}, rate {config.learning_rate:g}"
-    evaluated = f"{knocked.rows} rows of the {knocked.split} split" if knocked else None
-    return RankMap("run", name, config.method, note, tuple(sites), (), tuple(run.rank_history), evaluated)
-
-
-def believed_and_measured(run: Run, by: str) -> tuple[list[float], list[float]]:
-    """For each site what was believed of it, `by` a field of `SiteFacts`, and the measured rise of the loss without it."""
-    increases = run.knock_out.increases if run.knock_out else {}
-    believed = {site: getattr(facts, by) for site, facts in run.sites.items()}
-    both = [site for site in increases if believed.get(site) is not None]
-    return [believed[site] for site in both], [increases[site] for site in both]
-
-
-def _of(scale: dict[str, float] | float | None, site: str) -> float | None:
-    return scale.get(site) if isinstance(scale, dict) else scale
-
-
-def _site(name: str, active: int, nominal: int, alpha: float | None, scale: float | None) -> SiteRank:
-    _, layer, module = split_site(name)
-    return SiteRank(name, layer, module, active, nominal, alpha, scale)
 
 
 def _read_adapter(folder: Path) -> RankMap:
@@ -388,10 +224,10 @@ def _lora_sites(folder: Path, config: dict, ranks: dict[str, int]) -> list[SiteR
     for name, active in ranks.items():
         ours = float(_pattern(alpha_pattern, name, alpha))
         root = sqrt(active) if config.get("use_rslora") else active
-        sites.append(_site(name, active, int(_pattern(rank_pattern, name, rank)), ours, ours / root if active else None))
+        sites.append(bare_site(name, active, int(_pattern(rank_pattern, name, rank)), ours, ours / root if active else None))
     # A site at rank 0 has no tensors in a LoRA file; if the pattern names it, it is shown.
     missing = [key for key, value in rank_pattern.items() if value == 0 and not any(_matches(key, n) for n in ranks)]
-    return sites + [_site(key.removeprefix("^").removesuffix("$").replace("\\.", "."), 0, 0, None, None) for key in missing]
+    return sites + [bare_site(key.removeprefix("^").removesuffix("$").replace("\\.", "."), 0, 0, None, None) for key in missing]
 
 
 def _adalora_sites(folder: Path, config: dict, ranks: dict[str, int]) -> list[SiteRank]:
@@ -399,7 +235,7 @@ def _adalora_sites(folder: Path, config: dict, ranks: dict[str, int]) -> list[Si
     pattern = _kept_triplets(config)
     scale = (alpha if alpha > 0 else float(config.get("r", 8))) / (initial + 1e-5)  # peft adalora/layer.py
     return [
-        _site(name, ranks.get(name, 0), len(pattern[name]) if name in pattern else initial, alpha, scale)
+        bare_site(name, ranks.get(name, 0), len(pattern[name]) if name in pattern else initial, alpha, scale)
         for name in dict.fromkeys([*pattern, *ranks])
     ]
 

@@ -1,0 +1,164 @@
+"""What `rankwise analysis subspace` and `magnitude` wrote: its schema, how it is read and checked, how it is named."""
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NotRequired
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from rankwise.reports.ranks.sites import module_labels
+from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on alone
+
+SCHEMA = 1
+KINDS = ("subspace", "magnitude")
+
+
+class Made(TypedDict):
+    """What both analyses say of themselves, as far as it is read here."""
+
+    model: str
+    task: str
+    metric: str
+    split: str
+    captions: list[str]
+    methods: list[dict[str, Any]]
+    training: dict[str, Any]
+    versions: dict[str, str]
+    device_name: str
+    precision: str
+    commit: str | None
+    dirty: bool | None
+    files_sha256: dict[str, str]
+
+
+class Member(TypedDict):
+    rank: int
+    seed: int
+    score: float | None
+
+
+class Site(TypedDict):
+    name: str
+    in_features: int
+
+
+class Amplified(TypedDict):
+    site: str
+    rank: int
+    seed: int
+    of_update: float
+    of_weight: float
+    of_random: float
+    weight_norm: float
+    update_norm: float
+    factor: float
+
+
+class Subspace(Made):
+    members: list[Member]
+    sites: list[Site]
+    gaussian_width: int
+    pairs: dict[str, list[int]]  # two members
+    amplification: list[Amplified]
+
+
+class Ended(TypedDict):
+    method: str
+    seed: int
+    score: float | None
+
+
+class Move(TypedDict):
+    method: str
+    seed: int
+    step: int
+    site: str
+    dM_rows: float
+    dD_rows: float
+    dM_columns: float
+    dD_columns: float
+    familiarity: NotRequired[list[float]]
+
+
+class Magnitude(Made):
+    runs: list[Ended]
+    snapshots: list[int]
+    sites: list[str]
+    moves: list[Move]
+
+
+WRITTEN = {"subspace": TypeAdapter(Subspace), "magnitude": TypeAdapter(Magnitude)}
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """What `experiments.analysis` left in a folder, by kind; the grids of subspace.npz under "grids".
+
+    Raises:
+        ValueError: there is nothing, or something that is not what it should be.
+    """
+    found = {kind: _read(folder, kind) for kind in KINDS if (folder / f"{kind}.json").is_file()}
+    if not found:
+        raise ValueError(f"{folder}: neither subspace.json nor magnitude.json: give what `rankwise analysis` wrote")
+    return found
+
+
+def _read(folder: Path, kind: str) -> dict[str, Any]:
+    path, again = folder / f"{kind}.json", f"make it again with `rankwise analysis {kind}`"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON ({error}): {again}") from None
+    if not isinstance(found, dict) or (found.get("schema"), found.get("kind")) != (SCHEMA, kind):
+        raise ValueError(f"{path}: no {kind} analysis of schema {SCHEMA}: {again}")
+    try:
+        WRITTEN[kind].validate_python(found, strict=True)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise ValueError(f"{path}: {place}: {fault['msg'][0].lower()}{fault['msg'][1:]}: {again}") from None
+    for name, digest in found["files_sha256"].items():
+        try:
+            content = (folder / name).read_bytes()
+        except FileNotFoundError:
+            raise ValueError(f"{folder / name}: missing, and {path.name} speaks of it: {again}") from None
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError(f"{folder / name}: not the file that {path.name} speaks of: {again}")
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            found["grids"] = {key: archive[key].astype(np.float64) for key in archive.files}
+    return found
+
+
+def sites_by_kind(sites: Sequence[str]) -> dict[str, list[int]]:
+    """Kind of module -> where its sites stand in `sites`."""
+    labels = module_labels(sites)
+    return {kind: [i for i, site in enumerate(sites) if labels[site] == kind] for kind in dict.fromkeys(labels.values())}
+
+
+def subject(found: dict[str, Any]) -> str:
+    return f"{found['task']}, {found['model'].rstrip('/').split('/')[-1]}"
+
+
+def made_with(found: dict[str, Any]) -> str:
+    """Where the numbers come from."""
+    training = found["training"]
+    where = "an unknown commit" if found["commit"] is None else f"commit {found['commit'][:7]}"
+    rates = ", ".join(f"{entry['label']} {entry['learning_rates'][0]:g}" for entry in found["methods"])
+    return (
+        f"Made with {found['model']} on {found['task']}: {training['max_steps']} steps of {training['batch_size']} rows out of "
+        f"{training['train_examples']}, rates not tuned ({rates}), {found['precision']} on {found['device_name']}, torch "
+        f"{found['versions']['torch']}, {where}{' with changes' if found['dirty'] else ''}."
+    )
+
+
+def scores_sentence(found: dict[str, Any]) -> str:
+    """How well the runs did that were looked at."""
+
+    def one(run: dict[str, Any]) -> str:
+        name = run.get("method") or f"r {run['rank']}"
+        return f"{name} seed {run['seed']} " + ("without a value" if run["score"] is None else f"{run['score']:.1f}")
+
+    runs = found["members"] if found["kind"] == "subspace" else found["runs"]
+    return f"Scores at the end ({found['metric']} on a part of the {found['split']} split): {', '.join(map(one, runs))}."
