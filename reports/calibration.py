@@ -54,8 +54,8 @@ def pool_of(study: Study) -> Pool:
                 f"{run.folder}: a run of the pool has a selection score and a score; set evaluations_per_epoch = 1"
             )
         pool.setdefault(run.config.learning_rate, {})[run.config.seed] = run
-    seeds = {rate: sorted(found) for rate, found in pool.items()}
-    shared = sorted(set.intersection(*(set(found) for found in seeds.values())))
+    seeds = {rate: sorted(by_seed) for rate, by_seed in pool.items()}
+    shared = sorted(set.intersection(*(set(by_seed) for by_seed in seeds.values())))
     return {rate: {seed: pool[rate][seed] for seed in shared} for rate in sorted(pool)}
 
 
@@ -114,9 +114,9 @@ def calibrate(study: Study, design: Design) -> dict:
         drawn = generator.permutation(seeds)[:needed].reshape(-1, design.seeds)
         made = family(pool, study, drawn.tolist(), design)
         as_reported += any(v.kind in ("better", "worse") for v in verdicts(made))
-        found = verdicts(without_edges(made))
-        kinds.update(v.kind for v in found)
-        false = sum(v.kind in ("better", "worse") for v in found)
+        named = verdicts(without_edges(made))
+        kinds.update(v.kind for v in named)
+        false = sum(v.kind in ("better", "worse") for v in named)
         wrong, claims = wrong + (false > 0), claims + false
         reference, *others = made.arms
         differences = [paired_differences(arm.scores, reference.scores) for arm in others]
@@ -137,7 +137,7 @@ def calibrate(study: Study, design: Design) -> dict:
         "the same, best rates at the edge as they are": share(as_reported, count),
         "comparisons with an error": share(claims, count * design.comparisons),
         "smallest p uncorrected, families with an error": share(uncorrected, count),
-        "planted shift of one sd found": {
+        "planted shift of one sd given": {
             **share(planted, count),
             "power for normal differences": stated,
             "power for the pool's differences": own,
@@ -150,9 +150,9 @@ def calibrate(study: Study, design: Design) -> dict:
 def power(pool: Pool, rate: float, reference: float, design: Design) -> float:
     """How often the test finds one sd between two rates of the pool, their scores drawn apart and with replacement."""
     generator = np.random.default_rng(design.seed)
-    ours, theirs = (np.array([run.result.score for run in pool[one].values()]) for one in (rate, reference))
-    drawn = [generator.choice(scores - scores.mean(), (4_000, design.seeds)) for scores in (ours, theirs)]
-    return share_found(drawn[0] - drawn[1] + _sd_of(ours, theirs), design.comparisons)
+    ours, others = (np.array([run.result.score for run in pool[one].values()]) for one in (rate, reference))
+    drawn = [generator.choice(scores - scores.mean(), (4_000, design.seeds)) for scores in (ours, others)]
+    return share_found(drawn[0] - drawn[1] + _sd_of(ours, others), design.comparisons)
 
 
 def _sd(pool: Pool, made: Study) -> float:
@@ -161,40 +161,40 @@ def _sd(pool: Pool, made: Study) -> float:
     return _sd_of(*(np.array([run.result.score for run in pool[rate].values()]) for rate in chosen))
 
 
-def _sd_of(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.sqrt(ours.var(ddof=1) + theirs.var(ddof=1)))
+def _sd_of(ours: np.ndarray, others: np.ndarray) -> float:
+    return float(np.sqrt(ours.var(ddof=1) + others.var(ddof=1)))
 
 
 def share(count: int, of: int) -> dict[str, float]:
     """A share with its 95 % Clopper-Pearson bounds: low is the one-sided lower bound, high the upper."""
     from scipy.stats import binomtest
 
-    found = binomtest(count, of)
-    low = found.proportion_ci(0.90, method="exact").low  # two-sided 90 %: one-sided 95 % below
-    high = found.proportion_ci(0.90, method="exact").high
+    test = binomtest(count, of)
+    low = test.proportion_ci(0.90, method="exact").low  # two-sided 90 %: one-sided 95 % below
+    high = test.proportion_ci(0.90, method="exact").high
     return {"count": count, "of": of, "share": count / of, "low": float(low), "high": float(high)}
 
 
-def text(found: dict) -> str:
+def text(result: dict) -> str:
     """The result as Markdown."""
-    design, planted = found["design"], found["planted shift of one sd found"]
+    design, planted = result["design"], result["planted shift of one sd result"]
     own, normal = planted["power for the pool's differences"], planted["power for normal differences"]
     rows = [
-        ("families with a wrong better or worse", found["families with an error"]),
+        ("families with a wrong better or worse", result["families with an error"]),
         (
             "the same, winners at a grid's edge withheld as in every report",
-            found["the same, best rates at the edge as they are"],
+            result["the same, best rates at the edge as they are"],
         ),
-        ("single comparisons with a wrong better or worse", found["comparisons with an error"]),
-        ("control: smallest p-value, uncorrected", found["smallest p uncorrected, families with an error"]),
-        ("control: planted shift of one sd, found", found["planted shift of one sd found"]),
+        ("single comparisons with a wrong better or worse", result["comparisons with an error"]),
+        ("control: smallest p-value, uncorrected", result["smallest p uncorrected, families with an error"]),
+        ("control: planted shift of one sd, result", result["planted shift of one sd result"]),
     ]
     lines = [
         "# Calibration of the verdicts",
         "",
         f"{design['families']:,} families of {design['comparisons']} comparisons, {design['seeds']} seeds an arm, drawn from "
-        f"{found['runs']} runs of the study `{found['study']}`: all arms are the same method with seeds of their own, of which "
-        f"the first {design['sweep_seeds']} choose the rate.",
+        f"{result['runs']} runs of the study `{result['study']}`: all arms are the same method with seeds of their own, of "
+        f"which the first {design['sweep_seeds']} choose the rate.",
         "",
         "| | count | share | 95 % lower bound | 95 % upper bound |",
         "| :-- | --: | --: | --: | --: |",
@@ -204,15 +204,15 @@ def text(found: dict) -> str:
         ),
         "",
         f"Power for the planted shift: {own:.1%} for differences that scatter as the pool's do, {normal:.1%} for normal ones.",
-        f"The verdicts {'pass' if found['passes'] else 'FAIL'} the check (lower bound at most 5 %); the uncorrected smallest "
-        f"p-value {'passes it' if found['uncorrected passes'] else 'fails it, as it should'}.",
-        "Verdicts given: " + ", ".join(f"{count:,} {kind}" for kind, count in found["verdicts"].items()) + ".",
+        f"The verdicts {'pass' if result['passes'] else 'FAIL'} the check (lower bound at most 5 %); the uncorrected smallest "
+        f"p-value {'passes it' if result['uncorrected passes'] else 'fails it, as it should'}.",
+        "Verdicts given: " + ", ".join(f"{count:,} {kind}" for kind, count in result["verdicts"].items()) + ".",
         "The families share one pool of runs, so that they are not independent.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def write(found: dict, out: Path) -> None:
+def write(result: dict, out: Path) -> None:
     """calibration.json and calibration.md."""
-    write_file(out / "calibration.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
-    write_file(out / "calibration.md", text(found))
+    write_file(out / "calibration.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_file(out / "calibration.md", text(result))

@@ -116,16 +116,16 @@ def holds(row: dict, families: int) -> bool:
     return max(row["families"], row["comparisons"]) <= ALPHA + 2 * np.sqrt(ALPHA * (1 - ALPHA) / families)
 
 
-def text(found: dict) -> str:
+def text(result: dict) -> str:
     """The result as Markdown: error rates first, then what is a true difference."""
-    names = list(dict.fromkeys(row["design"] for row in found["rows"]))
+    names = list(dict.fromkeys(row["design"] for row in result["rows"]))
     lines = [
         "# Error and power of the designs, simulated",
         "",
-        f"{found['families']:,} families of {found['comparisons']} comparisons with one reference, {found['seeds']} seeds, "
+        f"{result['families']:,} families of {result['comparisons']} comparisons with one reference, {result['seeds']} seeds, "
         f"{len(RATES)} rates a factor of 2 apart; `reports/simulation.py` says what is drawn. An error rate is at most "
         f"{ALPHA:.0%} where the design holds what it says; its Monte-Carlo standard error at 5 % is "
-        f"{np.sqrt(ALPHA * (1 - ALPHA) / found['families']):.1%}.",
+        f"{np.sqrt(ALPHA * (1 - ALPHA) / result['families']):.1%}.",
     ]
     kinds = {
         "No method is better: share of families in which one is called better or worse (Holm), and of single comparisons": True,
@@ -133,11 +133,11 @@ def text(found: dict) -> str:
     }
     for title, null in kinds.items():
         lines += ["", f"## {title}", "", "| | " + " | ".join(names) + " |", "| :-- |" + " --: |" * len(names)]
-        for world in dict.fromkeys(row["world"]["name"] for row in found["rows"] if row["null"] == null):
-            cells = {row["design"]: row for row in found["rows"] if row["world"]["name"] == world}
+        for world in dict.fromkeys(row["world"]["name"] for row in result["rows"] if row["null"] == null):
+            cells = {row["design"]: row for row in result["rows"] if row["world"]["name"] == world}
             shares = (f"{cells[name]['families']:.1%}, {cells[name]['comparisons']:.1%}" for name in names)
             lines.append(f"| {world} | {' | '.join(shares)} |")
-    failing = sorted({row["design"] for row in found["rows"] if row["null"] and not holds(row, found["families"])})
+    failing = sorted({row["design"] for row in result["rows"] if row["null"] and not holds(row, result["families"])})
     kept = [name for name in names if name not in failing]
     lines += [
         "",
@@ -149,7 +149,7 @@ def text(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(found: dict, out: Path) -> None:
+def write(result: dict, out: Path) -> None:
     """designs.json and designs.md."""
-    write_file(out / "designs.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
-    write_file(out / "designs.md", text(found))
+    write_file(out / "designs.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_file(out / "designs.md", text(result))

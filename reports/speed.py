@@ -38,13 +38,13 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: the file is no JSON, or not of this schema.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        bench = json.loads(path.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: no JSON: {error}") from None
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        schema = found.get("schema") if isinstance(found, dict) else None
+    if not isinstance(bench, dict) or bench.get("schema") != SCHEMA:
+        schema = bench.get("schema") if isinstance(bench, dict) else None
         raise ValueError(f"{path}: schema {schema} where {SCHEMA} is known: give a file of `rankwise bench --json`")
-    return found
+    return bench
 
 
 def text(bench: dict[str, Any], width: int = 120) -> str:
@@ -78,8 +78,8 @@ def markdown(bench: dict[str, Any], drawing: figures.Drawing | None = None) -> s
 
 def tables(bench: dict[str, Any]) -> list[Table]:
     """Steps, allocator, throughput, study; those of which anything was measured."""
-    found = (steps(bench), allocator(bench), throughput(bench), study(bench))
-    return [table for table in found if table is not None]
+    made = (steps(bench), allocator(bench), throughput(bench), study(bench))
+    return [table for table in made if table is not None]
 
 
 # -- steps -------------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def steps(bench: dict[str, Any]) -> Table | None:
 
 
 def _notes(bench: dict[str, Any]) -> list[str]:
-    """What must be known to read the table, and what was found on the way."""
+    """What must be known to read the table, and what was measured beside it."""
     recipe, rows = bench["recipe"], bench["rows"]
     adalora = recipe["adalora"]
     notes = [
@@ -176,19 +176,19 @@ def _notes(bench: dict[str, Any]) -> list[str]:
 
 
 def _range(numbers: Iterable[int]) -> str:
-    low, high = min(found := list(numbers)), max(found)
+    low, high = min(listed := list(numbers)), max(listed)
     return str(low) if low == high else f"{low} to {high}"
 
 
 def _floor_shares(rows: Sequence[dict[str, Any]]) -> str:
     """One entry for the rows that share a floor: those that differ in the method alone."""
-    found: dict[str, str] = {}
+    by_floor: dict[str, str] = {}
     for row in rows:
         name = "/".join(part for part in row["case"].split("/") if part not in figures.METHOD_COLOURS)
         share, improved = row["floor_rate_share"], row["improved_floor_rate_share"]
         if share is not None:
-            found[name] = f"{name} {share:.0%}" + ("" if improved is None else f" / {improved:.0%}")
-    return ", ".join(found.values())
+            by_floor[name] = f"{name} {share:.0%}" + ("" if improved is None else f" / {improved:.0%}")
+    return ", ".join(by_floor.values())
 
 
 # -- allocator, throughput, study ------------------------------------------------------------------------------------

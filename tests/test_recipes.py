@@ -577,14 +577,14 @@ def line(scores=(91.0, 92.0, 93.0), published=90.0, **changes) -> beside.Line:
 def test_without_a_published_spread_our_interval_and_the_tolerance_decide():
     # mean 92, sd 1, n = 3: t(2, 0.975) = 4.302653, half-width 4.302653 / sqrt(3) = 2.484138; with 0.05: 2.534138
     assert beside.half_width(summary([91, 92, 93]), None, 5, 0.05) == pytest.approx(2.534138, abs=1e-6)
-    said = beside.verdict(line(published=90.0))
+    said = beside.agreement(line(published=90.0))
     assert (said.kind, said.tags, said.difference.mean) == ("inside the combined interval", (), 2.0)
     assert (said.difference.low, said.difference.high) == pytest.approx((2 - 2.534138, 2 + 2.534138), abs=1e-6)
-    assert beside.verdict(line(published=89.47)).kind == "inside the combined interval"  # 2.53
-    assert beside.verdict(line(published=89.46)).kind == "better"  # 2.54
-    assert beside.verdict(line(published=94.54)).kind == "worse"
-    assert beside.verdict(line(published=94.54, higher_is_better=False)).kind == "better"
-    assert beside.verdict(line(published=89.46, higher_is_better=False)).kind == "worse"
+    assert beside.agreement(line(published=89.47)).kind == "inside the combined interval"  # 2.53
+    assert beside.agreement(line(published=89.46)).kind == "better"  # 2.54
+    assert beside.agreement(line(published=94.54)).kind == "worse"
+    assert beside.agreement(line(published=94.54, higher_is_better=False)).kind == "better"
+    assert beside.agreement(line(published=89.46, higher_is_better=False)).kind == "worse"
 
 
 def test_with_a_published_spread_welchs_interval_decides():
@@ -593,8 +593,8 @@ def test_with_a_published_spread_welchs_interval_decides():
     assert half == pytest.approx(2.692 * 0.730297, abs=2e-3)
     p = ttest_ind_from_stats(half, 1, 3, 0, 1, 5, equal_var=False).pvalue  # at the interval's end the test says 5 %
     assert p == pytest.approx(0.05, abs=1e-9)
-    assert beside.verdict(line(published=90.1, spread=1.0)).kind == "inside the combined interval"
-    assert beside.verdict(line(published=90.0, spread=1.0)).kind == "better"
+    assert beside.agreement(line(published=90.1, spread=1.0)).kind == "inside the combined interval"
+    assert beside.agreement(line(published=90.0, spread=1.0)).kind == "better"
     assert beside.half_width(summary([91, 92, 93]), 1.0, None, 0.05) == pytest.approx(2.534138, abs=1e-6)  # n not said
     assert beside.half_width(summary([92, 92]), 0.0, 5, 0.05) == 0.0
     assert beside.half_width(summary([92]), 1.0, 5, 0.05) is None
@@ -612,7 +612,7 @@ def test_with_a_published_spread_welchs_interval_decides():
     ],
 )
 def test_not_comparable_comes_first_and_the_numbers_stay(changes, tags):
-    said = beside.verdict(line(published=50.0, **changes))
+    said = beside.agreement(line(published=50.0, **changes))
     assert (said.kind, said.tags) == ("not comparable", tags)
     assert said.text == f"not comparable: {', '.join(tags)}"
     assert (said.difference is None) == (changes.get("scores") == {})
@@ -749,7 +749,7 @@ def test_a_miniature_compares_the_shape_of_a_curve_and_no_number():
     published, ours = (10.0, 12.0, 11.0), (50.0, 55.0, 57.0)
     curve = [line((score, score), value, miniature=True, position=float(rank), row=f"r = {rank}", metric="pearson")
              for rank, value, score in zip((1, 2, 4), published, ours, strict=True)]  # fmt: skip
-    assert all(beside.verdict(one).difference is None for one in curve)
+    assert all(beside.agreement(one).difference is None for one in curve)
     (said,) = beside_table.shape(curve)
     assert "published STS-B is best at 2 and spans 2.00" in said and "is best at 4 and spans 7.00" in said
     assert "rank correlation of the two curves +0.50, 3 points" in said  # ranks 1 3 2 and 1 2 3

@@ -113,7 +113,7 @@ def rates(study: Study) -> Drawing | None:
         figure, (ax,) = panels(1, 1, (8.2, 4.4))
         ax.set_xscale("log")
         scores = {arm: {rate: rate_score(runs) for rate, runs in arm.grid.items()} for arm in arms}
-        floor = _show_near_best(ax, [s for found in scores.values() for s in found.values() if s is not None])
+        floor = _show_near_best(ax, [s for by_rate in scores.values() for s in by_rate.values() if s is not None])
         failed: list[tuple[float, Arm]] = []
         for arm, line in line_styles(arms):
             shown = [(rate, score) for rate, score in scores[arm].items() if score is not None]

@@ -33,7 +33,7 @@ def rank_map(study: Study) -> Drawing | None:
     ranks = [{site: rank.active for site, rank in mean_ranks(arm).items()} for arm in arms]
     if not any(ranks):
         return None
-    layers, kinds, others, labels = _grid(site for found in ranks for site in found)
+    layers, kinds, others, labels = _grid(site for of_arm in ranks for site in of_arm)
     top = max(rank.nominal for arm in arms for rank in mean_ranks(arm).values()) or 1
 
     wide = max(len(layers), 4)
@@ -45,10 +45,10 @@ def rank_map(study: Study) -> Drawing | None:
     with house_style():
         size = (columns * (wide * cell + 0.55) + margin + 0.9, rows * height + 0.8)
         figure, axes = panels(rows, columns, size, sharey=True)
-        for ax, arm, found in zip(axes, arms, ranks, strict=False):
-            _rank_panel(ax, found, layers, kinds, others, labels, top, small=wide > 16)
+        for ax, arm, of_arm in zip(axes, arms, ranks, strict=False):
+            _rank_panel(ax, of_arm, layers, kinds, others, labels, top, small=wide > 16)
             n = len(arm.completed)
-            ax.set_title(f"{arm.setting}   total {decimal(sum(found.values()))}", pad=5)
+            ax.set_title(f"{arm.setting}   total {decimal(sum(of_arm.values()))}", pad=5)
             if n != len(arms[0].completed):
                 ax.set_title(f"n = {n}", loc="right", fontsize=8.5, fontweight="normal", color=FAINT)
         for ax in axes[len(arms) :]:
@@ -114,31 +114,31 @@ def _rank_panel(
 
 def allocation_pair(study: Study) -> Drawing | None:
     """The two allocations that differ most of the part's settings, side by side; None where all are alike."""
-    found = [(arm, {site: rank.active for site, rank in mean_ranks(arm).items()}) for arm in study.arms if arm.has_ranks]
+    allocations = [(arm, {site: rank.active for site, rank in mean_ranks(arm).items()}) for arm in study.arms if arm.has_ranks]
     pairs = [
         (sum(abs(one.get(site, 0) - other.get(site, 0)) for site in one.keys() | other.keys()), -i, -j)
-        for i, (_, one) in enumerate(found)
-        for j, (_, other) in enumerate(found)
+        for i, (_, one) in enumerate(allocations)
+        for j, (_, other) in enumerate(allocations)
         if i < j
     ]
     if not pairs or not max(pairs)[0]:
         return None
     _, i, j = max(pairs)
-    (first, one), (second, other) = found[-i], found[-j]
+    (first, one), (second, other) = allocations[-i], allocations[-j]
     return side_by_side(first.setting, one, second.setting, other, f"{subject(study)} ({seeds_text([first, second])})")
 
 
-def one_map(found: RankMap) -> Drawing:
+def one_map(one: RankMap) -> Drawing:
     """Layer x module of one run or adapter."""
-    ranks = {site.site: float(site.active) for site in found.sites}
+    ranks = {site.site: float(site.active) for site in one.sites}
     layers, kinds, others, labels = _grid(ranks)
     wide = max(len(layers), 4)
     with house_style():
         figure, (ax,) = panels(1, 1, (wide * 0.44 + 3.2, 0.36 * (len(kinds) + len(others)) + 1.6))
-        top = max(site.nominal for site in found.sites) or 1
+        top = max(site.nominal for site in one.sites) or 1
         _rank_panel(ax, ranks, layers, kinds, others, labels, top, small=wide > 16)
         ax.set_xlabel("layer")
-        title = f"Active rank of each layer and module, {found.name} (total {decimal(sum(ranks.values()))})"
+        title = f"Active rank of each layer and module, {one.name} (total {decimal(sum(ranks.values()))})"
         title_above(figure, title)
     return Drawing("rank-map", title, f"Heat-map of ranks, {len(kinds)} kinds of modules by {len(layers)} layers.", figure)
 

@@ -77,11 +77,11 @@ def settings(study: Study) -> list[tuple[str, str, str, str]]:
 
 def training(study: Study) -> list[tuple[str, str]]:
     """(phase, its training settings as JSON); more than one line of a phase says that its runs differ."""
-    found: dict[tuple[str, str], None] = {}
+    lines: dict[tuple[str, str], None] = {}
     for run in sorted(study.runs, key=lambda run: run.config.phase):
         if run.config.training:
-            found[run.config.phase, _json(run.config.training)] = None
-    return list(found)
+            lines[run.config.phase, _json(run.config.training)] = None
+    return list(lines)
 
 
 def slug(study: Study) -> str:

@@ -62,12 +62,12 @@ def _figures(part: dict) -> dict:
     """The charts of a part, and the colour of each of its settings."""
     study: Study = part["study"]
     scores = [charts.score_against_parameters(study), charts.rate_curves(study, part["rates"])]
-    found = charts.rank_map(study, part["ranks"])
+    ranks = charts.rank_map(study, part["ranks"])
     return {
         "differences": charts.differences(study, part["verdicts"]),
         "scores": [chart for chart in scores if chart is not None],
-        "rank_map": found,
-        "choices": [asdict(choice) for choice in found.choices] if found else [],
+        "rank_map": ranks,
+        "choices": [asdict(choice) for choice in ranks.choices] if ranks else [],
         "budget": charts.budget(study),
         "colours": {arm.setting: colour(arm.method) for arm in study.arms},
     }
@@ -107,8 +107,8 @@ def sort_key(cell: Cell) -> float | None:
         case Tried():
             return cell.score
         case str():
-            found = NUMBER_OR_RANGE.fullmatch(cell)
-            return float(found[1].replace(",", "")) if found else None
+            match = NUMBER_OR_RANGE.fullmatch(cell)
+            return float(match[1].replace(",", "")) if match else None
     return None
 
 
@@ -121,7 +121,7 @@ def _bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, which no word of its own can end early."""
     from vl_convert import javascript_bundle
 
-    return re.sub(r"</(?=script)|<!--", lambda found: "\\x3c" + found[0][1:], javascript_bundle(), flags=re.IGNORECASE)
+    return re.sub(r"</(?=script)|<!--", lambda match: "\\x3c" + match[0][1:], javascript_bundle(), flags=re.IGNORECASE)
 
 
 def _environment():

@@ -79,8 +79,8 @@ def section(study: Study, command: str | None = None) -> dict:
 def _named(entry: dict) -> list[tables.Table | None]:
     """The tables that get files of their own."""
     study = entry["study"]
-    found = [entry["comparison"], tables.verdict_table(study), entry["statistics"], entry["rates"], entry["ranks"]]
-    return [*found, *entry["allocation"], tables.every_run(study)]
+    made = [entry["comparison"], tables.verdict_table(study), entry["statistics"], entry["rates"], entry["ranks"]]
+    return [*made, *entry["allocation"], tables.every_run(study)]
 
 
 def _write_table(table: tables.Table, folder: Path, prefix: str = "") -> str:

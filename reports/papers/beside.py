@@ -1,8 +1,8 @@
 """Published beside ours: a paper's value, the runs of its recipe, their difference, and what may be said of it.
 
-A line is one value of a published table and the scores that our runs of its cell came to; it keeps the facts, and what may
-be said follows from them whenever it is shown. `not comparable` comes before everything else: with another model, a
-shortened recipe, another start, one seed or a failed run the numbers are shown and nothing is claimed.
+A line is one published value and the scores of our runs of its cell. It stores the facts alone; how the two compare is
+computed when the line is shown. Another model, a shortened recipe, another start, one seed or a failed run makes a line
+`not comparable`: the numbers are shown and nothing is claimed.
 
     difference = ours - published;  inside the combined interval if |difference| <= h
     h: half-width of Welch's 95 % t interval from our sd over our n and the published sd over the published n;
@@ -26,13 +26,14 @@ from rankwise.reports.tables.cells import Difference
 
 SCHEMA = 1
 FILE = "beside.json"
-SPREADS = ("standard deviation", "not said")  # what is taken as one; a confidence interval of unsaid level is not
+# Spreads treated as standard deviations. A confidence interval whose level the paper does not give is not one.
+SPREADS = ("standard deviation", "not said")
 INSIDE = "inside the combined interval"
 NOT_COMPARABLE = "not comparable"
 
 
 class Reason(BaseModel):
-    """Why nothing is claimed: a word for the cell, a sentence for the caption."""
+    """Why a line is not comparable: a tag for the table's cell, a sentence for its caption."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
     tag: str
@@ -71,7 +72,7 @@ class Line(BaseModel):
 
     @property
     def key(self) -> tuple:
-        """Lines of one key are one line, the later one."""
+        """Of several lines with one key the last one counts."""
         return self.row, self.column, self.cell, self.variant, self.scale, self.model
 
     @property
@@ -80,8 +81,8 @@ class Line(BaseModel):
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What may be said: `kind` is INSIDE, "better", "worse" or NOT_COMPARABLE, with the tags of its reasons."""
+class Agreement:
+    """How ours compares with the paper's: `kind` is INSIDE, "better", "worse" or NOT_COMPARABLE; tags of its reasons."""
 
     kind: str
     tags: tuple[str, ...]
@@ -93,9 +94,9 @@ class Verdict:
 
 
 def columns_of(published: Published, task: str, beside: str = "") -> list[str]:
-    """The columns that runs of a task are set beside: that one, or every column of the task that is no average."""
-    found = [name for name, column in published.columns.items() if column.task == task and not column.averages]
-    return [beside] if beside else found
+    """The columns that runs of a task are compared with: `beside` if given, else every column of the task but averages."""
+    of_task = [name for name, column in published.columns.items() if column.task == task and not column.averages]
+    return [beside] if beside else of_task
 
 
 def lines(
@@ -121,13 +122,13 @@ def lines(
     Args:
         results: result.json of each final run.
         notes: what the task says must stand beside every number of it.
-        final_steps: steps that a shrinking method spends at its final budget; a checkpoint scored before them is told.
+        final_steps: steps that a shrinking method spends at its final budget; a departure names runs scored before them.
         miniature: the runs are of another task than the column, so that only a curve's shape is compared.
         position: of the row on that curve.
     """
     results = list(results)
     done = [r for r in results if r["status"] == "completed"]
-    found = []
+    made = []
     for name in columns:
         if name not in published.row(row).values:
             continue
@@ -139,7 +140,7 @@ def lines(
         if not scores and done:
             lacking = f"{metric} of {split}" if metric else "metric of this column"
             whys.append(Reason(tag="no such score", text=f"{column.title}: the runs have no {lacking}."))
-        found.append(
+        made.append(
             Line(
                 table=published.where,
                 row=row,
@@ -168,28 +169,30 @@ def lines(
                 notes=list(notes),
             )
         )
-    return found
+    return made
 
 
 def _departures(published: Published, metric: str | None, done: list[Mapping[str, Any]], final_steps: int | None) -> list[str]:
-    """What only the runs can tell."""
-    found = []
+    """Departures that are known only once the runs are made."""
+    sentences = []
     if published.statistic not in (None, "mean"):
-        found.append(f"The paper reports the {published.statistic} of its seeds; ours is their mean.")
+        sentences.append(f"The paper reports the {published.statistic} of its seeds; ours is their mean.")
     if done and metric is not None and metric != done[0]["metric"]:
-        found.append(f"Our best epoch is the best in {done[0]['metric']}; the column is {metric}.")
-    found += dict.fromkeys(r["dropout_note"][0].upper() + r["dropout_note"][1:] + "." for r in done if r.get("dropout_note"))
+        sentences.append(f"Our best epoch is the best in {done[0]['metric']}; the column is {metric}.")
+    sentences += dict.fromkeys(
+        r["dropout_note"][0].upper() + r["dropout_note"][1:] + "." for r in done if r.get("dropout_note")
+    )
     precisions = sorted({r["precision"] for r in done} - {"fp32"})
-    found += [f"Frozen weights in {precision}." for precision in precisions]
+    sentences += [f"Frozen weights in {precision}." for precision in precisions]
     if final_steps is not None:
         early = [r for r in done if r.get("scored_step") is not None and r["scored_step"] < r["total_steps"] - final_steps]
         if early:
-            found.append(f"{len(early)} of {len(done)} runs had their best epoch before the rank budget was reached.")
-    return found
+            sentences.append(f"{len(early)} of {len(done)} runs had their best epoch before the rank budget was reached.")
+    return sentences
 
 
-def verdict(line: Line) -> Verdict:
-    """What may be said of a line."""
+def agreement(line: Line) -> Agreement:
+    """How the runs of a line compare with its published value."""
     ours, tags = line.ours, [reason.tag for reason in line.reasons]
     if line.failed:
         tags.append(f"failed ({len(line.failed)} of {line.asked})")
@@ -198,16 +201,16 @@ def verdict(line: Line) -> Verdict:
     if ours is not None and ours.n == 1:
         tags.append("one seed")
     if ours is None or line.miniature:
-        return Verdict(NOT_COMPARABLE, tuple(tags), None)
+        return Agreement(NOT_COMPARABLE, tuple(tags), None)
     gap = ours.mean - line.published
     half = half_width(ours, line.spread, line.published_n, line.tolerance)
     low, high = (None, None) if half is None else (gap - half, gap + half)
     difference = Difference(gap, low, high, ours.sd, ours.n)
     if tags:
-        return Verdict(NOT_COMPARABLE, tuple(tags), difference)
+        return Agreement(NOT_COMPARABLE, tuple(tags), difference)
     if abs(gap) <= half:
-        return Verdict(INSIDE, (), difference)
-    return Verdict("better" if (gap > 0) == line.higher_is_better else "worse", (), difference)
+        return Agreement(INSIDE, (), difference)
+    return Agreement("better" if (gap > 0) == line.higher_is_better else "worse", (), difference)
 
 
 def half_width(ours: Summary, spread: float | None, published_n: int | None, tolerance: float) -> float | None:
@@ -220,13 +223,13 @@ def half_width(ours: Summary, spread: float | None, published_n: int | None, tol
         return None
     if spread is None or published_n is None or published_n < 2:
         return ours.half_width + tolerance
-    mine, theirs = ours.sd**2 / ours.n, spread**2 / published_n
-    if mine + theirs == 0:
+    variance, published_variance = ours.sd**2 / ours.n, spread**2 / published_n
+    if variance + published_variance == 0:
         return 0.0
-    degrees = (mine + theirs) ** 2 / (mine**2 / (ours.n - 1) + theirs**2 / (published_n - 1))
+    degrees = (variance + published_variance) ** 2 / (variance**2 / (ours.n - 1) + published_variance**2 / (published_n - 1))
     from scipy.stats import t
 
-    return float(t.ppf(0.5 + LEVEL / 2, degrees)) * sqrt(mine + theirs)
+    return float(t.ppf(0.5 + LEVEL / 2, degrees)) * sqrt(variance + published_variance)
 
 
 def load(folder: str | Path) -> tuple[str | None, list[Line]]:
@@ -256,8 +259,8 @@ def keep(name: str, new: Sequence[Line], folder: str | Path) -> None:
     published = published_tables.load(name)
     kept = {line.key: line for line in (*before, *new)}
     order = list(kept)
-    found = sorted(kept.values(), key=lambda line: (_place(published, line), order.index(line.key)))
-    stored = {"schema": SCHEMA, "published": name, "lines": [line.model_dump(mode="json") for line in found]}
+    ordered = sorted(kept.values(), key=lambda line: (_place(published, line), order.index(line.key)))
+    stored = {"schema": SCHEMA, "published": name, "lines": [line.model_dump(mode="json") for line in ordered]}
     write_file(Path(folder) / FILE, json.dumps(stored, indent=1, allow_nan=False) + "\n")
 
 

@@ -10,10 +10,10 @@ from rankwise.reports.tables.cells import bytes_text, rate_text
 from rankwise.reports.tables.table import Table
 
 
-def overview(found: Mapping[str, Any]) -> Table:
+def overview(here: Mapping[str, Any]) -> Table:
     """Every table of `rankwise.experiments.recipes.here`: what it needs, and whether this machine can run it."""
     rows, waiting = [], []
-    for one in found["tables"]:
+    for one in here["tables"]:
         ready = [cell for cell in one["cells"] if not cell["waits"]]
         if not ready:
             reasons = dict.fromkeys(cell["waits"] for cell in one["cells"])
@@ -32,13 +32,13 @@ def overview(found: Mapping[str, Any]) -> Table:
             )
         )
     columns = ("table", "runs here", "cells", "model", "data", "memory", "time a cell")
-    caption = (*_estimates(found), *waiting)
-    return Table("papers", f"The papers' tables ({found['variant']}) and what they need", columns, tuple(rows), caption, 7)
+    caption = (*_estimates(here), *waiting)
+    return Table("papers", f"The papers' tables ({here['variant']}) and what they need", columns, tuple(rows), caption, 7)
 
 
-def detail(found: Mapping[str, Any], published: Published) -> Table:
+def detail(here: Mapping[str, Any], published: Published) -> Table:
     """The cells of one table, with what was published, the settings in which they differ, and what they need."""
-    one = found["tables"][0]
+    one = here["tables"][0]
     ready = [cell for cell in one["cells"] if not cell["waits"]]
     settings = [{k: v for k, v in cell["settings"].items() if k != "departures"} for cell in ready]
     keys = dict.fromkeys(key for values in settings for key in values)
@@ -59,13 +59,13 @@ def detail(found: Mapping[str, Any], published: Published) -> Table:
         waiting[one["waits"]] = [row.label for row in published.rows]
     caption = [f"Source: {one['source']}.", f"Variants: {', '.join(one['variants']) or 'none'}."]
     if one["about"]:
-        caption.append(f"{found['variant'].capitalize()}: {one['about']}.")
+        caption.append(f"{here['variant'].capitalize()}: {one['about']}.")
     if common:
         caption.append(f"All cells: {', '.join(f'{key} {_plain(settings[0][key])}' for key in keys if key in common)}.")
     caption += [f"Departure: {sentence}" for sentence in one["departures"]]
     caption += [f"Waits for {why}: {'; '.join(dict.fromkeys(labels))}." for why, labels in waiting.items()]
     if rows:
-        caption += _estimates(found)
+        caption += _estimates(here)
         caption.append(
             f"To run: rankwise paper {one['table']} --cells {rows[0][1]} [--rows LABEL] [--variant NAME] [--scale X]."
         )
@@ -81,16 +81,16 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _estimates(found: Mapping[str, Any]) -> list[str]:
-    free = found["free_memory_bytes"]
+def _estimates(here: Mapping[str, Any]) -> list[str]:
+    free = here["free_memory_bytes"]
     return [
-        f"Hub: {found['hub']}. Free memory: {'unknown' if free is None else bytes_text(free)}.",
+        f"Hub: {here['hub']}. Free memory: {'unknown' if free is None else bytes_text(free)}.",
         "Memory: of one run, weights, AdamW's averages and the activations of a micro-batch of the longest inputs, in fp32.",
         f"Time: estimated for this CPU, all seeds and rates one after the other: operations by parameters and assumed tokens, "
-        f"at {found['reached_share']:g} (share seen in reports/studies/quick-look) of the "
-        f"{found['matrix_product_flops'] / 1e9:.0f} Gflop/s of matrix products measured just now; good to a factor of three. "
+        f"at {here['reached_share']:g} (share seen in reports/studies/quick-look) of the "
+        f"{here['matrix_product_flops'] / 1e9:.0f} Gflop/s of matrix products measured just now; good to a factor of three. "
         "--scale shortens a recipe.",
-        f"with --model: the data is here, the model is not or does not fit; {found['stand_in']} can stand in, and every table "
+        f"with --model: the data is here, the model is not or does not fit; {here['stand_in']} can stand in, and every table "
         "says so.",
     ]
 
@@ -104,7 +104,7 @@ def _by_place(names: Iterable[tuple[str, str]]) -> str:
     places: dict[str, list[str]] = {}
     for name, place in names:
         places.setdefault(place, []).append(name)
-    return "; ".join(f"{place}: {_names(found)}" for place, found in places.items())
+    return "; ".join(f"{place}: {_names(at_place)}" for place, at_place in places.items())
 
 
 def _span(values: Sequence[float], show: Callable[[float], str]) -> str:

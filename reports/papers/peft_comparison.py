@@ -20,7 +20,7 @@ REFERENCE = "lora/llama-3.2-3B-rank32"
 
 
 @dataclass(frozen=True)
-class Entry:
+class ComparedResult:
     """One result: accuracy in percent with the binomial interval (Wilson), and its test against the reference."""
 
     experiment: str
@@ -44,7 +44,7 @@ class Entry:
         return "better" if self.difference > 0 else "worse"
 
 
-def entries(file: Path = FILE, reference: str = REFERENCE) -> list[Entry]:
+def entries(file: Path = FILE, reference: str = REFERENCE) -> list[ComparedResult]:
     """Every result, best first.
 
     Raises:
@@ -67,7 +67,7 @@ def entries(file: Path = FILE, reference: str = REFERENCE) -> list[Entry]:
         correct, questions = counts[name]
         interval = binomtest(correct, questions).proportion_ci(LEVEL, method="wilson")
         made.append(
-            Entry(
+            ComparedResult(
                 experiment=name,
                 method=row["method"],
                 correct=correct,
@@ -84,7 +84,7 @@ def entries(file: Path = FILE, reference: str = REFERENCE) -> list[Entry]:
     return sorted(made, key=lambda entry: (-entry.correct, entry.experiment))
 
 
-def text(made: list[Entry]) -> str:
+def text(made: list[ComparedResult]) -> str:
     """The table as Markdown, with what it says in words."""
     reference = next(entry for entry in made if entry.p is None)
     kinds = {kind: [e for e in made if e.verdict == kind] for kind in ("better", "worse", "not told apart")}

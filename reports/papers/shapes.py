@@ -37,7 +37,7 @@ NEEDS = {  # method: the one size that it must be told besides the model's shape
 }
 
 
-class Shape(BaseModel):
+class ModelShape(BaseModel):
     """The sizes of one model; see shapes.toml."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
@@ -64,17 +64,17 @@ class Shape(BaseModel):
         d, wide, kv = self.hidden, self.intermediate, self.key_value or self.hidden
         stacks = 2 if self.family == "bart" else 1  # encoder and decoder
         attentions = (3 if self.family == "bart" else 1) * self.layers  # the decoder's cross-attention is the third
-        found = {
+        sizes = {
             "query": [(d, d, attentions)],
             "key": [(d, kv, attentions)],
             "value": [(d, kv, attentions)],
             "output": [(d, d, attentions)],
         }
         if self.family == "llama":
-            found["gate"] = [(d, wide, self.layers)]
-        found["up"] = [(d, wide, stacks * self.layers)]
-        found["down"] = [(wide, d, stacks * self.layers)]
-        return found
+            sizes["gate"] = [(d, wide, self.layers)]
+        sizes["up"] = [(d, wide, stacks * self.layers)]
+        sizes["down"] = [(wide, d, stacks * self.layers)]
+        return sizes
 
     @property
     def weights(self) -> int:
@@ -197,7 +197,7 @@ class Trained(BaseModel):
 
 
 @cache
-def shapes() -> dict[str, Shape]:
+def shapes() -> dict[str, ModelShape]:
     """Every shape by its name.
 
     Raises: ValueError: shapes.toml names an unknown key or a size that is none; one line for each fault.
@@ -205,18 +205,18 @@ def shapes() -> dict[str, Shape]:
     return read(FILE.read_text(encoding="utf-8"))
 
 
-def read(text: str) -> dict[str, Shape]:
+def read(text: str) -> dict[str, ModelShape]:
     """The shapes that a TOML text describes. Raises: ValueError: as `shapes`."""
-    found = {}
+    by_name = {}
     for name, values in tomllib.loads(text).items():
         try:
-            found[name] = Shape(**values)
+            by_name[name] = ModelShape(**values)
         except ValidationError as error:
-            raise ValueError("\n".join(explain(error, Shape, where=f"shapes.toml: {name}"))) from None
-    return found
+            raise ValueError("\n".join(explain(error, ModelShape, where=f"shapes.toml: {name}"))) from None
+    return by_name
 
 
-def shape(name: str) -> Shape:
+def shape(name: str) -> ModelShape:
     """One model's shape. Raises: ValueError: there is none of that name; offers the nearest."""
     known = shapes()
     if name not in known:

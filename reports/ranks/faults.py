@@ -40,7 +40,7 @@ def tensors(path: Path) -> dict[str, tuple[np.ndarray, str]]:
     content = memoryview(path.read_bytes())
     size = int.from_bytes(content[:8], "little")
     header, body = json.loads(bytes(content[8 : 8 + size])), content[8 + size :]
-    found = {}
+    by_name = {}
     for name, entry in header.items():
         if name == "__metadata__" or entry["dtype"] not in TYPES:
             continue
@@ -48,8 +48,8 @@ def tensors(path: Path) -> dict[str, tuple[np.ndarray, str]]:
         values = np.frombuffer(body[start:end], TYPES[entry["dtype"]]).reshape(entry["shape"])
         if entry["dtype"] == "BF16":
             values = (values.astype(np.uint32) << 16).view(np.float32)
-        found[name] = values.astype(np.float64), entry["dtype"]
-    return found
+        by_name[name] = values.astype(np.float64), entry["dtype"]
+    return by_name
 
 
 def examine(site: str, A: np.ndarray, B: np.ndarray, E: np.ndarray | None, scale: float, kind: str) -> tuple[Update, list[str]]:
@@ -129,10 +129,12 @@ def of_lora_patterns(config: Mapping, ranks: Mapping[str, int], matches: Callabl
                     f'{setting} = {{"{key}": {value}}} matches none of the {len(ranks)} modules of the file: it has no effect'
                 )
     for site, rank in ranks.items():
-        found = next(((key, r) for key, r in (config.get("rank_pattern") or {}).items() if matches(key, site)), None)
-        told, where = (config.get("r"), "r") if found is None else (found[1], f'rank_pattern["{found[0]}"]')
-        if told != rank:
-            faults.append(f"{site}: {where} is {told}, its tensors have rank {rank}: PEFT builds {told} and cannot load them")
+        match = next(((key, r) for key, r in (config.get("rank_pattern") or {}).items() if matches(key, site)), None)
+        configured, where = (config.get("r"), "r") if match is None else (match[1], f'rank_pattern["{match[0]}"]')
+        if configured != rank:
+            faults.append(
+                f"{site}: {where} is {configured}, its tensors have rank {rank}: PEFT builds {configured} and cannot load them"
+            )
     return faults
 
 

@@ -89,21 +89,21 @@ def _measured(folder: Path, sites: list[SiteRank], shapes: dict[str, tuple[int, 
     """The sites with what their tensors say, and what is wrong with the tensors."""
     stored = faults.tensors(folder / WEIGHTS)
     parts: dict[str, dict[str, tuple]] = {}
-    found = []
+    wrong = []
     for name in shapes:
         tensor = part(name.removeprefix(PREFIX))
         if name not in stored:
-            found.append(f"{name} is stored in a type that is not read here: only its shape is known")
+            wrong.append(f"{name} is stored in a type that is not read here: only its shape is known")
         elif tensor is not None and tensor.factor is not None:
             parts.setdefault(tensor.site, {})[tensor.factor] = stored[name]
         elif bad := int((~np.isfinite(stored[name][0])).sum()):
-            found.append(f"{name} holds {bad:,} numbers that are not finite")
+            wrong.append(f"{name} holds {bad:,} numbers that are not finite")
     updates = {}
     for site in sites:
         if {"A", "B"} <= set(of := parts.get(site.site, {})):
             E = of["E"][0] if "E" in of else None
             updates[site.site], more = faults.examine(site.site, of["A"][0], of["B"][0], E, site.scale or 1.0, of["A"][1])
-            found += more
+            wrong += more
     total = sum(update.parameters for update in updates.values())
     measured = []
     for site in sites:
@@ -119,7 +119,7 @@ def _measured(folder: Path, sites: list[SiteRank], shapes: dict[str, tuple[int, 
                 singular_values=update.singular_values,
             )
         measured.append(site)
-    return measured, found
+    return measured, wrong
 
 
 def _lora_faults(config: dict, ranks: dict[str, int]) -> list[str]:
@@ -204,17 +204,17 @@ def _refuse_pickle(folder: Path) -> None:
 
 def _factor_ranks(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
     """Site -> rows of A, which must be the columns of B."""
-    found: dict[str, dict[str, int]] = {}
+    by_site: dict[str, dict[str, int]] = {}
     for name, shape in shapes.items():
         tensor = part(name.removeprefix(PREFIX))
         if tensor is not None and tensor.factor in ("A", "B") and len(shape) >= 2:
-            found.setdefault(tensor.site, {})[tensor.factor] = shape[0] if tensor.factor == "A" else shape[1]
-    for site, factors in found.items():
+            by_site.setdefault(tensor.site, {})[tensor.factor] = shape[0] if tensor.factor == "A" else shape[1]
+    for site, factors in by_site.items():
         if set(factors) != {"A", "B"} or factors["A"] != factors["B"]:
             raise ValueError(
                 f"{folder}: {site} has factors of rank {factors}; A and B come in pairs of one rank; save the adapter again"
             )
-    return {site: factors["A"] for site, factors in found.items()}
+    return {site: factors["A"] for site, factors in by_site.items()}
 
 
 def _lora_sites(folder: Path, config: dict, ranks: dict[str, int]) -> list[SiteRank]:

@@ -30,10 +30,10 @@ def shown(path: Path) -> list[Table]:
     Raises:
         ValueError: neither run, study nor adapter; or a study without ranks.
     """
-    found = parts(path)
-    if not found:
+    study_parts = parts(path)
+    if not study_parts:
         return [tables.rank_table(path)]
-    made = [table for part in found for table in (tables.ranks(part), *study_tables(part)) if table is not None]
+    made = [table for part in study_parts for table in (tables.ranks(part), *study_tables(part)) if table is not None]
     if not made:
         raise ValueError(f"{path}: no finished run there has ranks; give the folder of a study of low-rank methods")
     return made
@@ -41,8 +41,8 @@ def shown(path: Path) -> list[Table]:
 
 def as_dict(path: Path) -> dict:
     """The same for a program: of a study every run, and the tables."""
-    found = parts(path)
-    if not found:
+    study_parts = parts(path)
+    if not study_parts:
         return read(path).as_dict()
     return {
         "schema": 1,
@@ -55,7 +55,7 @@ def as_dict(path: Path) -> dict:
                 "tables": {table.name: table.records() for table in study_tables(part)},
                 "runs": [{"setting": arm.setting, "seed": seed, **one.as_dict()} for arm, seed, one in _maps(part)],
             }
-            for part in found
+            for part in study_parts
         ],
     }
 
@@ -69,11 +69,11 @@ def _maps(part: Study) -> list[tuple[Arm, int, RankMap]]:
 
 def as_csv(path: Path) -> str:
     """One line a site, of every run where PATH is a study."""
-    found = parts(path)
-    if found:
+    study_parts = parts(path)
+    if study_parts:
         heads = [
             ({"study": part.name, "task": part.task, "model": part.model, "setting": arm.setting, "seed": seed}, one)
-            for part in found
+            for part in study_parts
             for arm, seed, one in _maps(part)
         ]
     else:
@@ -98,15 +98,15 @@ def drawings(path: Path, beside: Path | None = None) -> list[figures.Drawing]:
     """
     if beside is not None:
         one, other = (_allocation(folder) for folder in (path, beside))
-        names = [found.method if one.method != other.method else found.name for found in (one, other)]
-        ranks = [{site.site: float(site.active) for site in found.sites} for found in (one, other)]
+        names = [each.method if one.method != other.method else each.name for each in (one, other)]
+        ranks = [{site.site: float(site.active) for site in each.sites} for each in (one, other)]
         return [figures.side_by_side(names[0], ranks[0], names[1], ranks[1], f"{path.name} and {beside.name}")]
-    found = parts(path)
-    if found:
+    study_parts = parts(path)
+    if study_parts:
         made = [(part, [figures.rank_map, figures.allocation_pair, figures.stability, figures.budget, figures.ranks_over_time,
-                        figures.importance, figures.spectra, figures.knock_out]) for part in found]  # fmt: skip
+                        figures.importance, figures.spectra, figures.knock_out]) for part in study_parts]  # fmt: skip
         drawn = [(part, make(part)) for part, functions in made for make in functions]
-        several = len(found) > 1
+        several = len(study_parts) > 1
         return [_named(drawing, slug(part) + "-" if several else "") for part, drawing in drawn if drawing is not None]
     one = read(path)
     return [figures.one_map(one), *([figures.one_spectrum(one)] if any(site.singular_values for site in one.sites) else [])]

@@ -32,8 +32,8 @@ def site_order(sites: Iterable[str]) -> list[str]:
 def module_labels(sites: Iterable[str]) -> dict[str, str]:
     """Site -> the shortest end of its module kind that no other kind of the model ends with.
 
-    `attention.self.query` is `query`; `output.dense` stays, for `attention.output.dense` ends so too. Encoder and
-    decoder are told apart by the stack's name where a model has both.
+    `attention.self.query` is `query`; `output.dense` stays, for `attention.output.dense` ends so too. Where a model has an
+    encoder and a decoder, the name of the stack comes first.
     """
     sites = list(sites)
     kinds = list(dict.fromkeys(split_site(site)[2] for site in sites))

@@ -18,7 +18,7 @@ UNEQUAL = 0.005  # design: budgets are equal within 0.5 % of parameters, or the 
 
 
 def alarms(study: Study) -> list[str]:
-    """How far the study is to be believed, where that is not far."""
+    """What keeps the study from being a fair or a whole comparison."""
     incomplete = study.complete is False or any(run.status == "unfinished" for run in study.runs)
     return [
         *([QUICK] if study.quick else []),
@@ -27,9 +27,9 @@ def alarms(study: Study) -> list[str]:
 
 
 def task_caption(study: Study) -> list[str]:
-    """What the study and its task say must stand beside every number of theirs."""
-    told = dict.fromkeys(line for run in study.runs for line in run.config.caption)
-    return list(told or study.captions)  # the study's own are those of all its tasks
+    """What the task of a study, or the study itself, asks to be said beside every number."""
+    of_task = dict.fromkeys(line for run in study.runs for line in run.config.caption)
+    return list(of_task or study.captions)  # the study's own are those of all its tasks
 
 
 def comparison_caption(study: Study) -> list[str]:
@@ -78,25 +78,25 @@ def _rate_words(arms: list[Arm], selection: str) -> str:
 
 
 def _seed_sentences(study: Study) -> list[str]:
-    """The differences that these seeds could have seen, and how far the test part itself can be trusted."""
+    """The smallest detectable differences, and the standard error of a score on so few test rows."""
     sentences = []
-    found = verdicts(study)
-    seen = [f"{v.setting} {v.smallest:.2f}" for v in found if v.smallest is not None]
-    if seen:
+    given = verdicts(study)
+    detectable = [f"{v.setting} {v.smallest:.2f}" for v in given if v.smallest is not None]
+    if detectable:
         sentences.append(
-            f"Smallest difference to {found[0].reference} that these seeds could have seen (80 % of the time, at the level "
-            f"that the family asks of its first comparison): {', '.join(seen)}."
+            f"Smallest detectable difference to {given[0].reference} (80 % of the time, at the level that the family asks of "
+            f"its first comparison): {', '.join(detectable)}."
         )
     errors = {arm.setting: test_set_error(arm) for arm in study.arms}
-    if told := {setting: error for setting, error in errors.items() if error is not None}:
-        rows = next(iter(told.values()))[1]
-        each = ", ".join(f"{setting} {error:.2f}" for setting, (error, _) in told.items())
+    if known := {setting: error for setting, error in errors.items() if error is not None}:
+        rows = next(iter(known.values()))[1]
+        each = ", ".join(f"{setting} {error:.2f}" for setting, (error, _) in known.items())
         sentences.append(f"Standard error of one score for want of test rows ({rows:,} scored): {each} points.")
     return sentences
 
 
 def _planned_budget(study: Study) -> list[str]:
-    """The budget that the study's file makes equal, where it is another than steps; what came of it stands beside."""
+    """The budget that the study's file makes equal, where it is not steps. What the runs came to is said apart."""
     wanted = study.budget.get("equal", "steps")
     if wanted == "parameters":
         return [
@@ -154,7 +154,7 @@ def _budget_sentences(arms: list[Arm]) -> list[str]:
 
 
 def _place_sentences(arms: list[Arm]) -> list[str]:
-    """Runs of one table may have been made in several sittings, but not unnoticed on several devices."""
+    """A warning where the runs of one table were made on several devices."""
     configs = [run.config for arm in arms for run in arm.of("completed")]
     places = sorted({f"{c.device_name or c.device}, {c.precision}, {c.threads} threads" for c in configs})
     if len(places) < 2:

@@ -14,24 +14,24 @@ from rankwise.reports.verdicts import Verdict, verdicts, warnings
 
 def verdicts_over_tasks(parts: Sequence[Study]) -> Table | None:
     """A row a setting, a column a task: the verdict and the difference to the reference; None below two tasks of one model."""
-    found = {part.task: {v.setting: v for v in verdicts(part)} for part in parts}
-    references = {v.reference for by_setting in found.values() for v in by_setting.values()}
-    if len(found) < 2 or len({part.model for part in parts}) > 1 or len(references) != 1:
+    by_task = {part.task: {v.setting: v for v in verdicts(part)} for part in parts}
+    references = {v.reference for by_setting in by_task.values() for v in by_setting.values()}
+    if len(by_task) < 2 or len({part.model for part in parts}) > 1 or len(references) != 1:
         return None
     [reference] = references
-    settings = [s for s in parts[0].settings if any(s in by_setting for by_setting in found.values())]
+    settings = [s for s in parts[0].settings if any(s in by_setting for by_setting in by_task.values())]
     rows = []
     for setting in settings:
-        given = [by_setting.get(setting) for by_setting in found.values()]
+        given = [by_setting.get(setting) for by_setting in by_task.values()]
         rows.append((setting, *(None if v is None or v.mean is None else _verdict_words(v) for v in given)))
-    n = sorted({v.n for by_setting in found.values() for v in by_setting.values()})
+    n = sorted({v.n for by_setting in by_task.values() for v in by_setting.values()})
     caption = [
         *dict.fromkeys(line for part in parts for line in alarms(part)),
         f"Difference to {reference} in points with its 95 % paired t interval, n = {'/'.join(map(str, n))} seeds.",
         *dict.fromkeys(line for part in parts for line in warnings(part)),
     ]
     title = f"Verdicts against {reference}: {parts[0].title}, {parts[0].model}"
-    return Table("verdicts-over-tasks", title, ("setting", *found), tuple(rows), tuple(caption), 1 + len(found))
+    return Table("verdicts-over-tasks", title, ("setting", *by_task), tuple(rows), tuple(caption), 1 + len(by_task))
 
 
 def _verdict_words(verdict: Verdict) -> str:

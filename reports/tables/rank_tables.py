@@ -35,9 +35,9 @@ def ranks(study: Study) -> Table | None:
     if not arms:
         return None
     by_arm = [mean_ranks(arm) for arm in arms]
-    sites = site_order(site for found in by_arm for site in found)
-    rows = [(site, *(found.get(site) for found in by_arm)) for site in sites]
-    totals = [Rank(sum(r.active for r in found.values()), sum(r.nominal for r in found.values())) for found in by_arm]
+    sites = site_order(site for of_arm in by_arm for site in of_arm)
+    rows = [(site, *(of_arm.get(site) for of_arm in by_arm)) for site in sites]
+    totals = [Rank(sum(r.active for r in of_arm.values()), sum(r.nominal for r in of_arm.values())) for of_arm in by_arm]
     n = sorted({len(arm.completed) for arm in arms})
     caption = [
         *alarms(study),
@@ -55,8 +55,8 @@ def rank_table(path: str | Path | RankMap) -> Table:
     Raises:
         ValueError: neither of the two, cut off, foreign, or pickled.
     """
-    found = path if isinstance(path, RankMap) else read(path)
-    known = [entry for entry in KNOWN_OF_A_SITE if any(getattr(site, entry[1]) is not None for site in found.sites)]
+    one = path if isinstance(path, RankMap) else read(path)
+    known = [entry for entry in KNOWN_OF_A_SITE if any(getattr(site, entry[1]) is not None for site in one.sites)]
 
     def more(site: SiteRank) -> list[str]:
         values = [(getattr(site, field), show) for _, field, show in known]
@@ -64,20 +64,20 @@ def rank_table(path: str | Path | RankMap) -> Table:
 
     rows = [
         (s.site, "-" if s.layer is None else str(s.layer), s.active, s.nominal, _short(s.alpha), _short(s.scale), *more(s))
-        for s in found.sites
+        for s in one.sites
     ]
-    empty = sum(site.active == 0 for site in found.sites)
+    empty = sum(site.active == 0 for site in one.sites)
     caption = [
-        f"{found.active:,} of {found.nominal:,} ranks are active in {len(found.sites)} sites"
+        f"{one.active:,} of {one.nominal:,} ranks are active in {len(one.sites)} sites"
         + (f"; {empty} of them {'are' if empty > 1 else 'is'} at rank 0." if empty else "."),
-        *([found.note[0].upper() + found.note[1:] + "."] if found.note else []),
-        *([SPECTRA] if any(site.effective_rank is not None for site in found.sites) else []),
-        *([f"Loss without: its rise with dW = 0 there, on {found.evaluated}."] if found.evaluated else []),
-        *(f"Warning: {fault}." for fault in found.faults),
+        *([one.note[0].upper() + one.note[1:] + "."] if one.note else []),
+        *([SPECTRA] if any(site.effective_rank is not None for site in one.sites) else []),
+        *([f"Loss without: its rise with dW = 0 there, on {one.evaluated}."] if one.evaluated else []),
+        *(f"Warning: {fault}." for fault in one.faults),
     ]
     columns = ("site", "layer", "active", "nominal", "alpha", "scale", *(heading for heading, _, _ in known))
-    rows.append(("total", "", found.active, found.nominal, "", "", *("" for _ in known)))
-    return Table("ranks", f"Ranks of {found.name} ({found.method})", columns, tuple(rows), tuple(caption))
+    rows.append(("total", "", one.active, one.nominal, "", "", *("" for _ in known)))
+    return Table("ranks", f"Ranks of {one.name} ({one.method})", columns, tuple(rows), tuple(caption))
 
 
 def _short(value: float | None) -> str:

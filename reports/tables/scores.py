@@ -20,21 +20,21 @@ from rankwise.reports.verdicts import test_set_error, verdicts, warnings
 
 def verdict_table(study: Study) -> Table | None:
     """A row a setting: the verdict against the reference in words, and the numbers behind it; None without a reference."""
-    found = verdicts(study)
-    if not found:
+    given = verdicts(study)
+    if not given:
         return None
     rows = []
-    for v in found:
+    for v in given:
         difference = None if v.mean is None else Difference(v.mean, v.low, v.high, None, v.n)
         rows.append((v.setting, v.kind, v.text, v.n, difference, v.p, v.smallest))
-    columns = ("setting", "verdict", "in words", "n", "difference", "p (Holm)", "could have seen")
-    title = f"Verdicts against {found[0].reference}: {study.task}, {study.model}"
+    columns = ("setting", "verdict", "in words", "n", "difference", "p (Holm)", "smallest detectable difference")
+    title = f"Verdicts against {given[0].reference}: {study.task}, {study.model}"
     margin = "" if study.margin is None else f" Equivalent: the 95 % interval lies within {study.margin:g} points."
     caption = [
         *alarms(study),
         *warnings(study),
         "Exact sign-flip test on differences paired by seed, Holm's correction over the family of "
-        f"{max(len(study.settings) - 1, 1)} comparisons with {found[0].reference} on this task, 5 %.{margin}",
+        f"{max(len(study.settings) - 1, 1)} comparisons with {given[0].reference} on this task, 5 %.{margin}",
     ]
     return Table("verdicts", title, columns, tuple(rows), tuple(caption), text_columns=3)
 
@@ -65,7 +65,7 @@ def statistics_table(study: Study) -> Table | None:
     to = "" if reference is None else f" to {reference.setting}"
     columns = (
         "setting", "n", "mean", "sd", "median", "95 % t interval", "BCa interval", f"BCa of difference{to}",
-        "P(improvement)", "p (uncorrected)", "could have seen", "test-set error",
+        "P(improvement)", "p (uncorrected)", "smallest detectable difference", "test-set error",
     )  # fmt: skip
     caption = [
         *alarms(study),
@@ -81,5 +81,5 @@ def statistics_table(study: Study) -> Table | None:
 
 
 def _bootstrapped(values: Sequence[float]) -> str | None:
-    found = bca_interval(values)
-    return None if found is None else interval_text(*found)
+    interval = bca_interval(values)
+    return None if interval is None else interval_text(*interval)

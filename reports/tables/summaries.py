@@ -36,12 +36,12 @@ def parameters(arm: Arm) -> tuple[int | None, int | None, int | None]:
 
 def scales(arm: Arm) -> list[float]:
     """The distinct scales alpha/r in force in the arm's completed runs, ascending; equal within 0.1 % is equal."""
-    found: list[float] = []
+    in_force: list[float] = []
     for result in arm.completed:
         values = result.scale.values() if isinstance(result.scale, dict) else [result.scale]
-        found += [value for value in values if value is not None]
+        in_force += [value for value in values if value is not None]
     distinct: list[float] = []
-    for value in sorted(found):
+    for value in sorted(in_force):
         if not distinct or abs(value - distinct[-1]) > 1e-3 * abs(value):
             distinct.append(value)
     return distinct

@@ -108,7 +108,7 @@ def rank_map(study: Study, table: Table | None) -> RankChart | None:
     ).add_params(*chosen)
     specification = specification_of(drawing, 32 * len(kinds), rows=data)
     ends = ", ".join(f"{c.setting} {decimal(sum(t[-1] for t in c.totals) / len(c.totals))}" for c in choices)
-    told = (
+    description = (
         f"Heat map of active ranks, {len(kinds)} kinds of modules by {len(layers)} layers. Total after training, mean over "
         f"seeds: {ends}. The table of ranks below holds the end state of every site."
     )
@@ -117,7 +117,7 @@ def rank_map(study: Study, table: Table | None) -> RankChart | None:
     ]
     if thinned:
         caption.append(f"The slider holds at most {most} states of a history: {', '.join(thinned)} recorded steps.")
-    panel = Panel("", told, specification, widest=240 + 76 * max(len(layers), 4))
+    panel = Panel("", description, specification, widest=240 + 76 * max(len(layers), 4))
     title = "Active rank of each layer and module"
     return RankChart("rank-map", title, tuple(caption), (panel,), table, tuple(choices), start)
 
@@ -156,10 +156,10 @@ def budget(study: Study) -> Chart | None:
         specification = specification_of(alt.layer(*layers, data=alt.NamedData("rows")), 200, rows=rows)
         first, last = rows[0], rows[-1]
         end = next(row["schedule"] for row in reversed(rows) if row["schedule"] is not None)
-        told = f"{arm.setting}: active ranks from {decimal(first['active'])} at step {first['step']:,} to " + (
+        description = f"{arm.setting}: active ranks from {decimal(first['active'])} at step {first['step']:,} to " + (
             f"{decimal(last['active'])} at step {last['step']:,}; the schedule ends at {end:,}."
         )
-        panels.append(Panel(arm.setting, told, specification, widest=560))
+        panels.append(Panel(arm.setting, description, specification, widest=560))
     if not panels:
         return None
     rows = []

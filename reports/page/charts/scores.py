@@ -68,8 +68,8 @@ def differences(study: Study, verdicts: Sequence[Verdict]) -> Chart | None:
         layers.append(below.mark_text(align="left", dx=10).encode(text="text:N", color=alt.value(INK)))
         caption.append("An arrow at the left edge: the difference lies outside, and is written beside it.")
     specification = specification_of(alt.layer(*layers), 30 * len(names), rows=rows, zero=[{"zero": 0}])
-    told = "; ".join(f"{name} {difference}" for name, difference in zip(names, shown, strict=True))
-    panel = Panel("", f"Differences to {reference} in points: {told}.", specification)
+    described = "; ".join(f"{name} {difference}" for name, difference in zip(names, shown, strict=True))
+    panel = Panel("", f"Differences to {reference} in points: {described}.", specification)
     return Chart("differences", f"Difference to {reference}", tuple(caption), (panel,), verdict_table(study))
 
 
@@ -77,30 +77,30 @@ def score_against_parameters(study: Study) -> Chart | None:
     """Score with its interval against the parameters that are active, the head's among them, on a log axis."""
     import altair as alt
 
-    found = []
+    points = []
     for arm in study.arms:
         score = summary(list(arm.scores.values()))
         _, active, head = parameters(arm)
         count = (active or 0) + (head or 0)
         if score is not None and active is not None and count > 0:
-            found.append((arm, count, Estimate(score.mean, score.low, score.high, score.sd, score.n)))
-    if not found:
+            points.append((arm, count, Estimate(score.mean, score.low, score.high, score.sd, score.n)))
+    if not points:
         return None
-    arms = [arm for arm, _, _ in found]
-    floor = floor_of([score.mean for _, _, score in found])
-    aside = offsets([count for _, count, _ in found])
+    arms = [arm for arm, _, _ in points]
+    floor = floor_of([score.mean for _, _, score in points])
+    aside = offsets([count for _, count, _ in points])
     data = [
         {"setting": arm.setting, "parameters": count, "shown": max(s.mean, floor), "low": s.low, "high": s.high, "n": s.n,
          "text": words(s), "below": s.mean < floor, "aside": offset, "turn": turn}
-        for (arm, count, s), offset, turn in zip(found, aside, turns(arms), strict=True)
+        for (arm, count, s), offset, turn in zip(points, aside, turns(arms), strict=True)
     ]  # fmt: skip
     split, metric = study.results()[0].split, study.metric
     y = {"title": f"{metric} on the {split} split", "scale": score_scale(
-        [s.mean for _, _, s in found],
-        [s.low for _, _, s in found if s.low is not None],
-        [s.high for _, _, s in found if s.high is not None],
+        [s.mean for _, _, s in points],
+        [s.low for _, _, s in points if s.low is not None],
+        [s.high for _, _, s in points if s.high is not None],
     )}  # fmt: skip
-    counts = [count for _, count, _ in found]
+    counts = [count for _, count, _ in points]
     x = alt.X("parameters:Q", title="active parameters, head included (log)",
               scale=alt.Scale(type="log", domain=[min(counts) / 1.6, max(counts) * 1.6], nice=False),
               axis=alt.Axis(format="~s", tickCount=6, labelOverlap=True, labelFlush=False, grid=False))  # fmt: skip
@@ -126,11 +126,11 @@ def score_against_parameters(study: Study) -> Chart | None:
         caption.append("Settings with nearly the same number of parameters stand side by side.")
     if any(row["below"] for row in data):
         caption.append(f"The axis is cut below {floor:.0f}: an arrow at the foot is a score below, which is written there.")
-    told = "; ".join(f"{arm.setting} {score} with {count:,} parameters" for arm, count, score in found)
+    described = "; ".join(f"{arm.setting} {score} with {count:,} parameters" for arm, count, score in points)
     columns = ("setting", "n", "active and head parameters", f"{split} score ({metric})")
-    rows = tuple((arm.setting, score.n, count, score) for arm, count, score in found)
+    rows = tuple((arm.setting, score.n, count, score) for arm, count, score in points)
     table = Table("score-parameters", "Score and parameters", columns, rows, ())
-    panel = Panel("", f"Score against active parameters: {told}.", specification)
+    panel = Panel("", f"Score against active parameters: {described}.", specification)
     return Chart("score-parameters", "Score against active parameters", tuple(caption), (panel,), table)
 
 
@@ -160,7 +160,7 @@ def rate_curves(study: Study, table: Table | None) -> Chart | None:
 
     arms = [arm for arm in study.arms if len(arm.grid) > 1]
     scores = {arm.setting: {rate: rate_score(runs) for rate, runs in arm.grid.items()} for arm in arms}
-    known = [score for found in scores.values() for score in found.values() if score is not None]
+    known = [score for by_rate in scores.values() for score in by_rate.values() if score is not None]
     if not known:
         return None
     floor = floor_of(known)
@@ -218,10 +218,10 @@ def rate_curves(study: Study, table: Table | None) -> Chart | None:
         caption.append("A cross at the foot: every run at that rate failed.")
     if any(row["below"] for row in points):
         caption.append(f"The axis is cut below {floor:.0f}: what lies there stands at the foot, with its score.")
-    told = "; ".join(
+    described = "; ".join(
         f"{arm.setting} {best.score:.2f} at {rate_text(best.rate)}{', the edge of its grid' if best.at_edge else ''}"
         for arm in arms
         if (best := best_rate(arm))
     )
-    panel = Panel("", f"Selection score against learning rate. Best: {told}.", specification)
+    panel = Panel("", f"Selection score against learning rate. Best: {described}.", specification)
     return Chart("rates", "Score against learning rate", tuple(caption), (panel,), table)
