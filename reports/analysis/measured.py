@@ -16,8 +16,8 @@ SCHEMA = 1
 KINDS = ("subspace", "magnitude")
 
 
-class Made(TypedDict):
-    """What both analyses say of themselves, as far as it is read here."""
+class AnalysisFile(TypedDict):
+    """What both files say of how they were made, as far as it is read here."""
 
     model: str
     task: str
@@ -40,7 +40,7 @@ class Member(TypedDict):
     score: float | None
 
 
-class Site(TypedDict):
+class MeasuredSite(TypedDict):
     name: str
     in_features: int
 
@@ -57,9 +57,9 @@ class Amplified(TypedDict):
     factor: float
 
 
-class Subspace(Made):
+class SubspaceFile(AnalysisFile):
     members: list[Member]
-    sites: list[Site]
+    sites: list[MeasuredSite]
     gaussian_width: int
     pairs: dict[str, list[int]]  # two members
     amplification: list[Amplified]
@@ -83,14 +83,14 @@ class Move(TypedDict):
     familiarity: NotRequired[list[float]]
 
 
-class Magnitude(Made):
+class MagnitudeFile(AnalysisFile):
     runs: list[Ended]
     snapshots: list[int]
     sites: list[str]
     moves: list[Move]
 
 
-WRITTEN = {"subspace": TypeAdapter(Subspace), "magnitude": TypeAdapter(Magnitude)}
+WRITTEN = {"subspace": TypeAdapter(SubspaceFile), "magnitude": TypeAdapter(MagnitudeFile)}
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
@@ -99,36 +99,36 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: there is nothing, or something that is not what it should be.
     """
-    found = {kind: _read(folder, kind) for kind in KINDS if (folder / f"{kind}.json").is_file()}
-    if not found:
+    by_kind = {kind: _read(folder, kind) for kind in KINDS if (folder / f"{kind}.json").is_file()}
+    if not by_kind:
         raise ValueError(f"{folder}: neither subspace.json nor magnitude.json: give what `rankwise analysis` wrote")
-    return found
+    return by_kind
 
 
 def _read(folder: Path, kind: str) -> dict[str, Any]:
     path, again = folder / f"{kind}.json", f"make it again with `rankwise analysis {kind}`"
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        written = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: no JSON ({error}): {again}") from None
-    if not isinstance(found, dict) or (found.get("schema"), found.get("kind")) != (SCHEMA, kind):
+    if not isinstance(written, dict) or (written.get("schema"), written.get("kind")) != (SCHEMA, kind):
         raise ValueError(f"{path}: no {kind} analysis of schema {SCHEMA}: {again}")
     try:
-        WRITTEN[kind].validate_python(found, strict=True)
+        WRITTEN[kind].validate_python(written, strict=True)
     except ValidationError as error:
         fault = error.errors()[0]
         place = ".".join(map(str, fault["loc"]))
         raise ValueError(f"{path}: {place}: {fault['msg'][0].lower()}{fault['msg'][1:]}: {again}") from None
-    for name, digest in found["files_sha256"].items():
+    for name, digest in written["files_sha256"].items():
         try:
             content = (folder / name).read_bytes()
         except FileNotFoundError:
-            raise ValueError(f"{folder / name}: missing, and {path.name} speaks of it: {again}") from None
+            raise ValueError(f"{folder / name}: missing, and {path.name} names it: {again}") from None
         if hashlib.sha256(content).hexdigest() != digest:
-            raise ValueError(f"{folder / name}: not the file that {path.name} speaks of: {again}")
+            raise ValueError(f"{folder / name}: not the file that {path.name} names: {again}")
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            found["grids"] = {key: archive[key].astype(np.float64) for key in archive.files}
-    return found
+            written["grids"] = {key: archive[key].astype(np.float64) for key in archive.files}
+    return written
 
 
 def sites_by_kind(sites: Sequence[str]) -> dict[str, list[int]]:
@@ -137,28 +137,29 @@ def sites_by_kind(sites: Sequence[str]) -> dict[str, list[int]]:
     return {kind: [i for i, site in enumerate(sites) if labels[site] == kind] for kind in dict.fromkeys(labels.values())}
 
 
-def subject(found: dict[str, Any]) -> str:
-    return f"{found['task']}, {found['model'].rstrip('/').split('/')[-1]}"
+def subject(measured: dict[str, Any]) -> str:
+    return f"{measured['task']}, {measured['model'].rstrip('/').split('/')[-1]}"
 
 
-def made_with(found: dict[str, Any]) -> str:
+def made_with(measured: dict[str, Any]) -> str:
     """Where the numbers come from."""
-    training = found["training"]
-    where = "an unknown commit" if found["commit"] is None else f"commit {found['commit'][:7]}"
-    rates = ", ".join(f"{entry['label']} {entry['learning_rates'][0]:g}" for entry in found["methods"])
+    training = measured["training"]
+    where = "an unknown commit" if measured["commit"] is None else f"commit {measured['commit'][:7]}"
+    rates = ", ".join(f"{entry['label']} {entry['learning_rates'][0]:g}" for entry in measured["methods"])
+    changes = " with changes" if measured["dirty"] else ""
     return (
-        f"Made with {found['model']} on {found['task']}: {training['max_steps']} steps of {training['batch_size']} rows out of "
-        f"{training['train_examples']}, rates not tuned ({rates}), {found['precision']} on {found['device_name']}, torch "
-        f"{found['versions']['torch']}, {where}{' with changes' if found['dirty'] else ''}."
+        f"Made with {measured['model']} on {measured['task']}: {training['max_steps']} steps of {training['batch_size']} rows "
+        f"out of {training['train_examples']}, rates not tuned ({rates}), {measured['precision']} on "
+        f"{measured['device_name']}, torch {measured['versions']['torch']}, {where}{changes}."
     )
 
 
-def scores_sentence(found: dict[str, Any]) -> str:
+def scores_sentence(measured: dict[str, Any]) -> str:
     """How well the runs did that were looked at."""
 
     def one(run: dict[str, Any]) -> str:
         name = run.get("method") or f"r {run['rank']}"
         return f"{name} seed {run['seed']} " + ("without a value" if run["score"] is None else f"{run['score']:.1f}")
 
-    runs = found["members"] if found["kind"] == "subspace" else found["runs"]
-    return f"Scores at the end ({found['metric']} on a part of the {found['split']} split): {', '.join(map(one, runs))}."
+    runs = measured["members"] if measured["kind"] == "subspace" else measured["runs"]
+    return f"Scores at the end ({measured['metric']} on a part of the {measured['split']} split): {', '.join(map(one, runs))}."

@@ -25,15 +25,15 @@ from rankwise.reports.figures.style import Drawing, save
 from rankwise.reports.tables.table import Table, escape_markdown
 
 
-def write(found: dict[str, dict[str, Any]], out: Path) -> Path:
+def write(by_kind: dict[str, dict[str, Any]], out: Path) -> Path:
     """analysis.md with its figures (SVG, PNG) and tables (CSV, LaTeX); the path of the page."""
     parts = ["# What training did to the weights\n"]
-    if "subspace" in found:
-        one = found["subspace"]
+    if "subspace" in by_kind:
+        one = by_kind["subspace"]
         drawings = [ranks_figure(one), seeds_figure(one), updates_figure(one)]
         parts += _section("LoRA's subspaces", subspace_sentences(one), drawings, [overlaps(one), amplifications(one)], one, out)
-    if "magnitude" in found:
-        one = found["magnitude"]
+    if "magnitude" in by_kind:
+        one = by_kind["magnitude"]
         sentences = magnitude_sentences(one)
         parts += _section("Sizes and directions", sentences, [movement_figure(one)], [correlations(one)], one, out)
     path = out / "analysis.md"
@@ -46,10 +46,10 @@ def _section(
     sentences: Sequence[str],
     drawings: Sequence[Drawing],
     tables: Sequence[Table],
-    found: dict[str, Any],
+    measured: dict[str, Any],
     out: Path,
 ) -> list[str]:
-    parts = [f"## {title}\n", "".join(f"- {escape_markdown(line)}\n" for line in (*sentences, scores_sentence(found)))]
+    parts = [f"## {title}\n", "".join(f"- {escape_markdown(line)}\n" for line in (*sentences, scores_sentence(measured)))]
     for drawing in drawings:
         save(drawing, out / "figures")
         parts.append(f"![{drawing.alt}](figures/{drawing.name}.png)\n")
@@ -58,5 +58,5 @@ def _section(
         write_file(out / "tables" / f"{table.name}.tex", table.latex())
         notes = "".join(f"- {escape_markdown(sentence)}\n" for sentence in table.caption)
         parts.append(f"### {escape_markdown(table.title)}\n\n{table.markdown()}\n{notes}")
-    parts.append("".join(f"{escape_markdown(caption)}\n" for caption in found["captions"]))
+    parts.append("".join(f"{escape_markdown(caption)}\n" for caption in measured["captions"]))
     return parts

@@ -6,6 +6,6 @@ table.value("AdaLoRA, 1.27M", "stsb")         # 91.84, n = 5, "AdaLoRA, Table 1"
 table.average_gap("AdaLoRA, 1.27M")           # printed average - mean of the columns that it averages
 """
 
-from rankwise.reports.papers.published import Published, Row, Value, load, names, printed, read
+from rankwise.reports.papers.published import PrintedRow, Published, Value, load, names, printed, read
 
-__all__ = ["Published", "Row", "Value", "load", "names", "printed", "read"]
+__all__ = ["PrintedRow", "Published", "Value", "load", "names", "printed", "read"]

@@ -74,7 +74,7 @@ class Counts(Trained):
         return self
 
 
-class Row(Data):
+class PrintedRow(Data):
     """One printed row, or one printed row at one budget."""
 
     label: Text
@@ -99,7 +99,7 @@ class Row(Data):
     spread: dict[str, Spread] = {}
 
     @model_validator(mode="after")
-    def _is_whole(self) -> "Row":
+    def _is_whole(self) -> "PrintedRow":
         stray = self.spread.keys() - self.values.keys()
         if stray:
             raise ValueError(f"spread of {', '.join(sorted(stray))}, which has no value: give one, or drop the spread")
@@ -162,7 +162,7 @@ class Published(Data):
     not_counted: str | None = None
     """For a table none of whose parameters are computed: a key of `reasons`."""
     columns: dict[str, Column]
-    rows: list[Row]
+    rows: list[PrintedRow]
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "Published":
@@ -218,13 +218,13 @@ class Published(Data):
         """The column that is an average of others, if there is one."""
         return next((name for name, column in self.columns.items() if column.averages), None)
 
-    def row(self, label: str) -> Row:
+    def row(self, label: str) -> PrintedRow:
         """The row of that label. Raises: ValueError: there is none; offers the nearest."""
-        found = next((row for row in self.rows if row.label == label), None)
-        if found is None:
+        one = next((row for row in self.rows if row.label == label), None)
+        if one is None:
             labels = [row.label for row in self.rows]
             raise ValueError(f'{self.where} has no row "{label}"{nearest(label, labels)}; there are: {"; ".join(labels)}')
-        return found
+        return one
 
     def value(self, row: str, column: str) -> Value:
         """What the table prints in a cell.
@@ -275,10 +275,10 @@ def printed(text: str) -> Printed:
 
     Raises: ValueError: anything else.
     """
-    found = re.fullmatch(r"(\d+(?:,\d{3})*(?:\.(\d+))?)\s?([KMB%])", text)
-    if not found:
+    match = re.fullmatch(r"(\d+(?:,\d{3})*(?:\.(\d+))?)\s?([KMB%])", text)
+    if not match:
         raise ValueError(f'parameters = "{text}": a number and K, M, B or %, like "1.33M" or "0.83 %"')
-    digits, decimals, unit = found.groups()
+    digits, decimals, unit = match.groups()
     scale = UNITS[unit]
     return Printed(float(digits.replace(",", "")) * scale, 0.5 * scale * 10 ** -len(decimals or ""), unit == "%")
 
