@@ -100,11 +100,11 @@ def test_seeds_are_compared_by_spearman_and_jaccard(tmp_path):
     write_run(tmp_path, method="lora", seed=0)
     write_run(tmp_path, method="lora", seed=1)
     arms = {arm.setting: arm for arm in results.load(tmp_path).arms}
-    ((correlation, of_ranks, of_sites),) = stability.seed_pairs(arms["adalora"])
+    (pair,) = stability.seed_pairs(arms["adalora"])
     # Places 1 2 4 3 and 1.5 3 4 1.5: deviations -1.5 -.5 1.5 .5 and -1 .5 1.5 -1.
-    assert correlation == pytest.approx((1.5 - 0.25 + 2.25 - 0.5) / (5 * 4.5) ** 0.5)
-    assert of_ranks == pytest.approx((0 + 1 + 3 + 0) / (0 + 2 + 4 + 2))
-    assert of_sites == pytest.approx(2 / 3)
+    assert pair.spearman == pytest.approx((1.5 - 0.25 + 2.25 - 0.5) / (5 * 4.5) ** 0.5)
+    assert pair.jaccard_ranks == pytest.approx((0 + 1 + 3 + 0) / (0 + 2 + 4 + 2))
+    assert pair.jaccard_sites == pytest.approx(2 / 3)
     assert stability.seed_pairs(arms["lora"]) == []
 
 

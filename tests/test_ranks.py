@@ -417,6 +417,20 @@ def test_a_run_shows_what_became_of_its_weights(examined):
         ranks.read(folder)
 
 
+def test_the_caption_counts_intruders_as_the_runs_did(examined):
+    def caption() -> str:
+        return " ".join({table.name: table for table in listing.shown(examined)}["anatomy"].caption)
+
+    assert "top 10 left singular vectors of W + dW those whose |cosine| with every one of W is below 0.5 (Shutt" in caption()
+    folder = next(path for path in examined.iterdir() if path.is_dir())
+    stored = json.loads((folder / "sites.json").read_text())
+    write_json(folder / "sites.json", {**stored, "intruders": {"looked_at": 7, "cosine": 0.35}})
+    assert "the top 7 left" in caption() and "below 0.35" in caption() and "; or of the top" in caption()
+    write_json(folder / "sites.json", {**stored, "intruders": {"looked_at": 7}})
+    with pytest.raises(ValueError, match=r"sites\.json.*cosine"):
+        caption()
+
+
 def test_full_fine_tuning_with_its_spectrum_is_shown(examined):
     folder = next(path for path in examined.iterdir() if '"full"' in (path / "config.json").read_text())
     found = ranks.read(folder)

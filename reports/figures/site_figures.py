@@ -26,15 +26,15 @@ from rankwise.reports.statistics import spearman
 
 def stability(study: Study) -> Drawing | None:
     """How alike two seeds of one setting are: for each pair Spearman's correlation and Jaccard's overlap of their ranks."""
-    found = {arm: pairs for arm in study.arms if (pairs := seed_pairs(arm))}
-    if not found:
+    by_arm = {arm: pairs for arm in study.arms if (pairs := seed_pairs(arm))}
+    if not by_arm:
         return None
-    measures = ("Spearman", "Jaccard, ranks", "Jaccard, sites")
+    measures = {"Spearman": "spearman", "Jaccard, ranks": "jaccard_ranks", "Jaccard, sites": "jaccard_sites"}
     with house_style():
-        figure, axes = panels(1, 3, (9.8, 0.42 * len(found) + 1.9), sharey=True)
-        for ax, name, at in zip(axes, measures, range(3), strict=True):
-            for row, (arm, pairs) in enumerate(found.items()):
-                values = [pair[at] for pair in pairs if pair[at] is not None]
+        figure, axes = panels(1, 3, (9.8, 0.42 * len(by_arm) + 1.9), sharey=True)
+        for ax, (name, field) in zip(axes, measures.items(), strict=True):
+            for row, (arm, pairs) in enumerate(by_arm.items()):
+                values = [value for pair in pairs if (value := getattr(pair, field)) is not None]
                 # Points of one setting are moved apart up and down, so that equal ones can be counted.
                 spread = np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else [0.0]
                 ax.plot(values, row + np.asarray(spread)[: len(values)], linestyle="", marker=MARKERS.get(arm.method, "o"),
@@ -43,11 +43,11 @@ def stability(study: Study) -> Drawing | None:
                     ax.plot([np.mean(values)] * 2, [row - 0.34, row + 0.34], color=colour(arm.method), linewidth=2.2)
             ax.set_title(name)
             ax.set_xlim(-1.05 if name == "Spearman" else -0.05, 1.05)
-        axes[0].set_yticks(range(len(found)), setting_names(list(found)))
-        axes[0].set_ylim(len(found) - 0.5, -0.5)
+        axes[0].set_yticks(range(len(by_arm)), setting_names(list(by_arm)))
+        axes[0].set_ylim(len(by_arm) - 0.5, -0.5)
         title = f"Is the allocation the same at another seed? {subject(study)} (a point a pair of seeds, a line their mean)"
         title_above(figure, title)
-    alt = f"Agreement of the ranks of pairs of seeds for {', '.join(setting_names(list(found)))}."
+    alt = f"Agreement of the ranks of pairs of seeds for {', '.join(setting_names(list(by_arm)))}."
     return Drawing("stability", title, alt, figure)
 
 
@@ -97,10 +97,10 @@ def _with_scores(arm: Arm) -> list[Run]:
 
 def spectra(study: Study) -> Drawing | None:
     """Singular values of dW, the mean over layers and seeds of each kind of module; full fine-tuning's real dW beside."""
-    found = {arm: values for arm in study.arms if (values := _mean_spectra(arm))}
-    if not found:
+    by_arm = {arm: values for arm in study.arms if (values := _mean_spectra(arm))}
+    if not by_arm:
         return None
-    sites = site_order(site for values in found.values() for site in values)
+    sites = site_order(site for values in by_arm.values() for site in values)
     labels = module_labels(sites)
     kinds = list(dict.fromkeys(labels[site] for site in sites))
     columns = min(len(kinds), 3)
@@ -108,8 +108,8 @@ def spectra(study: Study) -> Drawing | None:
     with house_style():
         figure, axes = panels(rows, columns, (3.3 * columns, 2.6 * rows + 0.9), sharex=True, sharey=True)
         for ax, kind in zip(axes, kinds, strict=False):
-            for arm, line in line_styles(list(found)):
-                members = [found[arm][site] for site in sites if labels[site] == kind and site in found[arm]]
+            for arm, line in line_styles(list(by_arm)):
+                members = [by_arm[arm][site] for site in sites if labels[site] == kind and site in by_arm[arm]]
                 length = max(map(len, members), default=0)
                 padded = np.array([values + [0.0] * (length - len(values)) for values in members])
                 if not length:
@@ -129,19 +129,19 @@ def spectra(study: Study) -> Drawing | None:
             ax.set_ylabel("singular value of dW")
         handles = {line.get_label(): line for ax in axes for line in ax.lines}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 6))
-        title = f"Spectrum of each update, {subject(study)} (means over layers; {seeds_text(list(found))})"
+        title = f"Spectrum of each update, {subject(study)} (means over layers; {seeds_text(list(by_arm))})"
         title_above(figure, title)
-    alt = f"Singular values of dW by kind of module for {', '.join(setting_names(list(found)))}."
+    alt = f"Singular values of dW by kind of module for {', '.join(setting_names(list(by_arm)))}."
     return Drawing("spectra", title, alt, figure)
 
 
-def one_spectrum(found: RankMap) -> Drawing:
+def one_spectrum(one: RankMap) -> Drawing:
     """Singular values of every site's dW in one run or adapter, a colour a kind of module."""
-    labels = module_labels([site.site for site in found.sites])
+    labels = module_labels([site.site for site in one.sites])
     kinds = list(dict.fromkeys(labels.values()))
     with house_style():
         figure, (ax,) = panels(1, 1, (7.6, 4.2))
-        for site in found.sites:
+        for site in one.sites:
             tint = KIND_COLOURS[kinds.index(labels[site.site]) % len(KIND_COLOURS)]
             ax.plot(range(1, len(site.singular_values) + 1), site.singular_values, color=tint, linewidth=1.1, alpha=0.75,
                     label=labels[site.site])  # fmt: skip
@@ -151,21 +151,21 @@ def one_spectrum(found: RankMap) -> Drawing:
         ax.set_ylabel("singular value of dW")
         handles = {line.get_label(): line for line in ax.lines}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4))
-        title = f"Spectrum of each site's update, {found.name}"
+        title = f"Spectrum of each site's update, {one.name}"
         title_above(figure, title)
-    return Drawing("spectra", title, f"Singular values of dW of {len(found.sites)} sites.", figure)
+    return Drawing("spectra", title, f"Singular values of dW of {len(one.sites)} sites.", figure)
 
 
 def _mean_spectra(arm: Arm) -> dict[str, list[float]]:
     """Site -> the mean over seeds of each of its singular values that were kept; one that is not there is 0."""
     runs = [run.sites for run in arm.of("completed") if run.sites]
-    found = {}
+    means = {}
     for site in dict.fromkeys(site for sites in runs for site in sites):
         values = [sites[site].singular_values or [] for sites in runs if site in sites]
         length = max(map(len, values), default=0)
         if length:
-            found[site] = np.mean([one + [0.0] * (length - len(one)) for one in values], axis=0).tolist()
-    return found
+            means[site] = np.mean([one + [0.0] * (length - len(one)) for one in values], axis=0).tolist()
+    return means
 
 
 def knock_out(study: Study) -> Drawing | None:
@@ -192,8 +192,8 @@ def knock_out(study: Study) -> Drawing | None:
             ax.axhline(0, color=FAINT, linewidth=0.8)
             ax.set_title(arm.setting)
             if known:
-                told = f"rho {np.mean(known):+.2f}, n = {len(known)}"
-                ax.set_title(told, loc="right", fontsize=9, fontweight="normal", color=INK)
+                words = f"rho {np.mean(known):+.2f}, n = {len(known)}"
+                ax.set_title(words, loc="right", fontsize=9, fontweight="normal", color=INK)
             ax.set_xlabel("importance, sum of the site" if by == "importance" else "|dW| / |W|")
         for ax in axes[::columns]:
             ax.set_ylabel("rise of the loss without it")

@@ -47,10 +47,20 @@ def anatomy(study: Study) -> Table | None:
         *alarms(study),
         "Ranks and parameters of all sites together, the rest means over sites; all over the n seeds that wrote it down.",
         SPECTRA,
-        "Intruders: of the top 10 left singular vectors of W + dW those whose |cosine| with every one of W is below 0.5 "
-        "(Shuttleworth et al. 2024).",
+        _intruder_sentence(study),
     ]
     return Table("anatomy", f"What became of the weights: {study.task}, {study.model}", columns, tuple(rows), tuple(caption))
+
+
+def _intruder_sentence(study: Study) -> str:
+    """What counted as an intruder when the runs were measured."""
+    files = [run.sites_file for arm in study.arms for run in arm.of("completed") if run.sites_file is not None]
+    rules = dict.fromkeys((file.intruders.looked_at, file.intruders.cosine) for file in files)
+    counted = "; or ".join(
+        f"of the top {looked_at} left singular vectors of W + dW those whose |cosine| with every one of W is below {cosine:g}"
+        for looked_at, cosine in rules
+    )
+    return f"Intruders: {counted} (Shuttleworth et al. 2024)."
 
 
 def _mean(runs: list[Run], field: str, show: str) -> str | None:
@@ -59,7 +69,7 @@ def _mean(runs: list[Run], field: str, show: str) -> str | None:
 
 
 def knock_out(study: Study) -> Table | None:
-    """Setting -> how far what was believed of the sites agrees with what their removal costs."""
+    """Setting -> how far the importance, size and rank of the sites agree with the rise of the loss without them."""
     rows, evaluated = [], {}
     for arm in study.arms:
         runs = [run for run in arm.of("completed") if run.knock_out and run.sites]
@@ -97,25 +107,28 @@ def knock_out(study: Study) -> Table | None:
 
 
 def _correlation(runs: list[Run], by: str) -> Estimate | None:
-    found = [spearman(*believed_and_measured(run, by)) for run in runs]
-    of = summary([value for value in found if value is not None])
+    correlations = [spearman(*believed_and_measured(run, by)) for run in runs]
+    of = summary([value for value in correlations if value is not None])
     return None if of is None else Estimate(of.mean, of.low, of.high, of.sd, of.n)
 
 
 def stability(study: Study) -> Table | None:
-    """Setting -> how alike the allocations of two seeds are; settings whose ranks are all alike are left out."""
-    found = {arm: pairs for arm in study.arms if (pairs := seed_pairs(arm))}
-    if not found:
+    """Setting -> how alike the allocations of two seeds are; settings with one rank at every site are left out."""
+    by_arm = {arm: pairs for arm in study.arms if (pairs := seed_pairs(arm))}
+    if not by_arm:
         return None
+    measures = ("spearman", "spearman_within", "jaccard_ranks", "jaccard_sites")
     rows = [
-        (arm.setting, len(arm.completed), *(_span([pair[at] for pair in pairs]) for at in range(3)))
-        for arm, pairs in found.items()
+        (arm.setting, len(arm.completed), *(_span([getattr(pair, measure) for pair in pairs]) for measure in measures))
+        for arm, pairs in by_arm.items()
     ]
-    columns = ("setting", "n", "Spearman", "Jaccard, ranks", "Jaccard, sites")
+    columns = ("setting", "n", "Spearman", "Spearman within kinds", "Jaccard, ranks", "Jaccard, sites")
     caption = [
         *alarms(study),
-        "Over all pairs of seeds: mean (least to greatest). Spearman: of the sites' ranks. Jaccard: sum of the smaller over "
-        "sum of the greater rank of each site, and the same of the sites that have any rank.",
+        "Over all pairs of seeds: mean (least to greatest). Spearman: of the sites' ranks. Within kinds: the mean of its "
+        "values within each kind of module (all queries, all keys, ...), which compares layers alone; a kind of one rank "
+        "everywhere is left out. Jaccard: sum of the smaller over sum of the greater rank of each site, and the same of the "
+        "sites that have any rank.",
     ]
     return Table(
         "stability", f"The allocation at another seed: {study.task}, {study.model}", columns, tuple(rows), tuple(caption)
@@ -130,5 +143,5 @@ def _span(values: list[float | None]) -> str | None:
 
 
 def study_tables(study: Study) -> list[Table]:
-    """Those of one part that there is data for."""
+    """The tables of one part that there is data for."""
     return [table for table in (make(study) for make in (anatomy, stability, knock_out)) if table is not None]
