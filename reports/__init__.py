@@ -1,1 +1,1 @@
-"""What we say: reads the folders of runs, never trains, never imports torch."""
+"""Tables, figures, pages and verdicts, made from the files that runs wrote; nothing is trained, torch is not imported."""

@@ -1,11 +1,11 @@
-"""Is a verdict as rare as it says when nothing is there, and as frequent when something is?
+"""Calibration of the verdicts: the error rate where arms do not differ, the power where one is shifted.
 
-Arms that differ in nothing are drawn from committed runs of one method: every arm gets seeds of its own, chooses its rate on
-the selection split by the first of them, reports the scores of the score split, and goes through `reports.verdicts` in a
-family with the others.  "Better" or "worse" is then an error, and the family's share of them is held against 5 % by Clopper
-and Pearson's lower bound.  Two controls: a shift of one sd of the differences, planted in one arm, is found as often as the
-test has power, and an uncorrected smallest p-value fails the same check.  The power is given twice: for normal differences, as
-`statistics.smallest_difference` takes it, and for differences that scatter as the pool's do.
+Arms that do not differ are drawn from committed runs of one method.  Every arm gets seeds of its own, chooses its rate on the
+selection split by the first of them, reports the scores of the score split, and goes through `reports.verdicts` in a family
+with the others.  "Better" or "worse" is then an error.  The share of families with an error is compared with 5 % by Clopper
+and Pearson's lower bound.  Two controls: a planted shift of one sd of the differences must be found as often as the power of
+the test says, and the smallest uncorrected p-value must fail the same check.  The power is given twice: for normal
+differences, as in `statistics.smallest_difference`, and for differences distributed as the pool's are.
 
 The families are drawn from one pool, so that they are not independent: the bound is a check, not a theorem.
 """
@@ -28,7 +28,7 @@ Pool = dict[float, dict[int, Run]]  # rate -> seed -> a run with both scores
 
 @dataclass(frozen=True)
 class Design:
-    """How many families are drawn, and what each looks like."""
+    """The number of families drawn, and the size of each."""
 
     families: int = 2_000
     comparisons: int = 3  # arms against the reference arm: the family's m
@@ -60,7 +60,7 @@ def pool_of(study: Study) -> Pool:
 
 
 def family(pool: Pool, template: Study, arms: Sequence[Sequence[int]], design: Design, shift: float = 0.0) -> Study:
-    """A study of arms that are the same method with these seeds of the pool; the last arm's scores are shifted."""
+    """A study whose arms are one method at these seeds of the pool, the last arm's scores shifted by `shift`."""
     names = ["reference", *(f"arm {i}" for i in range(1, len(arms)))]
     runs = []
     for name, seeds in zip(names, arms, strict=True):
@@ -86,7 +86,7 @@ def _as(run: Run, setting: str, place: int, phase: str, template: Study, shift: 
 def without_edges(study: Study) -> Study:
     """The same study with every grid widened by a rate on each side at which nothing is known.
 
-    An arm whose best rate stands at the edge names no winner, which would hide errors: here it may.
+    A best rate at the edge of its grid names no winner, which would hide errors; so no rate may be at an edge.
     """
     for arm in study.arms:  # arms are made once a study, so that this reaches the verdicts
         low, high = min(arm.grid), max(arm.grid)

@@ -1,4 +1,4 @@
-"""How often each design of a comparison errs, and what it finds, on simulated methods.
+"""Error rate and power of each design of a comparison, on simulated methods.
 
 A simulated method has K rates one step apart around its centre.  Its score in sd of a run is
 
@@ -8,8 +8,8 @@ where half of the variance is the seed's, which paired methods share, c is the s
 costs), and o puts the optimum between two rates.  Noise is normal, or Student's t with 3 degrees of freedom at the same sd.  A
 collapse takes 10 sd from a run; the others of that method are raised so that its mean stays.
 
-Designs: "chosen-rate" is the one before: each method's rate by some sweep seeds that are also final seeds, then the sign-flip
-test at these rates as if they had been given.  "shared-rate" and "whole-curve" are those of `designs`.
+Designs: "chosen-rate" is the older one: each method's rate is chosen by some of the final seeds, and the sign-flip test then
+takes these rates as given.  "shared-rate" and "whole-curve" are those of `designs`.
 """
 
 import json
@@ -29,7 +29,7 @@ COLLAPSE = 10.0  # sd that a collapsed run loses
 
 @dataclass(frozen=True)
 class World:
-    """What all methods of a family are like; the reference has no offset, shift or collapses."""
+    """The parameters that all methods of a family share; the reference has no offset, shift or collapses."""
 
     name: str
     steepness: float = 0.3  # c
@@ -117,7 +117,7 @@ def holds(row: dict, families: int) -> bool:
 
 
 def text(result: dict) -> str:
-    """The result as Markdown: error rates first, then what is a true difference."""
+    """The result as Markdown: error rates first, then power."""
     names = list(dict.fromkeys(row["design"] for row in result["rows"]))
     lines = [
         "# Error and power of the designs, simulated",

@@ -1,8 +1,8 @@
 """The speed of our steps beside PEFT's and beside the frozen model's floor: tables and a plot of what `rankwise bench` wrote.
 
 Only the JSON file is read here, nothing is measured.  Seconds are per member and step (of an evaluation: per member and
-batch); a ratio is PEFT's seconds over ours, the tax ours over the floor's, the ceiling PEFT's over the floor's: what a
-method that cost nothing at all would reach.
+batch).  The ratio is PEFT's seconds over ours, the tax ours over the floor's, and the ceiling PEFT's over the floor's: the
+ratio of a method that costs nothing.
 """
 
 import json
@@ -239,7 +239,7 @@ def throughput(bench: dict[str, Any]) -> Table | None:
 
 
 def study(bench: dict[str, Any]) -> Table | None:
-    """A small study, really run."""
+    """A small study that was run whole, ours and PEFT's."""
     one = bench["study"]
     if one is None:
         return None
@@ -314,7 +314,7 @@ def _place(bench: dict[str, Any]) -> str:
 
 
 def _milliseconds(seconds: float | None) -> str | None:
-    """Three digits that count, and no fraction from 1000 on."""
+    """Three significant digits, and no fraction from 1000 on."""
     if seconds is None:
         return None
     return f"{1000 * seconds:#.3g}".rstrip(".") if 1000 * seconds < 999.5 else f"{1000 * seconds:,.0f}"
@@ -345,7 +345,7 @@ def _at(rule: str, target: float | None) -> str | None:
 
 
 def _met(value: float | None, target: float | None, at_least: bool) -> str | None:
-    """Whether the number itself, not its printed form, keeps to the target."""
+    """Whether the unrounded number meets the target."""
     if value is None or target is None:
         return None
     return "yes" if (value >= target if at_least else value <= target) else "NO"

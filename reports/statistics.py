@@ -27,7 +27,7 @@ MOST_SIMULATED = 12  # seeds up to which that takes milliseconds; beyond, the t 
 
 @dataclass(frozen=True)
 class Summary:
-    """What is said of the scores of one setting. `sd` and the interval need two seeds; without them they are None."""
+    """Statistics of the scores of one setting; `sd` and the interval are None below two seeds."""
 
     n: int
     mean: float
@@ -128,9 +128,9 @@ def stratified_interval(
 def sign_flip_test(differences: Float[np.ndarray, " S"] | Sequence[float]) -> float:
     """Two-sided p-value of "each paired difference is as likely to have the other sign".
 
-    The share, among all 2^S ways to choose the signs, of those whose mean is at least as far from zero as the mean seen.
+    The share, among all 2^S ways to choose the signs, of those whose mean is at least as far from zero as the observed one.
     Its smallest value is 2^(1 - S), which is why `seeds_needed` grows with the number of comparisons.  Exact up to 22
-    seeds; beyond, over 99,999 drawn choices, the one seen counted among them.
+    seeds; beyond, over 99,999 drawn choices, the observed one among them.
 
     Raises:
         ValueError: no difference, or one that is not finite.
@@ -191,8 +191,8 @@ def smallest_difference(differences: Float[np.ndarray, " S"] | Sequence[float], 
 def detectable(n: int, m: int = 1, power: float = 0.8) -> float:
     """The difference, in sd of the paired differences, that n seeds find `power` of the time at p <= 5 % / m.
 
-    By the exact sign-flip test where it can reach that p at all and n is at most 12 (drawn normal differences, a fixed
-    seed), else by the t test: with too few seeds for the family that is what the seeds alone could have shown.
+    By the exact sign-flip test where n seeds can reach that p and n is at most 12 (drawn normal differences, a fixed
+    seed), else by the t test, which also answers for too few seeds.
     """
     if n < seeds_needed(m) or n > MOST_SIMULATED:
         return effect_size(n, power, 1 - ALPHA / m)

@@ -2,8 +2,8 @@
 
 A family is the comparisons of one task against the named reference.  Each is tested by the exact sign-flip test on
 differences paired by seed, Holm's correction holds the family to 5 %, and equivalence is an interval inside a margin that was
-fixed before the runs.  No verdict is better than its study: a quick look, an untuned rate, a best rate at the edge of its
-grid, a failed seed or a rank budget that was not reached leave no winner.
+fixed before the runs.  A quick look, an untuned rate, a best rate at the edge of its grid, a failed seed or a rank budget that
+was not reached leave no winner.
 """
 
 from dataclasses import dataclass
@@ -135,7 +135,7 @@ def warnings(part: Study) -> list[str]:
 
 
 def missing_baselines(part: Study) -> list[str]:
-    """Baselines that belong into every fair table and are in none of its rows."""
+    """The baselines of a fair table that this one lacks, as sentences begin."""
     if part.quick:
         return []
     wanted = {"full": "Full fine-tuning", "lora": "Plain LoRA"}

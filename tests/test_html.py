@@ -208,12 +208,14 @@ def test_what_a_run_says_is_never_markup(tmp_path):
 
 
 def test_cells_are_sorted_by_the_number_they_stand_for():
-    seconds = tables.Shared((130.0, 31.0), (1, 3), tables.seconds_text)
+    seconds = tables.Cost((130.0, 31.0), (1, 3), tables.seconds_text)
     numbers = {1_200: 1200, 0.5: 0.5, "5e-5": 5e-5, "2 to 3": 2, "1,024": 1024, None: None, "-": None, "4 worse": None}
     assert {cell: html.sort_key(cell) for cell in numbers} == numbers
     assert html.sort_key(seconds) == 130 and html.sort_key(tables.Rank(7, 12)) == 7
     assert html.sort_key(tables.Estimate(85.5, 85.2, 85.8, 0.1, 3)) == 85.5
-    assert html.sort_key(tables.Tried(None, 1, 1, "")) is None and html.sort_key(tables.Tried(83.0, 0, 1, "best")) == 83
+    assert (
+        html.sort_key(tables.SweepScore(None, 1, 1, "")) is None and html.sort_key(tables.SweepScore(83.0, 0, 1, "best")) == 83
+    )
     table = tables.Table("t", "t", ("setting", "size", "status"), (("8 bit", 3, "2 of 5"), ("4 bit", None, "1 of 5")), ())
     assert [[cell.key for cell in row] for row in html.shown(table, {})] == [[None, 3.0, None], [None, None, None]]
 

@@ -18,7 +18,7 @@ CHECKPOINT_MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def correlation(rows: Sequence[dict[str, Any]], convention: str = "rows") -> float | None:
-    """Pearson's, of dD and dM; None where it has no value."""
+    """Pearson's correlation of dD and dM; None below three rows, or where one of them does not vary."""
     dD, dM = (np.array([row[f"{key}_{convention}"] for row in rows]) for key in ("dD", "dM"))
     if len(rows) < 3 or not dD.std() or not dM.std():
         return None
@@ -44,7 +44,7 @@ def _methods(measured: dict[str, Any]) -> list[str]:
 
 
 def correlations(measured: dict[str, Any]) -> Table:
-    """A row for each method and kind of module."""
+    """The correlations of dD and dM beside the paper's, a row for each method and kind of module."""
     columns = ("method", "module", "seeds", "correlation", "last snapshot", "per column", "paper", "dD last", "dM last")
     columns += ("intruders",)
     last = measured["snapshots"][-1]
@@ -121,7 +121,7 @@ def movement_figure(measured: dict[str, Any]) -> Drawing:
 
 
 def magnitude_sentences(measured: dict[str, Any]) -> list[str]:
-    """What was seen, against what the papers say."""
+    """What was measured beside what the papers report, a sentence each."""
     out, last = [], measured["snapshots"][-1]
     for method in _methods(measured):
         for kind in sites_by_kind(measured["sites"]):

@@ -97,7 +97,7 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     """What `experiments.analysis` left in a folder, by kind; the grids of subspace.npz under "grids".
 
     Raises:
-        ValueError: there is nothing, or something that is not what it should be.
+        ValueError: neither file is there, or one is cut off, of another schema, or belongs to another run's arrays.
     """
     by_kind = {kind: _read(folder, kind) for kind in KINDS if (folder / f"{kind}.json").is_file()}
     if not by_kind:
@@ -132,7 +132,7 @@ def _read(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def sites_by_kind(sites: Sequence[str]) -> dict[str, list[int]]:
-    """Kind of module -> where its sites stand in `sites`."""
+    """Kind of module -> the places of its sites in `sites`."""
     labels = module_labels(sites)
     return {kind: [i for i, site in enumerate(sites) if labels[site] == kind] for kind in dict.fromkeys(labels.values())}
 
@@ -142,7 +142,7 @@ def subject(measured: dict[str, Any]) -> str:
 
 
 def made_with(measured: dict[str, Any]) -> str:
-    """Where the numbers come from."""
+    """Model, data, training, device and commit of the numbers, as a sentence."""
     training = measured["training"]
     where = "an unknown commit" if measured["commit"] is None else f"commit {measured['commit'][:7]}"
     rates = ", ".join(f"{entry['label']} {entry['learning_rates'][0]:g}" for entry in measured["methods"])
@@ -155,7 +155,7 @@ def made_with(measured: dict[str, Any]) -> str:
 
 
 def scores_sentence(measured: dict[str, Any]) -> str:
-    """How well the runs did that were looked at."""
+    """The final score of every run that was analysed."""
 
     def one(run: dict[str, Any]) -> str:
         name = run.get("method") or f"r {run['rank']}"

@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Span:
-    """A mean, and the least and the greatest of what it is over."""
+    """A mean, with the least and the greatest of the values averaged."""
 
     mean: float
     low: float
@@ -21,7 +21,7 @@ class Span:
 
 
 def three(value: float) -> str:
-    """Three digits that count."""
+    """Three significant digits."""
     return f"{value:.3g}"
 
 

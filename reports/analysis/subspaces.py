@@ -13,7 +13,7 @@ from rankwise.reports.tables.table import Table
 
 
 def pair_name(measured: dict[str, Any], pair: str) -> str:
-    """ "r = 8 and r = 64, one seed": that is, with starts that share rows."""
+    """ "r = 8 and r = 64, one seed"; runs of one seed start with the same first rows of A."""
     first, second = (measured["members"][member] for member in measured["pairs"][pair])
     seeds = "one seed" if first["seed"] == second["seed"] else "two seeds"
     return f"r = {first['rank']} and r = {second['rank']}, {seeds}"
@@ -48,7 +48,7 @@ def overlaps(measured: dict[str, Any]) -> Table:
 
 
 def _overlap(grids: np.ndarray, widths: Sequence[int]) -> tuple[Cell | Span, ...]:
-    """phi(1, 1), phi(r1, r1), phi(r1, r2), what random subspaces have there, and shared dimensions: of (sites, r1, r2)."""
+    """phi(1, 1), phi(r1, r1), phi(r1, r2), the last of random subspaces, and shared dimensions; grids: (sites, r1, r2)."""
     _, small, large = grids.shape
     spans = [span(grids[:, i - 1, j - 1], share) for i, j in ((1, 1), (small, small), (small, large))]
     random = span([max(small, large) / width for width in widths], share)
@@ -151,7 +151,7 @@ def seeds_figure(measured: dict[str, Any]) -> Drawing:
 
 
 def updates_figure(measured: dict[str, Any]) -> Drawing:
-    """The same two comparisons for dW, whose directions are those of A that B makes use of."""
+    """The same two comparisons for dW, whose right singular vectors are the directions of A that B uses."""
     cells = _cells(measured, {"dW/ranks": "two ranks", "dW/seeds": "two seeds"})
     title = f"Overlap of dW's right singular vectors, mean over layers, {subject(measured)}"
     alt = f"Heat-maps of phi(i, j) of dW for {pair_name(measured, 'ranks')}, and for {pair_name(measured, 'seeds')}."
@@ -159,7 +159,7 @@ def updates_figure(measured: dict[str, Any]) -> Drawing:
 
 
 def subspace_sentences(measured: dict[str, Any]) -> list[str]:
-    """What was seen, against what the paper says."""
+    """What was measured beside what the paper reports, a sentence each."""
     labels = sites_by_kind([site["name"] for site in measured["sites"]])
     grids, out = measured["grids"], []
     for of in ("A", "dW"):
@@ -213,6 +213,6 @@ def subspace_sentences(measured: dict[str, Any]) -> list[str]:
 
 
 def excess(grid: np.ndarray, width: int) -> float:
-    """Mean over i of phi(i, i) - i / width: how far above two random subspaces a square grid lies."""
+    """Mean over i of phi(i, i) - i / width: the overlap of a square grid beyond that of two random subspaces."""
     sizes = np.arange(1, len(grid) + 1)
     return float((np.diagonal(grid) - sizes / width).mean())

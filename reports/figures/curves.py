@@ -74,7 +74,7 @@ def learning_curves(study: Study) -> Drawing | None:
 
 
 def _evaluated_split(arms: Sequence[Arm], result: Result) -> str:
-    """The selection split, or what was evaluated most often where final runs never looked at it."""
+    """The selection split, or the split that final runs evaluated most often where they did not evaluate that one."""
     splits = [e.split for arm in arms for run in arm.of("completed") for e in run.evaluations]
     if result.selection_split in splits or not splits:
         return result.selection_split
@@ -93,7 +93,7 @@ def _binned(runs: Iterable[list[tuple[int, float]]], bins: int = 60) -> tuple[li
 
 
 def _show_near_best(ax: "Axes", values: Sequence[float]) -> float:
-    """Cut the axis below, see `floor_of`; the cut, which is said, or the lowest."""
+    """Cuts the axis at `floor_of` the values and says so at its top; returns where the axis begins."""
     if not len(values):
         return 0.0
     best, floor = max(values), floor_of(values)
@@ -104,7 +104,7 @@ def _show_near_best(ax: "Axes", values: Sequence[float]) -> float:
 
 
 def rates(study: Study) -> Drawing | None:
-    """Selection score against learning rate; the best is filled, what failed or lies far below stands at the foot."""
+    """Selection score against learning rate: the best filled, failed rates and those far below drawn at the foot."""
     arms = [arm for arm in study.arms if len(arm.grid) > 1]
     if not any(rate_score(runs) is not None for arm in arms for runs in arm.grid.values()):
         return None

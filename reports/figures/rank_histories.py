@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def budget(study: Study) -> Drawing | None:
-    """Active ranks in all against the total that the schedule asks for; a panel a setting that has a schedule."""
+    """Total of active ranks and the total that the schedule asks for, over steps; a panel for each setting with a schedule."""
     histories = {arm: _histories(arm) for arm in study.arms}
     arms = [arm for arm, runs in histories.items() if any(row.budget is not None for run in runs for row in run)]
     if not arms:
@@ -62,7 +62,7 @@ def budget(study: Study) -> Drawing | None:
 
 
 def ranks_over_time(study: Study) -> Drawing | None:
-    """Mean active rank of each kind of module, over its layers and the seeds; settings whose ranks change."""
+    """Mean active rank of each kind of module over steps, of the settings whose ranks change in training."""
     histories = {arm: _histories(arm) for arm in study.arms}
     arms = [arm for arm, runs in histories.items() if any(row.ranks != run[0].ranks for run in runs for row in run)]
     if not arms:

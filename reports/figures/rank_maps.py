@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def rank_map(study: Study) -> Drawing | None:
-    """Layer x module kind, a panel a setting, the active rank written in each cell (a mean over seeds)."""
+    """A heat map of each setting, layer x kind of module, with the active rank (mean over seeds) in each cell."""
     arms = [arm for arm in study.arms if arm.has_ranks]
     ranks = [{site: rank.active for site, rank in mean_ranks(arm).items()} for arm in arms]
     if not any(ranks):
@@ -78,7 +78,7 @@ def _rank_panel(
     colours: str = RANK_COLOURS,
     bottom: float = 0.0,
 ) -> None:
-    """Cells of the layers, then a row as wide as the panel for each site that belongs to no layer."""
+    """One heat map: a cell for each layer and kind, below it a full-width row for each site of no layer."""
     grid = np.full((len(kinds) + len(others), len(layers) or 1), np.nan)
     where = {}
     for site, rank in ranks.items():
@@ -113,7 +113,7 @@ def _rank_panel(
 
 
 def allocation_pair(study: Study) -> Drawing | None:
-    """The two allocations that differ most of the part's settings, side by side; None where all are alike."""
+    """The two settings whose allocations differ most, side by side; None where all are equal."""
     allocations = [(arm, {site: rank.active for site, rank in mean_ranks(arm).items()}) for arm in study.arms if arm.has_ranks]
     pairs = [
         (sum(abs(one.get(site, 0) - other.get(site, 0)) for site in one.keys() | other.keys()), -i, -j)
@@ -129,7 +129,7 @@ def allocation_pair(study: Study) -> Drawing | None:
 
 
 def one_map(one: RankMap) -> Drawing:
-    """Layer x module of one run or adapter."""
+    """The heat map of one run or adapter."""
     ranks = {site.site: float(site.active) for site in one.sites}
     layers, kinds, others, labels = _grid(ranks)
     wide = max(len(layers), 4)
@@ -154,7 +154,7 @@ def _grid(sites: Iterable[str]) -> tuple[list[int], list[str], list[str], dict[s
 
 
 def side_by_side(first: str, one: dict[str, float], second: str, other: dict[str, float], where: str) -> Drawing:
-    """Two allocations, and second minus first, in a grid of layers and modules each.
+    """Heat maps of two allocations and of their difference, second minus first.
 
     one, other: site -> active rank.
     """

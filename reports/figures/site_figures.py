@@ -1,4 +1,4 @@
-"""Stability over seeds, importance, spectra and knock-out of the sites."""
+"""What is known of each site: stability of its rank over seeds, importance, spectrum, loss without it."""
 
 import numpy as np
 from rankwise.experiments.records import Run
@@ -25,7 +25,7 @@ from rankwise.reports.statistics import spearman
 
 
 def stability(study: Study) -> Drawing | None:
-    """How alike two seeds of one setting are: for each pair Spearman's correlation and Jaccard's overlap of their ranks."""
+    """Agreement of the allocations of each pair of seeds: Spearman's correlation, and Jaccard's overlap of ranks and sites."""
     by_arm = {arm: pairs for arm in study.arms if (pairs := seed_pairs(arm))}
     if not by_arm:
         return None
@@ -52,7 +52,7 @@ def stability(study: Study) -> Drawing | None:
 
 
 def importance(study: Study) -> Drawing | None:
-    """The allocator's score of every slot against its place, kept and cut, of the first seed; a panel a setting."""
+    """The allocator's scores of all slots, sorted, those kept and those cut; the first seed of each setting."""
     shown = {arm: run for arm in study.arms for run in _with_scores(arm)[:1]}
     if not shown:
         return None
@@ -96,7 +96,7 @@ def _with_scores(arm: Arm) -> list[Run]:
 
 
 def spectra(study: Study) -> Drawing | None:
-    """Singular values of dW, the mean over layers and seeds of each kind of module; full fine-tuning's real dW beside."""
+    """Singular values of dW for each kind of module, means over layers and seeds; full fine-tuning's dW among them."""
     by_arm = {arm: values for arm in study.arms if (values := _mean_spectra(arm))}
     if not by_arm:
         return None
@@ -157,7 +157,7 @@ def one_spectrum(one: RankMap) -> Drawing:
 
 
 def _mean_spectra(arm: Arm) -> dict[str, list[float]]:
-    """Site -> the mean over seeds of each of its singular values that were kept; one that is not there is 0."""
+    """Site -> the mean over seeds of each singular value that was stored; one that a seed lacks counts as 0."""
     runs = [run.sites for run in arm.of("completed") if run.sites]
     means = {}
     for site in dict.fromkeys(site for sites in runs for site in sites):
@@ -169,7 +169,7 @@ def _mean_spectra(arm: Arm) -> dict[str, list[float]]:
 
 
 def knock_out(study: Study) -> Drawing | None:
-    """The rise of the loss without each site against what was believed of it: importance, or |dW|/|W| where there is none."""
+    """The rise of the loss without each site against its importance, or against |dW|/|W| where a method has none."""
     shown = {}
     for arm in study.arms:
         runs = [run for run in arm.of("completed") if run.knock_out and run.sites]

@@ -1,6 +1,6 @@
 """The look of all figures: one colour a method, fonts, panels, titles; how a figure is saved.
 
-One colour a method, everywhere, from `METHOD_COLOURS` (Okabe and Ito's palette, told apart by colour-blind readers);
+One colour a method, everywhere, from `METHOD_COLOURS` (Okabe and Ito's palette, distinct to colour-blind readers);
 settings of one method differ by line style. matplotlib is imported when the first figure is drawn, without pyplot: no
 global state. The same runs give the same bytes.
 """
@@ -69,7 +69,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure, the name of its files, and the words for who cannot see it."""
+    """A figure, the name of its files, and a description for readers who cannot see it."""
 
     name: str
     title: str
@@ -89,7 +89,7 @@ def save(drawing: Drawing, folder: Path) -> tuple[Path, Path]:
 
 
 def colour(method: str) -> str:
-    """A method's colour; one that the dict does not name gets its own, the same in every figure."""
+    """A method's colour, the same in every figure; a method that METHOD_COLOURS lacks gets one by its name."""
     if method in METHOD_COLOURS:
         return METHOD_COLOURS[method]
     return OTHER_COLOURS[zlib.crc32(method.encode()) % len(OTHER_COLOURS)]
@@ -145,7 +145,9 @@ def seeds_text(arms: Sequence[Arm]) -> str:
 
 
 def floor_of(values: Sequence[float], room: float = 12.0) -> float:
-    """Where an axis of scores begins: at the lowest, or where what lies far below the best (a collapsed run, a bare head)
-    would squash the others: then 2 * room points below the best."""
+    """Where an axis of scores begins: at the lowest value, but at most 2 * room points below the best.
+
+    A collapsed run or a bare head, far below the others, would else leave them no room.
+    """
     best, lowest = max(values), min(values)
     return lowest if best - lowest <= 2 * room else best - 2 * room

@@ -1,6 +1,6 @@
-"""How each number was made, in plain words: what report.md and report.html both say, and each escapes in its own way.
+"""How each number was made: runs, troubles, devices, versions and settings, as text that both pages escape for themselves.
 
-Made from numbers and settings alone: no text of a corpus and no traceback passes through here.
+Made from numbers and settings alone: no text of a corpus and no traceback is in it.
 """
 
 import json

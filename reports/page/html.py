@@ -1,9 +1,8 @@
 """report.html: one self-contained page of a study, which opens from disk and asks no network for anything.
 
-It is made from the same sections as report.md (report.py hands them over). The JavaScript of Vega, Vega-Lite and
-Vega-Embed stands in it once, the figures are JSON (charts/), the page's own script (templates/report.js) sorts tables and
-moves the rank map. Everything that comes from a run is escaped: words by jinja2, JSON by its `tojson`. The same runs give the
-same bytes.
+It has the same sections as report.md (report.py makes them). It holds the JavaScript of Vega, Vega-Lite and Vega-Embed once
+and the figures as JSON (charts/); its own script (templates/report.js) sorts tables and changes the rank map. Everything that
+comes from a run is escaped: text by jinja2, JSON by its `tojson`. The same runs give the same bytes.
 """
 
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 from rankwise.reports.figures.style import colour
 from rankwise.reports.page import charts
 from rankwise.reports.results import Study
-from rankwise.reports.tables.cells import Cell, Estimate, Rank, Shared, Tried, cell_text
+from rankwise.reports.tables.cells import Cell, Cost, Estimate, Rank, SweepScore, cell_text
 from rankwise.reports.tables.table import Table
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -26,7 +25,7 @@ SIGNS = {"better": "\u25b2", "worse": "\u25bc", "equivalent": "=", "undecided": 
 
 @dataclass(frozen=True)
 class Shown:
-    """A cell of a table on the page: its words, the number it is sorted by (None: none), whether it is words."""
+    """A cell of a table on the page: its text, the number that it is sorted by (if any), and whether it is text alone."""
 
     text: str
     key: float | None
@@ -92,23 +91,23 @@ def shown(table: Table, colours: dict[str, str]) -> list[list[Shown]]:
 
 
 def sort_key(cell: Cell) -> float | None:
-    """The number that a cell stands for; None where it stands for none."""
+    """The number that a cell is sorted by; None where it has none."""
     match cell:
-        case None | Tried(score=None):
+        case None | SweepScore(score=None):
             return None
         case bool() | int() | float():
             return float(cell)
         case Estimate():
             return cell.mean
-        case Shared():
+        case Cost():
             return cell.each[0]
         case Rank():
             return cell.active
-        case Tried():
+        case SweepScore():
             return cell.score
         case str():
-            match = NUMBER_OR_RANGE.fullmatch(cell)
-            return float(match[1].replace(",", "")) if match else None
+            number = NUMBER_OR_RANGE.fullmatch(cell)
+            return float(number[1].replace(",", "")) if number else None
     return None
 
 
@@ -118,7 +117,7 @@ def _is_numeric(cells) -> bool:
 
 @cache
 def _bundle() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script, which no word of its own can end early."""
+    """Vega, Vega-Lite and Vega-Embed as one script, in which nothing reads as the end of a script element."""
     from vl_convert import javascript_bundle
 
     return re.sub(r"</(?=script)|<!--", lambda match: "\\x3c" + match[0][1:], javascript_bundle(), flags=re.IGNORECASE)

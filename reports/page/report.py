@@ -55,7 +55,7 @@ def write(
 
 
 def section(study: Study, command: str | None = None) -> dict:
-    """What both pages say of one part; `command` runs the full protocol of a quick study."""
+    """The content of one part, of both pages; command: runs the full protocol of a quick study."""
     return {
         "study": study,
         "command": command if study.quick else None,
@@ -84,7 +84,7 @@ def _named(entry: dict) -> list[tables.Table | None]:
 
 
 def _write_table(table: tables.Table, folder: Path, prefix: str = "") -> str:
-    """CSV and LaTeX; the name of the files."""
+    """Writes CSV and LaTeX; returns the name of the files."""
     table = replace(table, name=prefix + table.name)
     write_file(folder / f"{table.name}.csv", table.csv())
     write_file(folder / f"{table.name}.tex", table.latex())
@@ -104,7 +104,7 @@ def _code(text: str) -> str:
 
 
 def _tidy(text: str) -> str:
-    """At most one empty line in a row, one line end at the end."""
+    """The text with no two empty lines in a row and one newline at the end."""
     lines: list[str] = []
     for line in text.split("\n"):
         if line.strip() or (lines and lines[-1]):

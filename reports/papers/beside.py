@@ -121,7 +121,7 @@ def lines(
 
     Args:
         results: result.json of each final run.
-        notes: what the task says must stand beside every number of it.
+        notes: sentences that the task asks to be said beside every number.
         final_steps: steps that a shrinking method spends at its final budget; a departure names runs scored before them.
         miniature: the runs are of another task than the column, so that only a curve's shape is compared.
         position: of the row on that curve.

@@ -90,7 +90,7 @@ def _caption(published: Published, lines: Sequence[Line]) -> list[str]:
 
 
 def departures(lines: Sequence[Line]) -> list[str]:
-    """Every departure from the paper's protocol once; with the lines that it is of, where it is not of all."""
+    """Every departure from the paper's protocol once, with its lines where it does not concern all of them."""
     of: dict[str, list[Line]] = {}
     for line in lines:
         for sentence in dict.fromkeys(line.departures):
@@ -104,7 +104,7 @@ def departures(lines: Sequence[Line]) -> list[str]:
 
 
 def shape(lines: Sequence[Line]) -> list[str]:
-    """A sentence for each curve among lines of a miniature: where each is best, how far it spans, how alike their order is."""
+    """A sentence for each curve of a miniature: where it is best, its range, and the rank correlation with the paper's."""
     curves: dict[tuple, list[Line]] = {}
     for line in lines:
         if line.miniature and line.position is not None and line.ours is not None:

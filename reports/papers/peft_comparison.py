@@ -1,9 +1,9 @@
 """PEFT's public method comparison read again: which of its 63 results can be told apart from LoRA at all.
 
-Each result is one run with one seed: GSM8K questions answered right, of 1,319.  The binomial error of the questions is the
-least that there is; what another seed, or another rate, would change comes on top and was not measured there.  A result is
-held against the comparison's own LoRA of rank 32 by Fisher's exact test of two proportions, Holm's correction over all others.
-The same questions were asked of both, so that a paired test could see more; the answers were not published.
+Each result is one run with one seed: GSM8K questions answered right, of 1,319.  Its error is at least the binomial one of the
+questions; the spread over seeds and rates comes on top and was not measured there.  Each result is compared with the
+comparison's own LoRA of rank 32 by Fisher's exact test of two proportions, with Holm's correction over all others.  The
+questions were the same, so that a paired test would have more power; the answers were not published.
 
 The numbers are those of huggingface/peft, method_comparison/MetaMathQA/results, at the commit in SOURCE.
 """

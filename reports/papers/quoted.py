@@ -1,4 +1,4 @@
-"""Numbers that papers give of weights, beside which our own measurements stand: quoted.toml, with the place of each."""
+"""Numbers that papers give of weights, shown beside our own measurements: quoted.toml, with the place of each."""
 
 import tomllib
 from functools import cache
@@ -43,7 +43,7 @@ class Amplification(Data):
 
 
 class Directions(Data):
-    """Correlation of the change of direction and the change of magnitude: of each method."""
+    """Correlation of the change of direction (dD) with the change of magnitude (dM), by method."""
 
     source: Text
     weights: Text

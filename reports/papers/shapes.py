@@ -20,7 +20,7 @@ FILE = Path(__file__).with_name("shapes.toml")
 PositiveInt = Annotated[int, Field(gt=0)]
 Size = Annotated[int, Field(ge=0)]
 
-NEEDS = {  # method: the one size that it must be told besides the model's shape, if any
+NEEDS = {  # method: the one size that it needs besides the model's shape, if any
     "full": None,
     "bitfit": None,
     "top-layers": "layers",

@@ -1,8 +1,8 @@
-"""What the tensors of an adapter folder say: the spectrum of each update, and everything that is wrong with them.
+"""The tensors of an adapter folder: the spectrum of each update, and everything that is wrong with them.
 
-Read with numpy out of adapter_model.safetensors, without torch and without the base model, so that |dW|/|W| is not known here
-and DoRA's magnitudes count for nothing: dW is s B diag(E) A.  A fault is a sentence that names the module, what is the matter,
-and what it means.
+Read with numpy from adapter_model.safetensors, without torch and without the base model: |dW|/|W| is not known here, and
+DoRA's magnitudes are left out, dW being s B diag(E) A.  A fault is a sentence that names the module, what is wrong, and the
+consequence.
 """
 
 import json
@@ -21,7 +21,7 @@ TOP = 16  # singular values that are shown
 
 @dataclass(frozen=True)
 class Update:
-    """What the tensors of one module are worth."""
+    """The update of one module: its parameters, live ranks, effective ranks and spectrum."""
 
     parameters: int
     live: int  # ranks that act on the output
@@ -106,7 +106,7 @@ def singular_values(B: np.ndarray, A: np.ndarray) -> np.ndarray:
 
 
 def dimensions(rows: np.ndarray, kind: str) -> int:
-    """How many dimensions the directions of these rows (R, F) span, what the type's rounding made apart counted as one.
+    """The number of dimensions that the rows (R, F) span, up to the rounding of the type they are stored in.
 
     Rows are taken at unit length, so that a small one counts as much as a large one.  Rounding moves each by at most half a
     step of its numbers; two equal rows that were rounded apart leave a singular value of about that size.
@@ -117,7 +117,7 @@ def dimensions(rows: np.ndarray, kind: str) -> int:
 
 
 def of_lora_patterns(config: Mapping, ranks: Mapping[str, int], matches: Callable[[str, str], bool]) -> list[str]:
-    """What rank_pattern, alpha_pattern and r of a LORA file say against its tensors.
+    """Contradictions between rank_pattern, alpha_pattern and r of a LORA file and its tensors.
 
     ranks: module -> rows of A.  matches: whether a key of a pattern means a module.
     """

@@ -86,7 +86,7 @@ def _read_adapter(folder: Path) -> RankMap:
 
 
 def _measured(folder: Path, sites: list[SiteRank], shapes: dict[str, tuple[int, ...]]) -> tuple[list[SiteRank], list[str]]:
-    """The sites with what their tensors say, and what is wrong with the tensors."""
+    """The sites with what was measured of their tensors, and the faults of the tensors."""
     stored = faults.tensors(folder / WEIGHTS)
     parts: dict[str, dict[str, tuple]] = {}
     wrong = []
@@ -159,7 +159,7 @@ def _is_whole_model(folder: Path) -> bool:
 
 
 def _facts(folder: Path) -> dict:
-    """What variants/files says of an adapter beside PEFT's keys; empty for a foreign one."""
+    """The metadata that variants/files adds to PEFT's keys; empty for an adapter that others saved."""
     with _opened(folder / WEIGHTS) as file:
         text = (file.metadata() or {}).get("rankwise")
     try:
@@ -170,7 +170,7 @@ def _facts(folder: Path) -> dict:
 
 
 def _ended_early(unfinished: object) -> str | None:
-    """What our files say of an adapter that was saved above the budget that its schedule ends with."""
+    """The note on an adapter that was saved above the last budget of its schedule."""
     if not isinstance(unfinished, dict):
         return None
     unit = str(unfinished.get("unit"))

@@ -40,7 +40,7 @@ def shown(path: Path) -> list[Table]:
 
 
 def as_dict(path: Path) -> dict:
-    """The same for a program: of a study every run, and the tables."""
+    """What `rankwise ranks --json` prints: of a study every run, and the tables."""
     study_parts = parts(path)
     if not study_parts:
         return read(path).as_dict()
@@ -68,7 +68,7 @@ def _maps(part: Study) -> list[tuple[Arm, int, RankMap]]:
 
 
 def as_csv(path: Path) -> str:
-    """One line a site, of every run where PATH is a study."""
+    """What `rankwise ranks --csv` writes: a line for each site, of every run where PATH is a study."""
     study_parts = parts(path)
     if study_parts:
         heads = [

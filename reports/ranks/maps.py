@@ -69,7 +69,7 @@ class RankMap:
 
 
 def of_run(run: Run) -> RankMap:
-    """What is known of the ranks of one run.
+    """The ranks of one run.
 
     Raises:
         ValueError: its method has none, and nothing was written of its weights either.
@@ -103,7 +103,7 @@ def of_run(run: Run) -> RankMap:
 
 
 def believed_and_measured(run: Run, by: str) -> tuple[list[float], list[float]]:
-    """For each site what was believed of it, `by` a field of `SiteFacts`, and the measured rise of the loss without it."""
+    """For each site the value of `by`, a field of `SiteFacts`, and the measured rise of the loss without that site."""
     increases = run.knock_out.increases if run.knock_out else {}
     believed = {site: getattr(facts, by) for site, facts in run.sites.items()}
     both = [site for site in increases if believed.get(site) is not None]

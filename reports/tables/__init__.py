@@ -1,7 +1,7 @@
 """Tables: one object each, which is written as Markdown, CSV, LaTeX (booktabs) and plain text."""
 
 from rankwise.reports.tables.captions import alarms, task_caption
-from rankwise.reports.tables.cells import Difference, Estimate, Rank, Shared, Tried, decimal, rate_text, seconds_text
+from rankwise.reports.tables.cells import Cost, Difference, Estimate, Rank, SweepScore, decimal, rate_text, seconds_text
 from rankwise.reports.tables.comparisons import comparison, every_run, rate_sweep
 from rankwise.reports.tables.over_tasks import overall, verdicts_over_tasks
 from rankwise.reports.tables.rank_tables import rank_table, ranks
@@ -10,12 +10,12 @@ from rankwise.reports.tables.site_tables import study_tables
 from rankwise.reports.tables.table import Table, escape_latex, escape_markdown
 
 __all__ = [
+    "Cost",
     "Difference",
     "Estimate",
     "Rank",
-    "Shared",
+    "SweepScore",
     "Table",
-    "Tried",
     "alarms",
     "comparison",
     "decimal",

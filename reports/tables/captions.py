@@ -1,4 +1,4 @@
-"""The sentences that go with a table: how far a study is to be believed, and what was equal in it.
+"""Captions: what limits a study, what was equal in it, and warnings.
 
 A number never stands alone: n, interval, parameters, memory and time are in its row, what was equal and what was not in
 the caption.

@@ -30,8 +30,8 @@ class Difference(Estimate):
 
 
 @dataclass(frozen=True)
-class Shared:
-    """A cost, given apart for each size of pack: what a run cost alone is not what it cost in a pack."""
+class Cost:
+    """A cost (time or memory), a value for each size of pack, for a run alone does not cost what it costs in a pack."""
 
     each: tuple[float, ...]  # seconds or bytes
     pack_sizes: tuple[int, ...]
@@ -56,8 +56,8 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class Tried:
-    """The selection score at one rate, and how it went."""
+class SweepScore:
+    """The selection score at one learning rate, and how many of its runs failed."""
 
     score: float | None
     failed: int
@@ -73,7 +73,7 @@ class Tried:
         return score + star + (f" {failed}" if score and failed else failed)
 
 
-Cell = None | str | int | float | Estimate | Shared | Rank | Tried
+Cell = None | str | int | float | Estimate | Cost | Rank | SweepScore
 
 
 def rate_text(rate: float | None) -> str:
@@ -85,7 +85,7 @@ def rate_text(rate: float | None) -> str:
 
 
 def decimal(value: float) -> str:
-    """At most one decimal; a mean of whole numbers that is whole has none."""
+    """At most one decimal, and none for a whole number."""
     return f"{value:.0f}" if abs(value - round(value)) < 0.05 else f"{value:.1f}"
 
 

@@ -2,7 +2,7 @@
 
 from rankwise.reports.results import Arm, Study, best_rate, rate_score
 from rankwise.reports.tables.captions import alarms, comparison_caption, edge_sentences
-from rankwise.reports.tables.cells import Tried, error_text, rate_text
+from rankwise.reports.tables.cells import SweepScore, error_text, rate_text
 from rankwise.reports.tables.summaries import (
     difference_to,
     estimate,
@@ -62,7 +62,7 @@ def rate_sweep(study: Study) -> Table | None:
         for rate in rates:
             runs = arm.grid.get(rate, ())
             mark = ("best, edge" if best.at_edge else "best") if best and best.rate == rate else ""
-            cells.append(Tried(rate_score(runs), sum(run.status == "failed" for run in runs), len(runs), mark))
+            cells.append(SweepScore(rate_score(runs), sum(run.status == "failed" for run in runs), len(runs), mark))
         verdict = (
             "-"
             if best is None
@@ -86,7 +86,7 @@ def rate_sweep(study: Study) -> Table | None:
 
 
 def _trial_sentences(study: Study, arms: list[Arm]) -> list[str]:
-    """What each setting might try and did; a grid is widened only while its best rate stands at the edge."""
+    """How many rates each setting was allowed and how many it tried."""
     tried = ", ".join(f"{arm.setting} {len(arm.grid)}" for arm in arms)
     allowed = sorted({study.trials[arm.setting] for arm in arms if arm.setting in study.trials})
     if len(allowed) == 1:
@@ -98,7 +98,7 @@ def _trial_sentences(study: Study, arms: list[Arm]) -> list[str]:
 
 
 def every_run(study: Study) -> Table:
-    """One row a run, as it is: for the CSV beside the report."""
+    """A row for each run, for the CSV beside the report."""
     columns = (
         "setting", "method", "phase", "rate", "seed", "status", "error", "selection score", "score", "steps", "seconds",
         "pack size", "peak memory bytes", "pack peak memory bytes", "tokens per second", "skipped steps", "device",

@@ -15,7 +15,7 @@ SPECTRA = (
     "Of dW's singular values: effective is exp of the entropy of their shares (Roy & Vetterli 2007), stable |dW|_F^2/|dW|_2^2, "
     "95 % how many hold that share of |dW|_F^2."
 )
-# What `rankwise ranks` shows of a site beside its ranks, where it is known: heading, field of `SiteRank`, digits.
+# What `rankwise ranks` shows of a site beside its ranks, where it is known: heading, field of `SiteRank`, format.
 KNOWN_OF_A_SITE = (
     ("effective", "effective_rank", "{:.2f}"),
     ("stable", "stable_rank", "{:.2f}"),

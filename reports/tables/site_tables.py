@@ -53,7 +53,7 @@ def anatomy(study: Study) -> Table | None:
 
 
 def _intruder_sentence(study: Study) -> str:
-    """What counted as an intruder when the runs were measured."""
+    """The rule by which the runs counted intruders, as sites.json has it."""
     files = [run.sites_file for arm in study.arms for run in arm.of("completed") if run.sites_file is not None]
     rules = dict.fromkeys((file.intruders.looked_at, file.intruders.cosine) for file in files)
     counted = "; or ".join(

@@ -1,4 +1,4 @@
-"""What the row of one setting says: score, parameters, scale, memory, time, status, ranks."""
+"""The cells of one setting's row: score, parameters, scale, memory, time, status, ranks."""
 
 from collections.abc import Callable, Iterable
 from itertools import groupby
@@ -6,7 +6,7 @@ from itertools import groupby
 from rankwise.experiments.records import Result
 from rankwise.reports.results import Arm, Study
 from rankwise.reports.statistics import paired_differences, summary
-from rankwise.reports.tables.cells import Difference, Estimate, Rank, Shared, bytes_text, error_text, seconds_text
+from rankwise.reports.tables.cells import Cost, Difference, Estimate, Rank, bytes_text, error_text, seconds_text
 
 
 def estimate(scores: Iterable[float]) -> Estimate | None:
@@ -25,7 +25,7 @@ def mean_known(values: Iterable[float | None]) -> float | None:
 
 
 def parameters(arm: Arm) -> tuple[int | None, int | None, int | None]:
-    """Trainable, active and head parameters, the head's in none of the first two; means over seeds, rounded."""
+    """Trainable, active and head parameters, means over seeds, rounded; the first two are without the head."""
 
     def mean(field: str) -> int | None:
         value = mean_known(getattr(result, field) for result in arm.completed)
@@ -35,7 +35,7 @@ def parameters(arm: Arm) -> tuple[int | None, int | None, int | None]:
 
 
 def scales(arm: Arm) -> list[float]:
-    """The distinct scales alpha/r in force in the arm's completed runs, ascending; equal within 0.1 % is equal."""
+    """The distinct scales alpha/r of the arm's completed runs, ascending; scales within 0.1 % count as one."""
     in_force: list[float] = []
     for result in arm.completed:
         values = result.scale.values() if isinstance(result.scale, dict) else [result.scale]
@@ -69,19 +69,19 @@ def status_text(arm: Arm) -> str:
     return "; ".join(parts) or "completed"
 
 
-def _grouped(arm: Arm, value: Callable[[Result], float | None], show: Callable[[float], str], size) -> Shared | None:
+def _grouped(arm: Arm, value: Callable[[Result], float | None], show: Callable[[float], str], size) -> Cost | None:
     pairs = sorted((size(result), value(result)) for result in arm.completed if value(result) is not None)
     groups = {key: [value for _, value in group] for key, group in groupby(pairs, key=lambda pair: pair[0])}
     if not groups:
         return None
-    return Shared(tuple(sum(v) / len(v) for v in groups.values()), tuple(groups), show)
+    return Cost(tuple(sum(v) / len(v) for v in groups.values()), tuple(groups), show)
 
 
-def seconds_cell(arm: Arm) -> Shared | None:
+def seconds_cell(arm: Arm) -> Cost | None:
     return _grouped(arm, lambda r: r.seconds, seconds_text, lambda r: r.pack_size)
 
 
-def memory_cell(arm: Arm) -> Shared | None:
+def memory_cell(arm: Arm) -> Cost | None:
     return _grouped(
         arm,
         lambda r: r.peak_memory_bytes if r.peak_memory_bytes is not None else r.pack_peak_memory_bytes,

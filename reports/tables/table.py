@@ -14,14 +14,14 @@ from rankwise.reports.tables.cells import Cell, cell_text
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, rows and the sentences that must travel with them."""
+    """Columns, rows and caption, written in several formats."""
 
     name: str  # of its files
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     caption: tuple[str, ...]
-    text_columns: int = 1  # so many columns from the left are words, the others numbers; "status" is words too
+    text_columns: int = 1  # the first columns hold text, the others numbers; "status" is text too
 
     def cells(self) -> list[list[str]]:
         return [[cell_text(cell) for cell in row] for row in self.rows]
@@ -116,7 +116,7 @@ def _blocks(widths: list[int], width: int) -> list[list[int]]:
 
 
 def _plain(value: object) -> object:
-    """A tuple is a single value, or a list in one cell."""
+    """A tuple of one value as that value, a longer one as text with semicolons."""
     if not isinstance(value, tuple):
         return value
     return value[0] if len(value) == 1 else ";".join(map(str, value))

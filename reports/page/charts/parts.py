@@ -30,7 +30,7 @@ CONFIG = {
 
 @dataclass(frozen=True)
 class Panel:
-    """One drawing: its heading where a figure has several, its words, and its Vega-Lite specification."""
+    """One drawing: its heading where a figure has several, its description, and its Vega-Lite specification."""
 
     heading: str
     description: str
@@ -55,9 +55,9 @@ def words(text: object) -> str:
 
 
 def specification_of(chart, height: int, **datasets: list[dict]) -> dict:
-    """As wide as its place on the page; the page's one configuration is given when it is drawn.
+    """The chart as Vega-Lite, as wide as its container; the page gives its one configuration when it draws.
 
-    The data are put in afterwards, by the names that the chart gives them: Altair would look at each number.
+    The data are added afterwards, by the names that the chart gives them, for Altair would validate each number.
     """
     sized = chart.properties(width="container", height=height, autosize={"type": "fit-x", "contains": "padding"})
     specification = sized.to_dict()
@@ -80,7 +80,7 @@ def shape_scale(arms: Sequence[Arm], legend: bool = True):
 
 
 def _legend(arms: Sequence[Arm]):
-    """Below, in as many columns as there is room for."""
+    """A legend below the chart, in as many columns as fit."""
     import altair as alt
 
     entry = 34 + 7 * min(max(len(arm.setting) for arm in arms), 26)  # px
@@ -109,7 +109,7 @@ def bare_axis(**more):
 
 
 def score_scale(means: Sequence[float], lows: Sequence[float] = (), highs: Sequence[float] = ()):
-    """The range of an axis of scores, with some air; what lies far below the best is cut off, see `floor_of`."""
+    """The scale of an axis of scores, with some room at its ends; it is cut where `floor_of` says."""
     bottom, top = floor_of([*lows, *means]), max([*highs, *means])
     bottom = max(bottom, floor_of(means)) if floor_of(means) > min(means) else bottom
     return scale_with_air(bottom, top)

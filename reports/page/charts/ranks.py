@@ -13,7 +13,7 @@ from rankwise.reports.tables.cells import decimal
 from rankwise.reports.tables.summaries import mean_ranks
 from rankwise.reports.tables.table import Table
 
-MOST_STATES = 40  # of one rank history: more than a hand can choose with a slider
+MOST_STATES = 40  # steps of one rank history that the slider holds; a hand cannot choose among more
 MOST_NUMBERS = 120_000  # ranks in one map: 0.3 MB of a page
 ENOUGH_CONTRAST = "datum.rank / datum.top > 0.64"  # white letters from here on, on YlGnBu
 
@@ -187,7 +187,7 @@ def _pair(row: dict | None) -> tuple[str | None, int | None]:
 
 
 def _turning(runs: Sequence[dict[int, RankStep]], steps: Sequence[int]) -> list[int]:
-    """The steps at which anything of the curves is new, the first and the last among them."""
+    """The steps at which any of the curves changes, with the first and the last step."""
 
     def seen(step: int) -> list[tuple]:
         return [(row.active, row.live, row.budget) for row in (_at(run, step) for run in runs)]
@@ -196,7 +196,7 @@ def _turning(runs: Sequence[dict[int, RankStep]], steps: Sequence[int]) -> list[
 
 
 def _states(run: Run) -> dict[int, dict[str, int]]:
-    """Step -> ranks, the steps at which they changed and the last; the end alone where no history was written."""
+    """Step -> ranks, at the steps where they changed and at the last; the end alone where no history was written."""
     rows = {row.step: row.ranks for row in run.rank_history}
     if not rows:
         return {run.result.steps or 0: run.result.ranks} if run.result.ranks else {}
@@ -208,12 +208,12 @@ def _states(run: Run) -> dict[int, dict[str, int]]:
 
 
 def _at(states: dict, step: int):
-    """What held at a step: the newest state that is not later, or the first."""
+    """The state in force at a step: the latest one that is not after it, or the first."""
     return states[max((s for s in states if s <= step), default=min(states))]
 
 
 def _thinned(steps: Sequence[int], most: int) -> list[int]:
-    """At most so many of the steps, evenly by their place, the first and the last among them."""
+    """At most `most` of the steps, evenly spaced in the list, with the first and the last."""
     if len(steps) <= most:
         return list(steps)
     return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]

@@ -74,7 +74,7 @@ def differences(study: Study, verdicts: Sequence[Verdict]) -> Chart | None:
 
 
 def score_against_parameters(study: Study) -> Chart | None:
-    """Score with its interval against the parameters that are active, the head's among them, on a log axis."""
+    """Score with its interval against active parameters, head included, on a log axis."""
     import altair as alt
 
     points = []
@@ -139,7 +139,7 @@ def _none_for_one(arms: Sequence[Arm]) -> str:
 
 
 def offsets(counts: Sequence[int], near: float = 1.25, gap: int = 12) -> list[int]:
-    """Pixels by which each point is moved, so that neighbours within a factor `near` do not cover each other."""
+    """Horizontal offset of each point in pixels, so that points within a factor `near` do not cover each other."""
     order = sorted(range(len(counts)), key=lambda i: (counts[i], i))
     groups: list[list[int]] = [[order[0]]]
     for before, i in pairwise(order):
@@ -155,7 +155,7 @@ def offsets(counts: Sequence[int], near: float = 1.25, gap: int = 12) -> list[in
 
 
 def rate_curves(study: Study, table: Table | None) -> Chart | None:
-    """Selection score against learning rate; the best filled, failures and what lies far below at the foot."""
+    """Selection score against learning rate: the best filled, failed rates and those far below drawn at the foot."""
     import altair as alt
 
     arms = [arm for arm in study.arms if len(arm.grid) > 1]
