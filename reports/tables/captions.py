@@ -91,7 +91,7 @@ def _seed_sentences(study: Study) -> list[str]:
     if known := {setting: error for setting, error in errors.items() if error is not None}:
         rows = next(iter(known.values()))[1]
         each = ", ".join(f"{setting} {error:.2f}" for setting, (error, _) in known.items())
-        sentences.append(f"Standard error of one score for want of test rows ({rows:,} scored): {each} points.")
+        sentences.append(f"Standard error of one score from the number of test rows alone ({rows:,} scored): {each} points.")
     return sentences
 
 

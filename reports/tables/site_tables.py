@@ -45,7 +45,7 @@ def anatomy(study: Study) -> Table | None:
                "|dW|/|W|", "intruders")  # fmt: skip
     caption = [
         *alarms(study),
-        "Ranks and parameters of all sites together, the rest means over sites; all over the n seeds that wrote it down.",
+        "Ranks and parameters of all sites together, the rest means over sites; all of them means over the n seeds measured.",
         SPECTRA,
         _intruder_sentence(study),
     ]
@@ -99,9 +99,9 @@ def knock_out(study: Study) -> Table | None:
         *alarms(study),
         f"Rise of the task's loss when one site's change is taken out (dW = 0 there, nothing trained again), on {on}; over all "
         "sites and the n seeds that were measured.",
-        "rho: Spearman's correlation over the sites of a run between that rise and what was believed of the site: the "
-        "allocator's own score summed over the ranks it keeps, the size of the change, its rank; mean over seeds and 95 % t "
-        "interval. An allocator whose score says what a site is worth has a rho near 1.",
+        "rho: Spearman's correlation, over the sites of a run, of that rise with the allocator's own score summed over the "
+        "ranks that it keeps, with the size of the change, and with the rank; mean over seeds and 95 % t interval. If the "
+        "score says what a site is worth, its rho is near 1.",
     ]
     return Table("knock-out", f"What each site is worth: {study.task}, {study.model}", columns, tuple(rows), tuple(caption))
 
