@@ -491,7 +491,7 @@ def test_files_that_do_not_belong_together_are_refused(world, tmp_path, capsys):
     content[len(content) // 2] ^= 1
     (tmp_path / "subspace.npz").write_bytes(content)
     assert rankwise("analysis", "report", str(tmp_path)) == 2
-    assert "not the file that subspace.json speaks of" in capsys.readouterr().err
+    assert "not the file that subspace.json names" in capsys.readouterr().err
     (tmp_path / "subspace.json").write_text('{"schema": 2, "kind": "subspace"}')
     assert rankwise("analysis", "report", str(tmp_path)) == 2
     assert "of schema 1" in capsys.readouterr().err
