@@ -67,7 +67,7 @@ def test_spectra_stand_beside_full_fine_tuning_s(examined):
     assert lines["full"].get_color() == figures.METHOD_COLOURS["full"]
 
 
-def test_a_site_s_worth_is_drawn_against_what_was_believed_of_it(examined):
+def test_the_loss_without_a_site_is_drawn_against_its_importance(examined):
     titles = {ax.get_title(loc="left"): ax for ax in examined["knock-out"].figure.axes}
     assert set(titles) == {"lora", "adalora"}
     assert titles["adalora"].get_title(loc="right") == "rho +1.00, n = 3"

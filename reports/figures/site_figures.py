@@ -17,7 +17,7 @@ from rankwise.reports.figures.style import (
     subject,
     title_above,
 )
-from rankwise.reports.ranks.maps import RankMap, believed_and_measured
+from rankwise.reports.ranks.maps import RankMap, with_loss_increase
 from rankwise.reports.ranks.sites import module_labels, site_order
 from rankwise.reports.results import Arm, Study
 from rankwise.reports.stability import seed_pairs
@@ -182,12 +182,12 @@ def knock_out(study: Study) -> Drawing | None:
     with house_style():
         figure, axes = panels(rows, columns, (3.3 * columns + 0.4, 2.8 * rows + 0.7))
         for ax, (arm, runs) in zip(axes, shown.items(), strict=False):
-            by = "importance" if any(believed_and_measured(run, "importance")[0] for run in runs) else "relative_norm"
+            by = "importance" if any(with_loss_increase(run, "importance")[0] for run in runs) else "relative_norm"
             for run in runs:
-                believed, increases = believed_and_measured(run, by)
-                ax.plot(believed, increases, linestyle="", marker=MARKERS.get(arm.method, "o"), markersize=4, alpha=0.6,
+                values, increases = with_loss_increase(run, by)
+                ax.plot(values, increases, linestyle="", marker=MARKERS.get(arm.method, "o"), markersize=4, alpha=0.6,
                         color=colour(arm.method))  # fmt: skip
-            correlations = [spearman(*believed_and_measured(run, by)) for run in runs]
+            correlations = [spearman(*with_loss_increase(run, by)) for run in runs]
             known = [value for value in correlations if value is not None]
             ax.axhline(0, color=FAINT, linewidth=0.8)
             ax.set_title(arm.setting)
@@ -201,5 +201,5 @@ def knock_out(study: Study) -> Drawing | None:
             ax.set_axis_off()
         title = f"What each site is worth when it is taken out, {subject(study)} (rho: Spearman, mean over n seeds)"
         title_above(figure, title)
-    alt = f"Rise of the loss without each site against what was believed of it, for {', '.join(setting_names(list(shown)))}."
+    alt = f"Rise of the loss without each site against its importance or size, for {', '.join(setting_names(list(shown)))}."
     return Drawing("knock-out", title, alt, figure)

@@ -102,12 +102,12 @@ def of_run(run: Run) -> RankMap:
     return RankMap("run", name, config.method, note, tuple(sites), (), tuple(run.rank_history), evaluated)
 
 
-def believed_and_measured(run: Run, by: str) -> tuple[list[float], list[float]]:
+def with_loss_increase(run: Run, by: str) -> tuple[list[float], list[float]]:
     """For each site the value of `by`, a field of `SiteFacts`, and the measured rise of the loss without that site."""
     increases = run.knock_out.increases if run.knock_out else {}
-    believed = {site: getattr(facts, by) for site, facts in run.sites.items()}
-    both = [site for site in increases if believed.get(site) is not None]
-    return [believed[site] for site in both], [increases[site] for site in both]
+    values = {site: getattr(facts, by) for site, facts in run.sites.items()}
+    both = [site for site in increases if values.get(site) is not None]
+    return [values[site] for site in both], [increases[site] for site in both]
 
 
 def _of_site(scale: dict[str, float] | float | None, site: str) -> float | None:

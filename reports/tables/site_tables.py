@@ -5,7 +5,7 @@ Made from sites.json and knockout.json; runs that lack them (older ones, a sweep
 
 import numpy as np
 from rankwise.experiments.records import Run
-from rankwise.reports.ranks.maps import believed_and_measured
+from rankwise.reports.ranks.maps import with_loss_increase
 from rankwise.reports.results import Study
 from rankwise.reports.stability import seed_pairs
 from rankwise.reports.statistics import spearman, summary
@@ -14,7 +14,7 @@ from rankwise.reports.tables.cells import Estimate
 from rankwise.reports.tables.rank_tables import SPECTRA
 from rankwise.reports.tables.table import Table
 
-BELIEFS = ("importance", "relative_norm", "active")  # fields of SiteFacts that a knock-out is held against
+COMPARED = ("importance", "relative_norm", "active")  # fields of SiteFacts that are correlated with the loss increase
 
 
 def anatomy(study: Study) -> Table | None:
@@ -80,7 +80,7 @@ def knock_out(study: Study) -> Table | None:
         if not increases:
             continue
         harmless = sum(value <= 0 for value in increases) / len(increases)
-        correlations = [_correlation(runs, by) for by in BELIEFS]
+        correlations = [_correlation(runs, by) for by in COMPARED]
         rows.append(
             (
                 arm.setting,
@@ -107,7 +107,7 @@ def knock_out(study: Study) -> Table | None:
 
 
 def _correlation(runs: list[Run], by: str) -> Estimate | None:
-    correlations = [spearman(*believed_and_measured(run, by)) for run in runs]
+    correlations = [spearman(*with_loss_increase(run, by)) for run in runs]
     of = summary([value for value in correlations if value is not None])
     return None if of is None else Estimate(of.mean, of.low, of.high, of.sd, of.n)
 
