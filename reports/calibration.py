@@ -137,7 +137,7 @@ def calibrate(study: Study, design: Design) -> dict:
         "the same, best rates at the edge as they are": share(as_reported, count),
         "comparisons with an error": share(claims, count * design.comparisons),
         "smallest p uncorrected, families with an error": share(uncorrected, count),
-        "planted shift of one sd given": {
+        "planted shift of one sd found": {
             **share(planted, count),
             "power for normal differences": stated,
             "power for the pool's differences": own,
@@ -177,7 +177,7 @@ def share(count: int, of: int) -> dict[str, float]:
 
 def text(result: dict) -> str:
     """The result as Markdown."""
-    design, planted = result["design"], result["planted shift of one sd result"]
+    design, planted = result["design"], result["planted shift of one sd found"]
     own, normal = planted["power for the pool's differences"], planted["power for normal differences"]
     rows = [
         ("families with a wrong better or worse", result["families with an error"]),
@@ -187,7 +187,7 @@ def text(result: dict) -> str:
         ),
         ("single comparisons with a wrong better or worse", result["comparisons with an error"]),
         ("control: smallest p-value, uncorrected", result["smallest p uncorrected, families with an error"]),
-        ("control: planted shift of one sd, result", result["planted shift of one sd result"]),
+        ("control: planted shift of one sd, found", result["planted shift of one sd found"]),
     ]
     lines = [
         "# Calibration of the verdicts",
