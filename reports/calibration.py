@@ -88,7 +88,7 @@ def without_edges(study: Study) -> Study:
 
     A best rate at the edge of its grid names no winner, which would hide errors; so no rate may be at an edge.
     """
-    for arm in study.arms:  # arms are made once a study, so that this reaches the verdicts
+    for arm in study.arms:  # Study.arms is cached: the verdicts see the widened grids
         low, high = min(arm.grid), max(arm.grid)
         arm.grid[low / 10], arm.grid[high * 10] = (), ()
     return study

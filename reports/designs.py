@@ -129,7 +129,7 @@ def _compare(
         ends = np.stack([(seen - statistics) / (1 - w), (seen + statistics) / (1 + w)])
     low = np.where(always, -np.inf, ends.min(0))
     high = np.where(always, np.inf, ends.max(0))
-    rejected = int(np.floor((1 - level) * len(statistics) + 1e-9))  # so many swaps as large are still a rejection
+    rejected = int(np.floor((1 - level) * len(statistics) + 1e-9))  # as many swaps at least as extreme still reject
     edges = tuple(index in (0, len(curve.rates) - 1) for index, curve in ((k, ours), (k_reference, reference)))
     return Comparison(
         difference=float(seen),

@@ -59,7 +59,7 @@ def write(bench: dict[str, Any], folder: Path) -> Path:
     if drawing is not None:
         figures.save(drawing, folder / "figures")
     else:
-        for suffix in ("svg", "png"):  # of an earlier bench, which this page would not be about
+        for suffix in ("svg", "png"):  # left by an earlier bench: not of these numbers
             (folder / "figures" / f"throughput.{suffix}").unlink(missing_ok=True)
     path = folder / "bench.md"
     write_file(path, markdown(bench, drawing))

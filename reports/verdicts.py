@@ -1,4 +1,4 @@
-"""What a comparison may say: one verdict a setting against the named reference of its task, in words.
+"""The verdict on each setting against the reference of its task: better, worse, equivalent, undecided or no claim.
 
 A family is the comparisons of one task against the named reference.  Each is tested by the exact sign-flip test on
 differences paired by seed, Holm's correction holds the family to 5 %, and equivalence is an interval inside a margin that was
@@ -47,7 +47,7 @@ def verdicts(part: Study) -> list[Verdict]:
     if reference is None:
         return []
     others = [arm for arm in part.arms if arm is not reference]
-    m = max(len(part.settings) - 1, len(others), 1)  # planned, so that a family does not grow while it is looked at
+    m = max(len(part.settings) - 1, len(others), 1)  # as planned, so that a family does not grow as runs finish
     differences = {arm.setting: paired_differences(arm.scores, reference.scores) for arm in others}
     raw = [sign_flip_test(values) if len(values) else 1.0 for values in differences.values()]
     adjusted = holm([*raw, *[1.0] * (m - len(raw))])

@@ -37,6 +37,7 @@ LINES = ("-", "--", ":", "-.")  # the first, second, ... setting of one method
 KIND_COLOURS = ("#332288", "#44aa99", "#cc6677", "#ddaa33", "#88ccee", "#882255", "#117733", "#aa4499", "#999933")
 INK, FAINT = "#222222", "#8a8a8a"
 RANK_COLOURS, DIFFERENCE_COLOURS = "YlGnBu", "PuOr"
+
 STYLE = {
     "font.family": "DejaVu Sans",  # matplotlib carries it: the same letters on every machine
     "font.size": 9.5,

@@ -1,4 +1,4 @@
-"""Published beside ours: a paper's value, the runs of its recipe, their difference, and what may be said of it.
+"""Published values beside ours: the runs of each recipe, the difference to the paper, and whether the two agree.
 
 A line is one published value and the scores of our runs of its cell. It stores the facts alone; how the two compare is
 computed when the line is shown. Another model, a shortened recipe, another start, one seed or a failed run makes a line

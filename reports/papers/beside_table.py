@@ -108,7 +108,7 @@ def shape(lines: Sequence[Line]) -> list[str]:
     curves: dict[tuple, list[Line]] = {}
     for line in lines:
         if line.miniature and line.position is not None and line.ours is not None:
-            what = line.row.rpartition(", ")[0]  # a row that names its size after a comma is a point of what stands before
+            what = line.row.rpartition(", ")[0]  # a label ends with a comma and the size, the point on the curve
             curves.setdefault((what, line.column, line.cell, line.variant, line.scale, line.model), []).append(line)
     sentences = []
     for (what, *_), curve in curves.items():

@@ -14,7 +14,7 @@ QUICK = (
     "A fair study tunes the rate of every method on the same kind of grid and repeats each over seeds."
 )
 ONE_SEED = "n = 1 has no interval, and one seed supports no claim."
-UNEQUAL = 0.005  # design: budgets are equal within 0.5 % of parameters, or the caption gives the difference
+UNEQUAL = 0.005  # relative; budgets of parameters that differ by more are not called equal
 
 
 def alarms(study: Study) -> list[str]:
@@ -29,7 +29,7 @@ def alarms(study: Study) -> list[str]:
 def task_caption(study: Study) -> list[str]:
     """What the task of a study, or the study itself, asks to be said beside every number."""
     of_task = dict.fromkeys(line for run in study.runs for line in run.config.caption)
-    return list(of_task or study.captions)  # the study's own are those of all its tasks
+    return list(of_task or study.captions)  # a study's own captions are of all its tasks
 
 
 def comparison_caption(study: Study) -> list[str]:

@@ -17,6 +17,7 @@ CROSS = "M-1,-.7L-.7,-1L0,-.3L.7,-1L1,-.7L.3,0L1,.7L.7,1L0,.3L-.7,1L-1,.7L-.3,0Z
 SHAPES = {"full": "square", "head": "triangle-down", "bitfit": "triangle-up", "lora": "circle", "adalora": "diamond",
           "dora": "cross", "adalora+dora": CROSS}  # fmt: skip
 DASHES = ([1, 0], [6, 4], [2, 2], [6, 3, 2, 3])  # as figures.LINES: the first, second, ... setting of one method
+
 CONFIG = {
     "background": "white",
     "font": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif",

@@ -15,7 +15,7 @@ from rankwise.reports.tables.table import Table
 
 MOST_STATES = 40  # steps of one rank history that the slider holds; a hand cannot choose among more
 MOST_NUMBERS = 120_000  # ranks in one map: 0.3 MB of a page
-ENOUGH_CONTRAST = "datum.rank / datum.top > 0.64"  # white letters from here on, on YlGnBu
+ENOUGH_CONTRAST = "datum.rank / datum.top > 0.64"  # share of the colour scale (YlGnBu) above which letters are white
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def rank_map(study: Study, table: Table | None) -> RankChart | None:
         totals = tuple(tuple(sum(ranks.values()) for ranks in states) for states in shown)
         choices.append(Choice(arm.setting, seeds, tuple(steps), totals))
         if all(states == shown[0] for states in shown):
-            shown = shown[:1]  # every seed alike: written once
+            shown = shown[:1]  # equal seeds are written once
         for seed, states in enumerate(shown):
             for site in sites:
                 if site in states[-1]:

@@ -106,7 +106,7 @@ def score_against_parameters(study: Study) -> Chart | None:
               axis=alt.Axis(format="~s", tickCount=6, labelOverlap=True, labelFlush=False, grid=False))  # fmt: skip
     tooltip = tooltip_of("setting", "text", "parameters", "n")
     layers = []
-    for offset in sorted(set(aside)):  # an offset is a constant of a mark: settings that stand apart are layers apart
+    for offset in sorted(set(aside)):  # Vega-Lite offsets whole marks: each offset is a layer of its own
         base = alt.Chart().transform_filter(f"datum.aside === {offset}").encode(x=x, tooltip=tooltip)
         here = [row for row in data if row["aside"] == offset]
         if any(row["low"] is not None and not row["below"] for row in here):
