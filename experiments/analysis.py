@@ -16,7 +16,7 @@ algebra gives 1 - d^2/p, which is what the definition says and what is computed 
 start from one seed share eight rows at the start (each A is drawn row by row), so that their overlap says nothing of
 training: pairs from two seeds are measured beside them, and the overlap of the untrained A's too.
 
-`rankwise analysis report` draws what is written here (reports/analysis.py).  subspace_study and magnitude_study check the
+`rankwise analysis report` draws what is written here (reports/analysis/).  subspace_study and magnitude_study check the
 settings without torch.
 """
 

@@ -246,10 +246,18 @@ class SiteFacts(BaseModel):
     kept: str | None = None
 
 
+class IntruderRule(BaseModel):
+    """Which singular vectors of W + dW count as intruders: of the top ones those below a greatest |cosine| with W's."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+    looked_at: Count
+    cosine: Number
+
+
 class SitesFile(Stored):
     """sites.json: what became of every weight of one final run."""
 
-    intruders: dict[str, Number]
+    intruders: IntruderRule
     sites: dict[str, SiteFacts]
 
 
@@ -325,10 +333,15 @@ class Run:
         return [checked(RankStep, row, self.folder / RANKS) for row in self._rank_lines[0]]
 
     @cached_property
-    def sites(self) -> dict[str, SiteFacts]:
-        """Site -> what became of its weight; empty where nothing wrote it down (an older run, a sweep's)."""
+    def sites_file(self) -> SitesFile | None:
+        """sites.json; None where nothing wrote it (an older run, a sweep's)."""
         content, path = self.content(SITES), self.folder / SITES
-        return {} if content is None else checked(SitesFile, _object(content, path), path).sites
+        return None if content is None else checked(SitesFile, _object(content, path), path)
+
+    @property
+    def sites(self) -> dict[str, SiteFacts]:
+        """Site -> what became of its weight; empty where there is no sites.json."""
+        return self.sites_file.sites if self.sites_file else {}
 
     @cached_property
     def knock_out(self) -> KnockOut | None:

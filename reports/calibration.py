@@ -1,11 +1,11 @@
-"""Is a verdict as rare as it says when nothing is there, and as frequent when something is?
+"""Calibration of the verdicts: the error rate where arms do not differ, the power where one is shifted.
 
-Arms that differ in nothing are drawn from committed runs of one method: every arm gets seeds of its own, chooses its rate on
-the selection split by the first of them, reports the scores of the score split, and goes through `reports.verdicts` in a
-family with the others.  "Better" or "worse" is then an error, and the family's share of them is held against 5 % by Clopper
-and Pearson's lower bound.  Two controls: a shift of one sd of the differences, planted in one arm, is found as often as the
-test has power, and an uncorrected smallest p-value fails the same check.  The power is given twice: for normal differences, as
-`statistics.smallest_difference` takes it, and for differences that scatter as the pool's do.
+Arms that do not differ are drawn from committed runs of one method.  Every arm gets seeds of its own, chooses its rate on the
+selection split by the first of them, reports the scores of the score split, and goes through `reports.verdicts` in a family
+with the others.  "Better" or "worse" is then an error.  The share of families with an error is compared with 5 % by Clopper
+and Pearson's lower bound.  Two controls: a planted shift of one sd of the differences must be found as often as the power of
+the test says, and the smallest uncorrected p-value must fail the same check.  The power is given twice: for normal
+differences, as in `statistics.smallest_difference`, and for differences distributed as the pool's are.
 
 The families are drawn from one pool, so that they are not independent: the bound is a check, not a theorem.
 """
@@ -28,7 +28,7 @@ Pool = dict[float, dict[int, Run]]  # rate -> seed -> a run with both scores
 
 @dataclass(frozen=True)
 class Design:
-    """How many families are drawn, and what each looks like."""
+    """The number of families drawn, and the size of each."""
 
     families: int = 2_000
     comparisons: int = 3  # arms against the reference arm: the family's m
@@ -54,13 +54,13 @@ def pool_of(study: Study) -> Pool:
                 f"{run.folder}: a run of the pool has a selection score and a score; set evaluations_per_epoch = 1"
             )
         pool.setdefault(run.config.learning_rate, {})[run.config.seed] = run
-    seeds = {rate: sorted(found) for rate, found in pool.items()}
-    shared = sorted(set.intersection(*(set(found) for found in seeds.values())))
+    seeds = {rate: sorted(by_seed) for rate, by_seed in pool.items()}
+    shared = sorted(set.intersection(*(set(by_seed) for by_seed in seeds.values())))
     return {rate: {seed: pool[rate][seed] for seed in shared} for rate in sorted(pool)}
 
 
 def family(pool: Pool, template: Study, arms: Sequence[Sequence[int]], design: Design, shift: float = 0.0) -> Study:
-    """A study of arms that are the same method with these seeds of the pool; the last arm's scores are shifted."""
+    """A study whose arms are one method at these seeds of the pool, the last arm's scores shifted by `shift`."""
     names = ["reference", *(f"arm {i}" for i in range(1, len(arms)))]
     runs = []
     for name, seeds in zip(names, arms, strict=True):
@@ -86,9 +86,9 @@ def _as(run: Run, setting: str, place: int, phase: str, template: Study, shift: 
 def without_edges(study: Study) -> Study:
     """The same study with every grid widened by a rate on each side at which nothing is known.
 
-    An arm whose best rate stands at the edge names no winner, which would hide errors: here it may.
+    A best rate at the edge of its grid names no winner, which would hide errors; so no rate may be at an edge.
     """
-    for arm in study.arms:  # arms are made once a study, so that this reaches the verdicts
+    for arm in study.arms:  # Study.arms is cached: the verdicts see the widened grids
         low, high = min(arm.grid), max(arm.grid)
         arm.grid[low / 10], arm.grid[high * 10] = (), ()
     return study
@@ -114,9 +114,9 @@ def calibrate(study: Study, design: Design) -> dict:
         drawn = generator.permutation(seeds)[:needed].reshape(-1, design.seeds)
         made = family(pool, study, drawn.tolist(), design)
         as_reported += any(v.kind in ("better", "worse") for v in verdicts(made))
-        found = verdicts(without_edges(made))
-        kinds.update(v.kind for v in found)
-        false = sum(v.kind in ("better", "worse") for v in found)
+        named = verdicts(without_edges(made))
+        kinds.update(v.kind for v in named)
+        false = sum(v.kind in ("better", "worse") for v in named)
         wrong, claims = wrong + (false > 0), claims + false
         reference, *others = made.arms
         differences = [paired_differences(arm.scores, reference.scores) for arm in others]
@@ -150,9 +150,9 @@ def calibrate(study: Study, design: Design) -> dict:
 def power(pool: Pool, rate: float, reference: float, design: Design) -> float:
     """How often the test finds one sd between two rates of the pool, their scores drawn apart and with replacement."""
     generator = np.random.default_rng(design.seed)
-    ours, theirs = (np.array([run.result.score for run in pool[one].values()]) for one in (rate, reference))
-    drawn = [generator.choice(scores - scores.mean(), (4_000, design.seeds)) for scores in (ours, theirs)]
-    return share_found(drawn[0] - drawn[1] + _sd_of(ours, theirs), design.comparisons)
+    ours, others = (np.array([run.result.score for run in pool[one].values()]) for one in (rate, reference))
+    drawn = [generator.choice(scores - scores.mean(), (4_000, design.seeds)) for scores in (ours, others)]
+    return share_found(drawn[0] - drawn[1] + _sd_of(ours, others), design.comparisons)
 
 
 def _sd(pool: Pool, made: Study) -> float:
@@ -161,40 +161,40 @@ def _sd(pool: Pool, made: Study) -> float:
     return _sd_of(*(np.array([run.result.score for run in pool[rate].values()]) for rate in chosen))
 
 
-def _sd_of(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.sqrt(ours.var(ddof=1) + theirs.var(ddof=1)))
+def _sd_of(ours: np.ndarray, others: np.ndarray) -> float:
+    return float(np.sqrt(ours.var(ddof=1) + others.var(ddof=1)))
 
 
 def share(count: int, of: int) -> dict[str, float]:
     """A share with its 95 % Clopper-Pearson bounds: low is the one-sided lower bound, high the upper."""
     from scipy.stats import binomtest
 
-    found = binomtest(count, of)
-    low = found.proportion_ci(0.90, method="exact").low  # two-sided 90 %: one-sided 95 % below
-    high = found.proportion_ci(0.90, method="exact").high
+    test = binomtest(count, of)
+    low = test.proportion_ci(0.90, method="exact").low  # two-sided 90 %: one-sided 95 % below
+    high = test.proportion_ci(0.90, method="exact").high
     return {"count": count, "of": of, "share": count / of, "low": float(low), "high": float(high)}
 
 
-def text(found: dict) -> str:
+def text(result: dict) -> str:
     """The result as Markdown."""
-    design, planted = found["design"], found["planted shift of one sd found"]
+    design, planted = result["design"], result["planted shift of one sd found"]
     own, normal = planted["power for the pool's differences"], planted["power for normal differences"]
     rows = [
-        ("families with a wrong better or worse", found["families with an error"]),
+        ("families with a wrong better or worse", result["families with an error"]),
         (
             "the same, winners at a grid's edge withheld as in every report",
-            found["the same, best rates at the edge as they are"],
+            result["the same, best rates at the edge as they are"],
         ),
-        ("single comparisons with a wrong better or worse", found["comparisons with an error"]),
-        ("control: smallest p-value, uncorrected", found["smallest p uncorrected, families with an error"]),
-        ("control: planted shift of one sd, found", found["planted shift of one sd found"]),
+        ("single comparisons with a wrong better or worse", result["comparisons with an error"]),
+        ("control: smallest p-value, uncorrected", result["smallest p uncorrected, families with an error"]),
+        ("control: planted shift of one sd, found", result["planted shift of one sd found"]),
     ]
     lines = [
         "# Calibration of the verdicts",
         "",
         f"{design['families']:,} families of {design['comparisons']} comparisons, {design['seeds']} seeds an arm, drawn from "
-        f"{found['runs']} runs of the study `{found['study']}`: all arms are the same method with seeds of their own, of which "
-        f"the first {design['sweep_seeds']} choose the rate.",
+        f"{result['runs']} runs of the study `{result['study']}`: all arms are the same method with seeds of their own, of "
+        f"which the first {design['sweep_seeds']} choose the rate.",
         "",
         "| | count | share | 95 % lower bound | 95 % upper bound |",
         "| :-- | --: | --: | --: | --: |",
@@ -204,15 +204,15 @@ def text(found: dict) -> str:
         ),
         "",
         f"Power for the planted shift: {own:.1%} for differences that scatter as the pool's do, {normal:.1%} for normal ones.",
-        f"The verdicts {'pass' if found['passes'] else 'FAIL'} the check (lower bound at most 5 %); the uncorrected smallest "
-        f"p-value {'passes it' if found['uncorrected passes'] else 'fails it, as it should'}.",
-        "Verdicts given: " + ", ".join(f"{count:,} {kind}" for kind, count in found["verdicts"].items()) + ".",
+        f"The verdicts {'pass' if result['passes'] else 'FAIL'} the check (lower bound at most 5 %); the uncorrected smallest "
+        f"p-value {'passes it' if result['uncorrected passes'] else 'fails it, as it should'}.",
+        "Verdicts given: " + ", ".join(f"{count:,} {kind}" for kind, count in result["verdicts"].items()) + ".",
         "The families share one pool of runs, so that they are not independent.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def write(found: dict, out: Path) -> None:
+def write(result: dict, out: Path) -> None:
     """calibration.json and calibration.md."""
-    write_file(out / "calibration.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
-    write_file(out / "calibration.md", text(found))
+    write_file(out / "calibration.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_file(out / "calibration.md", text(result))

@@ -1,9 +1,9 @@
-"""Tests of two methods whose error counts the choice of the learning rate.
+"""Two tests of a difference between methods whose error rate includes the choice of the learning rate.
 
 A *curve* is one method on one task: v (K, S) selection scores and y (K, S) reported scores at K rates and S seeds, rate k
 standing for the same multiple of the centre of each method's grid.  A method's rate is argmax_k mean_s v; what is compared is
 the mean of y there.  Choosing a rate by one set of runs and testing at it as if it had been given (`verdicts`, the design
-"chosen-rate") errs more often than it says, because the error of the choice does not shrink with more seeds.
+"chosen-rate") errs more often than 5 %, because the error of the choice does not shrink with more seeds.
 
 Whole curve: under the null hypothesis the two curves of a seed are exchangeable.  All 2^S ways of swapping whole curves
 within seeds are tried, the rates *chosen again* each time, and p is the share in which the difference of means is as large.
@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from rankwise.reports.statistics import ALPHA
 
 MOST_EXACT = 16  # seeds up to which all 2^S swaps are tried; 65,536 of them take a tenth of a second
-DRAWN = 20_000  # swaps drawn beyond, the one seen counted among them
+DRAWN = 20_000  # swaps drawn beyond that, the observed one among them
 # Nominal levels of two looks, at 8 and at 12 seeds, that keep the error of both together at 5 %.
 LOOKS = {8: 0.0235, 12: 0.0264}
 
@@ -117,7 +117,7 @@ def _compare(
     share: Float[np.ndarray, " F"],
     level: float,
 ) -> Comparison:
-    """p and interval from the statistic of every swap, the first of them the one seen; `share` of its seeds is swapped."""
+    """p and interval from the statistics of all swaps, the observed one first; share: of the seeds that each swaps."""
     seen = statistics[0]
     slack = 1e-9 * max(1.0, float(np.abs(statistics).max()))  # sums of the same numbers in another order are ties
     p = float(np.mean(np.abs(statistics) >= abs(seen) - slack))
@@ -129,7 +129,7 @@ def _compare(
         ends = np.stack([(seen - statistics) / (1 - w), (seen + statistics) / (1 + w)])
     low = np.where(always, -np.inf, ends.min(0))
     high = np.where(always, np.inf, ends.max(0))
-    rejected = int(np.floor((1 - level) * len(statistics) + 1e-9))  # so many swaps as large are still a rejection
+    rejected = int(np.floor((1 - level) * len(statistics) + 1e-9))  # as many swaps at least as extreme still reject
     edges = tuple(index in (0, len(curve.rates) - 1) for index, curve in ((k, ours), (k_reference, reference)))
     return Comparison(
         difference=float(seen),
@@ -165,7 +165,7 @@ def _check_pair(ours: Curve, reference: Curve) -> None:
 def _means_after(
     swaps: Bool[np.ndarray, "F S"], ours: Float[np.ndarray, "K S"], other: Float[np.ndarray, "K S"]
 ) -> Float[np.ndarray, "K F"]:
-    """Mean score at each rate of the curve that is ours where a seed is not swapped, the other's where it is."""
+    """Mean score at each rate of the curve that takes ours at the seeds kept and the other's at the seeds swapped."""
     return (ours.sum(1)[:, None] + (other - ours) @ swaps.T) / ours.shape[1]
 
 

@@ -1,4 +1,4 @@
-"""How often each design of a comparison errs, and what it finds, on simulated methods.
+"""Error rate and power of each design of a comparison, on simulated methods.
 
 A simulated method has K rates one step apart around its centre.  Its score in sd of a run is
 
@@ -8,8 +8,8 @@ where half of the variance is the seed's, which paired methods share, c is the s
 costs), and o puts the optimum between two rates.  Noise is normal, or Student's t with 3 degrees of freedom at the same sd.  A
 collapse takes 10 sd from a run; the others of that method are raised so that its mean stays.
 
-Designs: "chosen-rate" is the one before: each method's rate by some sweep seeds that are also final seeds, then the sign-flip
-test at these rates as if they had been given.  "shared-rate" and "whole-curve" are those of `designs`.
+Designs: "chosen-rate" is the older one: each method's rate is chosen by some of the final seeds, and the sign-flip test then
+takes these rates as given.  "shared-rate" and "whole-curve" are those of `designs`.
 """
 
 import json
@@ -29,7 +29,7 @@ COLLAPSE = 10.0  # sd that a collapsed run loses
 
 @dataclass(frozen=True)
 class World:
-    """What all methods of a family are like; the reference has no offset, shift or collapses."""
+    """The parameters that all methods of a family share; the reference has no offset, shift or collapses."""
 
     name: str
     steepness: float = 0.3  # c
@@ -116,16 +116,16 @@ def holds(row: dict, families: int) -> bool:
     return max(row["families"], row["comparisons"]) <= ALPHA + 2 * np.sqrt(ALPHA * (1 - ALPHA) / families)
 
 
-def text(found: dict) -> str:
-    """The result as Markdown: error rates first, then what is a true difference."""
-    names = list(dict.fromkeys(row["design"] for row in found["rows"]))
+def text(result: dict) -> str:
+    """The result as Markdown: error rates first, then power."""
+    names = list(dict.fromkeys(row["design"] for row in result["rows"]))
     lines = [
         "# Error and power of the designs, simulated",
         "",
-        f"{found['families']:,} families of {found['comparisons']} comparisons with one reference, {found['seeds']} seeds, "
+        f"{result['families']:,} families of {result['comparisons']} comparisons with one reference, {result['seeds']} seeds, "
         f"{len(RATES)} rates a factor of 2 apart; `reports/simulation.py` says what is drawn. An error rate is at most "
         f"{ALPHA:.0%} where the design holds what it says; its Monte-Carlo standard error at 5 % is "
-        f"{np.sqrt(ALPHA * (1 - ALPHA) / found['families']):.1%}.",
+        f"{np.sqrt(ALPHA * (1 - ALPHA) / result['families']):.1%}.",
     ]
     kinds = {
         "No method is better: share of families in which one is called better or worse (Holm), and of single comparisons": True,
@@ -133,11 +133,11 @@ def text(found: dict) -> str:
     }
     for title, null in kinds.items():
         lines += ["", f"## {title}", "", "| | " + " | ".join(names) + " |", "| :-- |" + " --: |" * len(names)]
-        for world in dict.fromkeys(row["world"]["name"] for row in found["rows"] if row["null"] == null):
-            cells = {row["design"]: row for row in found["rows"] if row["world"]["name"] == world}
+        for world in dict.fromkeys(row["world"]["name"] for row in result["rows"] if row["null"] == null):
+            cells = {row["design"]: row for row in result["rows"] if row["world"]["name"] == world}
             shares = (f"{cells[name]['families']:.1%}, {cells[name]['comparisons']:.1%}" for name in names)
             lines.append(f"| {world} | {' | '.join(shares)} |")
-    failing = sorted({row["design"] for row in found["rows"] if row["null"] and not holds(row, found["families"])})
+    failing = sorted({row["design"] for row in result["rows"] if row["null"] and not holds(row, result["families"])})
     kept = [name for name in names if name not in failing]
     lines += [
         "",
@@ -149,7 +149,7 @@ def text(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(found: dict, out: Path) -> None:
+def write(result: dict, out: Path) -> None:
     """designs.json and designs.md."""
-    write_file(out / "designs.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
-    write_file(out / "designs.md", text(found))
+    write_file(out / "designs.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_file(out / "designs.md", text(result))

@@ -1,8 +1,8 @@
 """The speed of our steps beside PEFT's and beside the frozen model's floor: tables and a plot of what `rankwise bench` wrote.
 
 Only the JSON file is read here, nothing is measured.  Seconds are per member and step (of an evaluation: per member and
-batch); a ratio is PEFT's seconds over ours, the tax ours over the floor's, the ceiling PEFT's over the floor's: what a
-method that cost nothing at all would reach.
+batch).  The ratio is PEFT's seconds over ours, the tax ours over the floor's, and the ceiling PEFT's over the floor's: the
+ratio of a method that costs nothing.
 """
 
 import json
@@ -13,7 +13,8 @@ from typing import Any
 
 from rankwise.experiments.files import write_file
 from rankwise.reports import figures
-from rankwise.reports.tables import Table, bytes_text, escape_markdown, seconds_text
+from rankwise.reports.tables.cells import bytes_text, seconds_text
+from rankwise.reports.tables.table import Table, escape_markdown
 
 SCHEMA = 1
 
@@ -37,13 +38,13 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: the file is no JSON, or not of this schema.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        bench = json.loads(path.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: no JSON: {error}") from None
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        schema = found.get("schema") if isinstance(found, dict) else None
+    if not isinstance(bench, dict) or bench.get("schema") != SCHEMA:
+        schema = bench.get("schema") if isinstance(bench, dict) else None
         raise ValueError(f"{path}: schema {schema} where {SCHEMA} is known: give a file of `rankwise bench --json`")
-    return found
+    return bench
 
 
 def text(bench: dict[str, Any], width: int = 120) -> str:
@@ -58,7 +59,7 @@ def write(bench: dict[str, Any], folder: Path) -> Path:
     if drawing is not None:
         figures.save(drawing, folder / "figures")
     else:
-        for suffix in ("svg", "png"):  # of an earlier bench, which this page would not be about
+        for suffix in ("svg", "png"):  # left by an earlier bench: not of these numbers
             (folder / "figures" / f"throughput.{suffix}").unlink(missing_ok=True)
     path = folder / "bench.md"
     write_file(path, markdown(bench, drawing))
@@ -77,8 +78,8 @@ def markdown(bench: dict[str, Any], drawing: figures.Drawing | None = None) -> s
 
 def tables(bench: dict[str, Any]) -> list[Table]:
     """Steps, allocator, throughput, study; those of which anything was measured."""
-    found = (steps(bench), allocator(bench), throughput(bench), study(bench))
-    return [table for table in found if table is not None]
+    made = (steps(bench), allocator(bench), throughput(bench), study(bench))
+    return [table for table in made if table is not None]
 
 
 # -- steps -------------------------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ def steps(bench: dict[str, Any]) -> Table | None:
 
 
 def _notes(bench: dict[str, Any]) -> list[str]:
-    """What must be known to read the table, and what was found on the way."""
+    """What must be known to read the table, and what was measured beside it."""
     recipe, rows = bench["recipe"], bench["rows"]
     adalora = recipe["adalora"]
     notes = [
@@ -175,19 +176,19 @@ def _notes(bench: dict[str, Any]) -> list[str]:
 
 
 def _range(numbers: Iterable[int]) -> str:
-    low, high = min(found := list(numbers)), max(found)
+    low, high = min(listed := list(numbers)), max(listed)
     return str(low) if low == high else f"{low} to {high}"
 
 
 def _floor_shares(rows: Sequence[dict[str, Any]]) -> str:
     """One entry for the rows that share a floor: those that differ in the method alone."""
-    found: dict[str, str] = {}
+    by_floor: dict[str, str] = {}
     for row in rows:
         name = "/".join(part for part in row["case"].split("/") if part not in figures.METHOD_COLOURS)
         share, improved = row["floor_rate_share"], row["improved_floor_rate_share"]
         if share is not None:
-            found[name] = f"{name} {share:.0%}" + ("" if improved is None else f" / {improved:.0%}")
-    return ", ".join(found.values())
+            by_floor[name] = f"{name} {share:.0%}" + ("" if improved is None else f" / {improved:.0%}")
+    return ", ".join(by_floor.values())
 
 
 # -- allocator, throughput, study ------------------------------------------------------------------------------------
@@ -238,7 +239,7 @@ def throughput(bench: dict[str, Any]) -> Table | None:
 
 
 def study(bench: dict[str, Any]) -> Table | None:
-    """A small study, really run."""
+    """A small study that was run whole, ours and PEFT's."""
     one = bench["study"]
     if one is None:
         return None
@@ -313,7 +314,7 @@ def _place(bench: dict[str, Any]) -> str:
 
 
 def _milliseconds(seconds: float | None) -> str | None:
-    """Three digits that count, and no fraction from 1000 on."""
+    """Three significant digits, and no fraction from 1000 on."""
     if seconds is None:
         return None
     return f"{1000 * seconds:#.3g}".rstrip(".") if 1000 * seconds < 999.5 else f"{1000 * seconds:,.0f}"
@@ -344,7 +345,7 @@ def _at(rule: str, target: float | None) -> str | None:
 
 
 def _met(value: float | None, target: float | None, at_least: bool) -> str | None:
-    """Whether the number itself, not its printed form, keeps to the target."""
+    """Whether the unrounded number meets the target."""
     if value is None or target is None:
         return None
     return "yes" if (value >= target if at_least else value <= target) else "NO"

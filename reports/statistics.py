@@ -21,13 +21,13 @@ ALPHA = 0.05
 MOST_FLIPS = 22  # 2^22 sums of float64 are 32 MiB
 FEWEST_FOR_BOOTSTRAP = 10  # seeds below which a BCa interval covers far less than it claims
 RESAMPLES = 9_999  # scipy.stats.bootstrap's default
-SIMULATED = 4_000  # studies drawn to find what the exact test could have seen: its power then has an error of 0.6 %
+SIMULATED = 4_000  # studies drawn for the power of the exact test, which then has a standard error of 0.6 %
 MOST_SIMULATED = 12  # seeds up to which that takes milliseconds; beyond, the t test stands in, which is then as powerful
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What is said of the scores of one setting. `sd` and the interval need two seeds; without them they are None."""
+    """Statistics of the scores of one setting; `sd` and the interval are None below two seeds."""
 
     n: int
     mean: float
@@ -71,8 +71,8 @@ def bca_interval(values: Float[np.ndarray, " S"] | Sequence[float], level: float
     from scipy.stats import bootstrap
 
     generator = np.random.default_rng(0)
-    found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, confidence_level=level, method="BCa", rng=generator)
-    low, high = float(found.confidence_interval.low), float(found.confidence_interval.high)
+    result = bootstrap((values,), np.mean, n_resamples=RESAMPLES, confidence_level=level, method="BCa", rng=generator)
+    low, high = float(result.confidence_interval.low), float(result.confidence_interval.high)
     return (low, high) if np.isfinite([low, high]).all() else None
 
 
@@ -116,21 +116,21 @@ def stratified_interval(
     generator = np.random.default_rng(0)
     drawn = [np.asarray(task)[generator.integers(len(task), size=(2_000, len(task)))] for task in scores]
     if statistic == "mean":
-        found = np.mean([task.mean(1) for task in drawn], axis=0)  # (2000,)
+        resampled = np.mean([task.mean(1) for task in drawn], axis=0)  # (2000,)
     else:
         from scipy.stats import trim_mean
 
-        found = trim_mean(np.concatenate(drawn, axis=1), 0.25, axis=1)
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+        resampled = trim_mean(np.concatenate(drawn, axis=1), 0.25, axis=1)
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def sign_flip_test(differences: Float[np.ndarray, " S"] | Sequence[float]) -> float:
     """Two-sided p-value of "each paired difference is as likely to have the other sign".
 
-    The share, among all 2^S ways to choose the signs, of those whose mean is at least as far from zero as the mean seen.
+    The share, among all 2^S ways to choose the signs, of those whose mean is at least as far from zero as the observed one.
     Its smallest value is 2^(1 - S), which is why `seeds_needed` grows with the number of comparisons.  Exact up to 22
-    seeds; beyond, over 99,999 drawn choices, the one seen counted among them.
+    seeds; beyond, over 99,999 drawn choices, the observed one among them.
 
     Raises:
         ValueError: no difference, or one that is not finite.
@@ -175,10 +175,10 @@ def seeds_needed(m: int, alpha: float = 0.05) -> int:
 
 
 def smallest_difference(differences: Float[np.ndarray, " S"] | Sequence[float], m: int = 1, power: float = 0.8) -> float | None:
-    """The true difference that so many seeds would have seen `power` of the time, in a family of m comparisons.
+    """The smallest detectable difference: the true one that so many seeds find `power` of the time, of m comparisons.
 
-    It takes the sd of the differences as true, and asks of the test what Holm asks of the first of m: p <= 5 % / m.  None
-    for fewer than two seeds.
+    The sd of the differences is taken as the true one, and the test must reach what Holm asks of the first of m comparisons:
+    p <= 5 % / m.  None for fewer than two seeds.
     """
     differences = np.asarray(differences, dtype=np.float64)
     n = len(differences)
@@ -191,8 +191,8 @@ def smallest_difference(differences: Float[np.ndarray, " S"] | Sequence[float], 
 def detectable(n: int, m: int = 1, power: float = 0.8) -> float:
     """The difference, in sd of the paired differences, that n seeds find `power` of the time at p <= 5 % / m.
 
-    By the exact sign-flip test where it can reach that p at all and n is at most 12 (drawn normal differences, a fixed
-    seed), else by the t test: with too few seeds for the family that is what the seeds alone could have shown.
+    By the exact sign-flip test where n seeds can reach that p and n is at most 12 (drawn normal differences, a fixed
+    seed), else by the t test, which also answers for too few seeds.
     """
     if n < seeds_needed(m) or n > MOST_SIMULATED:
         return effect_size(n, power, 1 - ALPHA / m)

@@ -1,9 +1,9 @@
-"""What a comparison may say: one verdict a setting against the named reference of its task, in words.
+"""The verdict on each setting against the reference of its task: better, worse, equivalent, undecided or no claim.
 
 A family is the comparisons of one task against the named reference.  Each is tested by the exact sign-flip test on
 differences paired by seed, Holm's correction holds the family to 5 %, and equivalence is an interval inside a margin that was
-fixed before the runs.  No verdict is better than its study: a quick look, an untuned rate, a best rate at the edge of its
-grid, a failed seed or a rank budget that was not reached leave no winner.
+fixed before the runs.  A quick look, an untuned rate, a best rate at the edge of its grid, a failed seed or a rank budget that
+was not reached leave no winner.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Verdict:
     low: float | None  # 95 % paired t interval
     high: float | None
     p: float | None  # of the sign-flip test, Holm-adjusted
-    smallest: float | None  # the difference that so many seeds could have seen, 80 % of the time
+    smallest: float | None  # smallest detectable difference: found by so many seeds 80 % of the time
     text: str
 
 
@@ -47,7 +47,7 @@ def verdicts(part: Study) -> list[Verdict]:
     if reference is None:
         return []
     others = [arm for arm in part.arms if arm is not reference]
-    m = max(len(part.settings) - 1, len(others), 1)  # planned, so that a family does not grow while it is looked at
+    m = max(len(part.settings) - 1, len(others), 1)  # as planned, so that a family does not grow as runs finish
     differences = {arm.setting: paired_differences(arm.scores, reference.scores) for arm in others}
     raw = [sign_flip_test(values) if len(values) else 1.0 for values in differences.values()]
     adjusted = holm([*raw, *[1.0] * (m - len(raw))])
@@ -55,33 +55,37 @@ def verdicts(part: Study) -> list[Verdict]:
 
 
 def _verdict(part: Study, arm: Arm, reference: Arm, differences: np.ndarray, p: float, m: int) -> Verdict:
-    n, found = len(differences), summary(differences)
+    n, estimate = len(differences), summary(differences)
     smallest = smallest_difference(differences, m)
-    if found is None or found.low is None:
-        size = "no seed is finished for both" if found is None else f"difference {found.mean:+.2f}, n = 1 supports no claim"
+    if estimate is None or estimate.low is None:
+        size = (
+            "no seed is finished for both" if estimate is None else f"difference {estimate.mean:+.2f}, n = 1 supports no claim"
+        )
         kind, text = "no claim", f"no claim against {reference.setting} ({size})"
-        mean = None if found is None else found.mean
+        mean = None if estimate is None else estimate.mean
         return Verdict(arm.setting, reference.setting, part.task, kind, n, mean, None, None, None, None, text)
-    difference = f"difference {found.mean:+.2f}, 95 % interval {found.low:+.2f} to {found.high:+.2f}, n = {n}"
+    difference = f"difference {estimate.mean:+.2f}, 95 % interval {estimate.low:+.2f} to {estimate.high:+.2f}, n = {n}"
     reasons = no_winner(part, arm, reference)
     margin = part.margin
     if reasons:
         kind = "no claim" if part.quick else "undecided"
         text = f"{kind} against {reference.setting}: {'; '.join(reasons)} ({difference})"
-    elif margin is not None and -margin < found.low and found.high < margin:
+    elif margin is not None and -margin < estimate.low and estimate.high < margin:
         kind, text = "equivalent", f"equivalent to {reference.setting} within {margin:g} ({difference})"
     elif p <= ALPHA:
-        kind = "better" if found.mean > 0 else "worse"
+        kind = "better" if estimate.mean > 0 else "worse"
         text = f"{kind} than {reference.setting} ({difference}, p = {p:.3f} in a family of {m})"
     else:
         kind = "undecided"
         few = f"; a family of {m} takes {seeds_needed(m)} seeds" if n < seeds_needed(m) else ""
-        text = f"undecided against {reference.setting} ({difference} could have seen {smallest:.2f}{few})"
-    return Verdict(arm.setting, reference.setting, part.task, kind, n, found.mean, found.low, found.high, p, smallest, text)
+        text = f"undecided against {reference.setting} ({difference}; smallest detectable difference {smallest:.2f}{few})"
+    return Verdict(
+        arm.setting, reference.setting, part.task, kind, n, estimate.mean, estimate.low, estimate.high, p, smallest, text
+    )
 
 
 def no_winner(part: Study, arm: Arm, reference: Arm) -> list[str]:
-    """Why this comparison may name no winner and claim no equivalence, whatever the numbers say."""
+    """Why this comparison may name no winner and claim no equivalence, whatever its numbers are."""
     if part.quick:
         return ["a quick look"]
     reasons = []
@@ -100,7 +104,7 @@ def no_winner(part: Study, arm: Arm, reference: Arm) -> list[str]:
 
 def warnings(part: Study) -> list[str]:
     """What a reader must know before believing the verdicts, one sentence each."""
-    reference, found = part.reference_arm, verdicts(part)
+    reference, given = part.reference_arm, verdicts(part)
     sentences = []
     if part.protocol == "best-dev-epoch":
         sentences.append(
@@ -108,8 +112,8 @@ def warnings(part: Study) -> list[str]:
             "so that scores are chosen on what they are reported on."
         )
     m = max(len(part.settings) - 1, 1)
-    n = min((v.n for v in found), default=0)
-    if reference is not None and found and not part.quick and n < seeds_needed(m):
+    n = min((v.n for v in given), default=0)
+    if reference is not None and given and not part.quick and n < seeds_needed(m):
         sentences.append(
             f"Too few seeds for the test: the exact sign-flip test with Holm's correction over a family of m = {m} takes "
             f"n >= {seeds_needed(m)} seeds, and here n = {n}: no difference to {reference.setting} can be claimed."
@@ -120,7 +124,7 @@ def warnings(part: Study) -> list[str]:
             f"Rates chosen by one seed each ({', '.join(lonely)}): two runs of one method can then end at different rates, and "
             "better or worse is said too often (reports/studies/calibration); give the sweep three seeds."
         )
-    for verdict in found:
+    for verdict in given:
         arm = next(a for a in part.arms if a.setting == verdict.setting)
         error = test_set_error(arm)
         if verdict.kind in ("better", "worse") and error is not None and abs(verdict.mean) < 2 * error[0]:
@@ -133,7 +137,7 @@ def warnings(part: Study) -> list[str]:
 
 
 def missing_baselines(part: Study) -> list[str]:
-    """Baselines that belong into every fair table and are in none of its rows."""
+    """The baselines of a fair table that this one lacks, as sentences begin."""
     if part.quick:
         return []
     wanted = {"full": "Full fine-tuning", "lora": "Plain LoRA"}
@@ -145,11 +149,14 @@ def missing_baselines(part: Study) -> list[str]:
 
 
 def test_set_error(arm: Arm) -> tuple[float, int] | None:
-    """Standard error in points of one run's score for want of test rows, root mean square over seeds, and the rows."""
-    found = [(r.score_standard_error, r.score_rows) for r in arm.completed if r.score_standard_error is not None]
-    if not found:
+    """Standard error of one run's score from the finite number of test rows, in points, and the number of rows.
+
+    Root mean square over the seeds.
+    """
+    errors = [(r.score_standard_error, r.score_rows) for r in arm.completed if r.score_standard_error is not None]
+    if not errors:
         return None
-    return sqrt(sum(error**2 for error, _ in found) / len(found)), found[0][1]
+    return sqrt(sum(error**2 for error, _ in errors) / len(errors)), errors[0][1]
 
 
 def budget_reached(arm: Arm) -> bool:

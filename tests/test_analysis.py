@@ -15,7 +15,7 @@ from rankwise import variants
 from rankwise.experiments import analysis
 from rankwise.experiments.data.draws import shuffled
 from rankwise.experiments.training.trainer import Trainer
-from rankwise.reports import analysis as report
+from rankwise.reports.analysis import directions, read, subspaces
 from rankwise.reports.tables import escape_markdown
 from rankwise.variants.adapter.linears import weight_of
 from rankwise.variants.adapter.step import NotPackable
@@ -394,8 +394,8 @@ def test_the_report_has_every_figure_and_table_and_is_the_same_each_time(world, 
 
 
 def test_heat_maps_show_the_grids(world):
-    found = report.read(world[1])["subspace"]
-    drawing = report.ranks_figure(found)
+    found = read(world[1])["subspace"]
+    drawing = subspaces.ranks_figure(found)
     query = [i for i, site in enumerate(found["sites"]) if site["name"].endswith("query")]
     shown = np.asarray(drawing.figure.axes[0].images[0].get_array())
     assert shown == pytest.approx(found["grids"]["A/ranks"][query].mean(0))
@@ -403,14 +403,14 @@ def test_heat_maps_show_the_grids(world):
         "query: two seeds", "query: one seed", "query: one seed, untrained"]  # fmt: skip
     assert drawing.figure.axes[0].get_xlabel() == "j  (r = 6, seed 4)"
     assert drawing.figure.axes[1].get_xlabel() == "j  (r = 6, seed 3)"
-    gaussian = report.seeds_figure(found).figure.axes[2]
+    gaussian = subspaces.seeds_figure(found).figure.axes[2]
     assert np.asarray(gaussian.images[0].get_array()) == pytest.approx(found["grids"]["gaussian"])
     assert gaussian.images[0].get_clim() == (0, 1)
 
 
 def test_the_scatter_is_of_one_seed_with_its_own_correlation(world):
-    found = report.read(world[1])["magnitude"]
-    drawing = report.movement_figure(found)
+    found = read(world[1])["magnitude"]
+    drawing = directions.movement_figure(found)
     ax = drawing.figure.axes[1]
     mine = [r for r in found["moves"] if (r["method"], r["seed"]) == ("lora", 3) and r["site"].endswith("query")]
     dots = {(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines if line.get_linestyle() == "None"}
@@ -439,7 +439,7 @@ def magnitude_of(rows):
 def test_correlations_are_pearsons_a_seed_at_a_time():
     up, down = [(1, 1), (2, 3), (3, 2), (4, 4)], [(1, 4), (2, 3), (3, 2), (4, 1)]
     found = magnitude_of(moves(up, seed=0) + moves(down, seed=1) + moves(down, "dora"))
-    (method, kind, n, both, last, columns, paper, *_, intruders), dora = report.correlations(found).rows
+    (method, kind, n, both, last, columns, paper, *_, intruders), dora = directions.correlations(found).rows
     assert (method, kind, n, paper) == ("lora", "query", 2, 0.83)
     assert (both.mean, both.low, both.high) == pytest.approx(((0.8 - 1) / 2, -1, 0.8))  # 0.8: 1 - 6 * 2 / 60, these are ranks
     assert str(both) == "-0.10 (-1.00 to +0.80)"
@@ -452,7 +452,7 @@ def test_correlations_are_pearsons_a_seed_at_a_time():
 def test_sentences_say_whether_the_sign_is_the_papers():
     up, down = [(1, 1), (2, 2), (3, 3), (4, 4)], [(1, 4), (2, 3), (3, 2), (4, 1)]
     found = magnitude_of(moves(down, "full") + moves(up, "lora") + moves(up, "dora"))
-    said = report.magnitude_sentences(found)
+    said = directions.magnitude_sentences(found)
     assert "-1.00 (paper -0.62: the same sign)" in said[0]
     assert "+1.00 (paper +0.83: the same sign)" in said[1]
     assert "+1.00 (paper -0.31: the opposite sign)" in said[2]
@@ -460,19 +460,19 @@ def test_sentences_say_whether_the_sign_is_the_papers():
 
 def test_shared_dimensions_are_the_last_i_above_a_half():
     grid = np.zeros((4, 6))
-    assert report.shared_dimensions(grid) == 0
+    assert subspaces.shared_dimensions(grid) == 0
     grid[0, 0], grid[2, 2], grid[3, 3] = 0.9, 0.51, 0.5
-    assert report.shared_dimensions(grid) == 3
+    assert subspaces.shared_dimensions(grid) == 3
 
 
 def test_what_random_subspaces_share_is_no_excess(random):
     grids = [analysis.phi(*(analysis.directions(random.normal(size=(8, 24))) for _ in range(2))) for _ in range(300)]
-    assert report.excess(np.mean(grids, 0), 24) == pytest.approx(0, abs=0.01)
-    assert report.excess(np.ones((8, 8)), 24) == pytest.approx(1 - 4.5 / 24)
+    assert subspaces.excess(np.mean(grids, 0), 24) == pytest.approx(0, abs=0.01)
+    assert subspaces.excess(np.ones((8, 8)), 24) == pytest.approx(1 - 4.5 / 24)
 
 
 def test_the_papers_factors_stand_in_the_table(world):
-    rows = report.amplifications(report.read(world[1])["subspace"]).rows
+    rows = subspaces.amplifications(read(world[1])["subspace"]).rows
     assert [(row[0], row[1]) for row in rows] == [*((kind, r) for kind in ("query", "value") for r in (2, 3, 6)),
                                                   ("the paper's W_q", 4), ("the paper's W_q", 64)]  # fmt: skip
     assert [row[-1].mean for row in rows[-2:]] == pytest.approx([21.5, 1.9], abs=0.1)
@@ -491,7 +491,7 @@ def test_files_that_do_not_belong_together_are_refused(world, tmp_path, capsys):
     content[len(content) // 2] ^= 1
     (tmp_path / "subspace.npz").write_bytes(content)
     assert rankwise("analysis", "report", str(tmp_path)) == 2
-    assert "not the file that subspace.json speaks of" in capsys.readouterr().err
+    assert "not the file that subspace.json names" in capsys.readouterr().err
     (tmp_path / "subspace.json").write_text('{"schema": 2, "kind": "subspace"}')
     assert rankwise("analysis", "report", str(tmp_path)) == 2
     assert "of schema 1" in capsys.readouterr().err
@@ -512,15 +512,15 @@ def test_files_that_do_not_belong_together_are_refused(world, tmp_path, capsys):
 
 def test_the_committed_tables_are_those_of_the_committed_numbers():
     folder = ROOT / "reports" / "studies" / "analyses"
-    found = report.read(folder)
+    found = read(folder)
     tables = [
-        report.overlaps(found["subspace"]),
-        report.amplifications(found["subspace"]),
-        report.correlations(found["magnitude"]),
+        subspaces.overlaps(found["subspace"]),
+        subspaces.amplifications(found["subspace"]),
+        directions.correlations(found["magnitude"]),
     ]
     page = (folder / "analysis.md").read_text()
     for table in tables:
         assert table.markdown() in page
         assert (folder / "tables" / f"{table.name}.tex").read_text() == table.latex()
-    for sentence in (*report.subspace_sentences(found["subspace"]), *report.magnitude_sentences(found["magnitude"])):
+    for sentence in (*subspaces.subspace_sentences(found["subspace"]), *directions.magnitude_sentences(found["magnitude"])):
         assert escape_markdown(sentence) in page

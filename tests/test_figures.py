@@ -5,7 +5,7 @@ import re
 import struct
 
 import pytest
-from rankwise.reports import figures, results
+from rankwise.reports import figures, results, stability
 
 from tests.synthetic_runs import BERT_SITES, METHODS, write_anatomy, write_run, write_study
 
@@ -67,7 +67,7 @@ def test_spectra_stand_beside_full_fine_tuning_s(examined):
     assert lines["full"].get_color() == figures.METHOD_COLOURS["full"]
 
 
-def test_a_site_s_worth_is_drawn_against_what_was_believed_of_it(examined):
+def test_the_loss_without_a_site_is_drawn_against_its_importance(examined):
     titles = {ax.get_title(loc="left"): ax for ax in examined["knock-out"].figure.axes}
     assert set(titles) == {"lora", "adalora"}
     assert titles["adalora"].get_title(loc="right") == "rho +1.00, n = 3"
@@ -100,12 +100,12 @@ def test_seeds_are_compared_by_spearman_and_jaccard(tmp_path):
     write_run(tmp_path, method="lora", seed=0)
     write_run(tmp_path, method="lora", seed=1)
     arms = {arm.setting: arm for arm in results.load(tmp_path).arms}
-    ((correlation, of_ranks, of_sites),) = figures.seed_pairs(arms["adalora"])
+    (pair,) = stability.seed_pairs(arms["adalora"])
     # Places 1 2 4 3 and 1.5 3 4 1.5: deviations -1.5 -.5 1.5 .5 and -1 .5 1.5 -1.
-    assert correlation == pytest.approx((1.5 - 0.25 + 2.25 - 0.5) / (5 * 4.5) ** 0.5)
-    assert of_ranks == pytest.approx((0 + 1 + 3 + 0) / (0 + 2 + 4 + 2))
-    assert of_sites == pytest.approx(2 / 3)
-    assert figures.seed_pairs(arms["lora"]) == []
+    assert pair.spearman == pytest.approx((1.5 - 0.25 + 2.25 - 0.5) / (5 * 4.5) ** 0.5)
+    assert pair.jaccard_ranks == pytest.approx((0 + 1 + 3 + 0) / (0 + 2 + 4 + 2))
+    assert pair.jaccard_sites == pytest.approx(2 / 3)
+    assert stability.seed_pairs(arms["lora"]) == []
 
 
 def test_the_same_runs_give_the_same_bytes(study, tmp_path):

@@ -10,7 +10,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from rankwise.reports import charts, figures, html, page, results, tables
+from rankwise.reports import figures, page, results, tables
+from rankwise.reports.page import charts, html
+from rankwise.reports.page.charts import scores
 from rankwise.reports.verdicts import Verdict, verdicts
 
 from tests.synthetic_runs import BERT_SITES, final_ranks, write_json, write_run, write_study
@@ -206,18 +208,20 @@ def test_what_a_run_says_is_never_markup(tmp_path):
 
 
 def test_cells_are_sorted_by_the_number_they_stand_for():
-    seconds = tables.Shared((130.0, 31.0), (1, 3), tables.seconds_text)
+    seconds = tables.Cost((130.0, 31.0), (1, 3), tables.seconds_text)
     numbers = {1_200: 1200, 0.5: 0.5, "5e-5": 5e-5, "2 to 3": 2, "1,024": 1024, None: None, "-": None, "4 worse": None}
     assert {cell: html.sort_key(cell) for cell in numbers} == numbers
     assert html.sort_key(seconds) == 130 and html.sort_key(tables.Rank(7, 12)) == 7
     assert html.sort_key(tables.Estimate(85.5, 85.2, 85.8, 0.1, 3)) == 85.5
-    assert html.sort_key(tables.Tried(None, 1, 1, "")) is None and html.sort_key(tables.Tried(83.0, 0, 1, "best")) == 83
+    assert (
+        html.sort_key(tables.SweepScore(None, 1, 1, "")) is None and html.sort_key(tables.SweepScore(83.0, 0, 1, "best")) == 83
+    )
     table = tables.Table("t", "t", ("setting", "size", "status"), (("8 bit", 3, "2 of 5"), ("4 bit", None, "1 of 5")), ())
     assert [[cell.key for cell in row] for row in html.shown(table, {})] == [[None, 3.0, None], [None, None, None]]
 
 
 def test_settings_with_nearly_the_same_parameters_stand_side_by_side():
-    assert charts._side_by_side([385, 22_000_000, 331_000, 352_000]) == [0, 0, -6, 6]
+    assert scores.offsets([385, 22_000_000, 331_000, 352_000]) == [0, 0, -6, 6]
 
 
 def test_a_long_history_is_thinned_and_the_caption_says_so(tmp_path):

@@ -1,22 +1,23 @@
-"""What imports what in variants/: only down, and no circle."""
+"""What imports what in variants/ and reports/: only down, and no circle."""
 
 import ast
 from pathlib import Path
 
 import pytest
-from rankwise import variants
+from rankwise import reports, variants
 
 ROOT = Path(variants.__file__).parent
 PREFIX = "rankwise.variants"
-FILES = sorted(ROOT.rglob("*.py"))
 
 
-def module_name(file: Path) -> str:
-    parts = file.relative_to(ROOT).with_suffix("").parts
-    return ".".join([PREFIX, *(part for part in parts if part != "__init__")])
+def modules_of(root: Path, prefix: str) -> dict[str, Path]:
+    """Full name -> file of every module under a folder."""
+    files = {file: file.relative_to(root).with_suffix("").parts for file in sorted(root.rglob("*.py"))}
+    return {".".join([prefix, *(part for part in parts if part != "__init__")]): file for file, parts in files.items()}
 
 
-MODULES = {module_name(file): file for file in FILES}
+MODULES = modules_of(ROOT, PREFIX)
+REPORTS = modules_of(Path(reports.__file__).parent, "rankwise.reports")
 
 
 def imported(node: ast.AST) -> set[str]:
@@ -27,7 +28,7 @@ def imported(node: ast.AST) -> set[str]:
         return set()
     assert not node.level, "imports are absolute"
     inside = {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name if name in MODULES else node.module for name in inside}
+    return {name if name in MODULES | REPORTS else node.module for name in inside}
 
 
 def all_imports(file: Path) -> set[str]:
@@ -80,3 +81,7 @@ def test_methods_import_machinery_and_machinery_imports_no_method(name):
         return
     tops = {f"{PREFIX}.{file.stem}" for file in ROOT.glob("*.py")} - {f"{PREFIX}.settings", f"{PREFIX}.__init__"}
     assert not all_imports(MODULES[name]) & tops
+
+
+def test_no_module_of_reports_imports_itself_by_way_of_others():
+    assert not find_circle({name: all_imports(file) & set(REPORTS) for name, file in REPORTS.items()})

@@ -12,6 +12,7 @@ from rankwise import variants
 from rankwise.experiments import tasks
 from rankwise.experiments.data.questions import Questions
 from rankwise.reports import papers
+from rankwise.reports.papers.quoted import quoted
 
 TABLES = {  # name: rows, values, sum of the values, sum of the spreads
     "adalora-1": (12, 132, 11674.81, 0),
@@ -101,7 +102,7 @@ def tables() -> list[papers.Published]:
     return [papers.load(name) for name in papers.names()]
 
 
-def every_row() -> list[tuple[papers.Published, papers.Row]]:
+def every_row() -> list[tuple[papers.Published, papers.PrintedRow]]:
     return [(table, row) for table in tables() for row in table.rows]
 
 
@@ -426,3 +427,12 @@ def test_a_faulty_file_is_refused_with_the_rule(old: str, new: str, message: str
     assert old in GOOD
     with pytest.raises(ValueError, match=message):
         papers.read(GOOD.replace(old, new, 1), "good")
+
+
+# -- numbers outside of tables -------------------------------------------------------------------------------------------
+
+
+def test_quoted_factors_are_the_quotients_of_their_norms():
+    rows = quoted().amplification.rows
+    assert [row.factor for row in rows] == pytest.approx([row.update_norm / row.of_update for row in rows], rel=0.015)
+    assert [f"{row.over_random:.2g}" for row in rows] == ["16", "5.8"]

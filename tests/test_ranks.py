@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 from rankwise.experiments import archive
-from rankwise.reports import allocation, figures, page, ranks, results, tables
+from rankwise.reports import figures, page, ranks, results, tables
+from rankwise.reports.ranks import listing
 from safetensors.numpy import save_file
 
 from tests.synthetic_runs import BERT_SITES, write_anatomy, write_json, write_run
@@ -109,7 +110,7 @@ def test_adalora_counts_rows_and_knows_modules_at_rank_0(tmp_path):
     ]
     assert found.sites[0].scale == pytest.approx(8.0, rel=1e-5)  # alpha / (init_r + 1e-5), whatever was kept
     assert "2 of them are at rank 0" in tables.rank_table(tmp_path).caption[0]
-    assert json.loads(tables.rank_json(tmp_path))["at_rank_0"] == 2
+    assert listing.as_dict(tmp_path)["at_rank_0"] == 2
 
 
 def test_peft_wrote_it_and_it_is_read(tmp_path):
@@ -416,6 +417,20 @@ def test_a_run_shows_what_became_of_its_weights(examined):
         ranks.read(folder)
 
 
+def test_the_caption_counts_intruders_as_the_runs_did(examined):
+    def caption() -> str:
+        return " ".join({table.name: table for table in listing.shown(examined)}["anatomy"].caption)
+
+    assert "top 10 left singular vectors of W + dW those whose |cosine| with every one of W is below 0.5 (Shutt" in caption()
+    folder = next(path for path in examined.iterdir() if path.is_dir())
+    stored = json.loads((folder / "sites.json").read_text())
+    write_json(folder / "sites.json", {**stored, "intruders": {"looked_at": 7, "cosine": 0.35}})
+    assert "the top 7 left" in caption() and "below 0.35" in caption() and "; or of the top" in caption()
+    write_json(folder / "sites.json", {**stored, "intruders": {"looked_at": 7}})
+    with pytest.raises(ValueError, match=r"sites\.json.*cosine"):
+        caption()
+
+
 def test_full_fine_tuning_with_its_spectrum_is_shown(examined):
     folder = next(path for path in examined.iterdir() if '"full"' in (path / "config.json").read_text())
     found = ranks.read(folder)
@@ -423,7 +438,7 @@ def test_full_fine_tuning_with_its_spectrum_is_shown(examined):
 
 
 def test_a_study_is_shown_with_its_tables_and_every_run(examined, tmp_path):
-    made = {table.name: table for table in allocation.shown(examined)}
+    made = {table.name: table for table in listing.shown(examined)}
     assert list(made) == ["ranks", "anatomy", "stability", "knock-out"]
     rows = {row[0]: row for row in made["anatomy"].rows}
     assert rows["full"][:5] == ("full", 2, 36, "13,824", "13,824") and rows["adalora"][3:5] == ("288", "432")
@@ -431,19 +446,19 @@ def test_a_study_is_shown_with_its_tables_and_every_run(examined, tmp_path):
     assert [row[0] for row in made["stability"].rows] == ["adalora"]
     ((label, n, *_, harmless, rho, _, _),) = made["knock-out"].rows
     assert (label, n, rho.mean, rho.n) == ("adalora", 2, pytest.approx(1.0), 2) and harmless.endswith(" %")
-    whole = allocation.as_dict(examined)
+    whole = listing.as_dict(examined)
     (part,) = whole["parts"]
     assert sorted((run["setting"], run["seed"]) for run in part["runs"]) == [
         (setting, seed) for setting in ("adalora", "full", "lora") for seed in (0, 1)
     ]
     json.dumps(whole, allow_nan=False)
-    lines = list(csv.DictReader(allocation.as_csv(examined).splitlines()))
+    lines = list(csv.DictReader(listing.as_csv(examined).splitlines()))
     assert len(lines) == 6 * 36
     assert {line["site"] for line in lines if line["setting"] == "lora"} == set(BERT_SITES)
-    names = [drawing.name for drawing in allocation.drawings(examined)]
+    names = [drawing.name for drawing in listing.drawings(examined)]
     assert names == ["rank-map", "side-by-side", "stability", "budget", "ranks-over-time", "importance", "spectra", "knock-out"]
     with pytest.raises(ValueError, match="is a study, of many allocations"):
-        allocation.drawings(examined, tmp_path)
+        listing.drawings(examined, tmp_path)
 
 
 def test_the_report_holds_these_tables_and_a_study_without_them_does_not(examined, tmp_path):
@@ -471,6 +486,6 @@ def test_finished_runs_are_copied_with_these_files(examined, tmp_path):
 
 def test_one_run_is_drawn_and_two_are_laid_side_by_side(examined):
     folders = {json.loads((p / "config.json").read_text())["method"]: p for p in examined.iterdir()}
-    assert [drawing.name for drawing in allocation.drawings(folders["lora"])] == ["rank-map", "spectra"]
-    (drawing,) = allocation.drawings(folders["lora"], folders["adalora"])
+    assert [drawing.name for drawing in listing.drawings(folders["lora"])] == ["rank-map", "spectra"]
+    (drawing,) = listing.drawings(folders["lora"], folders["adalora"])
     assert isinstance(drawing, figures.Drawing) and drawing.title.startswith("lora and adalora")

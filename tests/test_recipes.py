@@ -6,8 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rankwise import reports
 from rankwise.experiments import checks, cli, config, models, recipes, sources, tasks
-from rankwise.reports import beside, papers
+from rankwise.reports import papers
+from rankwise.reports.papers import beside, beside_table, listing
+from rankwise.reports.papers import published as published_tables
 from rankwise.reports.results import load
 from rankwise.reports.statistics import summary
 from rankwise.variants.adapter import targets as module_names
@@ -506,9 +509,9 @@ def test_the_estimates_by_hand():
 
 
 def test_the_share_of_the_machine_is_that_of_the_committed_measurements():
-    reports = Path(beside.__file__).parent
-    (speed,) = [one.tokens_per_second for one in load(reports / "studies" / "quick-look").results() if one.method == "lora"]
-    rate = json.loads((reports / "bench" / "bench.json").read_text())["machine"]["matrix_product_gflops"]["fp32"]
+    folder = Path(reports.__file__).parent
+    (speed,) = [one.tokens_per_second for one in load(folder / "studies" / "quick-look").results() if one.method == "lora"]
+    rate = json.loads((folder / "bench" / "bench.json").read_text())["machine"]["matrix_product_gflops"]["fp32"]
     reached = speed * 4 * recipes.SHAPES[MINILM].in_matrices / (rate * 1e9)
     assert abs(reached - recipes.REACHED) < 0.01
 
@@ -524,7 +527,7 @@ def offline(monkeypatch, tmp_path):
 def test_the_list_says_what_runs_here(offline, monkeypatch):
     monkeypatch.setattr(recipes, "free_memory", lambda: 5 * 10**9)
     found = recipes.here([recipes.load(name) for name in recipes.names()], "paper")
-    table = beside.listing(found)
+    table = listing.overview(found)
     shown = {row[0]: row for row in table.rows}
     assert shown["lora-18-miniature"][1:5] == ("yes: stsb", "7 of 7", "package: all-MiniLM-L6-v2", "package: stsb")
     assert shown["adalora-1"][1:4] == ("with --model: stsb", "48 of 96", "hub: deberta-v3-base")
@@ -547,13 +550,13 @@ def test_with_a_hub_the_rest_runs_too(offline, monkeypatch):
 
 def test_the_detail_of_a_table_stands_beside_the_appendix(offline):
     found = recipes.here([recipes.load("adalora-1")], "paper")
-    table = beside.detail(found, papers.load("adalora-1"))
+    table = listing.detail(found, papers.load("adalora-1"))
     row = dict(zip(table.columns, next(r for r in table.rows if r[:2] == ("AdaLoRA, 1.27M", "stsb")), strict=True))
     wanted = {"published": "91.84", "epochs": "25", "learning_rate": "2.2e-3", "orthogonality": "0.1", "warmup_steps": "800"}
     assert {key: row[key] for key in wanted} == wanted
     assert any("All cells: model microsoft/deberta-v3-base, batch_size 32, schedule linear" in line for line in table.caption)
     assert any(line.startswith("Waits for a method: Houlsby's adapters: HAdapter, 1.22M; ") for line in table.caption)
-    waiting = beside.detail(recipes.here([recipes.load("lora-3")], "paper"), papers.load("lora-3"))
+    waiting = listing.detail(recipes.here([recipes.load("lora-3")], "paper"), papers.load("lora-3"))
     assert waiting.rows == () and any("Waits for the decoder tasks: GPT-2 M full" in line for line in waiting.caption)
 
 
@@ -574,14 +577,14 @@ def line(scores=(91.0, 92.0, 93.0), published=90.0, **changes) -> beside.Line:
 def test_without_a_published_spread_our_interval_and_the_tolerance_decide():
     # mean 92, sd 1, n = 3: t(2, 0.975) = 4.302653, half-width 4.302653 / sqrt(3) = 2.484138; with 0.05: 2.534138
     assert beside.half_width(summary([91, 92, 93]), None, 5, 0.05) == pytest.approx(2.534138, abs=1e-6)
-    said = beside.verdict(line(published=90.0))
+    said = beside.agreement(line(published=90.0))
     assert (said.kind, said.tags, said.difference.mean) == ("inside the combined interval", (), 2.0)
     assert (said.difference.low, said.difference.high) == pytest.approx((2 - 2.534138, 2 + 2.534138), abs=1e-6)
-    assert beside.verdict(line(published=89.47)).kind == "inside the combined interval"  # 2.53
-    assert beside.verdict(line(published=89.46)).kind == "better"  # 2.54
-    assert beside.verdict(line(published=94.54)).kind == "worse"
-    assert beside.verdict(line(published=94.54, higher_is_better=False)).kind == "better"
-    assert beside.verdict(line(published=89.46, higher_is_better=False)).kind == "worse"
+    assert beside.agreement(line(published=89.47)).kind == "inside the combined interval"  # 2.53
+    assert beside.agreement(line(published=89.46)).kind == "better"  # 2.54
+    assert beside.agreement(line(published=94.54)).kind == "worse"
+    assert beside.agreement(line(published=94.54, higher_is_better=False)).kind == "better"
+    assert beside.agreement(line(published=89.46, higher_is_better=False)).kind == "worse"
 
 
 def test_with_a_published_spread_welchs_interval_decides():
@@ -590,8 +593,8 @@ def test_with_a_published_spread_welchs_interval_decides():
     assert half == pytest.approx(2.692 * 0.730297, abs=2e-3)
     p = ttest_ind_from_stats(half, 1, 3, 0, 1, 5, equal_var=False).pvalue  # at the interval's end the test says 5 %
     assert p == pytest.approx(0.05, abs=1e-9)
-    assert beside.verdict(line(published=90.1, spread=1.0)).kind == "inside the combined interval"
-    assert beside.verdict(line(published=90.0, spread=1.0)).kind == "better"
+    assert beside.agreement(line(published=90.1, spread=1.0)).kind == "inside the combined interval"
+    assert beside.agreement(line(published=90.0, spread=1.0)).kind == "better"
     assert beside.half_width(summary([91, 92, 93]), 1.0, None, 0.05) == pytest.approx(2.534138, abs=1e-6)  # n not said
     assert beside.half_width(summary([92, 92]), 0.0, 5, 0.05) == 0.0
     assert beside.half_width(summary([92]), 1.0, 5, 0.05) is None
@@ -609,7 +612,7 @@ def test_with_a_published_spread_welchs_interval_decides():
     ],
 )
 def test_not_comparable_comes_first_and_the_numbers_stay(changes, tags):
-    said = beside.verdict(line(published=50.0, **changes))
+    said = beside.agreement(line(published=50.0, **changes))
     assert (said.kind, said.tags) == ("not comparable", tags)
     assert said.text == f"not comparable: {', '.join(tags)}"
     assert (said.difference is None) == (changes.get("scores") == {})
@@ -700,7 +703,7 @@ def test_the_table_says_who_stands_in_and_what_is_not_as_in_the_paper():
     reasons = [("model", "small stands in for big.")]
     found = lines([result(s, 90.0 + s, 88.0) for s in range(3)], model="small", stands_in_for="big", reasons=reasons)
     found += lines([result(0, 79.0, 88.0)], row="B", model="small", stands_in_for="big", departures=["Of B alone."])
-    table = beside.table(published, found)
+    table = beside_table.table(published, found)
     assert table.title == "P, Table 1, beside ours (small standing in for big)"
     assert table.columns == ("row", "column", "verdict", "published", "ours", "n", "difference")
     assert table.cells()[0] == ["A", "Main", "not comparable: model", "90.00 (sd 0.30)", "91.00 +- 2.48", "3",
@@ -723,15 +726,15 @@ def test_a_confidence_interval_of_unsaid_level_is_not_taken_as_a_deviation():
 
 def test_a_folder_keeps_the_cells_of_earlier_calls_and_replaces_its_own(tmp_path, monkeypatch):
     (tmp_path / "p-1.toml").write_text(PUBLISHED)
-    monkeypatch.setattr(papers, "FOLDER", tmp_path)
+    monkeypatch.setattr(published_tables, "FOLDER", tmp_path)
     papers.load.cache_clear()
-    assert beside.of_folder(tmp_path) is None
+    assert beside_table.of_folder(tmp_path) is None
     beside.keep("p-1", lines([result(0, 79.0, 1.0), result(1, 79.5, 1.0)], row="B"), tmp_path)
     beside.keep("p-1", lines([result(0, 90.0, 88.0)])[:1], tmp_path)
     beside.keep("p-1", lines([result(0, 90.0, 88.0), result(1, 91.0, 88.0)])[:1], tmp_path)
     name, kept = beside.load(tmp_path)
     assert name == "p-1" and [(one.row, len(one.scores)) for one in kept] == [("A", 2), ("B", 2)]  # in the table's order
-    table = beside.of_folder(tmp_path)
+    table = beside_table.of_folder(tmp_path)
     assert table.title == "P, Table 1, beside ours (m)"
     assert table.csv().splitlines()[1].startswith("A,Main,inside the combined interval,90.0,0.3,5,90.5,")
     papers.load.cache_clear()
@@ -746,16 +749,16 @@ def test_a_miniature_compares_the_shape_of_a_curve_and_no_number():
     published, ours = (10.0, 12.0, 11.0), (50.0, 55.0, 57.0)
     curve = [line((score, score), value, miniature=True, position=float(rank), row=f"r = {rank}", metric="pearson")
              for rank, value, score in zip((1, 2, 4), published, ours, strict=True)]  # fmt: skip
-    assert all(beside.verdict(one).difference is None for one in curve)
-    (said,) = beside.shape(curve)
+    assert all(beside.agreement(one).difference is None for one in curve)
+    (said,) = beside_table.shape(curve)
     assert "published STS-B is best at 2 and spans 2.00" in said and "is best at 4 and spans 7.00" in said
     assert "rank correlation of the two curves +0.50, 3 points" in said  # ranks 1 3 2 and 1 2 3
     falling = [one.model_copy(update={"higher_is_better": False}) for one in curve]
-    assert "best at 1 " in beside.shape(falling)[0] and "-0.50" in beside.shape(falling)[0]
-    assert "needs three points" in beside.shape(curve[:2])[0]
+    assert "best at 1 " in beside_table.shape(falling)[0] and "-0.50" in beside_table.shape(falling)[0]
+    assert "needs three points" in beside_table.shape(curve[:2])[0]
     apart = [one.model_copy(update={"row": f"{name}, {one.position:g} %"}) for name in ("this", "that") for one in curve]
-    assert [text.split(":")[0] for text in beside.shape(apart)] == ["this", "that"]
-    assert beside.shape([line()]) == []
+    assert [text.split(":")[0] for text in beside_table.shape(apart)] == ["this", "that"]
+    assert beside_table.shape([line()]) == []
 
 
 # -- a cell, run ----------------------------------------------------------------------------------------------------------
@@ -830,7 +833,7 @@ values = { letters_mean = 50.0 }
 def small(tmp_path, monkeypatch) -> dict:
     """A table, its recipe, and a tiny model that stands in; the options of a call of `rankwise paper`."""
     for folder, owner, key, text in (
-        (tmp_path / "recipes", recipes, "PAPERS", SMALL), (tmp_path / "published", papers, "FOLDER", SMALL_PUBLISHED),
+        (tmp_path / "recipes", recipes, "PAPERS", SMALL), (tmp_path / "published", published_tables, "FOLDER", SMALL_PUBLISHED),
     ):  # fmt: skip
         folder.mkdir()
         (folder / "small-1.toml").write_text(text)

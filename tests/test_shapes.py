@@ -3,8 +3,8 @@
 import pytest
 import torch
 from rankwise import variants
-from rankwise.reports import shapes
-from rankwise.reports.shapes import Shape, Trained, shape
+from rankwise.reports.papers import shapes
+from rankwise.reports.papers.shapes import ModelShape, Trained, shape
 from transformers import (
     BartConfig,
     BartModel,
@@ -52,7 +52,7 @@ NAMES = {  # kind of matrix -> end of the module's name
 }
 
 
-def config(one: Shape, heads: int = 2):
+def config(one: ModelShape, heads: int = 2):
     """The library's configuration of a shape."""
     sizes = {
         "vocab_size": one.vocabulary,
@@ -131,7 +131,7 @@ CLASSES = {
 
 def small(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
     """A small model of that kind, whose shape is known as "small"."""
-    one = Shape(hidden=24, layers=3, intermediate=40, vocabulary=50, **SMALL[name])
+    one = ModelShape(hidden=24, layers=3, intermediate=40, vocabulary=50, **SMALL[name])
     monkeypatch.setattr(shapes, "shapes", lambda: {"small": one})
     return CLASSES[name](config(one))
 

@@ -96,7 +96,7 @@ def test_caption_carries_task_n_splits_and_what_was_equal(study):
     assert has(caption, "on the test split; n = 3 seeds; rates were chosen on the validation split alone")
     assert has(caption, "Equal in steps: 540 optimizer steps each")
     assert has(caption, "adalora+dora has 2.1 % more than lora: lora 663,552, adalora 663,840")
-    assert has(caption, "could have seen")
+    assert has(caption, "Smallest detectable difference to")
 
 
 def test_fixed_rates_are_not_said_to_be_chosen(tmp_path):

@@ -70,7 +70,7 @@ def test_better_worse_equivalent_and_undecided_in_words(tmp_path):
         "better than lora (difference +2.00, 95 % interval +1.96 to +2.04, n = 10, p = 0.008 in a family of 4)"
     )
     assert found["adalora"].text.startswith(
-        "undecided against lora (difference +0.30, 95 % interval -0.83 to +1.43, n = 10 could"
+        "undecided against lora (difference +0.30, 95 % interval -0.83 to +1.43, n = 10; smallest detectable difference "
     )
     assert [v.setting for v in verdicts(part)] == ["full", "head", "dora", "adalora"]  # in the study's order
 
@@ -95,7 +95,7 @@ def test_too_few_seeds_cannot_claim_and_say_what_would(tmp_path):
     assert (
         verdict.kind == "undecided"
         and "a family of 1 takes 6 seeds" in verdict.text
-        and "n = 5 could have seen" in verdict.text
+        and "n = 5; smallest detectable difference" in verdict.text
     )
     assert any("takes n >= 6 seeds, and here n = 5" in line for line in warnings(part))
 

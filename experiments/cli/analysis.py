@@ -124,10 +124,10 @@ def peft_comparison(
 ) -> None:
     """PEFT's public method comparison with its binomial errors: which results can be told apart from LoRA's."""
     from rankwise.experiments.files import write_file
-    from rankwise.reports import reread
+    from rankwise.reports.papers import peft_comparison as compared
 
     check_output_folder("--out", out)
-    said = reread.text(reread.entries())
+    said = compared.text(compared.entries())
     if out is not None:
         write_file(out / "report.md", said)
     print(said, end="")

@@ -23,8 +23,8 @@ from rankwise.experiments.cli.start import start_torch
 if TYPE_CHECKING:
     from rankwise.experiments.recipes import Plan, Recipe
     from rankwise.experiments.study import Runner
-    from rankwise.reports.beside import Line
     from rankwise.reports.papers import Published
+    from rankwise.reports.papers.beside import Line
 
 
 def paper(
@@ -92,7 +92,8 @@ def _refuse_idle(given: Mapping[str, Any], scale: float, needed: str) -> None:
 def _show(name: str | None, variant: str, as_json: bool) -> None:
     """Prints every table, or the cells of one: what they need, and whether this machine can run them."""
     from rankwise.experiments import recipes
-    from rankwise.reports import beside, papers
+    from rankwise.reports import papers
+    from rankwise.reports.papers import listing
 
     shown = [recipes.load(one) for one in (recipes.names() if name is None else [name])]
     known = dict.fromkeys(one for recipe in shown for one in recipe.variants)
@@ -102,9 +103,9 @@ def _show(name: str | None, variant: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps(needs, indent=1))
     elif name is None:
-        print(beside.listing(needs).text(width()))
+        print(listing.overview(needs).text(width()))
     else:
-        print(beside.detail(needs, papers.load(shown[0].table)).text(width()))
+        print(listing.detail(needs, papers.load(shown[0].table)).text(width()))
 
 
 # -- running -------------------------------------------------------------------------------------------------------------
@@ -116,7 +117,7 @@ def _cells(recipe: "Recipe", published: "Published", given: str) -> list[str]:
     Raises:
         ValueError: there is none.
     """
-    from rankwise.reports import beside
+    from rankwise.reports.papers import beside
 
     cells = [word.strip() for word in given.split(",") if word.strip()]
     if not cells:
@@ -176,7 +177,7 @@ def _run(
     recipe: "Recipe", published: "Published", plans: Sequence["Plan"], runners: Sequence["Runner"], folder: Path
 ) -> list["Line"]:
     """Runs every plan; its results beside the published values, kept in the folder after each: an interrupt loses none."""
-    from rankwise.reports import beside
+    from rankwise.reports.papers import beside
 
     lines = []
     for plan, runner in zip(plans, runners, strict=True):
@@ -194,7 +195,7 @@ def _beside(
     captions: Sequence[str],
 ) -> list["Line"]:
     """The results of one plan beside each column that they fill, with all in which they are not the paper's."""
-    from rankwise.reports import beside
+    from rankwise.reports.papers import beside
 
     study = plan.study
     return beside.lines(
@@ -218,10 +219,11 @@ def _beside(
 
 def _report(published: "Published", lines: Sequence["Line"], folder: Path, as_json: bool) -> None:
     """Writes the report of everything in the folder, and prints the table of what was asked for now."""
-    from rankwise.reports import beside, page
+    from rankwise.reports import page
+    from rankwise.reports.papers import beside_table
 
-    written = page.write(folder, folder / "report", beside=beside.of_folder(folder))
-    table = beside.table(published, lines)
+    written = page.write(folder, folder / "report", beside=beside_table.of_folder(folder))
+    table = beside_table.table(published, lines)
     if as_json:
         print(json.dumps({"table": table.records(), "caption": list(table.caption), "report": str(written)}, indent=1))
     else:

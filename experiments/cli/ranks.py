@@ -20,8 +20,8 @@ def ranks(
     """Print the rank of every layer and module, how much of it is used, and what is wrong with an adapter."""
     from rankwise.experiments.files import write_file
     from rankwise.experiments.records import is_run
-    from rankwise.reports import allocation
     from rankwise.reports import figures as drawn
+    from rankwise.reports.ranks import listing
 
     if beside is not None and figures is None:
         raise ValueError("--beside draws two allocations side by side: name a folder with --figures")
@@ -38,11 +38,11 @@ def ranks(
         from rankwise.experiments import knockout
 
         knockout.of_run(path, rows or knockout.ROWS)
-    shown = allocation.as_dict(path) if as_json else allocation.shown(path)
+    shown = listing.as_dict(path) if as_json else listing.shown(path)
     if csv is not None:
-        write_file(csv, allocation.as_csv(path))
+        write_file(csv, listing.as_csv(path))
     if figures is not None:
-        for drawing in allocation.drawings(path, beside):
+        for drawing in listing.drawings(path, beside):
             drawn.save(drawing, figures)
     if as_json:
         print(json.dumps(shown, indent=2, allow_nan=False))

@@ -33,12 +33,13 @@ def report(
 
 def show_report(runs: Path, out: Path | None, as_json: bool) -> None:
     """Writes the report of a folder of runs, and prints its comparisons and verdicts."""
-    from rankwise.reports import beside, page, results, tables
+    from rankwise.reports import page, results, tables
+    from rankwise.reports.papers import beside_table
     from rankwise.reports.verdicts import verdicts
 
     studies = results.load_all(runs)
     commands = {study.name: command for study in studies if study.quick and (command := full_protocol(study))}
-    written = page.write(runs, out or runs / "report", beside.of_folder(runs), commands)
+    written = page.write(runs, out or runs / "report", beside_table.of_folder(runs), commands)
     parts = [part for study in studies for part in study.parts()]
     comparisons = [tables.comparison(part) for part in parts]
     if as_json:

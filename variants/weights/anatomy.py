@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 TOP = 16  # singular values that are kept of each site, from the greatest; those that are zero are left out
 INTRUDERS = 10  # left singular vectors of W + dW, from the top, that are looked up among those of W
-COSINE = 0.5  # below this a vector counts as an intruder, as in reports/analysis.py; the paper looks at a range of thresholds
+COSINE = 0.5  # below this a vector counts as an intruder, as in reports/analysis/; the paper looks at a range of thresholds
 MOST_DENSE = 1024  # of a 768-wide model a site takes 0.3 s on one core, of a 4096-wide one a minute
 
 Facts = dict[str, Any]

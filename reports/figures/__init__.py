@@ -1,0 +1,34 @@
+"""Figures of a study, as SVG and PNG: the same runs give the same bytes."""
+
+from rankwise.reports.figures.curves import learning_curves, rates
+from rankwise.reports.figures.of_study import DRAWN, draw_all
+from rankwise.reports.figures.rank_histories import budget, ranks_over_time
+from rankwise.reports.figures.rank_maps import allocation_pair, one_map, rank_map, side_by_side
+from rankwise.reports.figures.site_figures import importance, knock_out, one_spectrum, spectra, stability
+from rankwise.reports.figures.style import MARKERS, METHOD_COLOURS, Drawing, colour, house_style, panels, save, title_above
+
+__all__ = [
+    "DRAWN",
+    "MARKERS",
+    "METHOD_COLOURS",
+    "Drawing",
+    "allocation_pair",
+    "budget",
+    "colour",
+    "draw_all",
+    "house_style",
+    "importance",
+    "knock_out",
+    "learning_curves",
+    "one_map",
+    "one_spectrum",
+    "panels",
+    "rank_map",
+    "ranks_over_time",
+    "rates",
+    "save",
+    "side_by_side",
+    "spectra",
+    "stability",
+    "title_above",
+]

@@ -1,0 +1,94 @@
+"""How each number was made: runs, troubles, devices, versions and settings, as text that both pages escape for themselves.
+
+Made from numbers and settings alone: no text of a corpus and no traceback is in it.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+
+from rankwise.reports.results import Study
+from rankwise.reports.tables.cells import error_text, rate_text
+
+
+def counts(study: Study) -> str:
+    """ "37 runs: 35 completed, 1 failed, 1 unfinished"."""
+    count = Counter(run.status for run in study.runs)
+    total = sum(count.values())
+    return f"{total} run{'s' if total > 1 else ''}: " + ", ".join(f"{count[name]} {name}" for name in sorted(count))
+
+
+def troubles(study: Study) -> list[str]:
+    """A line for each run that failed, was cut off, or skipped steps."""
+    lines = []
+    for run in study.runs:
+        c = run.config
+        name = f"{c.setting}, {c.phase}, rate {rate_text(c.learning_rate)}, seed {c.seed}"
+        if run.result and run.result.status == "failed":
+            after = f" after {run.result.steps:,} steps" if run.result.steps else ""
+            lines.append(f"{name}: failed{after}: {error_text(run.result.error)}")
+        elif run.result is None:
+            last = run.train[-1].step if run.train else 0
+            lines.append(f"{name}: unfinished, {last:,} steps written; the same `rankwise compare` goes on with it")
+        elif run.result.skipped_steps:
+            lines.append(f"{name}: completed, {run.result.skipped_steps} steps skipped (not finite)")
+        lines += run.notes
+    return lines
+
+
+def places(study: Study) -> list[tuple[str, str]]:
+    """Where and with what the runs were made; every value that occurs, with its count where there are several."""
+    configs = [run.config for run in study.runs]
+    results = study.results()
+    names = dict.fromkeys(name for config in configs for name in config.versions)
+    versions = "; ".join(f"{name} {_each(c.versions.get(name) for c in configs)}" for name in names)
+    commits = [f"{(c.commit or 'unknown')[:12]}{' with changes' if c.dirty else ''}" for c in configs]
+    devices = [f"{c.device} ({c.device_name})" if c.device_name else c.device for c in configs]
+    facts = [
+        ("Commit", _each(commits)),
+        ("Versions", versions),
+        ("Device", _each(devices)),
+        ("Threads", _each(c.threads for c in configs)),
+        ("Precision of the frozen weights", _each(c.precision for c in configs)),
+        ("Runs trained together in a pack", _each(r.pack_size for r in results)),
+        ("Packing", _each(r.packing_note for r in results if r.packing_note)),
+        ("Dropout", _each(r.dropout_note for r in results if r.dropout_note)),
+    ]
+    return [(label, values) for label, values in facts if values]
+
+
+def _each(values: Iterable[object]) -> str:
+    count = Counter("unknown" if value is None else str(value) for value in values)
+    if len(count) == 1:
+        return next(iter(count))
+    return ", ".join(f"{value} ({n} runs)" for value, n in sorted(count.items()))
+
+
+def settings(study: Study) -> list[tuple[str, str, str, str]]:
+    """(setting, method, targets, its settings as JSON or "") of each setting."""
+    rows = []
+    for arm in study.arms:
+        config = next(run.config for run in (*arm.final, *(r for runs in arm.grid.values() for r in runs)))
+        targets = config.targets if isinstance(config.targets, str) else _json(config.targets) if config.targets else "-"
+        sites = f" ({len(config.targets_resolved)} sites)" if config.targets_resolved else ""
+        rows.append((arm.setting, arm.method, targets + sites, _json(config.method_settings)))
+    return rows
+
+
+def training(study: Study) -> list[tuple[str, str]]:
+    """(phase, its training settings as JSON); more than one line of a phase says that its runs differ."""
+    lines: dict[tuple[str, str], None] = {}
+    for run in sorted(study.runs, key=lambda run: run.config.phase):
+        if run.config.training:
+            lines[run.config.phase, _json(run.config.training)] = None
+    return list(lines)
+
+
+def slug(study: Study) -> str:
+    """A part's name for files and anchors."""
+    words = "-".join((study.name, study.task, study.model.split("/")[-1]))
+    return "".join(char if char.isalnum() else "-" for char in words).lower()
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False) if value else ""

@@ -1,0 +1,36 @@
+"""Tables: one object each, which is written as Markdown, CSV, LaTeX (booktabs) and plain text."""
+
+from rankwise.reports.tables.captions import alarms, task_caption
+from rankwise.reports.tables.cells import Cost, Difference, Estimate, Rank, SweepScore, decimal, rate_text, seconds_text
+from rankwise.reports.tables.comparisons import comparison, every_run, rate_sweep
+from rankwise.reports.tables.over_tasks import overall, verdicts_over_tasks
+from rankwise.reports.tables.rank_tables import rank_table, ranks
+from rankwise.reports.tables.scores import statistics_table, verdict_table
+from rankwise.reports.tables.site_tables import study_tables
+from rankwise.reports.tables.table import Table, escape_latex, escape_markdown
+
+__all__ = [
+    "Cost",
+    "Difference",
+    "Estimate",
+    "Rank",
+    "SweepScore",
+    "Table",
+    "alarms",
+    "comparison",
+    "decimal",
+    "escape_latex",
+    "escape_markdown",
+    "every_run",
+    "overall",
+    "rank_table",
+    "ranks",
+    "rate_sweep",
+    "rate_text",
+    "seconds_text",
+    "statistics_table",
+    "study_tables",
+    "task_caption",
+    "verdict_table",
+    "verdicts_over_tasks",
+]

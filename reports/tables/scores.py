@@ -1,0 +1,85 @@
+"""Verdicts and statistics of one task's scores, a row a setting."""
+
+from collections.abc import Sequence
+
+from rankwise.reports.results import Study
+from rankwise.reports.statistics import (
+    FEWEST_FOR_BOOTSTRAP,
+    bca_interval,
+    paired_differences,
+    probability_of_improvement,
+    sign_flip_test,
+    smallest_difference,
+    summary,
+)
+from rankwise.reports.tables.captions import alarms
+from rankwise.reports.tables.cells import Difference, interval_text
+from rankwise.reports.tables.table import Table
+from rankwise.reports.verdicts import test_set_error, verdicts, warnings
+
+
+def verdict_table(study: Study) -> Table | None:
+    """A row a setting: the verdict against the reference in words, and the numbers behind it; None without a reference."""
+    given = verdicts(study)
+    if not given:
+        return None
+    rows = []
+    for v in given:
+        difference = None if v.mean is None else Difference(v.mean, v.low, v.high, None, v.n)
+        rows.append((v.setting, v.kind, v.text, v.n, difference, v.p, v.smallest))
+    columns = ("setting", "verdict", "in words", "n", "difference", "p (Holm)", "smallest detectable difference")
+    title = f"Verdicts against {given[0].reference}: {study.task}, {study.model}"
+    margin = "" if study.margin is None else f" Equivalent: the 95 % interval lies within {study.margin:g} points."
+    caption = [
+        *alarms(study),
+        *warnings(study),
+        "Exact sign-flip test on differences paired by seed, Holm's correction over the family of "
+        f"{max(len(study.settings) - 1, 1)} comparisons with {given[0].reference} on this task, 5 %.{margin}",
+    ]
+    return Table("verdicts", title, columns, tuple(rows), tuple(caption), text_columns=3)
+
+
+def statistics_table(study: Study) -> Table | None:
+    """A row a setting: everything that is computed from its scores; None where no run has finished."""
+    arms = [arm for arm in study.arms if arm.scores]
+    if not arms:
+        return None
+    reference = study.reference_arm
+    m = max(len(study.settings) - 1, 1)
+    rows = []
+    for arm in arms:
+        values = list(arm.scores.values())
+        s = summary(values)
+        own = _bootstrapped(values)
+        paired = improvement = smallest = p = None
+        if reference is not None and arm is not reference:
+            differences = paired_differences(arm.scores, reference.scores)
+            paired, smallest = _bootstrapped(differences), smallest_difference(differences, m)
+            improvement = probability_of_improvement(values, list(reference.scores.values()))
+            p = sign_flip_test(differences) if len(differences) else None
+        error = test_set_error(arm)
+        rows.append(
+            (arm.setting, s.n, s.mean, s.sd, s.median, interval_text(s.low, s.high), own, paired, improvement, p, smallest,
+             None if error is None else error[0])
+        )  # fmt: skip
+    to = "" if reference is None else f" to {reference.setting}"
+    columns = (
+        "setting", "n", "mean", "sd", "median", "95 % t interval", "BCa interval", f"BCa of difference{to}",
+        "P(improvement)", "p (uncorrected)", "smallest detectable difference", "test-set error",
+    )  # fmt: skip
+    caption = [
+        *alarms(study),
+        "sd is over seeds, of the sample. BCa: bias-corrected and accelerated bootstrap (9,999 resamples, fixed seed)."
+        + ("" if min(len(a.scores) for a in arms) >= FEWEST_FOR_BOOTSTRAP else
+           " Below ten seeds it covers far less than it claims: take the t interval."),
+        f"P(improvement): chance that a run beats one of {reference.setting}'s, ties counting half."
+        if reference is not None
+        else "No reference takes part.",
+    ]  # fmt: skip
+    title = f"Statistics of the scores: {study.task}, {study.model}"
+    return Table("statistics", title, columns, tuple(rows), tuple(caption))
+
+
+def _bootstrapped(values: Sequence[float]) -> str | None:
+    interval = bca_interval(values)
+    return None if interval is None else interval_text(*interval)
