@@ -193,7 +193,7 @@ class Runner:
             for entry in (*self.study.methods, *self.sources.values()):
                 with collecting(faults):
                     adapter = variants.create(entry.method, **_given(entry.resolved(total)))
-                    adapter.attach(model, entry.targets, head=info.heads, calibration=variants.Uncalibrated())
+                    adapter.attach(model, entry.targets, head=info.heads, fresh_head=True, calibration=variants.Uncalibrated())
                     targets[entry.label] = [n for n, site in adapter.named_sites() if hasattr(site, "rank")]
                     shapes |= {name: tuple(weight_of(adapter.base(name)).shape) for name in targets[entry.label]}
                     equal = self.study.budget

@@ -167,10 +167,21 @@ def test_a_fused_encoder_layer_calls_the_adapter_in_evaluation():
 def head_of(model: nn.Module) -> list[str]:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        adapter = variants.create("lora", rank=2).attach(model)
+        adapter = variants.create("lora", rank=2).attach(model, fresh_head=True)
     names = list(adapter.head_names)
     assert bool(names) == any("task head" in str(one.message) for one in said)  # its fresh start is said
     return names
+
+
+@pytest.mark.parametrize("method", ["lora", "head", "full"])
+@pytest.mark.filterwarnings("error")
+def test_a_head_that_was_trained_before_is_kept(method):
+    model = bert(0.0).eval()
+    nn.init.normal_(model.classifier.weight)
+    nn.init.normal_(model.classifier.bias)
+    before = model(input_ids=IDS).logits
+    variants.create(method, **({"rank": 2} if method == "lora" else {})).attach(model)
+    assert torch.allclose(model(input_ids=IDS).logits, before, atol=1e-6)
 
 
 def test_the_head_is_what_stands_outside_the_base_model():
