@@ -215,3 +215,16 @@ def test_fused_experts_that_all_linear_leaves_out_are_said():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         variants.create("lora", rank=2).attach(bert(), head=["classifier"])
+
+
+@pytest.mark.parametrize("method", ["adalora", "truncated"])
+def test_an_attach_that_fails_after_its_sites_are_in_leaves_the_model_as_it_was(method):
+    """On a model without values: what these methods read of their sites comes after the sites."""
+    model = bert().to("meta")
+    kinds = [type(module) for module in model.modules()]
+    adapter = variants.create(method, initial_rank=3, target_rank=2)
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        adapter.attach(model, ["query"], head=[])
+    assert [type(module) for module in model.modules()] == kinds
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    variants.create("lora", rank=2).attach(model, ["query"], head=[])

@@ -192,13 +192,13 @@ class Adapter(nn.Module):
         self._calibration = calibration
         try:
             self._insert(model, names, head)
-        finally:
-            self._calibration = Uncalibrated()  # it may hold data, or a trainer
-        try:
             variants.open_door(self)
         except BaseException:  # a failed attach leaves the model as it was
-            self.detach()
+            if self._surgery is not None:
+                self.detach()
             raise
+        finally:
+            self._calibration = Uncalibrated()  # it may hold data, or a trainer
         if self.targets == "all-linear" and self.sites and not self.trains_base:
             warn_of_stacked_weights(model)
         return self
