@@ -123,7 +123,11 @@ def assert_same_tensors(one: variants.Adapter, other: variants.Adapter, **tolera
 
 @pytest.mark.parametrize(
     ("method", "accumulation"),
-    [("adalora", 1), *((one, 2) for one in METHODS), *(pytest.param(one, 1, marks=pytest.mark.slow) for one in METHODS[1:])],
+    [
+        ("adalora", 1),
+        *((one, 2) for one in METHODS),
+        *(pytest.param(one, 1, marks=pytest.mark.slow) for one in list(METHODS)[1:]),
+    ],
 )
 def test_twenty_steps_of_the_trainer_are_those_of_the_slow_loop(tmp_path, method, accumulation):
     plain, adapter = attached(method), attached(method)

@@ -44,6 +44,19 @@ def test_a_fused_encoder_layer_calls_the_adapter_in_evaluation(padded):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("target", ["self_attention.dense", "dense_4h_to_h", "all-linear"])
+def test_blooms_sliced_weights_are_refused_and_its_plain_ones_adapted(target):
+    sizes = {"vocab_size": 67, "hidden_size": 32, "n_layer": 1, "n_head": 4, "pretraining_tp": 2}
+    model = transformers.BloomModel(transformers.BloomConfig(**sizes, slow_but_exact=True)).eval()
+    with pytest.raises(ValueError, match="slices of its weight without calling.*slow_but_exact=False"):
+        variants.create("lora", rank=2).attach(model, target, head=[])
+    variants.create("lora", rank=2).attach(model, "query_key_value", head=[]).detach()
+    plain = transformers.BloomModel(transformers.BloomConfig(**sizes, slow_but_exact=False)).eval()
+    before = plain(input_ids=IDS)[0]
+    fill(variants.create("lora", rank=2).attach(plain, target, head=[]))
+    assert not torch.allclose(plain(input_ids=IDS)[0], before, atol=1e-4)
+
+
 # -- the task head -------------------------------------------------------------------------------------------------------
 
 
