@@ -48,7 +48,7 @@ def test_a_fused_encoder_layer_calls_the_adapter_in_evaluation(padded):
 def test_blooms_sliced_weights_are_refused_and_its_plain_ones_adapted(target):
     sizes = {"vocab_size": 67, "hidden_size": 32, "n_layer": 1, "n_head": 4, "pretraining_tp": 2}
     model = transformers.BloomModel(transformers.BloomConfig(**sizes, slow_but_exact=True)).eval()
-    with pytest.raises(ValueError, match="slices of its weight without calling.*slow_but_exact=False"):
+    with pytest.raises(ValueError, match=r"slices of its weight without calling.*slow_but_exact=False"):
         variants.create("lora", rank=2).attach(model, target, head=[])
     variants.create("lora", rank=2).attach(model, "query_key_value", head=[]).detach()
     plain = transformers.BloomModel(transformers.BloomConfig(**sizes, slow_but_exact=False)).eval()
