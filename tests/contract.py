@@ -65,11 +65,11 @@ def create(method: str, members: int | None = None, **others: Any) -> Adapter:
     return variants.create(method, members=members, seeds=SEEDS[:members], **values)
 
 
-def attach(adapter: Adapter, model: nn.Module, targets: Any = "all-linear") -> Adapter:
+def attach(adapter: Adapter, model: nn.Module, targets: Any = "all-linear", fresh_head: bool = True) -> Adapter:
     """Attaches it with what its class says it needs: three batches of each member's own rows, by its seed."""
     batches = [packed_batch(adapter.seeds, 1000 + i) for i in range(3)]
     calibration = None if adapter.needs is None else Calibration(batches, lambda batch: task_losses(adapter, batch))
-    return adapter.attach(model, targets, calibration=calibration)
+    return adapter.attach(model, targets, fresh_head=fresh_head, calibration=calibration)
 
 
 def attached(method: str, members: int | None = None, dtype: torch.dtype = torch.float64, **others: Any) -> Adapter:
@@ -118,6 +118,19 @@ def every_member_gets_its_own_head_start(method: str) -> None:
     assert adapter.head_names == ["classifier"]
     for member in range(1, adapter.members):
         assert not torch.equal(adapter.heads["classifier"].weight[0], adapter.heads["classifier"].weight[member])
+
+
+def the_models_own_head_is_kept_unless_a_fresh_one_is_asked_for(method: str) -> None:
+    model = tiny("bert", torch.float32).eval()
+    nn.init.normal_(model.classifier.bias)  # of a head that was trained before
+    inputs = {k: v for k, v in packed_batch(SEEDS[: members_of(method)]).items() if k != "labels"}
+    before = model(**inputs).logits
+    own = {name: value.clone() for name, value in model.classifier.named_parameters()}
+    adapter = attach(create(method), model, TARGETS, fresh_head=False)
+    for name, value in adapter.heads["classifier"].named_parameters():
+        assert all(torch.equal(value[member], own[name]) for member in range(adapter.members)), name
+    if adapter.starts_at_identity:
+        torch.testing.assert_close(model(**inputs).logits, before, rtol=1e-5, atol=1e-5)
 
 
 def attaching_keeps_the_evaluation_mode(method: str) -> None:
@@ -442,6 +455,7 @@ CHECKS: dict[str, Callable] = {
     for check in (
         body_is_unchanged_at_the_start,
         every_member_gets_its_own_head_start,
+        the_models_own_head_is_kept_unless_a_fresh_one_is_asked_for,
         attaching_keeps_the_evaluation_mode,
         base_is_untouched_bit_for_bit,
         every_owned_tensor_has_a_member_axis_and_trains,

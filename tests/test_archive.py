@@ -96,7 +96,10 @@ def test_runs_in_the_folder_and_in_the_archive_are_one_study(runs, tmp_path):
     assert again.result == run.result
 
 
-def test_a_report_of_the_archive_is_that_of_the_folders(runs, tmp_path):
+@pytest.mark.parametrize("drawn", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_report_of_the_archive_is_that_of_the_folders(runs, tmp_path, drawn, request):
+    if not drawn:
+        request.getfixturevalue("figures_undrawn")
     for run in results.load(runs).runs:
         if run.result is None:  # an archive holds finished runs only
             for path in run.folder.iterdir():

@@ -121,8 +121,14 @@ def assert_same_tensors(one: variants.Adapter, other: variants.Adapter, **tolera
         torch.testing.assert_close(value, theirs[name], msg=name, **tolerance)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("method", "accumulation"),
+    [
+        ("adalora", 1),
+        *((one, 2) for one in METHODS),
+        *(pytest.param(one, 1, marks=pytest.mark.slow) for one in list(METHODS)[1:]),
+    ],
+)
 def test_twenty_steps_of_the_trainer_are_those_of_the_slow_loop(tmp_path, method, accumulation):
     plain, adapter = attached(method), attached(method)
     losses, ranks = by_loop(plain, accumulation)

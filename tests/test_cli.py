@@ -12,7 +12,7 @@ import pytest
 import torch
 from rankwise import variants
 
-from tests import command
+from tests import command, small_world
 from tests.tiny import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -361,15 +361,17 @@ def small(tmp_path: Path, *words: object) -> list[str]:
     return [sys.executable, "-c", SMALL, str(tmp_path), *map(str, words)]
 
 
-def test_a_failed_run_is_a_row_and_exit_code_1(tmp_path):
+def test_a_failed_run_is_a_row_and_exit_code_1(tmp_path, monkeypatch, capsys, figures_undrawn):
+    small_world.register(monkeypatch.setitem)
+    small_world.model(tmp_path / "model")
+    monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
     path = small_study(tmp_path, epochs=1, max_steps=4, max_skipped_steps=0)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RANKWISE_CACHE": str(tmp_path / "cache")}
-    call = small(tmp_path, "compare", path, "--out", tmp_path / "runs")
-    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
+    call = ("compare", path, "--out", tmp_path / "runs", "--threads", 1)
+    done = in_process(capsys, *call)
     assert done.returncode == 1, done.stderr
     assert "failed (1 of 1)" in done.stdout and "completed" in done.stdout and "Traceback" not in done.stderr
-    only = small(tmp_path, "compare", path, "--out", tmp_path / "runs", "--methods", "head")
-    assert subprocess.run(only, cwd=tmp_path, capture_output=True, timeout=120, env=environment).returncode == 0
+    assert in_process(capsys, *call, "--methods", "head").returncode == 0
 
 
 def test_an_interrupt_says_how_to_go_on_and_exits_with_130(tmp_path):
@@ -399,12 +401,12 @@ def test_an_interrupt_says_how_to_go_on_and_exits_with_130(tmp_path):
     assert said.strip().splitlines()[-1] == "rankwise: interrupted; the same command goes on where this one stopped"
 
 
-def test_a_report_ends_with_a_verdict_a_setting_in_words_and_as_json(tmp_path):
+def test_a_report_ends_with_a_verdict_a_setting_in_words_and_as_json(tmp_path, capsys, figures_undrawn):
     from tests.synthetic_runs import write_study
 
     folder = write_study(tmp_path / "runs", seeds=range(8), collapse=False)
-    text = rankwise("report", folder).stdout
+    text = in_process(capsys, "report", folder).stdout
     assert "head: worse than full (difference -" in text and "lora: undecided against full (difference" in text
-    found = json.loads(rankwise("report", folder, "--json").stdout)["verdicts"]
+    found = json.loads(in_process(capsys, "report", folder, "--json").stdout)["verdicts"]
     assert [v["setting"] for v in found] == ["head", "lora", "adalora", "dora", "adalora+dora"]
     assert found[0]["kind"] == "worse" and found[0]["n"] == 8 and f"head: {found[0]['text']}" in text

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from rankwise import variants
+from rankwise.variants.adapter import linears
 from rankwise.variants.adapter.initialization import generator
 from rankwise.variants.adapter.linears import as_stored, find_kind, kind_of, weight_of
 from rankwise.variants.adapter.probe import fill
@@ -346,3 +347,49 @@ def test_an_adapted_module_is_of_its_bases_kind():
     before = [type(find_kind(module)) for module in model.children()]
     lora().attach(model, TARGETS, head=[])
     assert [type(find_kind(module)) for module in model.children()] == before
+
+
+class Transposed(nn.Module):
+    """What CONTRIBUTING's recipe for a kind of weight is tried with: a linear whose weight is stored (I, O)."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(in_features, out_features))
+        self.bias = nn.Parameter(torch.randn(out_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.bias
+
+
+class TransposedKind(linears.Kind):
+    def holds(self, module):
+        return isinstance(module, Transposed)
+
+    def shape(self, module):
+        return tuple(module.weight.shape)
+
+    def matrix(self, weight):
+        return weight.mT
+
+    def stored(self, matrix, module):
+        return matrix.mT
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
+def test_a_kind_of_weight_is_one_class_and_one_line(method, monkeypatch):
+    monkeypatch.setattr(linears, "KINDS", (TransposedKind(), *linears.KINDS))
+    model = nn.Sequential(Transposed(5, 7), nn.ReLU(), nn.Linear(7, 3)).double()
+    before = model[0].weight.detach().clone()
+    settings = {"initial_rank": 3, "target_rank": 2} if method == "adalora" else {"rank": [3, 2, 1]}
+    x = torch.randn(12, 5, dtype=torch.float64)
+    adapter = variants.create(method, members=3, alpha=7, **settings)
+    adapter.attach(model, "all-linear", head=[], calibration=x)  # the probe passes: packed equals alone
+    assert [name for name, _ in adapter.named_sites()] == ["0", "2"]
+    fill(adapter)
+    y = model.eval()(x)
+    for member in range(3):
+        adapter.merge(member)
+        own = slice(4 * member, 4 * member + 4)
+        torch.testing.assert_close(model(x)[own], y[own])
+        adapter.unmerge()
+    assert torch.equal(model[0].weight, before)

@@ -177,6 +177,22 @@ def test_a_foreign_adapter_is_refused_with_the_rule(tmp_path, config, tensors, m
     assert "\n" not in str(error.value)
 
 
+def test_stacked_updates_of_experts_are_refused_and_a_plain_parameter_is_read(tmp_path):
+    """As PEFT 0.21 writes them: of 4 experts at r = 2; the second parameter of a module stands under `base_layer`."""
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    of = "layers.0.mlp.experts"
+    for name in (of, f"{of}.base_layer"):
+        factors = {f"{name}.lora_A.weight": (8, 5), f"{name}.lora_B.weight": (7, 8)}
+        folder = adapter(tmp_path / name, config | {"target_parameters": ["experts.down_proj"]}, factors)
+        with pytest.raises(
+            ValueError, match=r"layers\.0\.mlp\.experts has factors of 8 rows where r is 2: target_parameters \(experts"
+        ):
+            ranks.read(folder)
+    plain = {"layers.0.q.lora_A.weight": (2, 5), "layers.0.q.lora_B.weight": (7, 2)}
+    (site,) = ranks.read(adapter(tmp_path / "plain", config | {"target_parameters": ["q.weight"]}, plain)).sites
+    assert (site.site, site.active, site.scale) == ("layers.0.q", 2, 3.0)
+
+
 def test_full_fine_tuning_is_refused_with_the_reason(tmp_path):
     save_file({"w": np.zeros((2, 3), np.float32)}, tmp_path / "adapter_model.safetensors", {"format": "rankwise"})
     with pytest.raises(ValueError, match="full fine-tuning or BitFit, which have no ranks"):

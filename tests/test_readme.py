@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib.figure
 import pytest
 import torch
 import transformers
@@ -98,12 +97,10 @@ def test_the_commands_are_there():
     assert any(c.startswith("rankwise report runs/smoke") for c in SHIPPED_COMMANDS)
 
 
-def test_the_commands_end_with_a_table_and_a_report_in_the_small_world(tmp_path, monkeypatch, capsys):
+def test_the_commands_end_with_a_table_and_a_report_in_the_small_world(tmp_path, monkeypatch, capsys, figures_undrawn):
     """In this process, over a model and a task made from nothing: two of the smoke study's methods, as that file sets them."""
     small_world.register(monkeypatch.setitem)
     monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path / "cache"))
-    # Most of a report's time is matplotlib's; what it writes is the claim of test_figures.py and of the slow tier.
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, out, **_: out.write(b"a figure"))
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "experiments" / "studies" / "smoke.toml").read_text(encoding="utf-8")
     model = small_world.model(tmp_path / "model")

@@ -847,7 +847,7 @@ def small(tmp_path, monkeypatch) -> dict:
     papers.load.cache_clear()
 
 
-def test_a_cell_runs_resumes_and_stands_beside_the_paper(small, capsys):
+def test_a_cell_runs_resumes_and_stands_beside_the_paper(small, capsys, figures_undrawn):
     cli.paper(**small, rows=["LoRA"], seeds=2)
     printed = " ".join(capsys.readouterr().out.split())
     assert "not comparable: model" in printed and "standing in for owner/not-here" in printed

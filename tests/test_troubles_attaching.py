@@ -1,10 +1,25 @@
-"""Models that a plain attach got wrong: fused layers, wrappers, and attaches or merges that fail."""
+"""What people report of attaching and merging: fused layers, heads, wrappers, experts, and attaches that fail half-way."""
+
+import warnings
 
 import pytest
 import torch
+import transformers
 from rankwise import variants
 from rankwise.variants.adapter.probe import fill
 from torch import nn
+
+SIZES = {"vocab_size": 67, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+SIZES |= {"max_position_embeddings": 64, "num_labels": 3, "pad_token_id": 0}
+IDS = torch.randint(3, 60, (4, 7), generator=torch.Generator().manual_seed(0))
+
+
+def bert(dropout: float = 0.1) -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, hidden_dropout_prob=dropout))
+
+
+# -- layers that read weights without calling their modules ---------------------------------------------------------------
 
 
 def encoder() -> nn.Module:
@@ -29,11 +44,85 @@ def test_a_fused_encoder_layer_calls_the_adapter_in_evaluation(padded):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("target", ["self_attention.dense", "dense_4h_to_h", "all-linear"])
+def test_blooms_sliced_weights_are_refused_and_its_plain_ones_adapted(target):
+    sizes = {"vocab_size": 67, "hidden_size": 32, "n_layer": 1, "n_head": 4, "pretraining_tp": 2}
+    model = transformers.BloomModel(transformers.BloomConfig(**sizes, slow_but_exact=True)).eval()
+    with pytest.raises(ValueError, match=r"slices of its weight without calling.*slow_but_exact=False"):
+        variants.create("lora", rank=2).attach(model, target, head=[])
+    variants.create("lora", rank=2).attach(model, "query_key_value", head=[]).detach()
+    plain = transformers.BloomModel(transformers.BloomConfig(**sizes, slow_but_exact=False)).eval()
+    before = plain(input_ids=IDS)[0]
+    fill(variants.create("lora", rank=2).attach(plain, target, head=[]))
+    assert not torch.allclose(plain(input_ids=IDS)[0], before, atol=1e-4)
+
+
+# -- the task head -------------------------------------------------------------------------------------------------------
+
+
+def head_of(model: nn.Module) -> list[str]:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        adapter = variants.create("lora", rank=2).attach(model, fresh_head=True)
+    names = list(adapter.head_names)
+    assert bool(names) == any("task head" in str(one.message) for one in said)  # its fresh start is said
+    return names
+
+
+@pytest.mark.parametrize("method", ["lora", "head", "full"])
+@pytest.mark.filterwarnings("error")
+def test_a_head_that_was_trained_before_is_kept(method):
+    model = bert(0.0).eval()
+    nn.init.normal_(model.classifier.weight)
+    nn.init.normal_(model.classifier.bias)
+    before = model(input_ids=IDS).logits
+    variants.create(method, **({"rank": 2} if method == "lora" else {})).attach(model)
+    assert torch.allclose(model(input_ids=IDS).logits, before, atol=1e-6)
+
+
+def test_the_head_is_what_stands_outside_the_base_model():
+    common = {"vocab_size": 67, "pad_token_id": 0, "num_labels": 3}
+    bart = transformers.BartConfig(d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, eos_token_id=2,
+                                   decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, bos_token_id=1,
+                                   max_position_embeddings=64, **common)  # fmt: skip
+    distil = transformers.DistilBertConfig(dim=32, n_layers=1, n_heads=4, hidden_dim=48, **common)
+    assert head_of(transformers.BartForSequenceClassification(bart)) == ["classification_head"]
+    assert head_of(transformers.DistilBertForSequenceClassification(distil)) == ["pre_classifier", "classifier"]
+    assert head_of(bert()) == ["classifier"]
+    llama = transformers.LlamaConfig(**{k: v for k, v in SIZES.items() if k != "num_labels"})
+    assert head_of(transformers.LlamaForCausalLM(llama)) == []
+    assert head_of(transformers.BartForConditionalGeneration(bart)) == []
+
+
+# -- wrapped models ------------------------------------------------------------------------------------------------------
+
+
 def test_a_compiled_model_is_attached_to_by_its_plain_names():
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
     adapter = variants.create("lora", rank=2, alpha=3).attach(torch.compile(model, backend="eager"), head=[])
     assert adapter.model is model
     assert [name for name, _ in adapter.named_sites()] == ["0", "1"]
+
+
+def test_a_compiled_model_is_unwrapped_and_a_spread_one_refused(tmp_path):
+    adapter = variants.create("lora", rank=2).attach(torch.compile(bert(), backend="eager"), targets=["query"], head=[])
+    assert all(name.startswith("bert.") for name, _ in adapter.named_sites())
+    variants.save_pretrained(adapter, tmp_path)
+    variants.load_pretrained(bert(), tmp_path)
+    with pytest.raises(ValueError, match=r"wrapped in DataParallel.*attach first, wrap afterwards"):
+        variants.create("lora", rank=2).attach(nn.DataParallel(bert()), head=[])
+
+
+def test_wrappers_are_refused_with_the_remedy():
+    for wrapped, remedy in (
+        (nn.DataParallel(nn.Linear(5, 7)), "attach first, wrap afterwards"),
+        (nn.Sequential(torch.compile(nn.Linear(5, 7), backend="eager")), "attach first, compile afterwards"),
+    ):
+        with pytest.raises(ValueError, match=remedy):
+            variants.create("lora", rank=2).attach(wrapped, head=[])
+
+
+# -- experts in one tensor -----------------------------------------------------------------------------------------------
 
 
 class Experts(nn.Module):
@@ -61,6 +150,19 @@ def test_tokens_convolutions_and_chosen_targets_are_not_warned_of():
     several.attach(nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)), head=[])
 
 
+def test_fused_experts_that_all_linear_leaves_out_are_said():
+    config = transformers.MixtralConfig(vocab_size=67, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+                                        num_key_value_heads=2, intermediate_size=48, num_local_experts=4)  # fmt: skip
+    with pytest.warns(UserWarning, match=r"leaves out \d\d% of the parameters.*stacks of weights .*experts"):
+        variants.create("lora", rank=2).attach(transformers.MixtralForCausalLM(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        variants.create("lora", rank=2).attach(bert(), head=["classifier"])
+
+
+# -- what fails ----------------------------------------------------------------------------------------------------------
+
+
 def test_an_attach_that_fails_at_its_last_step_leaves_the_model_as_it_was(monkeypatch):
     def fail(adapter):
         raise RuntimeError("planted")
@@ -74,13 +176,17 @@ def test_an_attach_that_fails_at_its_last_step_leaves_the_model_as_it_was(monkey
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_wrappers_are_refused_with_the_remedy():
-    for wrapped, remedy in (
-        (nn.DataParallel(nn.Linear(5, 7)), "attach first, wrap afterwards"),
-        (nn.Sequential(torch.compile(nn.Linear(5, 7), backend="eager")), "attach first, compile afterwards"),
-    ):
-        with pytest.raises(ValueError, match=remedy):
-            variants.create("lora", rank=2).attach(wrapped, head=[])
+@pytest.mark.parametrize("method", ["adalora", "truncated"])
+def test_an_attach_that_fails_after_its_sites_are_in_leaves_the_model_as_it_was(method):
+    """On a model without values: what these methods read of their sites comes after the sites."""
+    model = bert().to("meta")
+    kinds = [type(module) for module in model.modules()]
+    adapter = variants.create(method, initial_rank=3, target_rank=2)
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        adapter.attach(model, ["query"], head=[])
+    assert [type(module) for module in model.modules()] == kinds
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    variants.create("lora", rank=2).attach(model, ["query"], head=[])
 
 
 def test_a_method_that_cannot_be_merged_says_so():

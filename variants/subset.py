@@ -163,7 +163,7 @@ class FullFineTuning(Adapter):
         holder = key_of(path or "model")
         if holder not in into:
             into[holder] = Tensors()
-        if head and not is_norm:
+        if head and self.fresh_head and not is_norm:
             random = initialization.generator(self.seeds[0], "head", path)
             values.copy_(torch.zeros(old.shape) if key == "bias" else initialization.head(old.shape, random))
         known = into[holder]._parameters.get(key)

@@ -61,7 +61,7 @@ def prepare(study: Study, sources: Sequence[Entry]) -> PreparedStudy:
         for entry in (*study.methods, *sources):
             with collecting(faults):
                 adapter = variants.create(entry.method, **_given(entry.resolved(total)))
-                adapter.attach(model, entry.targets, head=info.heads, calibration=variants.Uncalibrated())
+                adapter.attach(model, entry.targets, head=info.heads, fresh_head=True, calibration=variants.Uncalibrated())
                 targets[entry.label] = [n for n, site in adapter.named_sites() if site.has_rank]
                 shapes |= {site: tuple(weight_of(adapter.base(site)).shape) for site in targets[entry.label]}
                 equal = study.budget

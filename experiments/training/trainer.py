@@ -72,7 +72,7 @@ class Trainer:
         self.batches = Batches(self.kind, data["train"], self.processor, training, pack.seeds, pack.device)
         first_token.only(self.model, self.adapter.draw)
         began = time.perf_counter()
-        self.adapter.attach(self.model, pack.targets, head=self.info.heads, calibration=self._calibration())
+        self.adapter.attach(self.model, pack.targets, head=self.info.heads, fresh_head=True, calibration=self._calibration())
         close_door(self.model)  # nobody saves this model by its own name, and packs must be freed one by one
         self.seconds = 0.0 if self.adapter.needs is None else time.perf_counter() - began
         if training.gradient_checkpointing:

@@ -60,6 +60,7 @@ def _read_adapter(folder: Path) -> RankMap:
         )
     shapes = _shapes(folder)
     ranks = _factor_ranks(folder, shapes)
+    _refuse_stacked(folder, config, ranks)
     adalora = kind == "ADALORA"
     sites = _adalora_sites(folder, config, ranks) if adalora else _lora_sites(folder, config, ranks)
     of_patterns = _adalora_faults if adalora else _lora_faults
@@ -200,6 +201,25 @@ def _refuse_pickle(folder: Path) -> None:
         f"{folder / PICKLE} is a pickle, which can run code when it is read, so it is refused; "
         "load it in PEFT where you trust it and save_pretrained(folder, safe_serialization=True)"
     )
+
+
+def _refuse_stacked(folder: Path, config: dict, ranks: dict[str, int]) -> None:
+    """PEFT's target_parameters adapts a tensor (E, O, I) of E experts by factors of E * r rows under its module's name.
+
+    Neither E nor the parameter's name is in the file: what belongs to which expert cannot be read from it.
+    """
+    targets = config.get("target_parameters") or []
+    modules = {str(target).rpartition(".")[0] for target in targets}
+    for site, rows in ranks.items():
+        module = re.sub(r"(\.base_layer)+$", "", site)
+        named = any(not m or module == m or module.endswith(f".{m}") for m in modules)
+        nominal = _pattern(config.get("rank_pattern") or {}, module, config.get("r"))
+        if named and rows != nominal:
+            raise ValueError(
+                f"{folder}: {module} has factors of {rows} rows where r is {nominal}: target_parameters "
+                f"({', '.join(map(str, targets))}) stacks the updates of several experts, and the file does not say "
+                f"which rows are whose; ranks are shown of an adapter of target_modules alone"
+            )
 
 
 def _factor_ranks(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:

@@ -11,17 +11,18 @@ from torch import Tensor, nn
 class HeadSite(Site):
     """K copies of a linear or a layer norm of the task head, trained whole.
 
-    weight (K, O, I) and bias (K, O) for a linear; weight and bias (K, O) for a layer norm.
+    weight (K, O, I) and bias (K, O) for a linear; weight and bias (K, O) for a layer norm.  Every member starts from the
+    module's own values; with `fresh` a linear starts anew, each member's weight drawn by its seed, its bias zero.
     """
 
-    def __init__(self, name: str, module: nn.Module, draw: Draw):
+    def __init__(self, name: str, module: nn.Module, draw: Draw, fresh: bool = False):
         super().__init__()
         self.name, self._draw = name, draw
         self.is_norm = isinstance(module, nn.LayerNorm)
         seeds = draw.seeds
         dtype = trained_dtype(module.weight)
         for key, value in module.named_parameters(recurse=False):
-            if self.is_norm:
+            if self.is_norm or not fresh:
                 starts = [value.detach()] * len(seeds)
             elif key == "bias":
                 starts = [torch.zeros(value.shape)] * len(seeds)
@@ -49,13 +50,13 @@ class HeadSite(Site):
         return {key: value[member].clone() for key, value in self.named_parameters()}
 
 
-def make_head(name: str, module: nn.Module, draw: Draw) -> HeadSite:
+def make_head(name: str, module: nn.Module, draw: Draw, fresh: bool = False) -> HeadSite:
     if not isinstance(module, nn.Linear | nn.LayerNorm):
         raise ValueError(
             f'head module "{name}" is a {type(module).__name__}: a head of nn.Linear and nn.LayerNorm can be trained; '
             f"give attach(head=[...]) the names of such modules"
         )
-    return HeadSite(name, module, draw)
+    return HeadSite(name, module, draw, fresh)
 
 
 def leaves(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:

@@ -73,6 +73,7 @@ class Adapter(nn.Module):
         self.heads = nn.ModuleDict()  # the task head's modules, trained whole, K of them
         self.targets: str | list[str] = []
         self.head_names: list[str] = []
+        self.fresh_head = False  # the task head starts anew by the seeds, not from the model's own weights
         self.base_tensors: dict[str, nn.Parameter] = {}  # of the frozen base, that came with the adapter's file
         self._surgery: Surgery | None = None
         self._calibration: Calibration | Uncalibrated | None = Uncalibrated()  # what `attach` was given, while it runs
@@ -153,17 +154,21 @@ class Adapter(nn.Module):
         targets: str | Sequence[str] = "all-linear",
         *,
         head: Sequence[str] | None = None,
+        fresh_head: bool = False,
         calibration: Any = None,
     ) -> "Adapter":
         """Freezes `model` and inserts the method's sites and K heads.
 
-        The output of the body is unchanged at first, but for a method that says otherwise (`starts_at_identity`).  While
-        attached, batch norms use their running statistics in training too and never move them; full fine-tuning as well.
+        The model's output is unchanged at first (with `fresh_head` that of its body), but for a method that says otherwise
+        (`starts_at_identity`).  While attached, batch norms use their running statistics in training too and never move them;
+        full fine-tuning as well.
 
         Args:
             model: what torch.compile made of a model stands for the model itself.
             targets: see `rankwise.variants.adapter.targets.resolve`.
             head: names of modules that are trained whole; found by their usual names if not given.
+            fresh_head: the head is new for this task: each member's starts anew by its seed.  Otherwise every member's starts
+                from the weights that the model has.
             calibration: a `Calibration`, for a method that measures the model before it trains (`needs`), or a batch of
                 the model's input (dict, tuple or tensor); also for the probe of K > 1 where the input's form is not known
                 from the model.
@@ -180,13 +185,14 @@ class Adapter(nn.Module):
             raise ValueError(f"{type(model).__name__} has an adapter already: detach it first")
         if head is None:
             head = find_head(model)
-            if head:
+            if head and fresh_head:
                 warnings.warn(
-                    f"the task head ({', '.join(head)}) is trained, from a fresh start by the seed and not from the weights "
-                    f"that the model has: name it in attach(head=[...]) if that is meant, or keep it frozen with head=[]",
+                    f"fresh_head: the task head ({', '.join(head)}) starts anew by the seed, not from the weights that the "
+                    f"model has: name it in attach(head=[...]) if that is meant",
                     stacklevel=2,
                 )
         head = list(head)
+        self.fresh_head = fresh_head
         self.targets = targets if isinstance(targets, str) else list(targets)
         self.sites.clear()  # of an earlier model
         self.heads.clear()
@@ -198,13 +204,13 @@ class Adapter(nn.Module):
         self._calibration = calibration
         try:
             self._insert(model, names, head)
-        finally:
-            self._calibration = Uncalibrated()  # it may hold data, or a trainer
-        try:
             variants.open_door(self)
         except BaseException:  # a failed attach leaves the model as it was
-            self.detach()
+            if self._surgery is not None:
+                self.detach()
             raise
+        finally:
+            self._calibration = Uncalibrated()  # it may hold data, or a trainer
         if self.targets == "all-linear" and self.sites and not self.trains_base:
             warn_of_stacked_weights(model)
         return self
@@ -218,7 +224,7 @@ class Adapter(nn.Module):
             self._surgery.keep_from_fusing()
             for name in head:
                 for path, module in leaves(model, name):
-                    self._put(path, make_head(path, module, self.draw), self.heads)
+                    self._put(path, make_head(path, module, self.draw, self.fresh_head), self.heads)
             self._surgery.watch_rows(self.draw.rows)
             self.place(names, self._calibration)
             for name in names:

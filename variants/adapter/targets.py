@@ -52,8 +52,20 @@ def resolve(model: nn.Module, targets: str | Sequence[str], head: Sequence[str])
                 f'target "{name}" lies in an nn.MultiheadAttention, which reads its weights without calling the module, '
                 f"so an adapter there would have no effect: choose other targets"
             )
+        if _is_sliced(parent, name.rpartition(".")[2]):
+            raise ValueError(
+                f'target "{name}" lies in a {type(parent).__name__} that takes slices of its weight without calling the '
+                f"module (slow_but_exact with pretraining_tp = {parent.pretraining_tp}), so an adapter there would have no "
+                f"effect: load the model with slow_but_exact=False"
+            )
         check_adaptable(name, known[name])
     return [name for name in known if name in chosen]
+
+
+def _is_sliced(parent: nn.Module, child: str) -> bool:
+    """Whether this is an output layer of BLOOM's, whose weight is read in slices where its configuration asks for that."""
+    exact = getattr(parent, "slow_but_exact", False) and getattr(parent, "pretraining_tp", 1) > 1
+    return bool(exact) and child in ("dense", "dense_4h_to_h")
 
 
 def by_keyword(model: nn.Module, keyword: str, linears: dict[str, nn.Module], head: Sequence[str]) -> set[str]:
