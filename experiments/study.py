@@ -35,8 +35,7 @@ from rankwise.experiments.data.dataset import Dataset
 from rankwise.experiments.data.draws import KNOCKOUT_ROWS, SUBSET
 from rankwise.experiments.files import write_file, write_json
 from rankwise.experiments.records import SCHEMA, read_object
-from rankwise.experiments.tasks import Task
-from rankwise.experiments.tasks import get as get_task
+from rankwise.experiments.tasks import OwnTask, Task, in_study
 from rankwise.experiments.training.pack import Outcome, Pack
 from rankwise.experiments.training.trainer import Trainer
 from rankwise.variants.adapter.linears import weight_of
@@ -172,17 +171,15 @@ class Runner:
         """
         faults: list[str] = []
         for name in self.study.tasks:
-            task = get_task(name)
+            task = in_study(name, self.study.data)
             model, tokenizer, info = models.load(self.study.model, task, "fp32", "cpu")
             training = self.study.training
             faults.extend(models.unfit(model, training))
             if faults:
                 continue
             parts = {"train": self._train_split(task), **{split: split for split in self._evaluated(task)}}
-            data = {
-                part: _subset(task.encode(tokenizer, split, training.max_length), part, training)
-                for part, split in parts.items()
-            }
+            whole = {part: task.encode(tokenizer, split, training.max_length) for part, split in parts.items()}
+            data = {part: _subset(encoded, part, training) for part, encoded in whole.items()}
             digest = hashlib.sha256()
             for split in sorted(data):
                 for block in data[split].content():
@@ -210,6 +207,11 @@ class Runner:
                 *task.captions_by_model.get(self.study.model, ()),
                 *_subset_captions(task, data, training),
             ]
+            if isinstance(task, OwnTask):
+                cut = [task.cut(parts[part], encoded, tokenizer, training.max_length) for part, encoded in whole.items()]
+                captions += [f"{name}: {line}." for line in cut if line]
+                for line in (*task.notes, *filter(None, cut)):
+                    self.say(f"{name}: {line}")
             self.prepared[name] = Prepared(task, data, digest.hexdigest(), targets, shapes, captions)
         if faults:
             raise ValueError("\n".join(dict.fromkeys(faults)))
@@ -659,6 +661,7 @@ class Runner:
             "targets": prepared.targets[group.entry.label],
             "task": group.task,
             "data": prepared.data_hash,
+            **({"own_data": own} if (own := prepared.task.facts()) else {}),
             "model": models.content_hash(self.study.model),
             "seed": seed,
             "learning_rate": rate,

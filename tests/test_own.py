@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rankwise.experiments.tasks.own import OwnData, read
+from rankwise.experiments.data_entries import OwnData
+from rankwise.experiments.tasks.own import read
 
 from tests.command import rankwise
 
