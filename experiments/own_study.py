@@ -159,7 +159,10 @@ def copy(source: Path, folder: Path) -> None:
             own = OwnData(**plain)
             for part, where in own.places():
                 entry[part] = _moved(where, source.parent, folder)
-        content = tomlkit.dumps(document).encode()
+        text = tomlkit.dumps(document)
+        if "name" not in document:  # the copy is called study.toml, and the study is not
+            text = f"name = {tomlkit.item(source.stem).as_string()}\n{text}"
+        content = text.encode()
     write_file(folder / STUDY_FILE, content)
 
 

@@ -31,7 +31,7 @@ def compare(
     study: Annotated[Path | None, typer.Argument(help="A study file, or the name of one that ships; default: default")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the runs.  [default: runs/<study>]")] = None,
     device: Device = "auto",
-    methods: Annotated[str | None, typer.Option(help="Only these, by label, with commas between.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Only these, by label (with --data: these), with commas between.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Only these, with commas between.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds of the final runs: 0 to N-1.")] = None,
     pack: Pack = None,
