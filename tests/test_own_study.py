@@ -1,6 +1,7 @@
 """Studies of a user's own data: what they train on, what is said and refused, and the one line that makes one."""
 
 import json
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -203,7 +204,8 @@ def test_a_study_trains_on_several_files_beside_it_and_its_copy_finds_them(tmp_p
     assert config.read(Path("runs/mine/study.toml")).name == "mine"
     report = Path("runs/mine/report/report.md").read_text()
     assert "reading text as the input, label as its class; classification with 3 labels" in report
-    assert "rows are longer than max_length = 8 tokens" in report.replace("\\_", "_") and "standardised by the training rows' mean" in report
+    assert "rows are longer than max_length = 8 tokens" in report.replace("\\_", "_")
+    assert "standardised by the training rows' mean" in report
 
 
 def test_the_same_data_gives_the_same_runs_and_other_data_or_another_reading_others(tmp_path, model):
@@ -419,6 +421,13 @@ def test_a_metric_is_scikit_learn_s_and_its_resamples_are_those_of_the_rows(kind
         by_hand = [one.values(*(np.repeat(x, w) for x in (predicted, true)))[name] for w in weights]
         assert one.resampled(predicted, true, weights) == pytest.approx(by_hand)
         assert one.resampled(predicted, true, np.ones((1, 50), int)) == pytest.approx([found])
+
+
+def test_the_page_about_own_data_shows_a_study_and_every_kind():
+    page = Path(own_tasks.__file__).with_name("own_data.md").read_text(encoding="utf-8")
+    study = config.parse(tomllib.loads(page.partition("```toml\n")[2].partition("```")[0]), default_name="page")
+    assert study.tasks == ["support"] and study.data[0].input == "{subject}\n{body}"
+    assert re.findall(r"^\| ([a-z-]+) \|", page, re.M)[1:] == list(own_kinds.KINDS)
 
 
 def test_list_names_the_kinds_and_their_fields(capsys):
