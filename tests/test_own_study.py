@@ -433,4 +433,4 @@ def test_the_page_about_own_data_shows_a_study_and_every_kind():
 def test_list_names_the_kinds_and_their_fields(capsys):
     assert rankwise("list") == 0
     shown = capsys.readouterr().out
-    assert "kinds of own data" in shown and "token-classification  fields tokens, a list" in shown
+    assert "\nkinds\n" in shown and "token-classification  fields tokens, a list" in shown

@@ -8,7 +8,7 @@ from rankwise.variants.settings import METHODS
 
 
 def list_(as_json: Json = False) -> None:
-    """List the methods, models, tasks, kinds of own data, and studies there are."""
+    """List the methods, models, tasks, kinds of data, and studies there are."""
     from rankwise.experiments import config, recipes, sources, tasks
     from rankwise.experiments.tasks.own_kinds import KINDS
 
@@ -16,7 +16,7 @@ def list_(as_json: Json = False) -> None:
         "methods": {m.name: f"{m.summary} ({m.source})" for m in METHODS.values()},
         "models": {name: f"{e.kind}, {e.licence}" for name, e in sources.CATALOGUE.items() if e.kind == "model"},
         "tasks": {name: tasks.get(name).licence for name in tasks.names()},
-        "kinds of own data": {name: f"fields {kind.fields}; metrics {', '.join(kind.metrics)}" for name, kind in KINDS.items()},
+        "kinds": {name: f"fields {kind.fields}; metrics {', '.join(kind.metrics)}" for name, kind in KINDS.items()},
         "studies": {name: first_comment(path) for name, path in config.shipped().items()},
         "papers": {name: recipes.load(name).title for name in recipes.names()},
     }
