@@ -198,6 +198,45 @@ def test_a_file_that_cannot_be_read_says_where_and_why(tmp_path, name, content, 
     assert fault in str(caught.value) and str(tmp_path / name) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([str(i % 30) for i in range(60)], "30 distinct whole numbers, which may be classes or amounts: give the kind"),
+        ([f"a text {i}" for i in range(60)], "60 distinct texts in 60 rows, which may be no classes: give the kind"),
+    ],
+    ids=["numbers", "texts"],
+)
+def test_targets_that_may_be_no_classes_are_asked_for_and_not_guessed(tmp_path, labels, said):
+    where = lines(tmp_path, [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)])
+    with pytest.raises(ValueError, match=said):
+        parts(where)
+
+
+def test_the_kind_of_named_fields_follows_from_numbers_and_lists(tmp_path):
+    rows = [{"x": f"x{i}", "y": i / 3, "w": ["a", "b"], "t": ["X", "Y"]} for i in range(40)]
+    where = lines(tmp_path, rows)
+    assert parts(where, input="x", target="y").reading.kind == "regression"
+    assert parts(where, input="w", target="t").reading.kind == "token-classification"
+
+
+def test_a_hub_id_gives_the_split_of_each_part_and_names_of_its_classes(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(name, configuration, split):
+        asked.append((name, configuration, split))
+        names = datasets.ClassLabel(names=["O", "B-X"])
+        features = datasets.Features({"tokens": datasets.List(datasets.Value("string")), "ner_tags": datasets.List(names)})
+        rows = {"tokens": [["a", "b"]] * 20, "ner_tags": [[0, 1]] * 20}
+        return datasets.Dataset.from_dict(rows, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    one = parts("owner/name:part", test="owner/name:part")
+    assert asked == [("owner/name", "part", "train"), ("owner/name", "part", "test")]
+    assert one.labels == ("B-X", "O") and one.rows["test"][0].target == ["O", "B-X"]
+
+
 @pytest.mark.parametrize("where", ["nowhere.jsonl", "*.none", "/no/such/folder"])
 def test_what_is_not_there_is_refused(where):
     with pytest.raises(ValueError, match="no such file: give a file, a glob, a folder of images, or a hub id"):

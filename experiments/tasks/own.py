@@ -149,26 +149,24 @@ def load(where: str, sample: int | None = None, part: str = "train") -> Any:
     Raises:
         ValueError: nothing there, mixed or unknown kinds of file, or one that cannot be read; the reason and its place.
     """
+    files, path = files_of(where), Path(where)
+    if not files and not os.path.isdir(where) and not is_hub_id(where):
+        raise ValueError(
+            f'{where}: no such file: give a file, a glob, a folder of images, or a hub id ("owner/name:configuration")'
+        )
+
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below, once
     split = "train" if sample is None else f"train[:{sample}]"
-    path = Path(where)
     if os.path.isdir(where):
         if not any(p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif") for p in path.rglob("*")):
             raise ValueError(
                 f"{where}: a folder without images: give a file, a glob such as {where}/*.jsonl, or a folder of images"
             )
         return datasets.load_dataset("imagefolder", data_dir=str(path), split=split)
-    files = files_of(where)
-    if files:
-        return _from_files(where, files, split)
-    if is_hub_id(where):
-        return _from_hub(where, split.replace("train", part, 1))
-    raise ValueError(
-        f'{where}: no such file: give a file, a glob, a folder of images, or a hub id ("owner/name:configuration")'
-    )
+    return _from_files(where, files, split) if files else _from_hub(where, split.replace("train", part, 1))
 
 
 def files_of(where: str) -> list[str]:

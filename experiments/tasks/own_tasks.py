@@ -170,7 +170,8 @@ def _classes(kind: str, labels: tuple[str, ...]) -> str:
     """ "; classification with 3 labels: a, b, c"; of a kind without labels its name."""
     if not labels:
         return f"; {kind}"
-    return f"; {kind} with {len(labels)} labels: {', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''}"
+    shown = ", ".join(f'"{label}"' if "," in label else label for label in labels[:10])
+    return f"; {kind} with {len(labels)} labels: {shown}{', ...' if len(labels) > 10 else ''}"
 
 
 def _content_hash(parts: own.Parts) -> str:
