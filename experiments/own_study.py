@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import tomlkit
+import tomlkit.items
 from rankwise.experiments import config
 from rankwise.experiments.data_entries import OwnData, is_hub_id
 from rankwise.experiments.files import write_file
@@ -18,7 +19,7 @@ from rankwise.experiments.tasks import OwnTask
 from rankwise.experiments.tasks.own_tasks import row_lengths
 from rankwise.variants.settings import nearest
 
-METHODS = ("full", "lora", "adalora", "dora")  # where none are named
+METHODS: tuple[str, ...] = ("full", "lora", "adalora", "dora")  # where none are named
 STEPS = 200  # that a run should have: as many epochs as give them, but at most
 MOST_EPOCHS = 20
 BATCHES = (32, 16, 8)  # the largest that leaves `STEPS_AN_EPOCH` steps, else the last

@@ -24,7 +24,7 @@ def own_entry(
 
     given = {"test": test, "validation": validation, "kind": kind, "input": input, "target": target}
     try:
-        return OwnData(name=name_for(train), train=train, **given)
+        return OwnData.model_validate({"name": name_for(train), "train": train, **given})
     except ValidationError as error:
         lines = explain(error, OwnData, where="data")
         raise ValueError("\n".join(re.sub(r"^data\.(\w+)( = |: )", r"--\1\2", line) for line in lines)) from None

@@ -179,6 +179,7 @@ def files_of(where: str) -> list[str]:
 
 def _from_files(where: str, files: list[str], split: str) -> Any:
     import datasets
+    import datasets.exceptions
 
     suffixes = {Path(file).suffix.lower() for file in files}
     if len(suffixes) > 1 or not suffixes <= BUILDERS.keys():

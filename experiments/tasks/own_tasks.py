@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from rankwise.experiments.data import tokens
 from rankwise.experiments.data.dataset import Dataset
+from rankwise.experiments.data.encoded import Encoded
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.data_entries import OwnData
 from rankwise.experiments.tasks import own
@@ -35,7 +36,7 @@ class OwnTask(Task):
 
     def cut(self, split: str, data: Dataset, processor: Any, max_length: int) -> str | None:
         """How many rows of an encoded split are longer than `max_length`, and what becomes of them; None where none is."""
-        if self.kind == "span" or not hasattr(data, "lengths"):
+        if self.kind == "span" or not isinstance(data, Encoded):
             return None  # a long context is cut into windows; what has no tokens has no length
         full = np.flatnonzero(data.lengths == max_length)
         if not len(full):
