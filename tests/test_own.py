@@ -187,6 +187,8 @@ def test_a_label_of_the_test_part_alone_is_a_fault(tmp_path):
         ("a.csv", b"", "empty: the first line names the fields"),
         ("a.csv", "text,label\ncaf\xe9,x\n".encode("latin-1"), "line 2: byte 0xe9 is no UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: no JSON"),
+        ("a.csv", b"text;label\na;x\n", "commas in .csv and by tabs in .tsv: write it so"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "caf\xe9"}\n'.encode("latin-1"), "line 2: byte 0xe9 is no UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', "line 2: a list, no object"),
         ("a.xlsx", b"PK", "files of .xlsx: give files of one of .jsonl"),
     ],

@@ -195,6 +195,9 @@ def _from_files(where: str, files: list[str], split: str) -> Any:
                 raise ValueError(f"{file}: its fields {', '.join(header)} are not those of {files[0]}: {', '.join(headers[0])}")
         text = datasets.Features({name: datasets.Value("string") for name in headers[0]})
         options = {"sep": separator, "features": text, "keep_default_na": False}
+    elif suffix != ".parquet":  # bytes that are no UTF-8 would be found only when their row is used
+        for file in files:
+            _check_text(file)
     try:
         return datasets.load_dataset(BUILDERS[suffix], data_files=files, split=split, **options)
     except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError, ValueError, OSError) as error:
@@ -251,6 +254,11 @@ def _check_csv(file: str, separator: str) -> list[str]:
         header = next(reader, None)
         if not header:
             raise ValueError(f"{file}: empty: the first line names the fields")
+        if len(header) == 1 and any(other in header[0] for other in ";\t|" if other != separator):
+            raise ValueError(
+                f"{file}, line 1: one field, {quoted(header[0])}: fields are separated by commas in .csv and by tabs in .tsv: "
+                f"write it so"
+            )
         if len(set(header)) < len(header):
             twice = next(name for name in header if header.count(name) > 1)
             raise ValueError(f'{file}, line 1: two fields are called "{twice}": rename one')
