@@ -11,7 +11,7 @@ from typing import Any
 
 import tomlkit
 import tomlkit.items
-from rankwise.experiments import config
+from rankwise.experiments import config, sources
 from rankwise.experiments.data_entries import OwnData, is_hub_id
 from rankwise.experiments.files import write_file
 from rankwise.experiments.records import STUDY_FILE
@@ -104,7 +104,9 @@ def training_for(rows: int) -> dict[str, int]:
 def compose(
     data: OwnData, model: str, methods: Sequence[str], rows: int, max_length: int, folder: Path, full_protocol: bool
 ) -> str:
-    """The text of a study's file that lies in `folder`; the data's paths are relative to it."""
+    """The text of a study's file that lies in `folder`; the data's paths are relative to it, a model's folder is absolute."""
+    if model not in sources.CATALOGUE and os.path.isdir(os.path.expanduser(model)):
+        model = os.path.abspath(os.path.expanduser(model))
     training, entries = training_for(rows), shipped_entries(full_protocol)
     document = tomlkit.document()
     document.add(tomlkit.comment(f"Made by rankwise compare --model {model} --data ...; change it, and run it again:"))

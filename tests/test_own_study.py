@@ -1,6 +1,7 @@
 """Studies of a user's own data: what they train on, what is said and refused, and the one line that makes one."""
 
 import json
+import os
 import re
 import shutil
 import tomllib
@@ -107,12 +108,13 @@ def task(folder: Path, rows: list[dict], **more) -> own_tasks.OwnTask:
 def test_one_line_makes_a_study_that_gives_the_same_runs_when_it_is_run_again(tmp_path, model, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out, data = Path("out"), csv(Path("support.csv"))
-    given = ("compare", "--model", model, "--data", data, "--methods", "lora,head", "--out", out)
+    given = ("compare", "--model", os.path.relpath(model), "--data", data, "--methods", "lora,head", "--out", out)
     assert rankwise(*given) == 0
     said = capsys.readouterr().err
     assert "support: reading text as the input, label as its class; classification with 3 labels: high, low, mid" in said
     assert "max_length = 16 tokens (the longest row has 13)" in said and "20 epochs of 32 rows, 8 a step" in said
     study = tomllib.loads((out / "study.toml").read_text())
+    assert study["model"] == model  # from any folder
     assert study["quick"] and study["seeds"] == 1 and study["tasks"] == ["support"]
     assert study["data"] == [{"name": "support", "train": "../support.csv", "kind": "classification"}]
     assert [entry["method"] for entry in study["methods"]] == ["lora", "head"]
