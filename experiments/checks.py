@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from rankwise.experiments import sources
 from rankwise.experiments.config import Study, Training
 from rankwise.experiments.study.sweep import rung_steps
-from rankwise.experiments.tasks import get as get_task
+from rankwise.experiments.tasks import in_study
 
 
 def phase_training(study: Study, phase: str, rows: int, rung: int | None = None) -> Training:
@@ -25,7 +25,8 @@ def check(study: Study) -> None:
     """What can be known to be wrong without torch and without a download.
 
     Raises:
-        ValueError: an unknown task, terms not accepted, phases longer than the run; one line for each fault.
+        ValueError: an unknown task, data that is at fault, terms not accepted, phases longer than the run; one line for each
+            fault.
     """
     faults = []
     for entry in study.methods:
@@ -35,9 +36,10 @@ def check(study: Study) -> None:
                 f'{entry.label}: the sweep has seeds {beside}, with which "{entry.ranks_of}" has no final run to take ranks '
                 f"of: take sweep.seeds among the study's seeds, or give one learning rate"
             )
+    own = {entry.name for entry in study.data}
     for name in study.tasks:
         try:
-            task = get_task(name)
+            task = in_study(name, study.data)
             if task.data is not None:
                 sources.require_acceptance(task.data, study.accept_licences)
             if task.sizes is None:
@@ -45,7 +47,7 @@ def check(study: Study) -> None:
             rows = min(task.sizes["train"], study.training.train_examples or task.sizes["train"])
             check_phases(study, rows, faults)
         except ValueError as error:
-            faults.append(f"tasks: {error}")
+            faults.extend(str(error).splitlines() if name in own else [f"tasks: {error}"])
     if faults:
         raise ValueError("\n".join(dict.fromkeys(faults)))
 

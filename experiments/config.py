@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from rankwise.experiments.data_entries import OwnData
 from rankwise.variants.settings import (
     BY_PATTERN,
     FROM_BUDGET,
@@ -242,7 +243,9 @@ class Study(_Section):
     model: Annotated[str, AfterValidator(_not_empty)]
     """Hub id of the pre-trained model."""
     tasks: list[Annotated[str, AfterValidator(_not_empty)]] = Field(min_length=1)
-    """Names of the tasks."""
+    """Names of the tasks; all of `data` if not given."""
+    data: list[OwnData] = []
+    """The user's own data, each of which makes a task."""
     seeds: list[Seed] = Field(min_length=1)
     """Seeds of the final runs: data order, head and adapter start, dropout."""
     margin: Positive = 0.5
@@ -286,7 +289,8 @@ def read(path: Path) -> Study:
         ValueError: the file is not there, is no TOML, or says something that it may not; one line for each fault.
     """
     path = find(path)
-    return parse(read_toml(path), default_name=path.stem, where=path.name)
+    study = parse(read_toml(path), default_name=path.stem, where=path.name)
+    return study.model_copy(update={"data": [entry.beside(path.parent) for entry in study.data]})
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -338,7 +342,10 @@ def shipped() -> dict[str, Path]:
 
 
 def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study:
-    """A study from the content of its file: shorthands written out, defaults filled in, every fault named."""
+    """A study from the content of its file: shorthands written out, defaults filled in, every fault named.
+
+    Paths of its data stay as they are written; `read` makes them relative to the working folder.
+    """
     faults = too_large(raw, where)
     if faults:
         raise ValueError("\n".join(faults))
@@ -351,6 +358,11 @@ def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study
     if "task" in raw and "tasks" not in raw:
         raw["tasks"] = [raw["task"]]
     raw.pop("task", None)
+    if "data" in raw and not (isinstance(raw["data"], list) and all(isinstance(e, dict) for e in raw["data"])):
+        faults.append(f"{where}.data = {shown(raw['data'])}: should be a list of tables, [[data]]")
+        raw.pop("data")
+    if "tasks" not in raw:
+        raw["tasks"] = [entry["name"] for entry in raw.get("data", []) if isinstance(entry.get("name"), str)]
     raw["seeds"] = _seeds(raw.get("seeds", 1), f"{where}.seeds", faults)
     if isinstance(raw.get("sweep"), dict) and "seeds" in raw["sweep"]:
         raw["sweep"] = {**raw["sweep"], "seeds": _seeds(raw["sweep"]["seeds"], f"{where}.sweep.seeds", faults)}
@@ -369,7 +381,7 @@ def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study
             f"{where}.methods: a study names at least one method; add [[methods]] with method = one of: {', '.join(METHODS)}"
         )
     if not raw.get("tasks"):
-        faults.append(f'{where}.tasks: a study names at least one task; add tasks = ["glue/stsb"]')
+        faults.append(f'{where}.tasks: a study names at least one task; add tasks = ["glue/stsb"], or [[data]] of your own')
         raw["tasks"] = ["-"]
     used: set[str] = set()
     built, at = [], []  # the sound entries, and which of the file's each is
@@ -409,6 +421,7 @@ def _with_the_files_places(lines: list[str], where: str, at: list[int], named_by
     for line in lines:
         if re.match(rf"{re.escape(where)}\.methods\.\d+\.source\b", line):
             continue  # a copy of another entry, which has the same fault
+        line = re.sub(rf"^({re.escape(where)}\.data)\.(\d+)", r"\1[\2]", line)
         line = re.sub(r"\.methods\.(\d+)", lambda found: f".methods[{at[int(found[1])] if at else 0}]", line, count=1)
         if named_by_file:
             line = line.replace(f"{where}.name:", f"{where}: it sets no name, so that the file's own is taken, but", 1)
@@ -586,6 +599,12 @@ def _contradictions(study: Study) -> list[str]:
             faults.append(f"{entry.label}: learning_rates = {entry.learning_rates} has one twice: take it out")
     if len(set(study.tasks)) < len(study.tasks):
         faults.append(f"tasks = {study.tasks} has one twice: take it out")
+    names = [entry.name for entry in study.data]
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            faults.append(f'two [[data]] are called "{name}": give one of them another name')
+        if name not in study.tasks:
+            faults.append(f'data "{name}" has no effect, because tasks does not name it: add it there, or take it out')
     if len(set(study.seeds)) < len(study.seeds):
         faults.append(f"seeds = {study.seeds} has one twice: take it out")
     if study.training.accumulation > study.training.batch_size:

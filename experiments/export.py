@@ -160,7 +160,7 @@ def _load(source: Source, whole: bool) -> tuple[Any, Any]:
 
     try:
         if source.run is not None:
-            model, tokenizer, _ = models.load(source.model, tasks.get(source.run["task"]))
+            model, tokenizer, _ = models.load(source.model, tasks.of_run(source.adapter.parent, source.run["task"]))
             return model, tokenizer
         folder = sources.fetch(source.model)
     except sources.Unavailable as error:

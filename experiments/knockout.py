@@ -19,7 +19,7 @@ from rankwise.experiments.data.dataset import Dataset
 from rankwise.experiments.data.draws import KNOCKOUT_ROWS, SUBSET
 from rankwise.experiments.kinds import Undefined
 from rankwise.experiments.tasks import Task
-from rankwise.experiments.tasks import get as get_task
+from rankwise.experiments.tasks import of_run as task_of_run
 from rankwise.experiments.training.evaluation import Evaluator
 from rankwise.experiments.training.outcomes import score
 from rankwise.variants.adapter.interface import Adapter
@@ -110,7 +110,7 @@ def of_run(folder: Path, rows: int = ROWS) -> dict[str, Any]:
             f"{folder} has no adapter/ (a committed run holds no weights), so nothing can be taken out: make it again"
         )
     config, result = (records.read_json(folder / name) for name in (records.CONFIG, records.RESULT))
-    task = get_task(config["task"])
+    task = task_of_run(folder, config["task"])
     model, processor, _ = models.load(config["model"], task, "fp32", "cpu")
     adapter = variants.load_pretrained(model, folder / "adapter")
     split = result["selection_split"]

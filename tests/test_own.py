@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rankwise.experiments.tasks.own import OwnData, read
+from rankwise.experiments.data_entries import OwnData
+from rankwise.experiments.tasks.own import read
 
 from tests.command import rankwise
 
@@ -186,6 +187,8 @@ def test_a_label_of_the_test_part_alone_is_a_fault(tmp_path):
         ("a.csv", b"", "empty: the first line names the fields"),
         ("a.csv", "text,label\ncaf\xe9,x\n".encode("latin-1"), "line 2: byte 0xe9 is no UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: no JSON"),
+        ("a.csv", b"text;label\na;x\n", "commas in .csv and by tabs in .tsv: write it so"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "caf\xe9"}\n'.encode("latin-1"), "line 2: byte 0xe9 is no UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', "line 2: a list, no object"),
         ("a.xlsx", b"PK", "files of .xlsx: give files of one of .jsonl"),
     ],
@@ -195,6 +198,45 @@ def test_a_file_that_cannot_be_read_says_where_and_why(tmp_path, name, content, 
     with pytest.raises(ValueError) as caught:
         parts(str(tmp_path / name))
     assert fault in str(caught.value) and str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([str(i % 30) for i in range(60)], "30 distinct whole numbers, which may be classes or amounts: give the kind"),
+        ([f"a text {i}" for i in range(60)], "60 distinct texts in 60 rows, which may be no classes: give the kind"),
+    ],
+    ids=["numbers", "texts"],
+)
+def test_targets_that_may_be_no_classes_are_asked_for_and_not_guessed(tmp_path, labels, said):
+    where = lines(tmp_path, [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)])
+    with pytest.raises(ValueError, match=said):
+        parts(where)
+
+
+def test_the_kind_of_named_fields_follows_from_numbers_and_lists(tmp_path):
+    rows = [{"x": f"x{i}", "y": i / 3, "w": ["a", "b"], "t": ["X", "Y"]} for i in range(40)]
+    where = lines(tmp_path, rows)
+    assert parts(where, input="x", target="y").reading.kind == "regression"
+    assert parts(where, input="w", target="t").reading.kind == "token-classification"
+
+
+def test_a_hub_id_gives_the_split_of_each_part_and_names_of_its_classes(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(name, configuration, split):
+        asked.append((name, configuration, split))
+        names = datasets.ClassLabel(names=["O", "B-X"])
+        features = datasets.Features({"tokens": datasets.List(datasets.Value("string")), "ner_tags": datasets.List(names)})
+        rows = {"tokens": [["a", "b"]] * 20, "ner_tags": [[0, 1]] * 20}
+        return datasets.Dataset.from_dict(rows, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    one = parts("owner/name:part", test="owner/name:part")
+    assert asked == [("owner/name", "part", "train"), ("owner/name", "part", "test")]
+    assert one.labels == ("B-X", "O") and one.rows["test"][0].target == ["O", "B-X"]
 
 
 @pytest.mark.parametrize("where", ["nowhere.jsonl", "*.none", "/no/such/folder"])

@@ -78,13 +78,24 @@ def test_every_test_is_collected_by_one_of_the_two_commands():
 SHIPPED_COMMANDS = [c for c in COMMANDS if c.startswith("rankwise")]
 
 
-def shortened(command: str, smoke: str) -> str | None:
-    """The command with the smoke study in the default study's place; None: hours on a CPU, so it is read and checked only."""
+def shortened(command: str, smoke: str, model: str = "sentence-transformers/all-MiniLM-L6-v2") -> str | None:
+    """The command with the smoke study in the default study's place; None: hours on a CPU, so it is read and checked only.
+
+    That on a file of the reader's own takes one method and this model.
+    """
     if command.startswith("rankwise compare stsb-minilm"):
         checks.check(config.read(Path("stsb-minilm")))
         return None
+    if "--data" in command:
+        return re.sub(r"--model \S+", f"--model {shlex.quote(model)}", command) + " --methods lora --threads 1"
     command = "rankwise compare smoke" if command == "rankwise compare" else command
     return command.replace("compare smoke", f"compare {smoke}")
+
+
+def write_own_data(folder: Path) -> None:
+    """The file of the command on a reader's own data."""
+    rows = [f"{'a b c' if i % 2 else 'x y z'} {i},{'early' if i % 2 else 'late'}\n" for i in range(40)]
+    (folder / "my-texts.csv").write_text("text,label\n" + "".join(rows), encoding="utf-8")
 
 
 def check_comparison(output: str, where: Path) -> None:
@@ -107,7 +118,9 @@ def test_the_commands_end_with_a_table_and_a_report_in_the_small_world(tmp_path,
     text = re.sub(r"^model = .*$", f'model = "{model}"', text, flags=re.M)
     text = re.sub(r"^tasks = .*$", 'tasks = ["small/regression"]', text, flags=re.M)
     (tmp_path / "smoke.toml").write_text(text, encoding="utf-8")
-    for command in filter(None, (shortened(c, "smoke.toml --threads 1 --methods lora,adalora+dora") for c in SHIPPED_COMMANDS)):
+    write_own_data(tmp_path)
+    smoke = "smoke.toml --threads 1 --methods lora,adalora+dora"
+    for command in filter(None, (shortened(c, smoke, model) for c in SHIPPED_COMMANDS)):
         monkeypatch.setattr(sys, "argv", shlex.split(command))
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -125,6 +138,7 @@ def test_the_commands_end_with_a_table_and_a_report_on_the_real_model(tmp_path):
         fetch("glue/stsb")
     except Unavailable as error:
         pytest.skip(str(error))
+    write_own_data(tmp_path)
     for command in filter(None, (shortened(c, "smoke") for c in SHIPPED_COMMANDS)):
         done = run(command, tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"

@@ -15,19 +15,23 @@ from rankwise.experiments.cli.options import (
     check_output_folder,
     names,
 )
+from rankwise.experiments.cli.own_options import own_entry
 from rankwise.experiments.cli.progress import Progress
 from rankwise.experiments.cli.report import show_report
 from rankwise.experiments.cli.start import start_torch
 
 if TYPE_CHECKING:
     from rankwise.experiments.config import Study
+    from rankwise.experiments.data_entries import OwnData
+
+OWN = "Your own data"
 
 
 def compare(
     study: Annotated[Path | None, typer.Argument(help="A study file, or the name of one that ships; default: default")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the runs.  [default: runs/<study>]")] = None,
     device: Device = "auto",
-    methods: Annotated[str | None, typer.Option(help="Only these, by label, with commas between.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Only these, by label (with --data: these), with commas between.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Only these, with commas between.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds of the final runs: 0 to N-1.")] = None,
     pack: Pack = None,
@@ -35,15 +39,50 @@ def compare(
     accept_licence: Annotated[list[str] | None, typer.Option(help="Accept the terms of research-only data.")] = None,
     retry_failed: RetryFailed = False,
     as_json: Json = False,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Your own training data instead of a study: file, glob or hub id.", rich_help_panel=OWN),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="With --data: hub id or folder.", rich_help_panel=OWN)] = None,
+    test: Annotated[str | None, typer.Option(help="The part reported.  [default: a tenth]", rich_help_panel=OWN)] = None,
+    validation: Annotated[
+        str | None, typer.Option(help="The part that rates are chosen on.  [default: a tenth]", rich_help_panel=OWN)
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="Kind of task.  [default: by the fields]", rich_help_panel=OWN)] = None,
+    input: Annotated[str | None, typer.Option(help="Field or template that the model reads.", rich_help_panel=OWN)] = None,
+    target: Annotated[str | None, typer.Option(help="Field or template that it is to give.", rich_help_panel=OWN)] = None,
+    full_protocol: Annotated[
+        bool, typer.Option("--full-protocol", help="A rate sweep each and ten seeds, not a quick look.", rich_help_panel=OWN)
+    ] = False,
 ) -> None:
-    """Run a study's missing runs, print the comparison, and write its report."""
-    from rankwise.experiments import checks, config
+    """Run a study's missing runs, print the comparison, and write its report.
 
-    source = config.find(study or config.DEFAULT_STUDY)
-    chosen = config.read(source)
-    chosen = narrowed(chosen, methods, tasks, seeds, pack, accept_licence or [])
+    With --model and --data the study is made of a file of your own, and written to OUT/study.toml.
+    """
+    from rankwise.experiments import checks, config, own_study
+
     check_least("--threads", threads)
     check_device(device)
+    beside = {"--model": model, "--test": test, "--validation": validation, "--kind": kind, "--input": input}
+    beside |= {"--target": target, "--full-protocol": full_protocol or None}
+    if data is None:
+        for option, value in beside.items():
+            if value is not None:
+                raise ValueError(f"{option} has no effect without --data: name the data too, or take it out")
+        source = config.find(study or config.DEFAULT_STUDY)
+    else:
+        if study is not None:
+            raise ValueError(f"--data {data}: a study, {study}, is given too: keep one")
+        if model is None:
+            raise ValueError("--data needs --model: name a hub id or a folder with a model's files")
+        if tasks is not None:
+            raise ValueError(f"--tasks {tasks}: with --data there is one task: take it out")
+        entry = own_entry(data, test, validation, kind, input, target)
+        out = out or Path("runs") / entry.name
+        check_output_folder("--out", out)
+        source, methods = _written(entry, model, methods, out, full_protocol, threads), None
+    chosen = config.read(source)
+    chosen = narrowed(chosen, methods, tasks, seeds, pack, accept_licence or [])
     folder = out or Path("runs") / chosen.name
     check_output_folder("--out", folder)
     checks.check(chosen)
@@ -51,18 +90,47 @@ def compare(
     with Progress() as bar:
         bar.say(f"{chosen.title or chosen.name}: loading torch, model and data ...")
         start_torch(bar, threads)
-        from rankwise.experiments.files import write_file
-        from rankwise.experiments.records import STUDY_FILE
         from rankwise.experiments.study import Runner
 
         runner = Runner(chosen, folder, device, bar.warn, bar.advance, retry_failed, bar.more)
         runner.prepare()
         bar.start(runner.work())
-        write_file(folder / STUDY_FILE, source.read_bytes())
+        own_study.copy(source, folder)
         results = runner.run()
     show_report(folder, None, as_json)
     if any(result["status"] == "failed" for result in results):
         raise typer.Exit(1)
+
+
+def _written(data: "OwnData", model: str, methods: str | None, out: Path, full_protocol: bool, threads: int | None) -> Path:
+    """The file of a study of this data, made and written into the folder of its runs, and what was decided, said.
+
+    Raises:
+        ValueError: the data or the methods are at fault; or another study is there.
+        Unavailable: the model cannot be had.
+    """
+    from rankwise.experiments import own_study
+    from rankwise.experiments.tasks import in_study
+
+    labels = own_study.check_methods(methods, full_protocol)
+    task = in_study(data.name, [data])
+    with Progress() as bar:
+        start_torch(bar, threads)
+        lengths, most = own_study.lengths_of(model, task)
+        max_length = own_study.length_for(lengths, most)
+        rows = task.sizes["train"]
+        if data.kind is None and data.input is not None:  # its kind follows from its values, and the study will name it
+            bar.warn(task.notes[0])
+        plan = own_study.training_for(rows)
+        bar.warn(
+            f"training: {plan['epochs']} epochs of {rows:,} rows, {plan['batch_size']} a step; max_length = {max_length} "
+            f"tokens (the longest row has {max(lengths)})"
+        )
+    read_as = data.model_copy(update={"kind": task.kind})
+    text = own_study.compose(read_as, model, labels, rows, max_length, out, full_protocol)
+    path = own_study.write(out, text)
+    bar.warn(f"the study is {path}")
+    return path
 
 
 def narrowed(

@@ -2,11 +2,11 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rankwise.experiments.cli.options import Json
+from rankwise.experiments.cli.own_options import own_entry
 
 SHOWN = 3  # rows of the training part
 WIDEST = 300  # characters of a field that are shown
@@ -22,18 +22,9 @@ def data(
     as_json: Json = False,
 ) -> None:
     """Show how a file of your own is read: fields, parts, labels, first rows, and what is wrong with it."""
-    from pydantic import ValidationError
     from rankwise.experiments.tasks import own
-    from rankwise.variants.settings import explain
 
-    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(train).stem).strip("._-") or "data"
-    try:
-        asked = own.OwnData(
-            name=name[:80], train=train, test=test, validation=validation, kind=kind, input=input, target=target
-        )
-    except ValidationError as error:
-        raise ValueError("\n".join(explain(error, own.OwnData, where="data"))) from None
-    parts = own.read(asked)
+    parts = own.read(own_entry(train, test, validation, kind, input, target))
     rows = [{k: v for k, v in asdict(row).items() if v not in (None, ())} for row in parts.rows["train"][:SHOWN]]
     sizes = {part: len(found) for part, found in parts.rows.items()}
     if as_json:

@@ -8,13 +8,15 @@ from rankwise.variants.settings import METHODS
 
 
 def list_(as_json: Json = False) -> None:
-    """List the methods, models, tasks and studies there are."""
+    """List the methods, models, tasks, kinds of data, and studies there are."""
     from rankwise.experiments import config, recipes, sources, tasks
+    from rankwise.experiments.tasks.own_kinds import KINDS
 
     rows = {
         "methods": {m.name: f"{m.summary} ({m.source})" for m in METHODS.values()},
         "models": {name: f"{e.kind}, {e.licence}" for name, e in sources.CATALOGUE.items() if e.kind == "model"},
         "tasks": {name: tasks.get(name).licence for name in tasks.names()},
+        "kinds": {name: f"fields {kind.fields}; metrics {', '.join(kind.metrics)}" for name, kind in KINDS.items()},
         "studies": {name: first_comment(path) for name, path in config.shipped().items()},
         "papers": {name: recipes.load(name).title for name in recipes.names()},
     }

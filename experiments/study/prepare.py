@@ -1,7 +1,7 @@
 """Data, model and targets of each task of a study, before anything runs."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,7 @@ from rankwise.experiments.config import Entry, Study, Training
 from rankwise.experiments.data.dataset import Dataset
 from rankwise.experiments.data.draws import SUBSET
 from rankwise.experiments.study import budget, splits
-from rankwise.experiments.tasks import Task
-from rankwise.experiments.tasks import get as get_task
+from rankwise.experiments.tasks import OwnTask, Task, in_study
 from rankwise.variants.adapter.linears import weight_of
 from rankwise.variants.settings import Settings
 
@@ -39,8 +38,10 @@ class PreparedStudy:
     tasks: dict[str, PreparedTask]
 
 
-def prepare(study: Study, sources: Sequence[Entry]) -> PreparedStudy:
+def prepare(study: Study, sources: Sequence[Entry], say: Callable[[str], None] = lambda line: None) -> PreparedStudy:
     """Fetches and encodes the data, loads the model once a task, and finds every entry's targets in it.
+
+    say: called with each line about the user's own data that the user should see.
 
     Raises:
         ValueError: what the user can correct, one line for each fault, before anything has run.
@@ -49,13 +50,15 @@ def prepare(study: Study, sources: Sequence[Entry]) -> PreparedStudy:
     faults: list[str] = []
     tasks = {}
     for name in study.tasks:
-        task = get_task(name)
+        task = in_study(name, study.data)
         model, tokenizer, info = models.load(study.model, task, "fp32", "cpu")
         training = study.training
         faults.extend(models.unfit(model, training))
         if faults:
             continue
-        data = _encoded(study, task, tokenizer)
+        parts = {"train": splits.trained(study, task), **{split: split for split in splits.evaluated(study, task)}}
+        whole = {part: task.encode(tokenizer, split, training.max_length) for part, split in parts.items()}
+        data = {part: _subset(encoded, part, training) for part, encoded in whole.items()}
         total = training.total_steps(len(data["train"]))
         targets, shapes, entries = {}, {}, []
         for entry in (*study.methods, *sources):
@@ -74,16 +77,15 @@ def prepare(study: Study, sources: Sequence[Entry]) -> PreparedStudy:
         faults.extend(_twins(study.methods, total, targets))
         check_phases(study, len(data["train"]), faults)
         captions = [*task.caption, *task.captions_by_model.get(study.model, ()), *_subset_captions(task, data, training)]
+        if isinstance(task, OwnTask):
+            cut = [task.cut(parts[part], encoded, tokenizer, training.max_length) for part, encoded in whole.items()]
+            captions += [f"{name}: {line}." for line in cut if line]
+            for line in (*task.notes, *filter(None, cut)):
+                say(f"{name}: {line}")
         tasks[name] = PreparedTask(task, data, _content_hash(data), targets, shapes, captions)
     if faults:
         raise ValueError("\n".join(dict.fromkeys(faults)))
     return PreparedStudy(study, list(sources), tasks)
-
-
-def _encoded(study: Study, task: Task, tokenizer: Any) -> dict[str, Dataset]:
-    parts = {"train": splits.trained(study, task), **{split: split for split in splits.evaluated(study, task)}}
-    length = study.training.max_length
-    return {part: _subset(task.encode(tokenizer, split, length), part, study.training) for part, split in parts.items()}
 
 
 def _content_hash(data: Mapping[str, Dataset]) -> str:

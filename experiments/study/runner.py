@@ -64,7 +64,7 @@ class Runner:
             ValueError: what the user can correct, one line for each fault, before anything has run.
             Unavailable: model or data cannot be had.
         """
-        ready = prepare(self.study, self.sources)
+        ready = prepare(self.study, self.sources, self.say)
         self.study, self.sources, self.prepared = ready.study, ready.sources, ready.tasks
         self.context = Context(
             study=self.study,

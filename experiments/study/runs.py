@@ -55,6 +55,7 @@ def planned(
         "targets": prepared.targets[plan.entry.label],
         "task": plan.task,
         "data": prepared.data_hash,
+        **({"own_data": own} if (own := prepared.task.facts()) else {}),
         "model": models.content_hash(context.study.model),
         "seed": seed,
         "learning_rate": learning_rate,

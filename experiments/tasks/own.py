@@ -15,53 +15,22 @@ import glob
 import hashlib
 import json
 import math
+import os
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
-from rankwise.variants.settings import nearest
+from rankwise.experiments.data.draws import carve
+from rankwise.experiments.data_entries import PLACES, Kind, OwnData, is_hub_id
+from rankwise.variants.settings import nearest, quoted
 
-Kind = Literal[
-    "classification",
-    "regression",
-    "token-classification",
-    "span",
-    "choice",
-    "generation",
-    "language-modelling",
-    "image-classification",
-]
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 HELD_OUT = 0.1  # share of the training rows that becomes a part that is not given
 SPLIT_SEED = 0
-PLACES = ("train", "validation", "test")
-
-
-class OwnData(BaseModel):
-    """What a study says of a user's data: [[data]]."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
-    """What tables call it."""
-    train: str
-    """File, glob, folder of images or hub id."""
-    test: str | None = None
-    """The part that is reported; a fixed tenth of the training rows if not given."""
-    validation: str | None = None
-    """The part that rates are chosen on; a fixed tenth of the training rows if not given."""
-    kind: Kind | None = None
-    """Kind of task; by the fields if not given."""
-    input: str | None = None
-    """Field, or a template of fields ("{instruction}\\n{context}"), that the model reads."""
-    target: str | None = None
-    """Field, or a template of fields, that it is to give."""
-    metrics: list[str] = []
-    """Metrics of the report, the first the one that methods are compared by; the kind's own if not given."""
+MOST_CLASSES = 20  # whole numbers, or texts, of which there are more may as well be no classes: the kind is asked for
 
 
 @dataclass(frozen=True)
@@ -151,56 +120,66 @@ def read(data: OwnData, sample: int | None = None) -> Parts:
     Raises:
         ValueError: one line for each fault: file, row, what is wrong, the remedy.
     """
-    given = {part: where for part in PLACES if (where := getattr(data, part)) is not None}
-    tables = {part: load(where, sample) for part, where in given.items()}
+    given = dict(data.places())
+    tables = {part: load(where, sample, part) for part, where in given.items()}
     reading = recognise(tables["train"], data)
     faults: list[str] = []
     rows = {part: _rows(table, reading, given[part], faults) for part, table in tables.items()}
     _refuse(faults)
     notes = [reading.said]
-    if reading.kind == "classification" and data.kind is None and _are_numbers(rows["train"]):
+    if reading.kind == "classification" and data.kind is None and _are_numbers([row.target for row in rows["train"]]):
         reading = replace(reading, kind="regression")
-        rows = {part: [replace(row, target=_number(row.target)) for row in found] for part, found in rows.items()}
+        rows = {part: _numbers(found, given[part], faults) for part, found in rows.items()}
+        _refuse(faults)
         notes.append("its targets are numbers, some of which are no whole ones: kind = regression")
-    rows = _split(rows, given["train"], notes)
+    elif reading.kind == "classification" and data.kind is None:
+        _check_classes(rows["train"], given["train"])
+    rows = _split(rows, given["train"], reading.kind, notes)
     labels = _labels(reading, rows, given, faults)
     _refuse(faults)
     notes += _overlap(rows)
     return Parts(reading, rows, tuple(notes), labels, tuple(tables["train"].column_names))
 
 
-def load(where: str, sample: int | None = None) -> Any:
-    """The table of a file, glob, folder of images or hub id, as a `datasets.Dataset`.
+def load(where: str, sample: int | None = None, part: str = "train") -> Any:
+    """The table of a file, glob, folder of images or hub id, as a `datasets.Dataset`; of a hub id the split called `part`.
 
     Text columns of a CSV stay text ("NA" and "01" are no numbers), whatever its rows look like.
 
     Raises:
         ValueError: nothing there, mixed or unknown kinds of file, or one that cannot be read; the reason and its place.
     """
+    files, path = files_of(where), Path(where)
+    if not files and not os.path.isdir(where) and not is_hub_id(where):
+        raise ValueError(
+            f'{where}: no such file: give a file, a glob, a folder of images, or a hub id ("owner/name:configuration")'
+        )
+
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below, once
     split = "train" if sample is None else f"train[:{sample}]"
-    path = Path(where)
-    if path.is_dir():
+    if os.path.isdir(where):
         if not any(p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif") for p in path.rglob("*")):
             raise ValueError(
                 f"{where}: a folder without images: give a file, a glob such as {where}/*.jsonl, or a folder of images"
             )
         return datasets.load_dataset("imagefolder", data_dir=str(path), split=split)
-    files = [str(path)] if path.is_file() else sorted(glob.glob(where, recursive=True))
-    if files:
-        return _from_files(where, files, split)
-    if where.count("/") == 1 and not path.suffix and not where.startswith((".", "/", "~")):
-        return _from_hub(where, split)
-    raise ValueError(
-        f'{where}: no such file: give a file, a glob, a folder of images, or a hub id ("owner/name:configuration")'
-    )
+    return _from_files(where, files, split) if files else _from_hub(where, split.replace("train", part, 1))
+
+
+def files_of(where: str) -> list[str]:
+    """The files that a path, a glob or a folder (of images) stands for, sorted; none where it is a hub id."""
+    if os.path.isfile(where):
+        return [where]
+    pattern = os.path.join(glob.escape(where), "**") if os.path.isdir(where) else where
+    return sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
 
 
 def _from_files(where: str, files: list[str], split: str) -> Any:
     import datasets
+    import datasets.exceptions
 
     suffixes = {Path(file).suffix.lower() for file in files}
     if len(suffixes) > 1 or not suffixes <= BUILDERS.keys():
@@ -216,13 +195,17 @@ def _from_files(where: str, files: list[str], split: str) -> Any:
                 raise ValueError(f"{file}: its fields {', '.join(header)} are not those of {files[0]}: {', '.join(headers[0])}")
         text = datasets.Features({name: datasets.Value("string") for name in headers[0]})
         options = {"sep": separator, "features": text, "keep_default_na": False}
+    elif suffix != ".parquet":  # bytes that are no UTF-8 would be found only when their row is used
+        for file in files:
+            _check_text(file)
     try:
         return datasets.load_dataset(BUILDERS[suffix], data_files=files, split=split, **options)
     except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError, ValueError, OSError) as error:
         for file in files if suffix != ".parquet" else []:  # now that it matters, look for the line
             _check_text(file, as_json=suffix in (".jsonl", ".ndjson"))
         reason = str(error.__cause__ or error).strip().splitlines()
-        raise ValueError(f"{where}: cannot be read as {suffix}: {reason[0] if reason else type(error).__name__}") from None
+        why = reason[0] if reason else type(error).__name__
+        raise ValueError(f"{where}: cannot be read as {suffix} ({why}): write it anew") from None
 
 
 def _from_hub(where: str, split: str) -> Any:
@@ -233,7 +216,8 @@ def _from_hub(where: str, split: str) -> Any:
         return datasets.load_dataset(name, configuration or None, split=split)
     except Exception as error:  # the hub's client raises many kinds
         first = str(error).strip().splitlines()
-        raise ValueError(f"{where}: neither a file here nor to be read from the hub: {first[0] if first else error}") from None
+        why = first[0] if first else error
+        raise ValueError(f"{where}: neither a file here nor to be read from the hub ({why}): give a file") from None
 
 
 def _check_text(file: str, as_json: bool = False) -> None:
@@ -270,6 +254,11 @@ def _check_csv(file: str, separator: str) -> list[str]:
         header = next(reader, None)
         if not header:
             raise ValueError(f"{file}: empty: the first line names the fields")
+        if len(header) == 1 and any(other in header[0] for other in ";\t|" if other != separator):
+            raise ValueError(
+                f"{file}, line 1: one field, {quoted(header[0])}: fields are separated by commas in .csv and by tabs in .tsv: "
+                f"write it so"
+            )
         if len(set(header)) < len(header):
             twice = next(name for name in header if header.count(name) > 1)
             raise ValueError(f'{file}, line 1: two fields are called "{twice}": rename one')
@@ -343,11 +332,36 @@ def _as_told(table: Any, data: OwnData) -> Reading:
 
 def _kind_of(table: Any, target: str) -> tuple[Kind, str]:
     """Classes where few values come again and again, text where they do not; and why."""
-    values = [str(_filled(target, row)) for row in table.select(range(min(len(table), 1_000)))]
+    found = [_filled(target, row) for row in table.select(range(min(len(table), 1_000)))]
+    if any(isinstance(value, list) for value in found):
+        return "token-classification", "lists are the labels of words (kind = token-classification)"
+    values = [str(value) for value in found]
     distinct = len(set(values))
-    if distinct <= 20 and len(values) >= 5 * distinct:
+    if _are_numbers(values):
+        return "regression", "its values are numbers, some of which are no whole ones (kind = regression)"
+    if distinct <= MOST_CLASSES and len(values) >= 5 * distinct:
         return "classification", f"its {distinct} values in {len(values)} rows are classes (kind = classification)"
     return "generation", f"its {distinct} values in {len(values)} rows are texts to generate (kind = generation)"
+
+
+def _check_classes(rows: Sequence[Row], where: str) -> None:
+    """
+    Raises:
+        ValueError: targets that may as well be no classes.
+    """
+    values = {str(row.target) for row in rows}
+    if len(values) <= MOST_CLASSES:
+        return
+    if all(value.lstrip("-").isdecimal() for value in values):
+        raise ValueError(
+            f"{where}: the targets are {len(values)} distinct whole numbers, which may be classes or amounts: "
+            f'give the kind (--kind): "classification" or "regression"'
+        )
+    if len(values) > len(rows) / 2:
+        raise ValueError(
+            f"{where}: the targets are {len(values)} distinct texts in {len(rows)} rows, which may be no classes: "
+            f'give the kind (--kind): "classification" or "generation"'
+        )
 
 
 def _template(text: str, key: str, columns: Sequence[str], where: str) -> str:
@@ -362,12 +376,12 @@ def _template(text: str, key: str, columns: Sequence[str], where: str) -> str:
         names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
     except ValueError as error:
         raise ValueError(
-            f'{where}: {key} = "{text}" is no template ({error}): write a field as {{name}}, a brace as {{{{'
+            f"{where}: {key} = {quoted(text)} is no template ({error}): write a field as {{name}}, a brace as {{{{"
         ) from None
     unknown = next((name for name in names or [text] if name not in columns), None)
     if unknown is not None:
         raise ValueError(
-            f'{where}: {key} names the field "{unknown}", which is not there{nearest(unknown, columns)}; '
+            f"{where}: {key} names the field {quoted(unknown)}, which is not there{nearest(unknown, columns)}; "
             f"there are: {', '.join(columns)}"
         )
     return text
@@ -388,10 +402,16 @@ def _filled(template: str, row: Mapping[str, Any]) -> Any:
 def _rows(table: Any, reading: Reading, where: str, faults: list[str], most_faults: int = 5) -> list[Row]:
     """The rows of a table; a fault for each of the first rows that cannot be one."""
     rows, bad = [], 0
-    names = {column: feature.names for column, feature in table.features.items() if hasattr(feature, "int2str")}
+    names, of_lists = {}, {}  # column -> names of its classes
+    for column, feature in table.features.items():
+        inner = getattr(feature, "feature", None)
+        names |= {column: feature.names} if hasattr(feature, "int2str") else {}
+        of_lists |= {column: inner.names} if hasattr(inner, "int2str") else {}
     for number, row in enumerate(table, start=1):
         for column, classes in names.items():  # a class's number becomes its name; -1 is the hub's word for no label
             row[column] = classes[row[column]] if row[column] is not None and row[column] >= 0 else None
+        for column, classes in of_lists.items():
+            row[column] = [classes[one] for one in row[column] or []]
         try:
             rows.append(_row(row, reading))
         except ValueError as error:
@@ -399,9 +419,9 @@ def _rows(table: Any, reading: Reading, where: str, faults: list[str], most_faul
             if bad <= most_faults:
                 faults.append(f"{where}, row {number}: {error}")
     if bad > most_faults:
-        faults.append(f"{where}: {bad - most_faults} more rows with faults of this kind")
+        faults.append(f"{where}: {bad - most_faults} more rows have faults of this kind: mend them, or take them out")
     if not len(table):
-        faults.append(f"{where}: no rows")
+        faults.append(f"{where}: no rows: give at least one")
     return rows
 
 
@@ -419,6 +439,8 @@ def _row(row: Mapping[str, Any], reading: Reading) -> Row:
         raise ValueError("the target is empty: fill it, or take the row out")
     if reading.kind == "regression":
         target = _number(target)
+    elif reading.kind == "token-classification":
+        _check_words(given, target)
     elif reading.kind in ("generation", "language-modelling"):
         target = str(target)
     pair = _filled(reading.pair, row) if reading.pair else None
@@ -436,6 +458,16 @@ def _chat(messages: Any) -> Row:
     if not last or _is_empty(messages[last]["content"]):
         raise ValueError("a chat needs a turn before its last assistant turn, and this turn some content")
     return Row(tuple({"role": m["role"], "content": m["content"]} for m in messages[:last]), str(messages[last]["content"]))
+
+
+def _check_words(words: Any, tags: Any) -> None:
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) and word.strip() for word in words):
+        raise ValueError("the words should be a list of texts, none of them empty: write them as a list")
+    if not isinstance(tags, list) or len(tags) != len(words):
+        count = f"{len(tags)} labels" if isinstance(tags, list) else "no list of labels"
+        raise ValueError(f"{count} for {len(words)} words: give one for each")
+    if any(_is_empty(tag) for tag in tags):
+        raise ValueError("the label of a word is empty: fill it, or take the row out")
 
 
 def _choice(given: Any, answer: Any, choices: Any) -> Row:
@@ -472,14 +504,26 @@ def _number(value: Any) -> float:
     return number
 
 
+def _numbers(rows: Sequence[Row], where: str, faults: list[str]) -> list[Row]:
+    """The same rows with numbers as targets; a fault for the first that is none."""
+    made = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            made.append(replace(row, target=_number(row.target)))
+        except ValueError as error:
+            faults.append(f"{where}, row {number}: {error}")
+            break
+    return made
+
+
 def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and math.isnan(value))
 
 
-def _are_numbers(rows: Sequence[Row]) -> bool:
-    """Whether the targets are numbers some of which are no whole ones."""
+def _are_numbers(values: Sequence[Any]) -> bool:
+    """Whether these are numbers some of which are no whole ones."""
     try:
-        numbers = [float(row.target) for row in rows]
+        numbers = [float(value) for value in values]
     except (TypeError, ValueError):
         return False
     return any(not number.is_integer() for number in numbers)
@@ -488,8 +532,8 @@ def _are_numbers(rows: Sequence[Row]) -> bool:
 # -- parts ---------------------------------------------------------------------------------------------------------------
 
 
-def _split(rows: Mapping[str, list[Row]], where: str, notes: list[str]) -> dict[str, list[Row]]:
-    """Train, validation and test: what is not given is a fixed, seeded tenth of the training rows.
+def _split(rows: Mapping[str, list[Row]], where: str, kind: Kind, notes: list[str]) -> dict[str, list[Row]]:
+    """Train, validation and test: what is not given is a fixed, seeded tenth of the training rows (each class by its share).
 
     Raises:
         ValueError: too few training rows for that.
@@ -503,7 +547,11 @@ def _split(rows: Mapping[str, list[Row]], where: str, notes: list[str]) -> dict[
         )
     order = np.random.default_rng([SPLIT_SEED, *b"own data"]).permutation(len(train))
     for part in missing:
-        taken, order = order[:size], order[size:]
+        if kind in ("classification", "image-classification"):
+            is_taken = carve(np.array([str(train[i].target) for i in order]), size)
+            taken, order = order[is_taken], order[~is_taken]
+        else:
+            taken, order = order[:size], order[size:]
         made[part] = [train[i] for i in sorted(taken)]
         notes.append(f"{part}: {size} of the {len(train)} training rows, drawn by a fixed seed, because none is given")
     if missing:
@@ -528,8 +576,8 @@ def _labels(
             where = given.get(part, given["train"])
             faults.append(f'{where}: label "{label}" is in the {part} part and in no training row: add some, or take it out')
     if len(known) < 2:
-        faults.append(f"{given['train']}: {len(known)} distinct label: a classification has two or more")
-    return tuple(sorted(known, key=lambda label: (0, int(label), "") if label.lstrip("-").isdigit() else (1, 0, label)))
+        faults.append(f"{given['train']}: {len(known)} distinct label, and a classification has two or more: add another")
+    return tuple(sorted(known, key=lambda label: (0, int(label), "") if label.lstrip("-").isdecimal() else (1, 0, label)))
 
 
 def _overlap(rows: Mapping[str, Sequence[Row]]) -> list[str]:

@@ -68,6 +68,10 @@ class Task:
         """The identity of the raw data; for a task of the catalogue known before any download."""
         return self.identity()
 
+    def facts(self) -> Mapping[str, Any]:
+        """What tells its runs from others beside its name and its encoded rows: of a user's own data how it is read."""
+        return {}
+
     def encode(self, processor: Any, split: str, max_length: int) -> Dataset:
         """The rows of a split as a model takes them (of text: tokens, made once and kept in the user's cache).
 

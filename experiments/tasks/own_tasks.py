@@ -1,0 +1,187 @@
+"""A user's own data as a task, which a study trains on like any other."""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rankwise.experiments.data import tokens
+from rankwise.experiments.data.dataset import Dataset
+from rankwise.experiments.data.encoded import Encoded
+from rankwise.experiments.data.examples import Examples
+from rankwise.experiments.data_entries import OwnData
+from rankwise.experiments.tasks import own
+from rankwise.experiments.tasks.own_kinds import KINDS, OwnKind, answers_of, by_entities
+from rankwise.experiments.tasks.task import Task
+from rankwise.variants.settings import nearest, quoted
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnTask(Task):
+    """A task over a user's files.
+
+    notes: how the files were read and what a reader should know of their rows; `caption` has them too.
+    chosen: the metrics of its report, the first the primary one.
+    """
+
+    notes: tuple[str, ...]
+    chosen: tuple[str, ...]
+
+    def facts(self) -> Mapping[str, Any]:
+        return {"kind": self.kind, "labels": list(self.label_names), "metrics": list(self.chosen)}
+
+    def cut(self, split: str, data: Dataset, processor: Any, max_length: int) -> str | None:
+        """How many rows of an encoded split are longer than `max_length`, and what becomes of them; None where none is."""
+        if self.kind == "span" or not isinstance(data, Encoded):
+            return None  # a long context is cut into windows; what has no tokens has no length
+        full = np.flatnonzero(data.lengths == max_length)
+        if not len(full):
+            return None
+        lengths = row_lengths(self.examples(split).select(full), processor, is_words=self.kind == "token-classification")
+        longer = int((lengths > max_length).sum())
+        if not longer:
+            return None
+        what = {"token-classification": "the words behind are neither read nor scored"}.get(self.kind, "the end is not read")
+        return (
+            f"{split}: {longer} of {len(data)} rows are longer than max_length = {max_length} tokens (the longest "
+            f"{int(lengths.max())}): {what}"
+        )
+
+
+def row_lengths(examples: Examples, tokenizer: Any, is_words: bool) -> np.ndarray:
+    """(n,) tokens of each row, special ones included, nothing cut."""
+    return np.diff(tokens.tokenized(examples, tokenizer, 10**9, words=is_words)[2])
+
+
+def task(data: OwnData) -> OwnTask:
+    """The task that this data makes; its files are read (once, as long as they stay as they are).
+
+    Raises:
+        ValueError: one line for each fault: file, row, what is wrong, the remedy.
+    """
+    return _made(data.model_dump_json(), _stamps(data))
+
+
+def _stamps(data: OwnData) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of change of each file."""
+    files = [file for _, where in data.places() for file in own.files_of(where)]
+    return tuple((file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files)
+
+
+@functools.lru_cache(maxsize=8)
+def _made(dumped: str, stamps: tuple[tuple[str, int, int], ...]) -> OwnTask:
+    data = OwnData.model_validate_json(dumped)
+    parts = own.read(data)
+    name = parts.reading.kind
+    if name not in KINDS:
+        raise ValueError(f"{data.train}: read as {name}, for which there is no training yet: give one of {', '.join(KINDS)}")
+    kind = KINDS[name]
+    _check_rows(parts, name, data)
+    labels = kind.classes(parts)
+    chosen = _metrics(data, kind, labels)
+    scale = _scale([row.target for row in parts.rows["train"]]) if name == "regression" else (0.0, 1.0)
+    notes = [f"{parts.notes[0]}{_classes(name, parts.labels)}", *parts.notes[1:]]
+    if name == "regression":
+        notes.append(
+            f"targets are standardised by the training rows' mean {scale[0]:.6g} and deviation {scale[1]:.6g}: what a model "
+            f"gives, times the deviation, plus the mean, is the target"
+        )
+    examples = {split: kind.examples(rows, labels, scale) for split, rows in parts.rows.items()}
+    content = _content_hash(parts)
+    return OwnTask(
+        name=data.name,
+        kind=name,
+        num_labels=max(1, len(labels)),
+        label_names=labels,
+        metric=chosen[0],
+        licence="the user's own data",
+        sizes={split: len(rows) for split, rows in parts.rows.items()},
+        read=examples.__getitem__,
+        measure=functools.partial(_measure, kind, chosen, scale[1]),
+        resampled=kind.metrics[chosen[0]].resampled,
+        identity=lambda: content,
+        caption=tuple(f"{data.name}: {note}." for note in notes),
+        notes=tuple(notes),
+        chosen=chosen,
+    )
+
+
+def _measure(kind: OwnKind, chosen: tuple[str, ...], deviation: float, *scored: Any) -> dict[str, float]:
+    """The chosen metrics, each family of them computed once."""
+    families = {kind.metrics[name].values: None for name in chosen}
+    values = {family: family(*scored) for family in families}
+    found = {name: values[kind.metrics[name].values][name] for name in chosen}
+    return {name: value * deviation if kind.metrics[name].in_units else value for name, value in found.items()}
+
+
+def _metrics(data: OwnData, kind: OwnKind, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """The metrics that a study names, or the kind's own.
+
+    Raises:
+        ValueError: one that there is not, or that cannot be the first.
+    """
+    chosen = tuple(data.metrics) or kind.default(labels)
+    where = f'data "{data.name}": metrics'
+    allowed = [name for name, one in kind.metrics.items() if not one.two_labels or len(labels) == 2]
+    if kind is KINDS["token-classification"] and by_entities(labels) is None:
+        allowed = [name for name in allowed if name not in ("f1", "precision", "recall")]  # of entities
+    for name in chosen:
+        if name not in allowed:
+            why = "is not for these labels" if name in kind.metrics else "is no metric of this kind"
+            raise ValueError(f"{where}: {quoted(name)} {why}{nearest(name, allowed)}; there are: {', '.join(allowed)}")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"{where}: {', '.join(chosen)} has one twice: take it out")
+    if not kind.metrics[chosen[0]].leads:
+        leading = ", ".join(name for name in allowed if kind.metrics[name].leads)
+        raise ValueError(f"{where}: methods cannot be compared by {chosen[0]}: name one of {leading} before it")
+    return chosen
+
+
+def _check_rows(parts: own.Parts, kind: str, data: OwnData) -> None:
+    """What can be wrong with rows of one kind alone.
+
+    Raises:
+        ValueError: one line for each of the first faults.
+    """
+    faults = []
+    for part, rows in parts.rows.items():
+        where = getattr(data, part) or data.train
+        if kind == "span":
+            for number, row in enumerate(rows, start=1):
+                try:
+                    answers_of(row)
+                except ValueError as error:
+                    faults.append(f"{where}, row {number} of the {part} part: {error}")
+        if kind == "regression" and len({row.target for row in rows}) < 2:
+            faults.append(f"{where}: all targets of the {part} part are equal: add rows with other targets")
+    if faults:
+        raise ValueError("\n".join(faults[:5]))
+
+
+def _scale(targets: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation of numbers that are not all equal."""
+    return float(np.mean(targets)), float(np.std(targets))
+
+
+def _classes(kind: str, labels: tuple[str, ...]) -> str:
+    """ "; classification with 3 labels: a, b, c"; of a kind without labels its name."""
+    if not labels:
+        return f"; {kind}"
+    shown = ", ".join(f'"{label}"' if "," in label else label for label in labels[:10])
+    return f"; {kind} with {len(labels)} labels: {shown}{', ...' if len(labels) > 10 else ''}"
+
+
+def _content_hash(parts: own.Parts) -> str:
+    """sha256 over how every row of every part was read, to the last digit."""
+    digest = hashlib.sha256()
+    for part, rows in parts.rows.items():
+        digest.update(part.encode())
+        for row in rows:
+            is_array = hasattr(row.input, "tobytes")
+            digest.update(row.input.tobytes() if is_array else json.dumps(row.input, default=str).encode())
+            digest.update(json.dumps([row.pair, row.choices, row.target], default=str).encode())
+    return digest.hexdigest()
