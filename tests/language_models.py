@@ -1,6 +1,7 @@
 """Small random language models of the common families, and a tokenizer with an end of text."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -62,3 +63,6 @@ def saved(name: str, folder: Path) -> str:
     made(name).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+TASK = SimpleNamespace(kind="generation", num_labels=0)  # as far as a loader reads it

@@ -131,14 +131,26 @@ def continued(processor: Any, prompts: Sequence[str], texts: Sequence[str]) -> t
         for cut, blank, text in zip(before, blanks, texts, strict=True)
     ]
     whole = [cut + text for cut, text in zip(before, after, strict=True)]
-    plain = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    of_prompts, of_both, of_texts = (processor(some, **plain)["input_ids"] for some in (before, whole, after))
-    first = starts(processor)
-    rows = []
-    for prompt, both, text in zip(of_prompts, of_both, of_texts, strict=True):
-        rest = both[len(prompt) :] if both[: len(prompt)] == prompt else text
-        rows.append((prompt if prompt[: len(first)] == first else first + prompt, rest))
-    return [prompt for prompt, _ in rows], [rest for _, rest in rows]
+    of_prompts, of_both, of_texts = (_plain_tokens(processor, some) for some in (before, whole, after))
+    rest = [
+        both[len(prompt) :] if both[: len(prompt)] == prompt else text
+        for prompt, both, text in zip(of_prompts, of_both, of_texts, strict=True)
+    ]
+    return _begun(of_prompts, starts(processor)), rest
+
+
+def prompt_tokens(processor: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Tokens of prompts that a decoder is to go on with, as `continued` has them."""
+    return _begun(_plain_tokens(processor, [prompt.rstrip(" ") for prompt in prompts]), starts(processor))
+
+
+def _plain_tokens(processor: Any, texts: Sequence[str]) -> list[list[int]]:
+    return processor(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _begun(prompts: Sequence[list[int]], first: list[int]) -> list[list[int]]:
+    """Prompts after the token that begins every text, which a chat template has written already."""
+    return [prompt if prompt[: len(first)] == first else first + prompt for prompt in prompts]
 
 
 def cut_left(prompt: Sequence[int], room: int, first: Sequence[int]) -> list[int]:
