@@ -1,5 +1,6 @@
 """The kinds over language models, trained through the trainer on tiny decoders and encoder-decoders."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -8,11 +9,12 @@ import pytest
 import torch
 import transformers
 from rankwise import variants
-from rankwise.experiments import kinds, knockout, models, records
+from rankwise.experiments import kinds, knockout, models, records, tasks
 from rankwise.experiments.data.encoded import IGNORED
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.kinds.decoding import Sampling, generated
 from rankwise.experiments.kinds.predictions import texts_from_bytes
+from rankwise.experiments.study import Runner
 from rankwise.experiments.tasks import Task, text_metrics
 from safetensors.numpy import load_file
 
@@ -334,3 +336,22 @@ def test_the_model_says_whether_it_is_a_decoder_or_reads_first(tmp_path):
     for name, expected in (("llama", "LlamaForCausalLM"), ("t5", "T5ForConditionalGeneration")):
         model, processor, info = models.load(language_models.saved(name, tmp_path / name), task("generation"))
         assert type(model).__name__ == expected and processor.is_encoder_decoder == (name == "t5") and info.heads == ()
+
+
+@pytest.mark.parametrize("kind", SCORED)
+def test_a_study_over_a_language_model_ends_with_scores_and_predictions(kind, tmp_path, monkeypatch):
+    monkeypatch.setitem(tasks._TASKS, f"small/{kind}", task(kind))
+    methods = [{"method": name, "learning_rate": 1e-2, **small_world.settings(name)} for name in ("lora", "adalora")]
+    what = small_world.study(language_models.saved("llama", tmp_path / "llama"), methods, tasks=[f"small/{kind}"])
+    what = what.model_copy(update={"targets": "all-linear"})
+    runner = Runner(what, tmp_path / "out", device="cpu")
+    runner.prepare()
+    runner.run()
+    runs = [records.load_run(path.parent) for path in (tmp_path / "out").glob("*/config.json")]
+    assert {run.status for run in runs} == {"completed"} and len(runs) == 4
+    for run in runs:
+        kept = load_file(run.folder / records.PREDICTIONS)
+        assert math.isfinite(run.result.score) and run.result.head_parameters == 0 and run.result.tokens_per_second > 0
+        assert kind != "generation" or len(texts_from_bytes(kept)) == ROWS["test"]
+        saved = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())
+        assert saved["task_type"] == "CAUSAL_LM" and not saved.get("modules_to_save")
