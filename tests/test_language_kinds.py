@@ -227,6 +227,23 @@ def test_a_decoder_is_trained_on_the_target_and_its_end_and_asked_with_the_promp
     assert kind.decoded(np.array([[x, y, 3, 0], [z, 3, 0, 0]]), ask).tolist() == ["x y", "z"]
 
 
+def test_an_encoder_decoder_reads_the_prompt_and_is_trained_on_the_target():
+    kind, ask = kinds.get("generation"), language_models.tokenizer()
+    ask.is_encoder_decoder = True
+    data = kind.encode(Examples(["a b", "a b c d"], None, ["x y", "z"]), ask, 24)
+    a, b, c, d, x, y, z = ask.convert_tokens_to_ids(list("abcdxyz"))
+    (rows, size), *others = kind.evaluation_plan(data, 4)
+    assert rows.tolist() == [0, 1] and size == 8 and not others  # 6 of the longer source, rounded up; targets do not count
+    batch = kind.collate(data, rows, size, ask)
+    assert batch["input_ids"].tolist() == [[2, a, b, 3, 0, 0, 0, 0], [2, a, b, c, d, 3, 0, 0]]
+    assert batch["attention_mask"].sum(1).tolist() == [4, 6]
+    assert batch["labels"].tolist() == [[2, x, y, 3], [2, z, 3, IGNORED]]
+    asked = kind.collate_evaluation(data, rows, size, ask)
+    assert np.array_equal(asked["prompt_ids"], batch["input_ids"]) and asked["max_new_tokens"].tolist() == [4, 4]
+    alone = kind.collate(data.select([1]), np.array([0]), size, ask)  # as wide, whichever rows a member has
+    assert alone["labels"].shape == (1, 4) and np.array_equal(alone["input_ids"][0], batch["input_ids"][1])
+
+
 def test_the_loss_is_each_members_mean_over_its_own_scored_tokens():
     kind = kinds.get("generation")
     labels = torch.tensor([[IGNORED, 5, 6], [IGNORED, IGNORED, 7], [IGNORED, 8, IGNORED], [IGNORED] * 3])
@@ -317,7 +334,16 @@ def test_the_knock_out_measures_the_loss_of_a_language_model(tmp_path):
     trainer, outcomes = small_world.trained(packed, tmp_path / "run", data=data_of(packed))
     first, _ = knockout.knock_out(trainer.adapter, trainer.processor, packed.task, "test", trainer.data["test"], 4)
     assert first["score"] == pytest.approx(outcomes[0].metrics["test"]["rougeL"]) and len(first["sites"]) == 14
-    assert 0 < first["loss"] < lines(trainer)[0]["loss"]
+    total = count = 0
+    trainer.model.eval()
+    trainer.adapter.merge(0)
+    for row in range(ROWS["test"]):  # one at a time, from the logits of every token
+        prompt, scored = trainer.data["test"].parts(row)
+        ids = torch.from_numpy(np.concatenate([prompt, scored]).astype(np.int64))[None]
+        logits = trainer.model(ids).logits[0].log_softmax(-1)
+        total -= sum(logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(scored.tolist()))
+        count += len(scored)
+    assert first["loss"] == pytest.approx(total / count, rel=1e-4)
 
 
 @pytest.mark.parametrize(
