@@ -227,6 +227,18 @@ def test_a_decoder_is_trained_on_the_target_and_its_end_and_asked_with_the_promp
     assert kind.decoded(np.array([[x, y, 3, 0], [z, 3, 0, 0]]), ask).tolist() == ["x y", "z"]
 
 
+def test_a_chat_goes_through_the_tokenizers_template():
+    kind, ask = kinds.get("generation"), language_models.tokenizer()
+    chats = Examples([({"role": "user", "content": "a b"},)], None, ["x"])
+    with pytest.raises(ValueError, match="has no chat template"):
+        kind.encode(chats, ask, 24)
+    ask.chat_template = "{% for m in messages %}{{ m.role[0] + ' ' + m.content + ' ' }}{% endfor %}"
+    ask.chat_template += "{% if add_generation_prompt %}{{ 's\n' }}{% endif %}"
+    data = kind.encode(chats, ask, 24)
+    prompt, scored = data.parts(0)
+    assert ask.decode(prompt) == "u a b s" and ask.decode(scored) == "x [SEP]" and data.num_cut == 0
+
+
 def test_an_encoder_decoder_reads_the_prompt_and_is_trained_on_the_target():
     kind, ask = kinds.get("generation"), language_models.tokenizer()
     ask.is_encoder_decoder = True
@@ -257,6 +269,7 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_target_its_end():
     data = kind.encode(Examples([" ".join(letters), "a"], None, ["x", " ".join(letters)]), ask, 10)
     prompt, scored = data.parts(0)
     assert ask.decode(prompt).split() == letters[-8:] and scored.tolist()[-1] == 3 and len(scored) == 2
+    assert data.num_cut == 2
     prompt, scored = data.parts(1)
     assert ask.decode(prompt) == "a" and ask.decode(scored[:-1]).split() == letters[:8] and scored[-1] == 3
     assert data.max_new_tokens == 5  # half of max_length, so that the prompt has the rest

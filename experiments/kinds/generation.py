@@ -14,7 +14,7 @@ from rankwise.experiments.data.encoded import IGNORED
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.kinds.decoding import generated
 from rankwise.experiments.kinds.interface import Planned
-from rankwise.experiments.kinds.language import LanguageModel, Prompted, continued, cut_left, flat, padded, starts
+from rankwise.experiments.kinds.language import LanguageModel, Prompted, as_text, continued, cut_left, flat, padded, starts
 from rankwise.experiments.kinds.predictions import texts_as_bytes
 from torch import Tensor
 
@@ -55,7 +55,8 @@ class Generation(LanguageModel):
             ValueError: a prompt without tokens.
         """
         is_apart = getattr(processor, "is_encoder_decoder", False)
-        prompts, scored = (_apart if is_apart else _in_one)(examples, processor, max_length)
+        texts = [as_text(processor, prompt) for prompt in examples.first]
+        prompts, scored, num_cut = (_apart if is_apart else _in_one)(texts, list(examples.labels), processor, max_length)
         empty = next((row for row, prompt in enumerate(prompts) if not len(prompt)), None)
         if empty is not None:
             raise ValueError(f"example {empty + 1}: its prompt has no tokens; a model goes on from one at least")
@@ -68,6 +69,7 @@ class Generation(LanguageModel):
             references=tuple(tuple(texts) for texts in examples.answers or [(text,) for text in examples.labels]),
             max_new_tokens=longest if is_apart else min(longest, max_length // 2),
             is_apart=is_apart,
+            num_cut=num_cut,
         )
 
     def plan(self, data: Prompted, batch_size: int, seed: int, epoch: int) -> list[Planned]:
@@ -126,21 +128,29 @@ class Generation(LanguageModel):
         return texts_as_bytes(predictions)
 
 
-def _in_one(examples: Examples, processor: Any, max_length: int) -> tuple[list[list[int]], list[list[int]]]:
-    """For a decoder: prompt, target and end of text, one after the other in max_length tokens."""
-    prompts, targets = continued(processor, examples.first, list(examples.labels))
-    targets = [[*ids[: max_length - 2], processor.eos_token_id] for ids in targets]
+def _in_one(
+    prompts: list[str], targets: list[str], processor: Any, max_length: int
+) -> tuple[list[list[int]], list[list[int]], int]:
+    """For a decoder: prompt, then target and end of text, in max_length tokens together; and how many rows were cut."""
+    before, after = continued(processor, prompts, targets)
+    num_cut = sum(len(prompt) + len(target) + 1 > max_length for prompt, target in zip(before, after, strict=True))
+    after = [[*ids[: max_length - 2], processor.eos_token_id] for ids in after]
     first = starts(processor)
-    return [cut_left(p, max_length - len(t), first) for p, t in zip(prompts, targets, strict=True)], targets
+    return [cut_left(p, max_length - len(t), first) for p, t in zip(before, after, strict=True)], after, num_cut
 
 
-def _apart(examples: Examples, processor: Any, max_length: int) -> tuple[list[list[int]], list[list[int]]]:
-    """For an encoder-decoder: source and target with their own special tokens, max_length tokens each."""
-    options = {"truncation": True, "max_length": max_length, "return_attention_mask": False, "verbose": False}
-    sources = processor(list(examples.first), **options)["input_ids"]
-    targets = processor(text_target=list(examples.labels), **options)["input_ids"]
+def _apart(
+    prompts: list[str], targets: list[str], processor: Any, max_length: int
+) -> tuple[list[list[int]], list[list[int]], int]:
+    """For an encoder-decoder: source and target with their own special tokens, max_length tokens each; how many were cut."""
+    plain = {"return_attention_mask": False, "verbose": False}
+    whole = zip(processor(prompts, **plain)["input_ids"], processor(text_target=targets, **plain)["input_ids"], strict=True)
+    num_cut = sum(max(len(source), len(target)) > max_length for source, target in whole)
+    options = {**plain, "truncation": True, "max_length": max_length}
+    sources = processor(prompts, **options)["input_ids"]
+    answers = processor(text_target=targets, **options)["input_ids"]
     end = processor.eos_token_id
-    return sources, [ids if ids[-1:] == [end] else [*ids[: max_length - 1], end] for ids in targets]
+    return sources, [ids if ids[-1:] == [end] else [*ids[: max_length - 1], end] for ids in answers], num_cut
 
 
 def _planned(data: Prompted) -> Any:

@@ -65,12 +65,14 @@ class Prompted(Encoded):
     prompts: (n,) tokens of each row's prompt. references: the texts that a row's prediction may be.
     max_new_tokens: so many a model may generate, the same for every row of the split.
     is_apart: an encoder-decoder's rows, which go into the model as a source and a target, and not one after the other.
+    num_cut: rows of the whole split that were too long, so that they lost the beginning of the prompt or the end of the target.
     """
 
     prompts: np.ndarray | None = None
     references: tuple[tuple[str, ...], ...] = ()
     max_new_tokens: int = 0
     is_apart: bool = False
+    num_cut: int = 0
 
     @property
     def truth(self) -> tuple[Any, None]:
@@ -137,6 +139,19 @@ def continued(processor: Any, prompts: Sequence[str], texts: Sequence[str]) -> t
         for prompt, both, text in zip(of_prompts, of_both, of_texts, strict=True)
     ]
     return _begun(of_prompts, starts(processor)), rest
+
+
+def as_text(processor: Any, prompt: Any) -> str:
+    """A prompt, or the turns of a chat ({"role", "content"} each) as the tokenizer's template writes them for a next answer.
+
+    Raises:
+        ValueError: a chat, and the tokenizer has no template.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if not getattr(processor, "chat_template", None):
+        raise ValueError("the rows are chats, and the model's tokenizer has no chat template: take a model tuned on chats")
+    return processor.apply_chat_template([dict(turn) for turn in prompt], tokenize=False, add_generation_prompt=True)
 
 
 def prompt_tokens(processor: Any, prompts: Sequence[str]) -> list[list[int]]:
