@@ -13,9 +13,11 @@ from rankwise.experiments import kinds, knockout, models, records, tasks
 from rankwise.experiments.data.encoded import IGNORED
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.kinds.decoding import Sampling, generated
+from rankwise.experiments.kinds.language import padded
 from rankwise.experiments.kinds.predictions import texts_from_bytes
 from rankwise.experiments.study import Runner
 from rankwise.experiments.tasks import Task, text_metrics
+from rankwise.experiments.training.evaluation import Evaluator
 from safetensors.numpy import load_file
 
 from tests import language_models, small_world
@@ -168,6 +170,39 @@ def test_members_generate_together_what_transformers_generates_of_each_exported_
             alone = alone[0, 1 if ask.is_encoder_decoder else prompt.shape[1] :].tolist()
             assert together[member, at].tolist() == alone + [0] * (6 - len(alone))
     assert len({tuple(row) for row in together.flatten(0, 1).tolist()}) >= 3
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_peft_generates_what_its_member_generated_in_the_pack(method, tmp_path):
+    import peft
+
+    model, ask = language_models.made("llama"), language_models.tokenizer()
+    adapter = variants.create(method, members=3, seeds=[1, 2, 3], rank=2, alpha=5).attach(model, "all-linear", head=[])
+    language_models.fill(adapter, 0.3)
+    for member in range(3):
+        variants.save_pretrained(adapter, tmp_path / str(member), member=member)
+    prompts = [[7, 8, 9, 10], [11, 12]]
+    ids, mask = (torch.from_numpy(array) for array in padded([np.array(p) for p in prompts], 4, 0, on_left=True))
+    adapter.begin(variants.Step(1, 2), training=False)
+    together = generated(model, ids.repeat(3, 1), mask.repeat(3, 1), 6, [ask.eos_token_id]).view(3, 2, 6)
+    for member in range(3):
+        theirs = peft.PeftModel.from_pretrained(language_models.made("llama"), tmp_path / str(member))
+        for row, prompt in enumerate(prompts):
+            alone = theirs.generate(input_ids=torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[
+                0, len(prompt) :
+            ].tolist()
+            assert together[member, row].tolist() == alone + [0] * (6 - len(alone))
+    assert len({tuple(row) for row in together.flatten(0, 1).tolist()}) > 2
+
+
+@pytest.mark.parametrize(("kind", "name"), [("generation", "llama"), ("generation", "t5"), ("choice", "gpt2")])
+def test_members_that_are_evaluated_together_predict_what_they_predict_merged(kind, name, tmp_path, double, monkeypatch):
+    packed = pack(tmp_path, kind, name)
+    trainer, _ = small_world.trained(packed, tmp_path / "run", data=data_of(packed, name == "t5"))
+    merged = trainer.predictions("test")
+    monkeypatch.setattr(Evaluator, "can_merge", False)  # as on a GPU
+    for one, other in zip(merged, trainer.predictions("test"), strict=True):
+        assert np.array_equal(one, other)
 
 
 PHASES = {"warmup_steps": 1, "final_steps": 1, "interval": 1}

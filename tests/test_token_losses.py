@@ -101,3 +101,37 @@ def test_losses_in_bf16_are_taken_in_fp32():
     found = token_losses(model, inputs, labels)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, plain(model.float(), inputs, labels), rtol=0.1, atol=0.1)
+
+
+def test_full_fine_tuning_trains_embeddings_that_are_the_output_layer_too():
+    model = language_models.made("qwen2").double()
+    inputs, labels = batch(model)
+    adapter = variants.create("full").attach(model, head=[])
+    assert model.lm_head.weight is model.get_input_embeddings().weight and model.lm_head.weight.requires_grad
+    gradients = []
+    for way in (plain, token_losses):
+        adapter.begin(variants.Step(1, 2), training=False)
+        way(model, inputs, labels).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in adapter.parameters()])
+        adapter.zero_grad()
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    """Gradient checkpointing runs the body again in the backward pass, when its part in the head is long undone."""
+    gradients = []
+    for is_checkpointed in (False, True):
+        model = language_models.made("llama").double()
+        inputs, labels = batch(model)
+        adapter = variants.create("lora", rank=2, alpha=5, dropout=0.3).attach(model, "all-linear", head=[])
+        language_models.fill(adapter)
+        if is_checkpointed:
+            keyed = {"use_reentrant": False, "context_fn": adapter.draw.recompute_contexts}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keyed)
+        model.train()
+        adapter.begin(variants.Step(1, 2))
+        token_losses(model, inputs, labels).sum().backward()
+        gradients.append([parameter.grad for parameter in adapter.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-12, atol=0)
