@@ -117,23 +117,23 @@ def generate(
     is_seq2seq = processor.is_encoder_decoder
     ids = processor(list(prompts))["input_ids"] if is_seq2seq else prompt_tokens(processor, prompts)
     _check_lengths(ids, models.longest_input(model), 0 if is_seq2seq else max_new_tokens)
-    texts: list[Generated | None] = [None] * len(prompts)
+    texts: dict[int, Generated] = {}
     order = np.argsort([len(row) for row in ids], kind="stable")
     kind, end = kinds.get("generation"), processor.eos_token_id
     for at in range(0, len(order), batch_size):
-        rows = order[at : at + batch_size]
+        rows = order[at : at + batch_size].tolist()
         batch = [np.array(ids[row]) for row in rows]
         arrays = padded(batch, max(map(len, batch)), processor.pad_token_id, on_left=not is_seq2seq)
-        inputs = (torch.from_numpy(array).to(where) for array in arrays)
-        sampling = None if temperature is None else Sampling([(seed, int(row)) for row in rows], temperature, top_p)
+        inputs, mask = (torch.from_numpy(array).to(where) for array in arrays)
+        sampling = None if temperature is None else Sampling([(seed, row) for row in rows], temperature, top_p)
         with torch.no_grad(), autocast(where, precision):
-            tokens = generated(model, *inputs, max_new_tokens, [end], sampling).cpu().numpy()
+            tokens = generated(model, inputs, mask, max_new_tokens, [end], sampling).cpu().numpy()
         for row, text, made in zip(rows, kind.decoded(tokens, processor), tokens, strict=True):
             ends = np.flatnonzero(np.isin(made, [end, processor.pad_token_id]))
             length = int(ends[0]) if len(ends) else len(made)
-            texts[row] = Generated(prompts[row], text, length, bool(len(ends)))
+            texts[row] = Generated(prompts[int(row)], text, length, bool(len(ends)))
         progress(len(rows))
-    return texts
+    return [texts[row] for row in range(len(prompts))]
 
 
 def _check_lengths(ids: Sequence[Sequence[int]], longest: int | None, new: int) -> None:

@@ -33,7 +33,7 @@ def generate(
     check_output_file("--out", out)
     source = generating.find(adapter, model)
     with Progress() as bar, nothing_kept_if_interrupted():
-        prompts = prompt
+        prompts = list(prompt or [])
         if data is not None:
             prompts, field = generating.read_prompts(data, input)
             bar.warn(f"{data}: {len(prompts)} prompts, read from {field}")

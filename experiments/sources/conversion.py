@@ -53,7 +53,7 @@ def _convert(folder: Path, file: str, out: Path) -> None:
     # save_pretrained refuses a model that says it is quantised, so its weights move into one that does not.
     known = model.config.to_dict()
     config = type(model.config).from_dict({k: v for k, v in known.items() if k not in ("quantization_config", "_name_or_path")})
-    plain = type(model)(config).to(torch.bfloat16)
+    plain = type(model)(config).bfloat16()
     plain.load_state_dict(model.state_dict())
     plain.config.dtype = torch.bfloat16
     plain.save_pretrained(out)

@@ -53,7 +53,8 @@ def rouge(name: str, texts: Sequence[str], references: References) -> np.ndarray
 
 
 def _corpus_metric(name: str) -> Any:
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
     return {"bleu": BLEU, "chrf": CHRF}[name]()
 
