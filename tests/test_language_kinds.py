@@ -233,6 +233,22 @@ def test_sampled_texts_depend_on_member_and_row_alone():
     assert drawn(np.zeros(4, int), 3, (7, 8, 9)).tolist() != drawn(np.zeros(4, int), 3, (10, 8, 9)).tolist()
 
 
+def test_a_models_own_settings_for_beams_and_sampling_are_not_taken(capfd):
+    """BART's and Qwen's releases ask for them; what they forbid or force stays, as with transformers' own greedy search."""
+    model = language_models.made("llama")
+    ids = torch.randint(5, 60, (2, 6), generator=torch.Generator().manual_seed(0))
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=None)
+    own = {"num_beams": 4, "num_return_sequences": 2, "early_stopping": True, "max_length": 9, "length_penalty": 2.0}
+    own |= {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "eos_token_id": None}
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    capfd.readouterr()
+    assert torch.equal(generated(model, ids, torch.ones_like(ids), 6, []), expected[:, 6:])
+    assert capfd.readouterr() == ("", "")
+    model.generation_config.suppress_tokens = [int(expected[0, 6])]
+    assert generated(model, ids, torch.ones_like(ids), 6, [])[0, 0] != expected[0, 6]
+
+
 def test_tokens_are_sampled_as_often_as_they_are_likely():
     model = language_models.made("llama")
     ids = torch.randint(5, 60, (1, 6), generator=torch.Generator().manual_seed(0))
