@@ -66,12 +66,13 @@ def load(model_id: str, task: Any, precision: str = "fp32", device: str = "cpu")
 
     target = _device(device)
     kind = kinds.get(task.kind)
-    auto, wanted = getattr(transformers, kind.auto_class), kind.model_settings(task.num_labels)
+    wanted = kind.model_settings(task.num_labels)
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(HEAD_SEED)
         try:
             processor = kind.processor(folder)
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **wanted)
+            auto = getattr(transformers, kind.model_class(config))
             kind.fit(processor, config)
             options = {
                 "config": config,

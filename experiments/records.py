@@ -389,13 +389,14 @@ def write_knock_out(folder: Path, measured: Mapping[str, Any]) -> None:
     write_json(folder / KNOCKOUT, measured, indent=None)
 
 
-def write_predictions(folder: Path, split: str, predictions: "np.ndarray") -> None:
-    """predictions: (rows of the split, ...)"""
+def write_predictions(folder: Path, split: str, predictions: "np.ndarray | Mapping[str, np.ndarray]") -> None:
+    """predictions: (rows of the split, ...), or arrays by name (of texts: their bytes as "predictions", and "offsets")."""
     import numpy as np  # here, so that a report of plain tables starts without it
     from safetensors.numpy import save_file
 
     with replacing(folder / PREDICTIONS) as path:
-        save_file({"predictions": np.ascontiguousarray(predictions)}, path, {"split": split})
+        arrays = predictions if isinstance(predictions, Mapping) else {"predictions": predictions}
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, {"split": split})
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

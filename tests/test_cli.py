@@ -145,7 +145,7 @@ for words in json.loads(sys.argv.pop(1)):
 
 def test_refusal_and_help_of_every_command_need_no_torch(tmp_path):
     wrong = study(tmp_path, ("rank = 4", "rank = -4"))
-    commands = ["compare", "report", "paper", "ranks", "export", "bench", "list", "analysis", "calibration"]
+    commands = ["compare", "report", "paper", "ranks", "export", "generate", "bench", "list", "analysis", "calibration"]
     helped = [["--help"], *([command, "--help"] for command in commands), ["list"]]
     helped += [["analysis", command, "--help"] for command in ("subspace", "magnitude", "report", "peft-comparison")]
     refused = [
@@ -155,6 +155,7 @@ def test_refusal_and_help_of_every_command_need_no_torch(tmp_path):
         ["ranks", str(tmp_path)],
         ["paper", "adalora-1", "--variant", "papre"],
         ["export", str(tmp_path), "--to", "lora", "--out", str(tmp_path / "out")],
+        ["generate", str(tmp_path), "--prompt", "once"],
         ["bench", "--ablation", "--full"],
         ["bench", "--ablation", "--cases", "linear/*"],
         ["bench", "--tried", "--repetitions", "2"],

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rankwise import variants
-from rankwise.experiments import budget
+from rankwise.experiments.study import budget
 from rankwise.experiments.config import Entry, unsolved_ranks
 from rankwise.variants.settings import FROM_BUDGET, METHODS, check
 

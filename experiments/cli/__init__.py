@@ -20,13 +20,14 @@ from rankwise.experiments.cli.calibration import calibration
 from rankwise.experiments.cli.compare import compare
 from rankwise.experiments.cli.data import data
 from rankwise.experiments.cli.export import export
+from rankwise.experiments.cli.generate import generate
 from rankwise.experiments.cli.listing import list_
 from rankwise.experiments.cli.paper import paper
 from rankwise.experiments.cli.ranks import ranks
 from rankwise.experiments.cli.report import report
 
 # In the order of `rankwise --help`.
-for command in (compare, report, data, paper, ranks, export, bench, calibration):
+for command in (compare, report, data, paper, ranks, export, generate, bench, calibration):
     app.command()(command)
 app.add_typer(analysis, name="analysis")
 app.command(name="list")(list_)

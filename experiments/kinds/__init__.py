@@ -13,6 +13,9 @@ REGISTRY = {
     "classification": "rankwise.experiments.kinds.rows:Classification",
     "token-classification": "rankwise.experiments.kinds.words:Words",
     "span": "rankwise.experiments.kinds.spans:Spans",
+    "generation": "rankwise.experiments.kinds.generation:Generation",
+    "choice": "rankwise.experiments.kinds.choice:Choice",
+    "language-modelling": "rankwise.experiments.kinds.language_modelling:LanguageModelling",
 }
 
 

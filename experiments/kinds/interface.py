@@ -47,6 +47,10 @@ class Kind(ABC):
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
+    def model_class(self, config: Any) -> str:
+        """The class of transformers for a model of this configuration. Raises: ValueError: such models are of no use here."""
+        return self.auto_class
+
     def model_settings(self, num_labels: int) -> dict[str, Any]:
         """What the model's configuration must say."""
         return {"num_labels": num_labels}
@@ -125,6 +129,10 @@ class Kind(ABC):
         """(K*N, ...): what the loss reads of a model's output, each member's rows together."""
         return output.logits
 
+    def training_losses(self, model: Any, inputs: Mapping[str, "Tensor"], labels: "Tensor", members: int) -> "Tensor":
+        """(K,): each member's loss on a batch; a kind whose logits would take too much memory gets there without them."""
+        return self.losses(self.logits(model(**inputs), inputs), labels, members)
+
     @abstractmethod
     def losses(self, logits: "Tensor", labels: "Tensor", members: int) -> "Tensor":
         """(K,): each member's loss, the mean over its own rows, or over its own scored tokens."""
@@ -152,6 +160,10 @@ class Kind(ABC):
     def predictions(self, outputs: "Tensor") -> Any:
         """(K*N, ...): for each row what is predicted, a tensor or an array."""
 
+    def decoded(self, predicted: np.ndarray, processor: Any) -> np.ndarray:
+        """(K*N, ...): the predictions of a batch as they are kept: texts, where a model gave tokens."""
+        return predicted
+
     def empty(self, data: "Dataset", members: int) -> np.ndarray:
         """(K, n, ...): room for every member's predictions of a split."""
         dtype, shape = self.predicted
@@ -168,6 +180,9 @@ class Kind(ABC):
         The arguments are those of `Task.metrics`; its standard error is that of so many examples.
         """
 
-    def stored(self, predictions: np.ndarray) -> np.ndarray | None:
-        """One member's predictions of a split as a finished run keeps them; None where they are too large to keep."""
+    def stored(self, predictions: np.ndarray) -> np.ndarray | dict[str, np.ndarray] | None:
+        """One member's predictions of a split as a finished run keeps them, an array or several by name.
+
+        None where they are too large to keep.
+        """
         return predictions

@@ -1,5 +1,7 @@
 """What comes as predictions, in any type and precision, as numpy arrays."""
 
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,3 +33,16 @@ def by_row(predictions: np.ndarray, labels: Any) -> tuple[tuple[np.ndarray, np.n
     if len(predictions) != len(labels):
         raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels")
     return (predictions, labels), len(labels)
+
+
+def texts_as_bytes(texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Texts as two arrays: text i is bytes offsets[i] to offsets[i + 1] of predictions, in UTF-8."""
+    each = [text.encode("utf-8", "replace") for text in texts]
+    offsets = np.cumsum([0, *map(len, each)], dtype=np.int64)
+    return {"predictions": np.frombuffer(b"".join(each), dtype=np.uint8), "offsets": offsets}
+
+
+def texts_from_bytes(stored: Mapping[str, np.ndarray]) -> list[str]:
+    """The texts again."""
+    flat, offsets = stored["predictions"].tobytes(), stored["offsets"].tolist()
+    return [flat[start:end].decode("utf-8") for start, end in itertools.pairwise(offsets)]

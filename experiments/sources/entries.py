@@ -33,6 +33,7 @@ class Entry:
 
     files: name in the cache -> (sha256, bytes); the same whatever the source, so that a name means one thing.
     hub: the hub's id of the same model or data (None: not there with these files or splits).
+    gguf: of a model that is converted before use, which of the files it is in.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Entry:
     hub: str | None = None
     research_only: bool = False
     note: str = ""
+    gguf: str | None = None
 
 
 def read(text: str) -> dict[str, Entry]:

@@ -44,7 +44,7 @@ class Evaluator:
         updates away: there the whole pack is evaluated, its rows repeated.
         """
         self.adapter.model.eval()
-        collected = Predictions(self.kind, data, self.adapter.members)
+        collected = Predictions(self.kind, data, self.adapter.members, self.processor)
         if self.can_merge:
             with contextlib.suppress(CannotMerge):  # raised before any prediction is in its place
                 for rows, size, outputs in self._merged(data):
@@ -61,10 +61,11 @@ class Evaluator:
         members: all of the adapter's, or 1 while one is merged.
         """
         sums = torch.zeros(2, members, dtype=torch.float64, device=self.adapter.device)  # losses; over how many rows or tokens
-        collected = Predictions(self.kind, data, members)
+        collected = Predictions(self.kind, data, members, self.processor)
         for rows, size in self.kind.evaluation_plan(data, self.batch_size):
             outputs, inputs, labels = self._forward(data, rows, size, members)
-            losses = self.kind.evaluation_losses(self.adapter.model, inputs, outputs, labels, members)
+            with autocast(self.adapter.device, self.precision):
+                losses = self.kind.evaluation_losses(self.adapter.model, inputs, outputs, labels, members)
             count = self.kind.counts(labels, members)
             sums[0] += losses.double() * count
             sums[1] += count
@@ -113,8 +114,8 @@ class Evaluator:
 class Predictions:
     """Every member's predictions of a split, as they come in batch by batch."""
 
-    def __init__(self, kind: Kind, data: Dataset, members: int):
-        self.kind, self.data, self.members = kind, data, members
+    def __init__(self, kind: Kind, data: Dataset, members: int, processor: Any):
+        self.kind, self.data, self.members, self.processor = kind, data, members, processor
         self.kept = kind.empty(data, members)
         self.finite = np.ones(members, bool)
 
@@ -124,6 +125,7 @@ class Predictions:
         self.finite &= finite.cpu().numpy()
         predicted = self.kind.predictions(outputs)
         predicted = predicted.cpu().numpy() if isinstance(predicted, Tensor) else predicted
+        predicted = self.kind.decoded(predicted, self.processor)
         self.kind.place(self.kept, self.data, rows, size, rearrange(predicted, "(k n) ... -> k n ...", k=self.members))
 
     def of_members(self) -> list[np.ndarray | Undefined]:

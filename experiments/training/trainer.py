@@ -186,9 +186,7 @@ class Trainer:
     def _losses(self, batch: Mapping[str, Tensor], labels: Tensor) -> Tensor:
         """(K,): each member's loss, the task's own, on a batch with the rows of every member."""
         with autocast(self.pack.device, self.pack.precision):
-            inputs = self.adapter.prepare(batch)
-            output = self.model(**inputs)
-        return self.kind.losses(self.kind.logits(output, inputs), labels, self.pack.members)
+            return self.kind.training_losses(self.model, self.adapter.prepare(batch), labels, self.pack.members)
 
     def _calibration(self) -> Calibration | None:
         """The first batches of each member's own order, for a method that measures the model before it trains.

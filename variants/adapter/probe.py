@@ -47,7 +47,7 @@ def probe(
         raise NotPackable(
             f"{type(model).__name__} cannot be copied to probe packing ({error}); run its members with K = 1"
         ) from None
-    batch = _rows(_example(model, members * rows, calibration), members * rows)
+    batch = _for_decoder(model, _rows(_example(model, members * rows, calibration), members * rows))
     settings = adapter.settings.first_members(members).model_dump(exclude_unset=True)
     packed = type(adapter)(members=members, seeds=adapter.seeds[:members], **settings)
     reason = None
@@ -112,6 +112,13 @@ def _example(model: nn.Module, rows: int, calibration: Calibration | Uncalibrate
     if config is None and first is not None:
         return (torch.randn(rows, first.in_features, generator=random, dtype=torch.float64).to(device),)
     raise NotPackable(f"{type(model).__name__}: the form of its input cannot be told: pass attach(calibration=a batch)")
+
+
+def _for_decoder(model: nn.Module, batch: Any) -> Any:
+    """With what the decoder of an encoder-decoder reads, where the batch says nothing of it: the source again."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or "input_ids" not in batch:
+        return batch
+    return {"decoder_input_ids": batch["input_ids"], **batch}
 
 
 def _rows(batch: Any, rows: int) -> Any:

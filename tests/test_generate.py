@@ -1,0 +1,119 @@
+"""`rankwise generate`: what a model with an adapter says, of a run's folder, an adapter's, and PEFT's own."""
+
+import json
+
+import pytest
+import torch
+from rankwise import variants
+from rankwise.experiments import models
+
+from tests import language_models
+from tests.test_export import rankwise, refused
+
+PROMPTS = ["a b", "c d e f g", "b a a"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    return language_models.saved("gpt2", tmp_path_factory.mktemp("base") / "model")
+
+
+def ours(base, folder, method="lora", **settings):
+    """A saved adapter, and the live model."""
+    model = models.load(base, language_models.TASK)[0]
+    adapter = variants.create(method, **({"rank": 3, "alpha": 40} | settings)).attach(model, "all-linear", head=[])
+    language_models.fill(adapter, 0.2)
+    variants.save_pretrained(adapter, folder)
+    return model
+
+
+def after(model, prompt, limit=7):
+    """The tokens that transformers generates after one prompt alone, and its text."""
+    ask = language_models.tokenizer()
+    ids = ask(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit, do_sample=False)[0, ids.shape[1] :]
+    return ask.decode(made, skip_special_tokens=True).strip(), made.tolist()
+
+
+def test_every_prompt_is_gone_on_with_as_transformers_does(base, tmp_path, monkeypatch, capsys):
+    model = ours(base, tmp_path / "adapter")
+    words = ["generate", tmp_path / "adapter", "--max-new-tokens", 7, "--batch-size", 2, "--json"]
+    assert rankwise(monkeypatch, *words, *(word for prompt in PROMPTS for word in ("--prompt", prompt))) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == PROMPTS and [row["row"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        text, tokens = after(model, row["prompt"])
+        assert row["text"] == text
+        assert (row["tokens"], row["is_finished"]) == ((tokens.index(3), True) if 3 in tokens else (7, False))
+    assert len({row["text"] for row in rows}) > 1
+    with_base = after(models.load(base, language_models.TASK)[0], PROMPTS[0])[0]
+    assert with_base != rows[0]["text"]
+
+
+def test_pefts_own_adapter_generates_what_peft_generates(base, tmp_path, monkeypatch, capsys):
+    import peft
+
+    model = models.load(base, language_models.TASK)[0]
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=3, lora_alpha=40, target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=True)
+    )
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.2)
+    wrapped.save_pretrained(tmp_path / "peft")
+    expected, _ = after(wrapped.eval(), PROMPTS[0])
+    assert rankwise(monkeypatch, "generate", tmp_path / "peft", "--prompt", PROMPTS[0], "--max-new-tokens", 7) == 0
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_a_file_of_prompts_is_answered_in_its_order(base, tmp_path, monkeypatch, capsys):
+    model = ours(base, tmp_path / "adapter", "dora")
+    rows = [{"instruction": "a b", "input": "c"}, {"instruction": "g f e d c b a", "input": "d"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["generate", tmp_path / "adapter", "--data", tmp_path / "prompts.jsonl", "--max-new-tokens", 7]
+    words += ["--out", tmp_path / "out.jsonl"]
+    assert rankwise(monkeypatch, *words) == 0
+    said = capsys.readouterr()
+    assert "2 prompts, read from instruction" in said.err and said.out == f"2 texts: {tmp_path / 'out.jsonl'}\n"
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in written] == [after(model, row["instruction"])[0] for row in rows]
+    assert rankwise(monkeypatch, *words, "--input", "{instruction} {input}") == 0
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert written[1]["prompt"] == "g f e d c b a d" and written[1]["text"] == after(model, "g f e d c b a d")[0]
+
+
+def test_draws_are_the_same_for_a_seed_and_differ_between_seeds(base, tmp_path, monkeypatch, capsys):
+    ours(base, tmp_path / "adapter")
+
+    def drawn(*words):
+        always = ["--prompt", "a b", "--temperature", 2, "--max-new-tokens", 9]
+        assert rankwise(monkeypatch, "generate", tmp_path / "adapter", *always, *words) == 0
+        return capsys.readouterr().out
+
+    assert drawn("--seed", 1) == drawn("--seed", 1) != drawn("--seed", 2)
+    assert drawn("--seed", 1, "--prompt", "c d e", "--batch-size", 2).startswith("[1] " + drawn("--seed", 1).rstrip("\n"))
+
+
+def test_what_cannot_be_generated_is_one_line_with_a_remedy(base, tmp_path, monkeypatch, capsys):
+    ours(base, tmp_path / "adapter")
+    (tmp_path / "rows.jsonl").write_text('{"questoin": "a"}\n')
+
+    def line(*words):
+        return refused(monkeypatch, capsys, "generate", *words)
+
+    adapter = tmp_path / "adapter"
+    assert "holds no adapter" in line(base, "--prompt", "a")
+    assert "give --prompt, or a file" in line(adapter)
+    assert "give --prompt, or a file" in line(adapter, "--prompt", "a", "--data", "x.jsonl")
+    assert "--max-new-tokens 0: give at least 1" in line(adapter, "--prompt", "a", "--max-new-tokens", 0)
+    assert "--top-p 1.5: give a number above 0" in line(adapter, "--prompt", "a", "--temperature", 1, "--top-p", 1.5)
+    assert "--temperature -1: give a number above 0" in line(adapter, "--prompt", "a", "--temperature", -1)
+    assert "give --temperature too" in line(adapter, "--prompt", "a", "--top-p", 0.5)
+    assert "no such file" in line(adapter, "--data", tmp_path / "nothing.jsonl")
+    assert "name one with --input" in line(adapter, "--data", tmp_path / "rows.jsonl")
+    assert 'did you mean "questoin"' in line(adapter, "--data", tmp_path / "rows.jsonl", "--input", "question")
+    assert "'other' is no field" in line(adapter, "--data", tmp_path / "rows.jsonl", "--input", "{other}")
+    assert "60 tokens, with 128 to generate this is above the 64" in line(adapter, "--prompt", "a " * 60)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"task_type": "SEQ_CLS"}))
+    assert "which generates no text" in line(adapter, "--prompt", "a")
