@@ -792,6 +792,11 @@ class Runner:
             "rung": run.rung,
         }
 
+    def _set_out_to_test(self) -> dict[str, Any]:
+        study = self.study
+        hypotheses = [one.model_dump(mode="json") for one in study.hypothesis]
+        return {key: value for key, value in (("hypotheses", hypotheses), ("looks", list(study.looks))) if value}
+
     def _write_study(self, known: dict[str, Any], complete: bool) -> None:
         """`known`: what study.json said before; of it stay the methods that were not asked for now."""
         labels = [entry.label for entry in self.study.methods]
@@ -810,6 +815,7 @@ class Runner:
             "seeds": list(self.study.seeds),
             "trials": {**known.get("trials", {}), **trials},
             "budget": self.study.budget.model_dump(mode="json"),
+            **self._set_out_to_test(),
             "methods": [*known.get("methods", []), *(x for x in labels if x not in known.get("methods", []))]
             if others
             else labels,

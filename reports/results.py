@@ -12,6 +12,7 @@ from typing import Any
 
 from rankwise.experiments import archive
 from rankwise.experiments.files import write_file
+from rankwise.experiments.hypotheses import Hypothesis
 from rankwise.experiments.records import STUDY, STUDY_FILE, Result, Run, StudyFile, checked, is_run, load_run, read_json
 
 BESIDE = (STUDY, STUDY_FILE, "budget.json")  # what a committed study keeps beside its runs
@@ -75,6 +76,9 @@ class Study:
     seeds: tuple[int, ...] = ()  # that the study asks for
     trials: Mapping[str, int] = field(default_factory=dict)  # label -> most rates that it may try
     budget: Mapping[str, Any] = field(default_factory=dict)  # what is equal, as the study's file says it
+    shared_with: Mapping[str, str] = field(default_factory=dict)  # setting -> the setting whose learning rate it shares
+    hypotheses: tuple[Hypothesis, ...] = ()  # what the study set out to test
+    looks: tuple[int, ...] = ()  # numbers of seeds at which it may stop
 
     def parts(self) -> list["Study"]:
         keys = sorted({(run.config.task, run.config.model) for run in self.runs})
@@ -254,5 +258,8 @@ def _study(name: str, folder: Path, runs: list[Run], described: StudyFile | None
         complete=info.complete if info else None,
         runs=tuple(started),
         **({key: getattr(info, key) for key in ("protocol", "margin", "trials", "budget")} if info else {}),
+        shared_with=info.shared_with if info else {},
         seeds=tuple(info.seeds) if info else (),
+        hypotheses=tuple(info.hypotheses) if info else (),
+        looks=tuple(info.looks) if info else (),
     )
