@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from rankwise.experiments.data_entries import OwnData
+from rankwise.experiments.hypotheses import Hypothesis, contradictions
 from rankwise.variants.settings import (
     BY_PATTERN,
     FROM_BUDGET,
@@ -263,6 +264,10 @@ class Study(_Section):
     """Measure for each final run (or those of the first seed) what each site's rank is worth: knockout.json."""
     accept_licences: list[str] = []
     """Research-only data whose terms the user accepts."""
+    hypothesis: list[Hypothesis] = []
+    """What the study sets out to test, in a fixed sequence: see experiments/hypotheses.py."""
+    looks: list[PositiveInt] = []
+    """Numbers of seeds at which the hypotheses are looked at, so that a study may end early; once, at all seeds, if none."""
     training: Training = Training()
     sweep: Sweep | None = None
     budget: Budget = Budget()
@@ -577,6 +582,7 @@ def _contradictions(study: Study) -> list[str]:
         faults.append(f"methods have unequal numbers of learning rates ({given}): give each as many, or set quick = true")
     faults += _sharing_faults(study.methods)
     faults += _design_faults(study) if study.sweep is not None else []
+    faults += contradictions(study.hypothesis, study.looks, labels, study.tasks, len(study.seeds))
     faults += _budget_faults(study.budget)
     takers = [entry.label for entry in study.methods if entry.ranks_of is not None]
     if takers and study.budget.equal in ("time", "memory"):

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rankwise.experiments.files import parse_json, replacing, write_json
+from rankwise.experiments.hypotheses import Hypothesis
 from rankwise.variants.settings import METHODS, check
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ class Config(Stored):
 class StudyFile(Stored):
     """study.json: the names and the order of a study's settings."""
 
-    MAY_LACK = frozenset({"shared_with", "design"})
+    MAY_LACK = frozenset({"shared_with", "design", "hypotheses", "looks"})
     study: str
     quick: bool
     title: str
@@ -188,6 +189,8 @@ class StudyFile(Stored):
     budget: dict[str, Any] = {}
     shared_with: dict[str, str] = {}  # setting -> the setting whose learning rate it shares
     design: Literal["chosen-rate", "shared-rate", "whole-curve"] = "chosen-rate"  # how rates are chosen, and so what tests them
+    hypotheses: list[Hypothesis] = []
+    looks: list[Count] = []
     methods: list[str]
     complete: bool
 

@@ -14,17 +14,17 @@ it as it is, so that the sign-flip test at that rate is exact.
 Both intervals are the shifts of our reported scores that the test does not reject (its inversion), found exactly.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Bool, Float
+from rankwise.experiments.hypotheses import LOOKS
 from rankwise.reports.statistics import ALPHA
 
 MOST_EXACT = 16  # seeds up to which all 2^S swaps are tried; 65,536 of them take a tenth of a second
 DRAWN = 20_000  # swaps drawn beyond that, the observed one among them
-# Nominal levels of two looks, at 8 and at 12 seeds, that keep the error of both together at 5 %.
-LOOKS = {8: 0.0235, 12: 0.0264}
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,19 @@ def shared_rate(ours: Curve, reference: Curve, level: float = 1 - ALPHA) -> Comp
     swaps = _swaps(ours.selection.shape[1])
     differences = ours.reported[k] - reference.reported[k]  # (S,)
     return _compare(ours, reference, k, k, (1 - 2.0 * swaps) @ differences / len(differences), swaps.mean(1), level)
+
+
+def one_rate(
+    ours: Float[np.ndarray, " S"], reference: Float[np.ndarray, " S"], level: float = 1 - ALPHA
+) -> Comparison:
+    """The sign-flip test of scores at one rate that other runs fixed; the rates of the result are NaN.
+
+    Exact where those runs judged both methods together, so that swapping the two leaves the rate as it is.
+    """
+    curves = [Curve((math.nan,), scores[None], scores[None]) for scores in (ours, reference)]
+    swaps = _swaps(len(ours))
+    statistics = (1 - 2.0 * swaps) @ (ours - reference) / len(ours)
+    return _compare(*curves, 0, 0, statistics, swaps.mean(1), level)
 
 
 def _compare(

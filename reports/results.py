@@ -12,6 +12,7 @@ from typing import Any
 
 from rankwise.experiments import archive
 from rankwise.experiments.files import write_file
+from rankwise.experiments.hypotheses import Hypothesis
 from rankwise.experiments.records import STUDY, STUDY_FILE, Result, Run, StudyFile, checked, is_run, load_run, read_json
 from rankwise.experiments.study import sweep
 
@@ -83,6 +84,8 @@ class Study:
     shared_with: Mapping[str, str] = field(default_factory=dict)  # label -> that of the setting whose rate it shares
     design: str = "chosen-rate"  # how rates are chosen: this, "shared-rate" or "whole-curve" (reports/designs.py)
     budget: Mapping[str, Any] = field(default_factory=dict)  # what is equal, as the study's file says it
+    hypotheses: tuple[Hypothesis, ...] = ()  # what the study set out to test
+    looks: tuple[int, ...] = ()  # numbers of seeds at which it may stop
 
     def parts(self) -> list["Study"]:
         keys = sorted({(run.config.task, run.config.model) for run in self.runs})
@@ -282,10 +285,8 @@ def _study(name: str, folder: Path, runs: list[Run], described: StudyFile | None
         settings=tuple(settings),
         complete=info.complete if info else None,
         runs=tuple(started),
-        **(
-            {key: getattr(info, key) for key in ("protocol", "margin", "trials", "budget", "shared_with", "design")}
-            if info
-            else {}
-        ),
+        **({key: getattr(info, key) for key in FROM_THE_STUDY_FILE} if info else {}),
         seeds=tuple(info.seeds) if info else (),
+        hypotheses=tuple(info.hypotheses) if info else (),
+        looks=tuple(info.looks) if info else (),
     )

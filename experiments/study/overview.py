@@ -61,6 +61,8 @@ def _study(
         "complete": complete and (not others or bool(before.get("complete"))),
         **({"shared_with": shared} if shared else {}),
         **({"design": study.sweep.design} if study.sweep is not None and study.sweep.design != "chosen-rate" else {}),
+        **({"hypotheses": [one.model_dump(mode="json") for one in study.hypothesis]} if study.hypothesis else {}),
+        **({"looks": list(study.looks)} if study.looks else {}),
     }
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rankwise.experiments.files import write_file
-from rankwise.reports import figures, tables
+from rankwise.reports import figures, hypotheses, tables
 from rankwise.reports.page import facts, html
 from rankwise.reports.results import Study, load_all
 from rankwise.reports.verdicts import verdicts, warnings
@@ -40,7 +40,8 @@ def write(
         prefix = facts.slug(entry["study"]) + "-" if len(parts) > 1 else ""
         entry["tables"] = [_write_table(table, out / "tables", prefix) for table in _named(entry) if table is not None]
         entry["figures"] = _write_figures(entry["study"], out / "figures", prefix)
-    made = [(study, make(study.parts())) for study in studies for make in (tables.verdicts_over_tasks, tables.overall)]
+    made = [(study, hypotheses.hypothesis_table(study)) for study in studies]
+    made += [(study, make(study.parts())) for study in studies for make in (tables.verdicts_over_tasks, tables.overall)]
     over_tasks = [(study, table) for study, table in made if table is not None]
     for study, table in over_tasks:
         _write_table(table, out / "tables", f"{study.name}-" if len(studies) > 1 else "")
