@@ -108,9 +108,7 @@ def shared_rate(ours: Curve, reference: Curve, level: float = 1 - ALPHA) -> Comp
     return _compare(ours, reference, k, k, (1 - 2.0 * swaps) @ differences / len(differences), swaps.mean(1), level)
 
 
-def one_rate(
-    ours: Float[np.ndarray, " S"], reference: Float[np.ndarray, " S"], level: float = 1 - ALPHA
-) -> Comparison:
+def one_rate(ours: Float[np.ndarray, " S"], reference: Float[np.ndarray, " S"], level: float = 1 - ALPHA) -> Comparison:
     """The sign-flip test of scores at one rate that other runs fixed; the rates of the result are NaN.
 
     Exact where those runs judged both methods together, so that swapping the two leaves the rate as it is.

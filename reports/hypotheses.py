@@ -185,13 +185,16 @@ def hypothesis_table(study: Study) -> Table | None:
     columns = ("hypothesis", "settings", "task", "verdict", "difference", "interval", "p", "n", "margin", "design")
     caption = [
         "Written into the study's file before its runs; tested in this order, each only if all before it were settled.",
-        *(
-            [f"Looks at {' and '.join(map(str, study.looks))} seeds, at levels {' and '.join(str(LOOKS[n]) for n in study.looks)}."]
-            if study.looks
-            else []
-        ),
+        *_look_sentences(study),
         *(f"{one.hypothesis.name}: {one.hypothesis.why}" for one in outcomes if one.hypothesis.why),
         *(f"{one.hypothesis.name}: {one.text}." for one in outcomes),
     ]
     title = f"{study.title}: what it set out to test"
     return Table("hypotheses", title, columns, tuple(rows), tuple(caption), text_columns=4)
+
+
+def _look_sentences(study: Study) -> list[str]:
+    if not study.looks:
+        return []
+    levels = " and ".join(f"{LOOKS[n]}" for n in study.looks)
+    return [f"Looks at {' and '.join(map(str, study.looks))} seeds, at levels {levels}."]

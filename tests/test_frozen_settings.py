@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from rankwise import variants
-from rankwise.experiments.study import budget
 from rankwise.experiments.config import Entry, unsolved_ranks
+from rankwise.experiments.study import budget
 from rankwise.variants.settings import FROM_BUDGET, METHODS, check
 
 FILE = Path(__file__).parent / "frozen_settings.txt"

@@ -100,7 +100,8 @@ def test_a_look_decides_with_its_own_level_and_later_seeds_do_not_change_it(tmp_
 def test_between_two_looks_the_seeds_beyond_the_first_are_not_read(tmp_path):
     noisy = [3.0, -3.0, 2.0, -2.0, 1.0, -1.0, 0.5, -0.4]
     for more in ([], [5.0, 5.0]):
-        scores = {"adalora": (np.array(BASE[: 8 + len(more)]) + [*noisy, *more]).tolist(), "within": BASE[: 8 + len(more)]}
+        base, steps = BASE[: 8 + len(more)], [*noisy, *more]
+        scores = {"adalora": [score + step for score, step in zip(base, steps, strict=True)], "within": base}
         (only,) = tested(study(tmp_path / str(len(more)), scores, [H1], looks=(8, 12)))
         assert only.kind == "undecided" and only.comparison.seeds == 8
         assert only.comparison.difference == pytest.approx(np.mean(noisy))

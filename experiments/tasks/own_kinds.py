@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.kinds import Undefined
-from rankwise.experiments.tasks import metrics
+from rankwise.experiments.tasks import metrics, text_metrics
 from rankwise.experiments.tasks.own import Parts, Row
 
 
@@ -80,6 +80,20 @@ def _answered(rows: Sequence[Row], labels: tuple[str, ...], scale: tuple[float, 
         answers.append(tuple(texts))
     names = [str(number) for number in range(len(rows))]
     return Examples([str(row.input) for row in rows], [str(row.pair) for row in rows], starts, answers, names)
+
+
+def _generated(rows: Sequence[Row], labels: tuple[str, ...], scale: tuple[float, float]) -> Examples:
+    prompts = [row.input if isinstance(row.input, tuple) else str(row.input) for row in rows]  # a tuple: the turns of a chat
+    return Examples(prompts, None, [str(row.target) for row in rows])
+
+
+def _chosen(rows: Sequence[Row], labels: tuple[str, ...], scale: tuple[float, float]) -> Examples:
+    right = np.array([row.target for row in rows], dtype=np.int64)
+    return Examples([str(row.input) for row in rows], None, right, [row.choices for row in rows])
+
+
+def _modelled(rows: Sequence[Row], labels: tuple[str, ...], scale: tuple[float, float]) -> Examples:
+    return Examples([str(row.input) for row in rows], None, [""] * len(rows))
 
 
 def answers_of(row: Row) -> tuple[list[str], list[int]]:
@@ -182,6 +196,17 @@ OF_ANSWERS = {
     "f1": Metric(metrics.exact_match_and_f1, metrics.resampled_answer_f1),
     "exact_match": Metric(metrics.exact_match_and_f1),
 }
+OF_TEXTS = {name: Metric(text_metrics.of_texts([name]), text_metrics.resampled(name)) for name in text_metrics.NAMES}
+OF_CHOICES = {
+    "accuracy": Metric(text_metrics.choice_accuracy),
+    "accuracy_per_token": Metric(text_metrics.choice_accuracy, leads=False),
+    "accuracy_sum": Metric(text_metrics.choice_accuracy, leads=False),
+}
+OF_MODELLED = {
+    "compression": Metric(text_metrics.modelled, text_metrics.resampled_compression),
+    "bits_per_byte": Metric(text_metrics.modelled, leads=False),
+    "perplexity": Metric(text_metrics.modelled, leads=False),
+}
 
 KINDS: dict[str, OwnKind] = {
     "classification": OwnKind(
@@ -210,4 +235,12 @@ KINDS: dict[str, OwnKind] = {
         lambda labels: ("f1", "exact_match"),
         lambda parts: ("start", "end"),
     ),
+    "generation": OwnKind(
+        "instruction (+ input) + output or prompt + completion or question + answer or messages",
+        _generated,
+        OF_TEXTS,
+        lambda labels: ("rougeL", "exact_match"),
+    ),
+    "choice": OwnKind("question, choices, answer", _chosen, OF_CHOICES, lambda labels: tuple(OF_CHOICES)),
+    "language-modelling": OwnKind("text", _modelled, OF_MODELLED, lambda labels: tuple(OF_MODELLED)),
 }

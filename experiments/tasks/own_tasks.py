@@ -36,7 +36,10 @@ class OwnTask(Task):
 
     def cut(self, split: str, data: Dataset, processor: Any, max_length: int) -> str | None:
         """How many rows of an encoded split are longer than `max_length`, and what becomes of them; None where none is."""
-        if self.kind == "span" or not isinstance(data, Encoded):
+        if self.kind == "generation" and data.num_cut:
+            what = "the beginning of a prompt, or the end of a target, is not read"
+            return f"{split}: {data.num_cut} of {len(data)} rows are longer than max_length = {max_length} tokens: {what}"
+        if self.kind in ("span", "generation", "choice", "language-modelling") or not isinstance(data, Encoded):
             return None  # a long context is cut into windows; what has no tokens has no length
         full = np.flatnonzero(data.lengths == max_length)
         if not len(full):
