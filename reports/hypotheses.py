@@ -50,7 +50,7 @@ class Tested:
     failed: tuple[int, int] = (0, 0)  # runs of each setting that were scored as a constant predictor
 
 
-def tested(study: Study) -> list[Tested]:
+def outcomes_of(study: Study) -> list[Tested]:
     """What became of each of the study's hypotheses, in their order."""
     outcomes: list[Tested] = []
     for hypothesis in in_order(study.hypotheses):
@@ -161,7 +161,7 @@ def _score(run: Run) -> float | None:
 
 def hypothesis_table(study: Study) -> Table | None:
     """What the study set out to test, and what became of it; None where its file holds no hypothesis."""
-    outcomes = tested(study)
+    outcomes = outcomes_of(study)
     if not outcomes:
         return None
     rows = []

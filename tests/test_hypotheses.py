@@ -7,7 +7,7 @@ import pytest
 from rankwise.experiments import config
 from rankwise.experiments.hypotheses import LOOKS
 from rankwise.reports import page
-from rankwise.reports.hypotheses import hypothesis_table, tested
+from rankwise.reports.hypotheses import hypothesis_table, outcomes_of
 from rankwise.reports.results import load
 from rankwise.reports.statistics import sign_flip_test
 
@@ -61,7 +61,7 @@ def plus(shift, spread=0.05, n=12):
 
 def test_the_sequence_goes_on_after_a_decision_and_after_an_equivalence(tmp_path):
     scores = {"adalora": plus(0.1), "within": BASE, "dora": plus(-1.0), "lora": BASE}
-    first, second = tested(study(tmp_path, scores))
+    first, second = outcomes_of(study(tmp_path, scores))
     assert (first.kind, second.kind) == ("equivalent", "worse")
     assert first.design == second.design == "shared rate"
     assert second.comparison.p == pytest.approx(2 / 2**12) and second.comparison.difference == pytest.approx(-1.0)
@@ -70,7 +70,7 @@ def test_the_sequence_goes_on_after_a_decision_and_after_an_equivalence(tmp_path
 
 def test_nothing_is_claimed_behind_an_undecided_hypothesis(tmp_path):
     scores = {"adalora": plus(0.2, spread=1.5), "within": BASE, "dora": plus(-1.0), "lora": BASE}
-    first, second = tested(study(tmp_path, scores))
+    first, second = outcomes_of(study(tmp_path, scores))
     assert first.kind == "undecided" and "smallest detectable difference" in first.text
     assert second.kind == "not tested" and "H1 before it is undecided" in second.text and "-1.00" in second.text
 
@@ -79,7 +79,7 @@ def test_equivalence_is_two_one_sided_tests_by_the_inverted_sign_flip_test(tmp_p
     """By hand for n = 8: the shifts d for which the test of the differences less d has p > 10 %."""
     differences = np.array([0.31, -0.2, 0.15, 0.4, 0.05, -0.1, 0.22, 0.35])
     scores = {"adalora": (np.array(BASE[:8]) + differences).tolist(), "within": BASE[:8]}
-    (only,) = tested(study(tmp_path, scores, [H1], seeds=8))
+    (only,) = outcomes_of(study(tmp_path, scores, [H1], seeds=8))
     grid = np.linspace(-0.5, 0.8, 5201)
     accepted = [shift for shift in grid if sign_flip_test(differences - shift) > 0.10]
     assert only.comparison.low == pytest.approx(min(accepted), abs=3e-4)
@@ -91,7 +91,7 @@ def test_a_look_decides_with_its_own_level_and_later_seeds_do_not_change_it(tmp_
     # Seven of eight differences are positive and one negative and small: p = 4 / 256 = 0.0156 <= 0.0235.
     differences = [1.0, 1.1, 0.9, 1.2, 0.8, 1.3, 0.7, -0.2, -9.0, -9.0, -9.0, -9.0]
     scores = {"adalora": (np.array(BASE) + differences).tolist(), "within": BASE}
-    (only,) = tested(study(tmp_path, scores, [H1], looks=(8, 12)))
+    (only,) = outcomes_of(study(tmp_path, scores, [H1], looks=(8, 12)))
     assert only.kind == "better" and only.comparison.seeds == 8 and only.alpha == LOOKS[8]
     assert only.comparison.p == pytest.approx(4 / 2**8)
     assert only.comparison.level == pytest.approx(1 - 2 * LOOKS[8])
@@ -102,25 +102,25 @@ def test_between_two_looks_the_seeds_beyond_the_first_are_not_read(tmp_path):
     for more in ([], [5.0, 5.0]):
         base, steps = BASE[: 8 + len(more)], [*noisy, *more]
         scores = {"adalora": [score + step for score, step in zip(base, steps, strict=True)], "within": base}
-        (only,) = tested(study(tmp_path / str(len(more)), scores, [H1], looks=(8, 12)))
+        (only,) = outcomes_of(study(tmp_path / str(len(more)), scores, [H1], looks=(8, 12)))
         assert only.kind == "undecided" and only.comparison.seeds == 8
         assert only.comparison.difference == pytest.approx(np.mean(noisy))
-    (only,) = tested(study(tmp_path / "few", {"adalora": BASE[:5], "within": BASE[:5]}, [H1], looks=(8, 12)))
+    (only,) = outcomes_of(study(tmp_path / "few", {"adalora": BASE[:5], "within": BASE[:5]}, [H1], looks=(8, 12)))
     assert (only.kind, only.text) == ("waiting", "waiting: 5 of 8 seeds are finished for both")
 
 
 def test_no_winner_where_the_rates_are_their_own_or_stand_at_an_edge(tmp_path):
     scores = {"adalora": plus(3.0), "within": BASE}
-    (own,) = tested(study(tmp_path / "own", scores, [H1], shared={}))
+    (own,) = outcomes_of(study(tmp_path / "own", scores, [H1], shared={}))
     assert (own.kind, own.design) == ("undecided", "chosen rate") and "rate of its own" in own.text
-    (edge,) = tested(study(tmp_path / "edge", scores, [H1], best=9e-3))
+    (edge,) = outcomes_of(study(tmp_path / "edge", scores, [H1], best=9e-3))
     assert edge.kind == "undecided" and "stands at the edge" in edge.text
 
 
 def test_a_failed_run_scores_what_a_constant_predictor_scores(tmp_path):
     values = plus(1.0)
     scores = {"adalora": [None, *values[1:]], "within": BASE}
-    (only,) = tested(study(tmp_path, scores, [H1]))
+    (only,) = outcomes_of(study(tmp_path, scores, [H1]))
     assert only.failed == (1, 0) and "1 of adalora" in only.text
     expected = np.mean([0.0, *values[1:]]) - np.mean(BASE)  # a correlation of 0, not a seed left out
     assert only.comparison.difference == pytest.approx(expected)
