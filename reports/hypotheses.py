@@ -4,31 +4,24 @@ A fixed sequence needs no correction: a hypothesis is tested if every one before
 the whole level.  A study that looks more than once tests at the level of each look, and what a look decided stays decided;
 seeds beyond it are no longer read for the verdict.
 
-The test is the one that the two settings' rates allow:
-
-- shared rate: both trained at one rate, chosen by the scores of both together on other seeds or by all of them.  Swapping
-  the two leaves the choice as it is, so that the sign-flip test of the differences paired by seed is exact.
-- chosen rate: each trained at a rate of its own, chosen on other runs.  The error of that choice is not in p, so no winner
-  is named: p is given as it is.
+The test is the one that the study's design allows (`compared`); where p does not count the choice of the rates, no winner
+is named, and p is given as it is.
 
 Equivalence is two one-sided tests at the same level: the 1 - 2 alpha interval of the test (its inversion) lies inside the
-margin.  A failed run is not dropped but scores what a constant predictor scores.
+margin.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from rankwise.experiments.hypotheses import ALPHA, LOOKS, Hypothesis, in_order
-from rankwise.experiments.records import Run
-from rankwise.reports.designs import Comparison, one_rate
+from rankwise.reports.compared import Compared, NoConstantScore, compared, finished_seeds
+from rankwise.reports.designs import Comparison
 from rankwise.reports.results import Arm, Study, best_rate
 from rankwise.reports.statistics import detectable
 from rankwise.reports.tables.table import Table
 from rankwise.reports.verdicts import budget_reached
 
-# Metrics on which a predictor that answers the same for every row scores nothing.
-CONSTANT_IS_ZERO = frozenset({"pearson", "spearman", "pearson_spearman", "matthews", "f1", "exact_match"})
 SETTLED = ("better", "worse", "equivalent")
 
 
@@ -37,7 +30,7 @@ class Tested:
     """What became of one hypothesis.
 
     kind: "better" or "worse" (of the first setting), "equivalent", "undecided", "waiting" (seeds are missing) or "not tested"
-    (one before it was not settled).  design: "shared rate" or "chosen rate".  alpha: level of the test.
+    (one before it was not settled).  design: see `Compared`.  alpha: level of the test.
     """
 
     hypothesis: Hypothesis
@@ -75,8 +68,8 @@ def _look(study: Study, hypothesis: Hypothesis) -> Tested:
         missing = next(name for name, arm in zip(hypothesis.arms, arms, strict=True) if arm is None)
         return Tested(hypothesis, "waiting", f"waiting: {missing} has no run")
     part = next(part for part in parts if arms[0] in part.arms)
-    finished = [{run.config.seed: run for run in arm.final if run.result is not None} for arm in arms]
-    planned = list(dict.fromkeys([*study.seeds, *sorted(set(finished[0]) | set(finished[1]))]))
+    finished = [finished_seeds(part, arm) for arm in arms]
+    planned = list(dict.fromkeys([*study.seeds, *sorted(finished[0] | finished[1])]))
     looks = study.looks or (len(study.seeds) or len(planned),)
     outcome = None
     for seeds in looks:
@@ -87,28 +80,22 @@ def _look(study: Study, hypothesis: Hypothesis) -> Tested:
                 return outcome
             return Tested(hypothesis, "waiting", f"waiting: {len(done)} of {seeds} seeds are finished for both")
         alpha = LOOKS[seeds] if study.looks else ALPHA
-        outcome = _test(part, hypothesis, arms, [[one[seed] for seed in wanted] for one in finished], alpha)
+        outcome = _test(part, hypothesis, arms, wanted, alpha)
         if outcome.kind in SETTLED:
             return outcome
     return outcome
 
 
-def _test(part: Study, hypothesis: Hypothesis, arms: Sequence[Arm], runs: Sequence[Sequence[Run]], alpha: float) -> Tested:
-    """runs: of each arm, one a seed, the same seeds."""
-    scores = [[_score(run) for run in one] for one in runs]
-    failed = tuple(sum(run.status == "failed" for run in one) for one in runs)
-    if any(score is None for one in scores for score in one):
-        lacking = next(arm.setting for arm, one in zip(arms, scores, strict=True) if None in one)
-        text = f"no claim: a run of {lacking} failed, and nothing says what a constant predictor scores on {part.metric}"
-        return Tested(hypothesis, "undecided", text, failed=failed)
-    is_shared = _rate_group(part, arms[0].setting) == _rate_group(part, arms[1].setting)
-    design = "shared rate" if is_shared else "chosen rate"
-    values = np.array(scores)  # (2, S)
-    comparison = one_rate(*values, level=1 - 2 * alpha)
-    n = values.shape[1]
-    smallest = detectable(n, ALPHA / alpha) * float((values[0] - values[1]).std(ddof=1)) if n > 1 else None
+def _test(part: Study, hypothesis: Hypothesis, arms: Sequence[Arm], seeds: Sequence[int], alpha: float) -> Tested:
+    """The test of these seeds, which both settings have finished."""
+    try:
+        found = compared(part, *arms, seeds, level=1 - 2 * alpha)
+    except NoConstantScore as error:
+        return Tested(hypothesis, "undecided", f"no claim: {error}")
+    comparison, n = found.comparison, len(seeds)
+    smallest = detectable(n, ALPHA / alpha) * float(found.differences.std(ddof=1)) if n > 1 else None
     numbers = _numbers(comparison, alpha)
-    reasons = _no_claim(part, arms, is_shared)
+    reasons = _no_claim(part, arms, found)
     ours, other = hypothesis.arms
     if reasons:
         kind, text = "undecided", f"undecided: {'; '.join(reasons)} ({numbers})"
@@ -121,10 +108,10 @@ def _test(part: Study, hypothesis: Hypothesis, arms: Sequence[Arm], runs: Sequen
         kind = "undecided"
         seen = "" if smallest is None else f"; smallest detectable difference {smallest:.2f}"
         text = f"undecided: {numbers}{seen}"
-    if any(failed):
-        counts = " and ".join(f"{n} of {arm.setting}" for n, arm in zip(failed, arms, strict=True) if n)
+    if any(found.failed):
+        counts = " and ".join(f"{n} of {arm.setting}" for n, arm in zip(found.failed, arms, strict=True) if n)
         text += f"; failed runs, scored as a constant predictor: {counts}"
-    return Tested(hypothesis, kind, text, design, comparison, alpha, smallest, failed)
+    return Tested(hypothesis, kind, text, found.design, comparison, alpha, smallest, found.failed)
 
 
 def _numbers(comparison: Comparison, alpha: float) -> str:
@@ -135,28 +122,17 @@ def _numbers(comparison: Comparison, alpha: float) -> str:
     )
 
 
-def _no_claim(part: Study, arms: Sequence[Arm], is_shared: bool) -> list[str]:
+def _no_claim(part: Study, arms: Sequence[Arm], found: Compared) -> list[str]:
     """Why neither a winner nor equivalence may be said, whatever the numbers are."""
     if part.quick:
         return ["a quick look"]
     reasons = []
-    if not is_shared:
+    if not found.counts_the_choice:
         reasons.append("each has a rate of its own, and the error of that choice is not in p (give them shared_with)")
     edges = [arm.setting for arm in arms if (best := best_rate(arm)) and best.at_edge]
     reasons += [f"the best rate of {' and '.join(edges)} stands at the edge of its grid"] if edges else []
     reasons += [f"{arm.setting} was scored before its rank budget was reached" for arm in arms if not budget_reached(arm)]
     return reasons
-
-
-def _rate_group(part: Study, setting: str) -> str:
-    return part.shared_with.get(setting, setting)
-
-
-def _score(run: Run) -> float | None:
-    """Points on the score split; of a failed run those of a constant predictor, None where nothing says them."""
-    if run.status == "completed":
-        return run.result.score
-    return 0.0 if run.result.metric in CONSTANT_IS_ZERO else None
 
 
 def hypothesis_table(study: Study) -> Table | None:

@@ -1,7 +1,8 @@
 """The verdict on each setting against the reference of its task: better, worse, equivalent, undecided or no claim.
 
 A family is the comparisons of one task against the named reference.  Each is tested by the exact sign-flip test on
-differences paired by seed, Holm's correction holds the family to 5 %, and equivalence is an interval inside a margin that was
+differences paired by seed, or in a study of whole curves by the test that chooses the rates again in each permutation
+(`designs`); Holm's correction holds the family to 5 %, and equivalence is an interval inside a margin that was
 fixed before the runs.  A quick look, an untuned rate, a best rate at the edge of its grid, a failed seed or a rank budget that
 was not reached leave no winner.
 """
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 import numpy as np
+from rankwise.reports.compared import NoConstantScore, compared, finished_seeds
 from rankwise.reports.results import Arm, Study, best_rate
 from rankwise.reports.statistics import (
     ALPHA,
@@ -48,24 +50,52 @@ def verdicts(part: Study) -> list[Verdict]:
         return []
     others = [arm for arm in part.arms if arm is not reference]
     m = max(len(part.settings) - 1, len(others), 1)  # as planned, so that a family does not grow as runs finish
-    differences = {arm.setting: paired_differences(arm.scores, reference.scores) for arm in others}
-    raw = [sign_flip_test(values) if len(values) else 1.0 for values in differences.values()]
+    estimates = [_estimate(part, arm, reference) for arm in others]
+    raw = [estimate.p for estimate in estimates]
     adjusted = holm([*raw, *[1.0] * (m - len(raw))])
-    return [_verdict(part, arm, reference, differences[arm.setting], p, m) for arm, p in zip(others, adjusted, strict=False)]
+    return [
+        _verdict(part, arm, reference, one, p, m) for arm, one, p in zip(others, estimates, adjusted[: len(raw)], strict=True)
+    ]
 
 
-def _verdict(part: Study, arm: Arm, reference: Arm, differences: np.ndarray, p: float, m: int) -> Verdict:
-    n, estimate = len(differences), summary(differences)
-    smallest = smallest_difference(differences, m)
-    if estimate is None or estimate.low is None:
-        size = (
-            "no seed is finished for both" if estimate is None else f"difference {estimate.mean:+.2f}, n = 1 supports no claim"
-        )
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A difference before correction: its interval is Student's, or a whole curve's inverted test."""
+
+    differences: np.ndarray  # (n,) paired by seed
+    mean: float | None
+    low: float | None
+    high: float | None
+    p: float
+    trouble: str | None = None  # why no winner may be named
+
+
+def _estimate(part: Study, arm: Arm, reference: Arm) -> Estimate:
+    trouble = None
+    if part.design == "whole-curve":
+        seeds = sorted(finished_seeds(part, arm) & finished_seeds(part, reference))
+        try:
+            if len(seeds) > 1:
+                whole = compared(part, arm, reference, seeds)
+                test = whole.comparison
+                return Estimate(whole.differences, test.difference, test.low, test.high, test.p)
+        except NoConstantScore as error:
+            trouble = str(error)
+    differences = paired_differences(arm.scores, reference.scores)
+    t = summary(differences)
+    p = sign_flip_test(differences) if len(differences) else 1.0
+    return Estimate(differences, *((t.mean, t.low, t.high) if t is not None else (None, None, None)), p, trouble)
+
+
+def _verdict(part: Study, arm: Arm, reference: Arm, estimate: Estimate, p: float, m: int) -> Verdict:
+    n = len(estimate.differences)
+    smallest = smallest_difference(estimate.differences, m)
+    if estimate.low is None:
+        size = "no seed is finished for both" if n == 0 else f"difference {estimate.mean:+.2f}, n = 1 supports no claim"
         kind, text = "no claim", f"no claim against {reference.setting} ({size})"
-        mean = None if estimate is None else estimate.mean
-        return Verdict(arm.setting, reference.setting, part.task, kind, n, mean, None, None, None, None, text)
+        return Verdict(arm.setting, reference.setting, part.task, kind, n, estimate.mean, None, None, None, None, text)
     difference = f"difference {estimate.mean:+.2f}, 95 % interval {estimate.low:+.2f} to {estimate.high:+.2f}, n = {n}"
-    reasons = no_winner(part, arm, reference)
+    reasons = [*no_winner(part, arm, reference), *([estimate.trouble] if estimate.trouble else [])]
     margin = part.margin
     if reasons:
         kind = "no claim" if part.quick else "undecided"
@@ -91,11 +121,9 @@ def no_winner(part: Study, arm: Arm, reference: Arm) -> list[str]:
     reasons = []
     both = (arm, reference)
     reasons += [f"{one.setting} had no choice of rates" for one in both if len(one.grid) < 2]
-    if part.design == "whole-curve" and reference.setting not in part.sharers(arm.setting):
-        reasons.append("rates were chosen by the final seeds (whole-curve), and the sign-flip test does not count the choice")
     edges = [one.setting for one in both if (best := best_rate(one)) and best.at_edge]
     reasons += [f"the best rate of {' and '.join(edges)} stands at the edge of its grid"] if edges else []
-    for one in both:
+    for one in both if part.design != "whole-curve" else ():  # there a failed run has a constant predictor's score
         if failed := len(one.of("failed")):
             reasons.append(f"{failed} of {len(one.final)} seeds of {one.setting} failed")
     reasons += [f"{one.setting} was scored before its rank budget was reached" for one in both if not budget_reached(one)]

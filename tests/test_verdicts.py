@@ -9,6 +9,7 @@ from rankwise.reports.results import load
 from rankwise.reports.statistics import holm, seeds_needed, sign_flip_power, sign_flip_test
 from rankwise.reports.verdicts import budget_reached, missing_baselines, verdicts, warnings
 
+from tests.slow_designs import slow_shared_rate, slow_whole_curve
 from tests.synthetic_runs import write_json, write_lines, write_run
 
 RATES = (1e-3, 3e-3, 9e-3)
@@ -39,17 +40,51 @@ def plus(shift, spread=0.05):
     return [score + shift + spread * (-1) ** i for i, score in enumerate(BASE)]
 
 
-def test_a_whole_curve_names_no_winner_by_a_test_that_does_not_count_the_choice(tmp_path):
-    """Both arms chose among the same final runs; only where they share the rate is the sign-flip test exact."""
-    arms = {"full": plus(2), "lora": BASE, "dora": plus(2)}
-    study(tmp_path, arms, sweep=False, design="whole-curve", shared_with={"dora": "lora"})
-    for setting, scores in arms.items():
-        for rate in (RATES[0], RATES[2]):
-            for seed, score in enumerate(scores):
-                write_run(tmp_path, method=setting, setting=setting, seed=seed, rate=rate, score=score - 5.0)
-    part = load(tmp_path)
-    kinds = {v.setting: (v.kind, "(whole-curve), and the sign-flip test does not count" in v.text) for v in verdicts(part)}
-    assert kinds == {"full": ("undecided", True), "dora": ("better", False)}
+def whole_curves(folder, curves, fails=(), **described):
+    """A study without a sweep: curves[setting] = (rates, selection (K, S), reported (K, S)); fails: (setting, rate, seed)."""
+    for setting, (rates, selection, reported) in curves.items():
+        for k, rate in enumerate(rates):
+            for seed in range(selection.shape[1]):
+                scores = {"score": float(reported[k, seed]), "selection_score": float(selection[k, seed])}
+                if (setting, rate, seed) in fails:
+                    scores = {"error": "diverged"}
+                write_run(folder, method=setting, setting=setting, seed=seed, rate=rate, metric="pearson_spearman", **scores)
+    described = {"schema": 1, "study": "stsb-minilm", "quick": False, "title": "t", "captions": [], "reference": "lora",
+                 "methods": list(curves), "complete": True, "margin": 0.05, "design": "whole-curve", **described}  # fmt: skip
+    write_json(folder / "study.json", described)
+    return load(folder)
+
+
+def hill(random, top, rates=3, seeds=8):
+    """Curves that are best at the middle rate, (K, S) selection and reported scores."""
+    reported = top - 0.3 * (np.arange(rates) - 1)[:, None] ** 2 + random.standard_normal((rates, seeds))
+    return reported + 0.5 * random.standard_normal(reported.shape), reported
+
+
+def test_a_whole_curve_is_tested_with_the_rates_chosen_again_in_each_permutation(tmp_path):
+    random = np.random.default_rng(3)
+    lora, full, dora = hill(random, 80.0), hill(random, 81.2), hill(random, 80.1)
+    grids = {"lora": RATES, "full": tuple(rate / 10 for rate in RATES), "dora": RATES}
+    curves = {name: (grids[name], *curve) for name, curve in (("lora", lora), ("full", full), ("dora", dora))}
+    part = whole_curves(tmp_path, curves, shared_with={"dora": "lora"})
+    found = {v.setting: v for v in verdicts(part)}
+    raw = [slow_whole_curve(*full, *lora), slow_shared_rate(*dora, *lora)]
+    assert [found["full"].p, found["dora"].p] == pytest.approx(holm(raw).tolist())
+    plain = sign_flip_test(full[1][full[0].mean(1).argmax()] - lora[1][lora[0].mean(1).argmax()])
+    assert raw[0] != pytest.approx(plain)  # the test that takes the rates as given says something else here
+    assert found["full"].n == 8 and found["full"].low < found["full"].mean < found["full"].high
+
+
+def test_a_failed_run_of_a_whole_curve_scores_as_a_constant_predictor_at_its_rate(tmp_path):
+    random = np.random.default_rng(5)
+    lora, full = hill(random, 80.0), hill(random, 84.0)
+    curves = {"lora": (RATES, *lora), "full": (RATES, *full)}
+    part = whole_curves(tmp_path, curves, fails={("full", RATES[1], 0)})
+    for curve in full:
+        curve[1, 0] = 0.0
+    (only,) = verdicts(part)
+    assert only.n == 8 and only.p == pytest.approx(slow_whole_curve(*full, *lora))
+    assert only.mean == pytest.approx(full[1][full[0].mean(1).argmax()].mean() - lora[1][1].mean())
 
 
 def test_better_worse_equivalent_and_undecided_in_words(tmp_path):
