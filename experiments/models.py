@@ -38,17 +38,6 @@ def content_hash(model_id: str) -> str:
     return sources.content_hash(model_id)
 
 
-def parameter_shapes(model_id: str) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the model's files, read from their headers alone."""
-    from safetensors import safe_open
-
-    shapes = {}
-    for path in sources.weights(sources.fetch(model_id)):
-        with safe_open(path, framework="numpy") as file:
-            shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
-    return shapes
-
-
 def load(model_id: str, task: Any, precision: str = "fp32", device: str = "cpu") -> tuple[Any, Any, ModelInfo]:
     """A pretrained model with a head for `task`, its processor (of text: the tokenizer), and what is known of it.
 

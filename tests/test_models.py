@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -149,10 +148,6 @@ def test_every_architecture_loads_with_its_heads(tmp_path, name):
     heads = {"deberta-v2": ("pooler", "classifier"), "gpt2": ("score",), "llama": ("score",)}
     assert info.heads == heads.get(name, ("classifier",))
     assert info.attention == ("eager" if name == "deberta-v2" else "sdpa")
-    shapes = models.parameter_shapes(str(folder))
-    assert sum(int(np.prod(shape)) for shape in shapes.values()) == sum(
-        parameter.numel() for parameter in models.tiny(name).base_model.parameters()
-    )
 
 
 @pytest.mark.parametrize("name", models.TINY)

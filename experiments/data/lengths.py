@@ -14,11 +14,6 @@ SHELF = 8  # batches of similar length that each seed shuffles among themselves
 MULTIPLE = 4  # lengths are rounded up to it: few distinct shapes, little padding
 
 
-def num_steps(num_rows: int, batch_size: int) -> int:
-    """Batches an epoch; the last one may be short."""
-    return -(-num_rows // batch_size)
-
-
 def batches(encoded: Encoded, batch_size: int, seed: int, epoch: int) -> list[tuple[np.ndarray, int]]:
     """The steps of one epoch for one seed: (row indices, planned length) of each.
 
