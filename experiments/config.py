@@ -201,6 +201,10 @@ class Entry(_Section):
     same seed ended with, and trains them from scratch."""
     permuted: bool = False
     """With `ranks_of`: these ranks permuted over the sites of the same shape, by the seed; the parameters stay as many."""
+    ranks_seed: Literal["same", "other"] = "same"
+    """With `ranks_of`: whose ranks a seed takes.  same: its own run's; other: those of its partner, the first and the second of
+    the study's seeds for each other, the third and the fourth, and so on, so that an allocation is judged with another draw
+    of data order and start than it was learned with.  A sweep's i-th seed takes those of the i-th final seed."""
     shared_with: str | None = None
     """Label of another entry with the same grid: both, and all that name it, train at one rate, the one with the best mean
     selection score over all of them.  Swapping two such methods leaves the choice as it is, so that an exact test of their
@@ -471,19 +475,21 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
     budgeted = set(spec.settings.with_role(*FROM_BUDGET))  # what follows from the budget, or from the entry that ranks_of names
     step_counts = spec.settings.with_role("steps")
     if spec.takes_ranks:
-        shared |= {"ranks_of", "permuted"}
+        shared |= {"ranks_of", "permuted", "ranks_seed"}
     faults = []
     for key in [k for k in entry if k not in own | shared]:
         if key == "targets":
             faults.append(f"{where}.targets: {spec.name} inserts nothing at targets, so it has no effect: take it out")
-        elif key in ("ranks_of", "permuted"):
+        elif key in ("ranks_of", "permuted", "ranks_seed"):
             takers = ", ".join(one.name for one in METHODS.values() if one.takes_ranks)
             faults.append(f"{where}.{key}: {spec.name} takes no ranks; methods that do: {takers}; take it out")
         else:
             there = ", ".join(sorted(own | shared))
             faults.append(f"{where}.{key}: unknown setting of {spec.name}{nearest(key, own | shared)}; there are: {there}")
     inherited = {
-        k: v for k, v in defaults.items() if k in own | (shared - {"method", "label", "ranks_of", "permuted", "shared_with"})
+        k: v
+        for k, v in defaults.items()
+        if k in own | (shared - {"method", "label", "ranks_of", "permuted", "ranks_seed", "shared_with"})
     }
     if taken:
         inherited = {k: v for k, v in inherited.items() if k not in budgeted | {"targets"}}
@@ -529,7 +535,7 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
         "learning_rates": [rate] if rates is None else rates,
         **({"targets": merged["targets"]} if "targets" in merged else {}),
         "settings": settings,
-        **{k: merged[k] for k in ("ranks_of", "permuted", "shared_with") if k in merged},
+        **{k: merged[k] for k in ("ranks_of", "permuted", "ranks_seed", "shared_with") if k in merged},
     }
 
 
@@ -542,6 +548,8 @@ def _give_sources(entries: list[dict[str, Any]], where: str) -> list[str]:
         if "ranks_of" not in entry:
             if entry.get("permuted"):
                 faults.append(f"{place}.permuted has no effect without ranks_of: take it out, or name whose ranks")
+            if "ranks_seed" in entry:
+                faults.append(f"{place}.ranks_seed has no effect without ranks_of: take it out, or name whose ranks")
             continue
         label = entry["ranks_of"]
         source = by_label.get(label) if isinstance(label, str) else None
@@ -584,6 +592,12 @@ def _contradictions(study: Study) -> list[str]:
     faults += _design_faults(study) if study.sweep is not None else []
     faults += contradictions(study.hypothesis, study.looks, labels, study.tasks, len(study.seeds))
     faults += _budget_faults(study.budget)
+    partners = [entry.label for entry in study.methods if entry.ranks_seed == "other"]
+    if partners and len(study.seeds) % 2:
+        faults.append(
+            f'{partners[0]}: ranks_seed = "other" takes the ranks of a partner\'s run, and of {len(study.seeds)} seeds the '
+            f"last has none: give an even number of seeds"
+        )
     takers = [entry.label for entry in study.methods if entry.ranks_of is not None]
     if takers and study.budget.equal in ("time", "memory"):
         faults.append(

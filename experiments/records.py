@@ -127,6 +127,7 @@ class Result(Stored):
 class Config(Stored):
     """config.json: what one run was asked to do, and where it ran."""
 
+    MAY_LACK = frozenset({"ranks_seed"})
     fingerprint: str
     numerics: int | None = None
     study: str
@@ -142,6 +143,7 @@ class Config(Stored):
     method_settings: dict[str, Any] = {}
     allocation: str | None = None  # what placed the ranks; None in runs from before it was written
     ranks_of: str | None = None  # label of the setting whose final ranks were taken
+    ranks_seed: str | None = None  # "other": of the run of a partner, see `Entry.ranks_seed`; None: of the same seed
     training: dict[str, Any] = {}
     targets: Any = None
     targets_resolved: list[str] = []

@@ -174,6 +174,7 @@ def test_the_placing_study_holds_its_hypotheses():
     assert [(one.name, tuple(one.arms), one.margin) for one in placing.hypothesis] == [
         ("H1", ("adalora", "within sites"), 0.3),
         ("H2", ("dora", "lora"), 0.5),
+        ("H3", ("learned", "permuted"), 0.5),
     ]
     groups = {entry.label: entry.shared_with or entry.label for entry in placing.methods}
     assert all(groups[one.arms[0]] == groups[one.arms[1]] for one in placing.hypothesis)  # so that their tests are exact

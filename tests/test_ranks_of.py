@@ -58,6 +58,39 @@ def test_each_seed_trains_the_final_ranks_of_the_same_seed_s_run(whole):
     assert len({run["fingerprint"] for run in frozen}) == 3
 
 
+def test_ranks_may_be_those_of_the_partner_s_run(model, tmp_path):  # noqa: F811
+    """Seeds 0 and 1 take each other's ranks, 2 and 3 too; the sweep's first seed, which is no final one, those of seed 0."""
+    seeds = [0, 1, 2, 3]
+    taker = FROZEN | {"label": "learned", "ranks_seed": "other", "learning_rates": [1e-2, 2e-2]}
+    taker.pop("learning_rate")
+    what = study(model, [SOURCE, taker], seeds=seeds, sweep={"seeds": [100], "trials": 2}, quick=True)
+    assert all(r["status"] == "completed" for r in ran(what, tmp_path))
+    ranks = {seed: result(tmp_path, setting="adalora", seed=seed, phase="final")["ranks"] for seed in seeds}
+    assert ranks[0] != ranks[1] and ranks[2] != ranks[3]
+    for seed, partner in ((0, 1), (1, 0), (2, 3), (3, 2)):
+        run = result(tmp_path, setting="learned", seed=seed, phase="final")
+        assert run["ranks"] == ranks[partner]
+        assert settings_of(tmp_path, run)["ranks_seed"] == "other"
+    assert result(tmp_path, setting="learned", seed=100, phase="sweep", learning_rate=1e-2)["ranks"] == ranks[0]
+
+
+@pytest.mark.parametrize(
+    ("entry", "seeds", "words"),
+    [
+        (FROZEN | {"ranks_seed": "other"}, [0, 1, 2], "of 3 seeds the last has none"),
+        (FROZEN | {"ranks_seed": "next"}, [0, 1], "ranks_seed"),
+        ({k: v for k, v in FROZEN.items() if k != "ranks_of"} | {"rank": 2, "ranks_seed": "other"}, [0, 1], "without ranks_of"),
+        ({"method": "adalora", "label": "b", "initial_rank": 2, "target_rank": 1, "learning_rate": 1e-2, "ranks_seed": "other"},
+         [0, 1], "adalora takes no ranks"),
+    ],
+)  # fmt: skip
+def test_a_partner_s_ranks_that_cannot_be_taken_are_refused(entry, seeds, words):
+    raw = {"name": "s", "model": "m", "tasks": ["glue/stsb"], "quick": True, "seeds": seeds, "methods": [SOURCE, entry]}
+    with pytest.raises(ValueError) as error:
+        config.parse(raw, "s")
+    assert words in str(error.value)
+
+
 def test_permuted_ranks_stay_among_sites_of_one_shape_and_cost_as_much(whole):
     sources, moved = runs(whole, "adalora"), runs(whole, "permuted")
     shapes = {"query": [], "attention.output": [], "ends in output": []}

@@ -24,11 +24,30 @@ class Placements:
     def settings(self, entry: Entry, task: str, seed: int, total_steps: int) -> Settings:
         """The settings of a run of `total_steps` steps."""
         if entry.ranks_of is not None:
-            ranks, scales = self._placement(entry.label, entry.ranks_of, task, seed)
+            whose = seed if entry.ranks_seed == "same" else self._partner(entry.label, seed)
+            ranks, scales = self._placement(entry.label, entry.ranks_of, task, whose)
             if entry.permuted:
                 ranks = budget.permuted(ranks, self.context.tasks[task].shapes, seed)
             entry = budget.taking(entry, ranks, scales)
         return entry.resolved(total_steps)
+
+    def _partner(self, label: str, seed: int) -> int:
+        """The final seed whose ranks a run with this seed takes, which is another one (`Entry.ranks_seed`).
+
+        Raises:
+            ValueError: there is none.
+        """
+        study = self.context.study
+        if seed in study.seeds:
+            at = study.seeds.index(seed) ^ 1  # the first and the second for each other, the third and the fourth ...
+        else:
+            at = study.sweep.seeds.index(seed)
+        if at >= len(study.seeds):
+            raise ValueError(
+                f"{label}: seed {seed} has no partner among the {len(study.seeds)} seeds of the final runs: give an even "
+                f"number of them, and at least as many as the sweep has"
+            )
+        return study.seeds[at]
 
     def _placement(self, label: str, source: str, task: str, seed: int) -> tuple[dict[str, int], dict[str, float]]:
         """Rank and scale of each site at the end of the source's final run with that seed.

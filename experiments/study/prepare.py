@@ -102,7 +102,7 @@ def _twins(entries: Sequence[Entry], total: int, targets: Mapping[str, list[str]
     for entry in entries:
         if entry.label not in targets:
             continue  # it has a fault of its own
-        taken = entry.ranks_of, entry.permuted
+        taken = entry.ranks_of, entry.permuted, entry.ranks_seed
         same = entry.method, entry.resolved(total).model_dump_json(), tuple(targets[entry.label]), taken
         for rate in entry.learning_rates:
             other = seen.setdefault((same, rate), entry.label)

@@ -90,6 +90,7 @@ class RunStore:
             "method_settings": run.settings.model_dump(mode="json"),
             "allocation": run.placed_by,
             "ranks_of": run.entry.ranks_of,
+            **({"ranks_seed": run.entry.ranks_seed} if run.entry.ranks_seed != "same" else {}),
             "training": run.training.model_dump(mode="json"),
             "targets": run.entry.targets if method(run.entry.method).takes_targets else None,
             "targets_resolved": prepared.targets[run.entry.label],
