@@ -30,7 +30,14 @@ def check(study: Study) -> None:
     """
     faults = []
     for entry in study.methods:
-        if entry.ranks_of is not None and study.sweeps(entry) and not set(study.sweep.seeds) <= set(study.seeds):
+        if entry.ranks_of is None or not study.sweeps(entry):
+            continue
+        if entry.ranks_seed == "other" and len(study.sweep.seeds) > len(study.seeds):
+            faults.append(
+                f"{entry.label}: the sweep has {len(study.sweep.seeds)} seeds, which take the ranks of as many final runs of "
+                f'"{entry.ranks_of}", and there are {len(study.seeds)}: give fewer, or more final seeds'
+            )
+        if entry.ranks_seed == "same" and not set(study.sweep.seeds) <= set(study.seeds):
             beside = sorted(set(study.sweep.seeds) - set(study.seeds))
             faults.append(
                 f'{entry.label}: the sweep has seeds {beside}, with which "{entry.ranks_of}" has no final run to take ranks '

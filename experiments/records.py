@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rankwise.experiments.files import parse_json, replacing, write_json
 from rankwise.experiments.hypotheses import Hypothesis
-from rankwise.variants.settings import METHODS, check
+from rankwise.variants.settings import METHODS, Settings, check, method
+from rankwise.variants.settings.lowrank import AlwaysMagnitude
 
 if TYPE_CHECKING:
     import numpy as np
@@ -161,6 +162,17 @@ class Config(Stored):
     pack: dict[str, Any] = {}
     started: str | None = None
 
+    def settings(self) -> Settings:
+        """The method's settings.
+
+        Raises:
+            ValueError: they are of another version, or the method is not there.
+        """
+        values = dict(self.method_settings)
+        if issubclass(method(self.method).settings, AlwaysMagnitude):
+            values.pop("magnitude", None)  # earlier versions wrote false, and trained magnitudes all the same
+        return check(self.method, values)
+
     @property
     def placed_by(self) -> str:
         """What placed the ranks: "none" (it has no ranks), "uniform", "given", "random", "learned", "taken", "permuted"."""
@@ -168,7 +180,7 @@ class Config(Stored):
             return self.allocation
         known = METHODS.get(self.method)
         try:
-            return known.placed_by(check(self.method, self.method_settings))
+            return known.placed_by(self.settings())
         except (ValueError, AttributeError):  # of another version, or a method that is no longer there
             if known is None or not known.takes_targets:
                 return "none"

@@ -72,12 +72,7 @@ def model(folder: Path, name: str = "bert", dropout: float = 0.1) -> str:
 
 def task(kind: str = "regression", name: str = "") -> Task:
     """A task over random letters that can be learnt: how many of the first letters of the alphabet there are."""
-    metric, measure, resampled, num_labels = {
-        "regression": ("pearson_spearman", metrics.correlations, metrics.resampled_correlations, 1),
-        "classification": ("accuracy", metrics.accuracy_and_macro_f1, None, 3),
-        "token-classification": ("accuracy", _token_accuracy, _resampled_token_accuracy, 3),
-        "span": ("f1", metrics.exact_match_and_f1, metrics.resampled_answer_f1, 2),
-    }[kind]
+    metric, measure, resampled, num_labels = KINDS[kind]
     return Task(
         name=name or f"small/{kind}",
         kind=kind,
@@ -99,6 +94,14 @@ def _token_accuracy(predicted: np.ndarray, true: np.ndarray, rows: np.ndarray) -
 def _resampled_token_accuracy(predicted: np.ndarray, true: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
     right, all_ = (np.bincount(rows, w, minlength=weights.shape[1]) for w in (predicted == true, None))
     return 100 * (weights @ right) / (weights @ all_)
+
+
+KINDS = {  # kind -> metric, measure, its resampled form, labels
+    "regression": ("pearson_spearman", metrics.correlations, metrics.resampled_correlations, 1),
+    "classification": ("accuracy", metrics.accuracy_and_macro_f1, None, 3),
+    "token-classification": ("accuracy", _token_accuracy, _resampled_token_accuracy, 3),
+    "span": ("f1", metrics.exact_match_and_f1, metrics.resampled_answer_f1, 2),
+}
 
 
 def _examples(kind: str, split: str) -> Examples:

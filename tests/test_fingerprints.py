@@ -8,15 +8,17 @@ import pytest
 import torch
 from rankwise.experiments import archive
 from rankwise.experiments.config import Entry, Training
+from rankwise.experiments.records import Config
 from rankwise.experiments.study import NUMERICS, PackPlan, runs
-from rankwise.variants.settings import check
+from rankwise.experiments.tasks import get
 
 STUDIES = sorted((Path(__file__).parents[1] / "reports" / "studies").glob(f"*/{archive.NAME}"))
 
 
 def made_again(config: dict, result: dict, monkeypatch: pytest.MonkeyPatch) -> str:
     """The fingerprint of a run by what its config.json says, without its model and data."""
-    prepared = SimpleNamespace(targets={config["setting"]: config["targets_resolved"]}, data_hash=config["data_hash"])
+    targets = {config["setting"]: config["targets_resolved"]}
+    prepared = SimpleNamespace(targets=targets, data_hash=config["data_hash"], task=get(config["task"]))
     context = SimpleNamespace(
         study=SimpleNamespace(protocol=result.get("protocol", "held-out"), model=config["model"]),
         tasks={config["task"]: prepared},
@@ -26,7 +28,7 @@ def made_again(config: dict, result: dict, monkeypatch: pytest.MonkeyPatch) -> s
     monkeypatch.setattr(runs.models, "content_hash", lambda model: config["model_hash"])
     entry = Entry(method=config["method"], label=config["setting"], learning_rates=[config["learning_rate"]])
     pack = PackPlan(config["phase"], entry, config["task"], 0, ())
-    settings, training = check(config["method"], config["method_settings"]), Training(**config["training"])
+    settings, training = Config.model_validate(config).settings(), Training(**config["training"])
     return runs.planned(context, pack, settings, training, config["seed"], config["learning_rate"]).fingerprint
 
 

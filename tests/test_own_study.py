@@ -95,7 +95,7 @@ def fingerprints(file: Path, out: Path) -> dict[str, str]:
     """Task -> the fingerprint of its first run; nothing is run."""
     runner = Runner(config.read(file), out, device="cpu")
     runner.prepare()
-    return {group.task: runner._specify(group, *group.members[0]).fingerprint for group in runner.groups}
+    return {group.task: runner.known.planned(group, *group.members[0]).fingerprint for group in runner.known.of_study}
 
 
 def task(folder: Path, rows: list[dict], **more) -> own_tasks.OwnTask:
@@ -246,7 +246,7 @@ def test_a_target_changed_in_its_last_digit_is_other_data(tmp_path):
         ('input = "headline"', 'input = ""', r"mine\.toml\.data\[1\]\.input: is empty: name a field"),
         ('target = "stars"', 'target = "star"', r'names the field "star", which is not there; did you mean "stars"'),
         ('train = "data/stars.jsonl"', "train = 3", r"mine\.toml\.data\[1\]\.train = 3: should be a valid string"),
-        ('target = "stars"', 'target = "stars"\nkind = "generation"', r"read as generation, for which there is no training"),
+        ('target = "stars"', 'target = "stars"\nkind = "generation"', r'"r2" is no metric of this kind; there are: exact'),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_data_is_said_before_anything_runs(tmp_path, model, capsys, old, new, said):
