@@ -38,10 +38,9 @@ class Placements:
             ValueError: there is none.
         """
         study = self.context.study
-        if seed in study.seeds:
-            at = study.seeds.index(seed) ^ 1  # the first and the second for each other, the third and the fourth ...
-        else:
-            at = study.sweep.seeds.index(seed)
+        pilots = [] if study.sweep is None else study.sweep.seeds
+        # The first and the second final seed take each other's, the third and the fourth ...
+        at = study.seeds.index(seed) ^ 1 if seed in study.seeds else pilots.index(seed)
         if at >= len(study.seeds):
             raise ValueError(
                 f"{label}: seed {seed} has no partner among the {len(study.seeds)} seeds of the final runs: give an even "

@@ -213,7 +213,7 @@ def _refuse_stacked(folder: Path, config: dict, ranks: dict[str, int]) -> None:
     for site, rows in ranks.items():
         module = re.sub(r"(\.base_layer)+$", "", site)
         named = any(not m or module == m or module.endswith(f".{m}") for m in modules)
-        nominal = _pattern(config.get("rank_pattern") or {}, module, config.get("r"))
+        nominal = _pattern(config.get("rank_pattern") or {}, module, config.get("r", 8))  # 8: PEFT's default
         if named and rows != nominal:
             raise ValueError(
                 f"{folder}: {module} has factors of {rows} rows where r is {nominal}: target_parameters "
