@@ -16,8 +16,8 @@ from rankwise.reports.designs import Comparison, Curve, one_rate, shared_rate, w
 from rankwise.reports.results import Arm, Study
 from rankwise.reports.statistics import ALPHA
 
-# Metrics on which a predictor that answers the same for every row scores nothing.
-CONSTANT_IS_ZERO = frozenset({"pearson", "spearman", "pearson_spearman", "matthews", "f1", "exact_match"})
+# Metrics on which a predictor that answers the same for every row scores nothing, whatever the task.
+CONSTANT_IS_ZERO = frozenset({"pearson", "spearman", "pearson_spearman", "matthews"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ def compared(part: Study, arm: Arm, reference: Arm, seeds: Sequence[int], level:
     if part.design != "whole-curve":
         scores = [_row(one.final, seeds, "score") for one in (arm, reference)]
         failed = tuple(_failed(one.final, seeds) for one in (arm, reference))
-        design = "shared rate" if is_shared else "chosen rate"
+        design = "shared rate" if is_shared and arm.rate == reference.rate else "chosen rate"
         return Compared(design, one_rate(*scores, level=level), scores[0] - scores[1], failed)
     ours, other = (_curve(one, seeds) for one in (arm, reference))
     comparison = (shared_rate if is_shared else whole_curve)(ours, other, level)

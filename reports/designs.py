@@ -20,7 +20,6 @@ from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Bool, Float
-from rankwise.experiments.hypotheses import LOOKS
 from rankwise.reports.statistics import ALPHA
 
 MOST_EXACT = 16  # seeds up to which all 2^S swaps are tried; 65,536 of them take a tenth of a second
@@ -152,17 +151,6 @@ def _compare(
         at_edge=edges,
         seeds=ours.selection.shape[1],
     )
-
-
-def decided_at(comparison: Comparison, looks: dict[int, float] = LOOKS) -> bool:
-    """Whether a sequential study may stop here with a difference: p is at most the nominal level of this look.
-
-    Raises:
-        ValueError: no look was planned at so many seeds.
-    """
-    if comparison.seeds not in looks:
-        raise ValueError(f"n = {comparison.seeds}: looks were planned at {', '.join(map(str, looks))} seeds")
-    return comparison.p <= looks[comparison.seeds]
 
 
 def _check_pair(ours: Curve, reference: Curve) -> None:

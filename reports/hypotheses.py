@@ -14,13 +14,13 @@ margin.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rankwise.experiments.hypotheses import ALPHA, LOOKS, Hypothesis, in_order
+from rankwise.experiments.hypotheses import LOOKS, Hypothesis, in_order
 from rankwise.reports.compared import Compared, NoConstantScore, compared, finished_seeds
 from rankwise.reports.designs import Comparison
-from rankwise.reports.results import Arm, Study, best_rate
-from rankwise.reports.statistics import detectable
+from rankwise.reports.results import Arm, Study
+from rankwise.reports.statistics import ALPHA, detectable
 from rankwise.reports.tables.table import Table
-from rankwise.reports.verdicts import budget_reached
+from rankwise.reports.verdicts import limits
 
 SETTLED = ("better", "worse", "equivalent")
 
@@ -61,8 +61,7 @@ def outcomes_of(study: Study) -> list[Tested]:
 
 def _look(study: Study, hypothesis: Hypothesis) -> Tested:
     """The test at the first look that settles it, else at the last one for which the seeds are there."""
-    runs = [run for run in study.runs if hypothesis.task is None or run.config.task == hypothesis.task]
-    parts = [part for part in study.parts() if part.runs and part.runs[0] in runs]
+    parts = [part for part in study.parts() if hypothesis.task in (None, part.task)]
     arms = [next((arm for part in parts for arm in part.arms if arm.setting == name), None) for name in hypothesis.arms]
     if not all(arms):
         missing = next(name for name, arm in zip(hypothesis.arms, arms, strict=True) if arm is None)
@@ -109,7 +108,7 @@ def _test(part: Study, hypothesis: Hypothesis, arms: Sequence[Arm], seeds: Seque
         seen = "" if smallest is None else f"; smallest detectable difference {smallest:.2f}"
         text = f"undecided: {numbers}{seen}"
     if any(found.failed):
-        counts = " and ".join(f"{n} of {arm.setting}" for n, arm in zip(found.failed, arms, strict=True) if n)
+        counts = " and ".join(f"{runs} of {arm.setting}" for runs, arm in zip(found.failed, arms, strict=True) if runs)
         text += f"; failed runs, scored as a constant predictor: {counts}"
     return Tested(hypothesis, kind, text, found.design, comparison, alpha, smallest, found.failed)
 
@@ -124,15 +123,8 @@ def _numbers(comparison: Comparison, alpha: float) -> str:
 
 def _no_claim(part: Study, arms: Sequence[Arm], found: Compared) -> list[str]:
     """Why neither a winner nor equivalence may be said, whatever the numbers are."""
-    if part.quick:
-        return ["a quick look"]
-    reasons = []
-    if not found.counts_the_choice:
-        reasons.append("each has a rate of its own, and the error of that choice is not in p (give them shared_with)")
-    edges = [arm.setting for arm in arms if (best := best_rate(arm)) and best.at_edge]
-    reasons += [f"the best rate of {' and '.join(edges)} stands at the edge of its grid"] if edges else []
-    reasons += [f"{arm.setting} was scored before its rank budget was reached" for arm in arms if not budget_reached(arm)]
-    return reasons
+    apart = "each has a rate of its own, and the error of that choice is not in p (give them shared_with)"
+    return [*([] if found.counts_the_choice else [apart]), *limits(part, arms)]
 
 
 def hypothesis_table(study: Study) -> Table | None:

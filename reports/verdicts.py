@@ -7,6 +7,7 @@ fixed before the runs.  A quick look, an untuned rate, a best rate at the edge o
 was not reached leave no winner.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -116,18 +117,25 @@ def _verdict(part: Study, arm: Arm, reference: Arm, estimate: Estimate, p: float
 
 def no_winner(part: Study, arm: Arm, reference: Arm) -> list[str]:
     """Why this comparison may name no winner and claim no equivalence, whatever its numbers are."""
+    both = (arm, reference)
+    reasons = limits(part, both)
+    if part.quick or part.design == "whole-curve":  # there a failed run has a constant predictor's score
+        return reasons
+    failed = [(one, len(one.of("failed"))) for one in both]
+    return [*reasons, *(f"{n} of {len(one.final)} seeds of {one.setting} failed" for one, n in failed if n)]
+
+
+def limits(part: Study, arms: Sequence[Arm]) -> list[str]:
+    """What keeps any comparison of these settings from a claim: how they were tuned, and what was scored."""
     if part.quick:
         return ["a quick look"]
-    reasons = []
-    both = (arm, reference)
-    reasons += [f"{one.setting} had no choice of rates" for one in both if len(one.grid) < 2]
-    edges = [one.setting for one in both if (best := best_rate(one)) and best.at_edge]
+    reasons = [f"{arm.setting} had no choice of rates" for arm in arms if len(arm.grid) < 2]
+    edges = [arm.setting for arm in arms if (best := best_rate(arm)) and best.at_edge]
     reasons += [f"the best rate of {' and '.join(edges)} stands at the edge of its grid"] if edges else []
-    for one in both if part.design != "whole-curve" else ():  # there a failed run has a constant predictor's score
-        if failed := len(one.of("failed")):
-            reasons.append(f"{failed} of {len(one.final)} seeds of {one.setting} failed")
-    reasons += [f"{one.setting} was scored before its rank budget was reached" for one in both if not budget_reached(one)]
-    return reasons
+    return [
+        *reasons,
+        *(f"{arm.setting} was scored before its rank budget was reached" for arm in arms if not budget_reached(arm)),
+    ]
 
 
 def warnings(part: Study) -> list[str]:

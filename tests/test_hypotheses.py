@@ -1,5 +1,6 @@
 """Hypotheses: what a study's file may say of them, and what is said of their runs, on scores worked by hand."""
 
+import shutil
 import tomllib
 
 import numpy as np
@@ -95,6 +96,30 @@ def test_a_look_decides_with_its_own_level_and_later_seeds_do_not_change_it(tmp_
     assert only.kind == "better" and only.comparison.seeds == 8 and only.alpha == LOOKS[8]
     assert only.comparison.p == pytest.approx(4 / 2**8)
     assert only.comparison.level == pytest.approx(1 - 2 * LOOKS[8])
+
+
+def test_the_levels_of_the_looks_together_are_at_most_5_percent():
+    """A union bound: it holds whatever the looks share.  Each level is one that the test of so many seeds can reach."""
+    reached = [int(level * 2**seeds) / 2**seeds for seeds, level in LOOKS.items()]
+    assert 0.045 < sum(reached) <= 0.05
+
+
+def test_settings_that_ended_at_different_rates_do_not_share_one(tmp_path):
+    study(tmp_path, {"adalora": plus(3.0), "within": BASE}, [H1])
+    for seed in range(13):  # within has more final runs at another rate, and none of its own at the joint one counts
+        write_run(tmp_path, method="adalora", setting="within", seed=seed, rate=1e-3, metric="pearson_spearman", score=80.0)
+    for run in load(tmp_path).runs:
+        if (run.config.setting, run.config.phase, run.config.learning_rate) == ("within", "final", 3e-3):
+            shutil.rmtree(run.folder)
+    (only,) = outcomes_of(load(tmp_path))
+    assert (only.kind, only.design) == ("undecided", "chosen rate")
+
+
+def test_no_claim_where_nothing_says_what_a_constant_predictor_scores(tmp_path):
+    study(tmp_path, {"adalora": plus(3.0), "within": BASE}, [H1])
+    write_run(tmp_path, method="adalora", setting="within", seed=0, rate=3e-3, metric="f1", error="diverged")
+    (only,) = outcomes_of(load(tmp_path))
+    assert only.kind == "undecided" and "nothing says what a constant predictor scores on f1" in only.text
 
 
 def test_between_two_looks_the_seeds_beyond_the_first_are_not_read(tmp_path):
