@@ -10,8 +10,10 @@ and `compare` takes it as finished.  The columns before them repeat what one wan
 Parquet rather than compressed JSON lines: it opens in every tool as it is, the results are read without the histories, and
 with one column a file the compressor sees each kind of text together: 258 runs of 15 MB take 0.3 MB (zstd, level 19, one
 page a column; JSON lines have the five kinds in turns).  Equal runs give equal bytes with the same version of pyarrow.
+Parquet checks its pages and not its footer, which says where they lie, so the schema holds a digest of the runs as well.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,6 +25,7 @@ NAME = "runs.parquet"
 FACTS = ("fingerprint", "setting", "method", "task", "phase", "seed", "learning_rate", "status", "selection_score", "score")
 LEVEL = 19  # of zstd, with a window of 8 MB: half of what level 3 leaves, in seconds
 ONE_PAGE = 1 << 30  # bytes: a column is compressed as a whole
+DIGEST = b"rankwise.sha256"  # of the runs, in the schema's metadata; older archives have none
 
 Files = Mapping[str, bytes]  # the files of one run by name
 
@@ -50,7 +53,7 @@ def write(path: Path, runs: Iterable[Files]) -> None:
         columns[name] = pa.array([_text(path, name, files.get(name)) for _, files in ordered], kind)
     sink = pa.BufferOutputStream()
     pq.write_table(
-        pa.table(columns),
+        pa.table(columns, metadata={DIGEST: _digest({key: files for key, (_, files) in sorted(rows.items())})}),
         sink,
         row_group_size=max(len(ordered), 1),
         compression="zstd",
@@ -77,20 +80,39 @@ def read(path: Path) -> dict[str, dict[str, bytes]]:
     remedy = "take it from git again, or write it anew with `rankwise report RUNS --with-runs --out STUDY`"
     try:
         table = pq.read_table(path, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+        names = set(table.column_names)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a whole Parquet file ({str(error).splitlines()[0]}); {remedy}") from None
-    known = [name for name in FILES if name in table.column_names]
-    if missing := {"fingerprint", CONFIG, RESULT} - set(table.column_names):
+    if missing := {"fingerprint", CONFIG, RESULT} - names:
         raise ValueError(f"{path} is no archive of runs: it has no column {', '.join(sorted(missing))}; {remedy}")
-    columns = {name: table[name].to_pylist() for name in known}
-    return {
-        fingerprint: {
-            name: column[row] if isinstance(column[row], bytes) else column[row].encode("utf-8")
-            for name, column in columns.items()
-            if column[row] is not None
+    try:
+        columns = {name: table[name].to_pylist() for name in FILES if name in names}
+        runs = {
+            fingerprint: {name: _bytes(column[row]) for name, column in columns.items() if column[row] is not None}
+            for row, fingerprint in enumerate(table["fingerprint"].to_pylist())
         }
-        for row, fingerprint in enumerate(table["fingerprint"].to_pylist())
-    }
+        digest = (table.schema.metadata or {}).get(DIGEST)
+        whole = digest is None or digest == _digest(runs)
+    except (pa.ArrowException, UnicodeDecodeError, AttributeError):  # text or numbers where the other belongs
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} was changed after it was written: its runs are not those of its digest; {remedy}")
+    return runs
+
+
+def _digest(runs: Mapping[str, Files]) -> bytes:
+    """Of every byte of every file of the runs, in their order, with its name and length."""
+    digest = hashlib.sha256()
+    for fingerprint, files in runs.items():
+        for name in FILES:
+            if (content := files.get(name)) is not None:
+                digest.update(f"{fingerprint}/{name} {len(content)}\n".encode())
+                digest.update(content)
+    return digest.hexdigest().encode()
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value if isinstance(value, bytes) else value.encode("utf-8")
 
 
 def _text(path: Path, name: str, content: bytes | None) -> str | bytes | None:
