@@ -330,6 +330,47 @@ def test_results_of_other_versions_are_kept_and_said(model, tmp_path, monkeypatc
     assert "(here 99.0)" in said[0]
 
 
+def on_a_machine(monkeypatch, chooses: str) -> None:
+    """As if `auto` were this precision here."""
+    monkeypatch.setattr(measure, "precision", lambda wanted, where: chooses if wanted == "auto" else wanted)
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_a_folder_goes_on_in_the_precision_it_was_begun_in_whatever_this_machine_would_take(
+    model, tmp_path, monkeypatch, archived
+):
+    training = TRAINING | {"precision": "auto"}
+    one, two = (study(model, ["head"], seeds=seeds, training=training, pack=1) for seeds in (1, 2))
+    on_a_machine(monkeypatch, "bf16")
+    made = ran(one, tmp_path / "made")
+    if archived:
+        archive_finished(tmp_path / "made", tmp_path / "mine")
+    else:
+        shutil.copytree(tmp_path / "made", tmp_path / "mine")
+    on_a_machine(monkeypatch, "fp32")
+    said = []
+    both = ran(two, tmp_path / "mine", say=said.append)
+    assert both[0] == made[0]
+    assert {read["precision"] for read in map(records.read_json, (tmp_path / "mine").glob("*/config.json"))} == {"bf16"}
+    assert len(said) == 1
+    assert 'begun in bf16, and go on in it; precision "auto" would be fp32' in said[0]
+    # What the file names is not overruled.
+    ran(study(model, ["head"], seeds=1, training=TRAINING | {"precision": "fp32"}), tmp_path / "mine", say=said.append)
+    assert len(said) == 1
+
+
+def test_committed_runs_of_another_precision_are_not_taken_and_that_is_said(model, tmp_path, monkeypatch):
+    what = study(model, ["head"], seeds=2, training=TRAINING | {"precision": "auto"})
+    on_a_machine(monkeypatch, "bf16")
+    ran(what, tmp_path / "made")
+    archive_finished(tmp_path / "made", tmp_path / "committed" / "small")
+    on_a_machine(monkeypatch, "fp32")
+    said = []
+    ran(what, tmp_path / "mine", say=said.append)
+    assert len(said) == 1
+    assert said[0].endswith('takes none of them: precision = "bf16" under [training] takes them')
+
+
 # -- packs and fingerprints ------------------------------------------------------------------------------------------------
 
 

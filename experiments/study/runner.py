@@ -17,7 +17,7 @@ from rankwise.experiments.study.known import KnownPacks
 from rankwise.experiments.study.packs import PackRunner
 from rankwise.experiments.study.plan import PackPlan, groups
 from rankwise.experiments.study.prepare import PreparedTask, prepare
-from rankwise.experiments.study.store import RunStore
+from rankwise.experiments.study.store import RunStore, begun_in
 
 COMMITTED = Path(__file__).parents[2] / "reports" / "studies"
 AUTO_PACK = {"cpu": 8, "cuda": 32}  # most members of a pack
@@ -48,7 +48,7 @@ class Runner:
         if self.device.type == "cuda":  # a run that was cut off ends bit for bit as it would have
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)  # warn_only leaves the attention's backward pass as it is
-        self.precision = measure.precision(study.training.precision, self.device)
+        self.precision = self._precision()
         self.versions, self.commit = measure.versions(), measure.commit()
         self.pack = AUTO_PACK[self.device.type] if study.pack == "auto" else study.pack
         labels = [entry.label for entry in study.methods]
@@ -82,6 +82,21 @@ class Runner:
         self.equalizer = Equalizer(self.context)
         self.known = KnownPacks(self.context, self.sources, self.pack, self.store, self.equalizer)
         self.packs = PackRunner(self.context, self.store)
+
+    def _precision(self) -> str:
+        """The study's precision; "auto" is that of the runs in its folder, which another machine may have begun.
+
+        A machine chooses by its processor.  A folder that moved would else start anew, and compare seeds across precisions.
+        """
+        here = measure.precision(self.study.training.precision, self.device)
+        if self.study.training.precision != "auto":
+            return here
+        begun = begun_in(self.out)
+        if not begun or here in begun:
+            return here
+        kept = min(begun)
+        self.say(f'note: the runs of {self.out} were begun in {kept}, and go on in it; precision "auto" would be {here} here')
+        return kept
 
     def work(self) -> float:
         """Rows of the whole study, for the progress bar; see `plan.work`."""

@@ -1,12 +1,13 @@
 """The folders of a study's runs: what is finished, and what is written of a run that is made."""
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from rankwise.experiments import archive, kinds, measure, models, records
-from rankwise.experiments.files import write_file
+from rankwise.experiments.files import parse_json, write_file
 from rankwise.experiments.records import read_object
 from rankwise.experiments.study import splits
 from rankwise.experiments.study.context import Context
@@ -14,6 +15,24 @@ from rankwise.experiments.study.plan import NUMERICS
 from rankwise.experiments.study.runs import PlannedRun
 from rankwise.experiments.training.pack import Outcome
 from rankwise.variants.settings import method
+
+
+def begun_in(out: Path) -> set[str]:
+    """The precisions of the runs of this code's arithmetic that a study's folder holds, finished or not."""
+    archived = [_config(files.get(records.CONFIG, b"")) for files in archive.read(out / archive.NAME).values()]
+    return _precisions([*archived, *(read_object(path) for path in out.glob(f"*/{records.CONFIG}"))])
+
+
+def _config(content: bytes) -> dict[str, Any] | None:
+    try:
+        value = parse_json(content)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _precisions(configs: Iterable[Mapping[str, Any] | None]) -> set[str]:
+    return {one["precision"] for one in configs if one and one.get("numerics") == NUMERICS and "precision" in one}
 
 
 class RunStore:
@@ -69,7 +88,16 @@ class RunStore:
         """
         committed = self.context.committed
         if self._archived is None:
-            self._archived = archive.read(committed / archive.NAME) | archive.read(self.context.out / archive.NAME)
+            theirs = archive.read(committed / archive.NAME)
+            self._archived = theirs | archive.read(self.context.out / archive.NAME)
+            made_in = _precisions(_config(files.get(records.CONFIG, b"")) for files in theirs.values())
+            if made_in and self.context.precision not in made_in:
+                others = " and ".join(sorted(made_in))
+                self.context.say(
+                    f"note: the committed runs of {self.context.study.name} were made in {others}, this study runs in "
+                    f'{self.context.precision} here and takes none of them: precision = "{min(made_in)}" under '
+                    "[training] takes them"
+                )
         if fingerprint in self._archived:
             return self._archived[fingerprint]
         folder = committed / "runs" / fingerprint
