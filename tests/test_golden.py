@@ -24,7 +24,8 @@ def machine() -> str:
     """What must agree for results to agree to the bit."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name}, torch {torch.__version__.partition('+')[0]}"
+    # Virtual processors share a name; the width of their vectors decides the order of a sum.
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__.partition('+')[0]}"
 
 
 def values(method: str, model: str, folder: Path) -> list[str]:
