@@ -45,7 +45,8 @@ def write(path: Path, runs: Iterable[Files]) -> None:
         if result["fingerprint"] in rows:
             raise ValueError(f"{path}: two runs have the fingerprint {result['fingerprint']}")
         rows[result["fingerprint"]] = result, files
-    ordered = [rows[fingerprint] for fingerprint in sorted(rows)]
+    rows = dict(sorted(rows.items()))
+    ordered = list(rows.values())
     types = {"seed": pa.int64(), "learning_rate": pa.float64(), "selection_score": pa.float64(), "score": pa.float64()}
     columns = {name: pa.array([result.get(name) for result, _ in ordered], types.get(name, pa.string())) for name in FACTS}
     for name in FILES:
@@ -53,7 +54,7 @@ def write(path: Path, runs: Iterable[Files]) -> None:
         columns[name] = pa.array([_text(path, name, files.get(name)) for _, files in ordered], kind)
     sink = pa.BufferOutputStream()
     pq.write_table(
-        pa.table(columns, metadata={DIGEST: _digest({key: files for key, (_, files) in sorted(rows.items())})}),
+        pa.table(columns, metadata={DIGEST: _digest({fingerprint: files for fingerprint, (_, files) in rows.items()})}),
         sink,
         row_group_size=max(len(ordered), 1),
         compression="zstd",

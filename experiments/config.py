@@ -101,7 +101,8 @@ class Training(_Section):
     max_length: int = Field(default=128, ge=8)
     """Tokens at which an input is cut."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 keeps the frozen weights in bf16 and multiplies in it; auto takes it where the device is fast at it."""
+    """bf16 keeps the frozen weights in bf16 and multiplies in it; auto takes it where the device is fast at it; a folder
+    with runs goes on in theirs."""
     gradient_checkpointing: bool = False
     """Compute each layer again in the backward pass: less memory, more time, the same result."""
     evaluations_per_epoch: Count = 1

@@ -452,8 +452,16 @@ def load_run(folder: str | Path, archived: Mapping[str, bytes] | None = None) ->
 def read_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None where there is no file, or something else in it (a kill before its first line)."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (FileNotFoundError, ValueError):
+        return as_object(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def as_object(content: bytes) -> dict[str, Any] | None:
+    """The JSON object that these bytes are; None if they are something else."""
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
 

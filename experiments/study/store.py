@@ -1,13 +1,13 @@
 """The folders of a study's runs: what is finished, and what is written of a run that is made."""
 
 import datetime
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rankwise.experiments import archive, kinds, measure, models, records
-from rankwise.experiments.files import parse_json, write_file
+from rankwise.experiments.files import write_file
 from rankwise.experiments.records import read_object
 from rankwise.experiments.study import splits
 from rankwise.experiments.study.context import Context
@@ -18,17 +18,17 @@ from rankwise.variants.settings import method
 
 
 def begun_in(out: Path) -> set[str]:
-    """The precisions of the runs of this code's arithmetic that a study's folder holds, finished or not."""
-    archived = [_config(files.get(records.CONFIG, b"")) for files in archive.read(out / archive.NAME).values()]
-    return _precisions([*archived, *(read_object(path) for path in out.glob(f"*/{records.CONFIG}"))])
+    """The precisions ("fp32", "bf16") of the runs under today's NUMERICS in a study's folder, finished or not.
+
+    Raises:
+        ValueError: the folder's archive is damaged.
+    """
+    folders = (read_object(path) for path in out.glob(f"*/{records.CONFIG}"))
+    return _precisions(folders) | _precisions(_configs(archive.read(out / archive.NAME)))
 
 
-def _config(content: bytes) -> dict[str, Any] | None:
-    try:
-        value = parse_json(content)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
+def _configs(archived: Mapping[str, archive.Files]) -> Iterator[dict[str, Any] | None]:
+    return (records.as_object(files[records.CONFIG]) for files in archived.values() if records.CONFIG in files)
 
 
 def _precisions(configs: Iterable[Mapping[str, Any] | None]) -> set[str]:
@@ -89,19 +89,20 @@ class RunStore:
         committed = self.context.committed
         if self._archived is None:
             theirs = archive.read(committed / archive.NAME)
+            self._say_if_of_another_precision(theirs)
             self._archived = theirs | archive.read(self.context.out / archive.NAME)
-            made_in = _precisions(_config(files.get(records.CONFIG, b"")) for files in theirs.values())
-            if made_in and self.context.precision not in made_in:
-                others = " and ".join(sorted(made_in))
-                self.context.say(
-                    f"note: the committed runs of {self.context.study.name} were made in {others}, this study runs in "
-                    f'{self.context.precision} here and takes none of them: precision = "{min(made_in)}" under '
-                    "[training] takes them"
-                )
         if fingerprint in self._archived:
             return self._archived[fingerprint]
         folder = committed / "runs" / fingerprint
         return records.contents(folder) if (folder / records.RESULT).is_file() else {}
+
+    def _say_if_of_another_precision(self, committed: Mapping[str, archive.Files]) -> None:
+        made_in, here = _precisions(_configs(committed)), self.context.precision
+        if made_in and here not in made_in:
+            self.context.say(
+                f"note: the committed runs of {self.context.study.name} were made in {' and '.join(sorted(made_in))}; this "
+                f'study runs in {here} here and takes none of them: precision = "{min(made_in)}" under [training] takes them'
+            )
 
     # -- what is written --------------------------------------------------------------------------------------------
 
