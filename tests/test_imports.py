@@ -83,5 +83,23 @@ def test_methods_import_machinery_and_machinery_imports_no_method(name):
     assert not all_imports(MODULES[name]) & tops
 
 
+COMMON_WORDS = {"head", "full"}  # methods whose names are also words of the field
+PEFTS_OWN = f"{PREFIX}.files.peft"  # PEFT's format has LoRA, DoRA, AdaLoRA and EVA of its own
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n != f"{PREFIX}.settings.registry" and not n.startswith(PEFTS_OWN)])
+def test_a_method_is_named_in_its_own_file_and_the_registry_alone(name):
+    """So that a new one is its file, its settings and its line: no machinery asks which method it serves."""
+    if MODULES[name].parent == ROOT:
+        return
+    named = {method.name for method in variants.METHODS.values()} - COMMON_WORDS
+    classes = {method.location.partition(":")[2] for method in variants.METHODS.values()}
+    tree = ast.parse(MODULES[name].read_text())
+    words = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    identifiers = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    identifiers |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not (words & named) | (identifiers & classes)
+
+
 def test_no_module_of_reports_imports_itself_by_way_of_others():
     assert not find_circle({name: all_imports(file) & set(REPORTS) for name, file in REPORTS.items()})

@@ -9,6 +9,9 @@ from rankwise import variants
 from rankwise.variants.adapter.probe import fill
 from torch import nn
 
+from tests import contract
+from tests.tiny import tiny
+
 SIZES = {"vocab_size": 67, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 SIZES |= {"max_position_embeddings": 64, "num_labels": 3, "pad_token_id": 0}
 IDS = torch.randint(3, 60, (4, 7), generator=torch.Generator().manual_seed(0))
@@ -20,6 +23,36 @@ def bert(dropout: float = 0.1) -> nn.Module:
 
 
 # -- layers that read weights without calling their modules ---------------------------------------------------------------
+
+
+class ReadsAWeight(nn.Module):
+    """Applies one linear by its weight alone, as attention that is written by hand does."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.called = nn.Linear(5, 5), nn.Linear(5, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.called(nn.functional.linear(x, self.read.weight, self.read.bias))
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_a_linear_whose_weight_is_read_without_a_call_is_named_once(members):
+    model, x = ReadsAWeight(), torch.randn(6, 5)
+    variants.create("lora", members=members, rank=2).attach(model, ["read", "called"], head=[], calibration=x)
+    with pytest.warns(UserWarning, match=r"lora has no effect at 1 of 2 modules, .* did not call: read\. "):
+        model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+
+
+def test_a_model_that_calls_every_adapted_module_is_not_warned_of():
+    model = bert()
+    variants.create("lora", rank=2).attach(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(IDS)
 
 
 def encoder() -> nn.Module:
@@ -178,15 +211,42 @@ def test_an_attach_that_fails_at_its_last_step_leaves_the_model_as_it_was(monkey
 
 @pytest.mark.parametrize("method", ["adalora", "truncated"])
 def test_an_attach_that_fails_after_its_sites_are_in_leaves_the_model_as_it_was(method):
-    """On a model without values: what these methods read of their sites comes after the sites."""
-    model = bert().to("meta")
+    """A target above what there is can only be seen once the sites are there."""
+    model = bert()
     kinds = [type(module) for module in model.modules()]
-    adapter = variants.create(method, initial_rank=3, target_rank=2)
-    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+    adapter = variants.create(method, initial_rank=3, target_rank=2, target_total=10**6)
+    with pytest.raises(ValueError, match="1000000"):
         adapter.attach(model, ["query"], head=[])
     assert [type(module) for module in model.modules()] == kinds
     assert all(parameter.requires_grad for parameter in model.parameters())
     variants.create("lora", rank=2).attach(model, ["query"], head=[])
+
+
+@pytest.mark.parametrize("method", variants.METHODS)
+def test_on_a_model_of_shapes_alone_ranks_and_counts_are_those_of_the_real_one(method):
+    """On the meta device, before anything is downloaded: all but the methods that place rank by values, which say so."""
+    real = contract.attached(method)
+    kept, shapes_alone = {n: real.ranks()[n].tolist() for n in real.ranks()}, tiny("bert").to("meta")
+    modules = [(name, type(module)) for name, module in shapes_alone.named_modules()]
+    adapter = contract.create(method)
+    if getattr(adapter, "reads_values", False):
+        with pytest.raises(ValueError, match=f"{method} .*meta device"):
+            contract.attach(adapter, shapes_alone, contract.TARGETS, fresh_head=False)
+        assert [(name, type(module)) for name, module in shapes_alone.named_modules()] == modules
+        assert all(parameter.requires_grad for parameter in shapes_alone.parameters())
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing was trained, and nobody is told that it was
+        contract.attach(adapter, shapes_alone, contract.TARGETS, fresh_head=False)
+        assert {name: rank.tolist() for name, rank in adapter.ranks().items()} == kept
+    for what, count in real.parameter_counts().items():
+        assert torch.equal(adapter.parameter_counts()[what].cpu(), count.cpu()), what
+    trained = {name: parameter.shape for name, parameter in real.named_parameters()}
+    assert {name: parameter.shape for name, parameter in adapter.named_parameters()} == trained
+    if not adapter.trains_base:
+        assert all(parameter.is_meta for name, parameter in adapter.named_parameters()), "memory for values that are not there"
+    adapter.detach()
+    assert [(name, type(module)) for name, module in shapes_alone.named_modules()] == modules
 
 
 def test_a_method_that_cannot_be_merged_says_so():

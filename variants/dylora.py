@@ -111,6 +111,7 @@ class DyLoRA(LoRA):
     """K members of DyLoRA."""
 
     method = "dylora"
+    nested = True
     _before: list[tuple[Tensor, Tensor]] | None = None  # A and B of each site as the step that is being taken finds them
 
     @property

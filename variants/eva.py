@@ -100,7 +100,7 @@ class Incremental:
         self.mean: Tensor | None = None
         self.directions: Tensor | None = None  # (count, I)
         self.values: Tensor | None = None  # (count,) sigma
-        self.found: Tensor | None = None  # (count,) bool: stood still in the last step
+        self.stood_still: Tensor | None = None  # (count,) bool: stood still in the last step
         self.pending: list[Tensor] = []
 
     @property
@@ -130,11 +130,11 @@ class Incremental:
         self.seen = total
         self.directions, self.values = top_directions(centred, self.count, self.random())
         still = torch.zeros(self.count, dtype=torch.bool, device=rows.device)
-        self.found = still if before is None else nn.functional.cosine_similarity(self.directions, before) >= self.tau
+        self.stood_still = still if before is None else nn.functional.cosine_similarity(self.directions, before) >= self.tau
 
     def settled(self, rank: int) -> bool:
         """Whether the directions that a site of this rank uses have been found."""
-        return bool(self.found[:rank].all())
+        return bool(self.stood_still[:rank].all())
 
     def finish(self, name: str) -> None:
         """

@@ -17,6 +17,7 @@ class RandomRank(PlacedLoRA):
     """K members of LoRA with ranks at random."""
 
     method = "random-rank"
+    reads_values = False
 
     def measure(self, names: Sequence[str], calibration: Calibration | None) -> Ranks:
         worth = {}

@@ -256,7 +256,7 @@ class Trainer:
                 if not self.silent
                 else f"dropout inside the attention is off ({len(self.silent)} places): a fused kernel cannot draw it by key",
             }
-        if hasattr(self.adapter, "nested_ranks") and bool(self.alive.any()):
+        if self.adapter.nested and bool(self.alive.any()):
             for outcome, scores in zip(ended, self._rank_scores(), strict=True):
                 outcome.facts["rank_scores"] = scores
         return ended

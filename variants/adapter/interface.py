@@ -18,7 +18,7 @@ from rankwise.variants.adapter.linears import weight_of
 from rankwise.variants.adapter.probe import probe
 from rankwise.variants.adapter.site import Site
 from rankwise.variants.adapter.step import Calibration, CannotMerge, Group, NotPackable, Step, Uncalibrated
-from rankwise.variants.adapter.surgery import Adapted, Surgery, device_of, key_of, name_of
+from rankwise.variants.adapter.surgery import Adapted, Surgery, bring, device_of, has_values, key_of, name_of
 from rankwise.variants.adapter.targets import find_head, resolve, unwrapped, warn_of_stacked_weights
 from rankwise.variants.settings import Settings, check, per_member
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class Adapter(nn.Module):
     trains_base: ClassVar[bool] = False  # the model's own weights are what is trained
     exact_gradient: ClassVar[bool] = True  # no term of the forward pass is held constant in the backward pass
     starts_at_identity: ClassVar[bool] = True  # attaching leaves the output of the body as it was
+    nested: ClassVar[bool] = False  # trained to be used at every rank of `nested_ranks`, one of them at a time by `at_rank`
     needs: ClassVar[Literal["activations", "gradients"] | None] = None  # what it measures in the model before it trains
 
     def __init__(self, *, members: int = 1, seeds: Sequence[int] | None = None, **settings: Any):
@@ -160,8 +161,9 @@ class Adapter(nn.Module):
         """Freezes `model` and inserts the method's sites and K heads.
 
         The model's output is unchanged at first (with `fresh_head` that of its body), but for a method that says otherwise
-        (`starts_at_identity`).  While attached, batch norms use their running statistics in training too and never move them;
-        full fine-tuning as well.
+        (`starts_at_identity`).  On a model that was built on the meta device shapes, ranks and counts are right; nothing can be
+        computed there.  While attached, batch norms use their running statistics in training too and never move them; full
+        fine-tuning as well.
 
         Args:
             model: what torch.compile made of a model stands for the model itself.
@@ -199,7 +201,7 @@ class Adapter(nn.Module):
         names = self.choose(model, self.targets, head)
         if calibration is not None and not isinstance(calibration, Calibration | Uncalibrated):
             calibration = Calibration([calibration])
-        if self.members > 1:
+        if self.members > 1 and has_values(model):
             probe(self, model, self.targets, head, calibration)
         self._calibration = calibration
         try:
@@ -230,6 +232,7 @@ class Adapter(nn.Module):
             for name in names:
                 self._put(name, self.make_site(name, model.get_submodule(name)), self.sites)
             self.inserted()
+            self._surgery.watch_calls(self.method)
         except BaseException:
             self.detach()
             raise
@@ -238,12 +241,13 @@ class Adapter(nn.Module):
         if site is None:
             return
         base = self._surgery.model.get_submodule(name)
-        if any(t.is_meta for t in (*site.parameters(), *site.buffers())):
+        device = device_of(base)
+        if device.type != "meta" and any(t.is_meta for t in (*site.parameters(), *site.buffers())):
             raise ValueError(
                 f"{name}: its weight is not in memory (offloaded), and {self.method} needs its values: load the model without "
                 f"offloading, or take a method that does not, such as lora"
             )
-        site.to(device_of(base))
+        bring(site, device)
         into[key_of(name)] = site
         self._surgery.replace(name, Adapted(base, site).train(base.training))
 

@@ -1,5 +1,6 @@
 """Everything that attaching changes in a model, and how it is put back."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,10 @@ class Adapted(nn.Module):
         super().__init__()
         self.base, self.site = base, site
         self.merged = False
+        self.was_called = False  # in any forward pass since it was attached
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.was_called = True
         return self.base(*args, **kwargs) if self.merged else self.site(self.base, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -44,6 +47,23 @@ def device_of(base: nn.Module) -> torch.device:
     return torch.device(execution) if device.type == "meta" and execution is not None else device
 
 
+def has_values(model: nn.Module) -> bool:
+    """Whether a model has values to compute with, in memory or offloaded: one built on the meta device has shapes alone."""
+    holders = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    return all(device_of(module).type != "meta" for module in holders)
+
+
+def bring(site: nn.Module, device: torch.device) -> None:
+    """Moves a site to where its module computes: on the meta device what it trains becomes shapes, what it counts by stays."""
+    if device.type != "meta":
+        site.to(device)
+        return
+    for module in site.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.detach().to(device), parameter.requires_grad)
+
+
 class HeldStatistics:
     """A batch norm that uses its running statistics in training too, and never moves them: no adapter's file holds them.
 
@@ -67,6 +87,33 @@ class HeldStatistics:
     def undo(self) -> None:
         for hook in self.hooks:
             hook.remove()
+
+
+class FirstCalls:
+    """Says, after the model's first forward pass, which adapted modules it did not call: there an adapter has no effect.
+
+    A module whose weight another one reads without calling it is such a one; so is an expert that no row chose.
+    """
+
+    def __init__(self, method: str, model: nn.Module):
+        self.method, self.model = method, model
+        self.hook = model.register_forward_hook(self._after)
+
+    def _after(self, *_: Any) -> None:
+        self.hook.remove()
+        adapted = {name: module for name, module in self.model.named_modules() if isinstance(module, Adapted)}
+        quiet = [name for name, module in adapted.items() if not module.was_called]
+        if quiet:
+            more = f" and {len(quiet) - 5} more" if len(quiet) > 5 else ""
+            warnings.warn(
+                f"{self.method} has no effect at {len(quiet)} of {len(adapted)} modules, which the model's first forward pass "
+                f"did not call: {', '.join(quiet[:5])}{more}. Unless it is an expert that no row chose, its weight is read "
+                f"without calling it: leave it out of the targets",
+                stacklevel=2,
+            )
+
+    def undo(self) -> None:
+        self.hook.remove()
 
 
 def _nothing(*_: Any) -> None:
@@ -134,6 +181,10 @@ class Surgery:
     def watch_rows(self, rows: Rows) -> None:
         """Has the sites know how many rows each forward pass has, so that they can refuse an input that is not rows."""
         self._undo.extend(hook.remove for hook in rows.watch(self.model))
+
+    def watch_calls(self, method: str) -> None:
+        """Warns, once, of adapted modules that the first forward pass does not call."""
+        self._undo.append(FirstCalls(method, self.model).undo)
 
     def undo_too(self, step: Callable[[], Any]) -> None:
         self._undo.append(step)

@@ -303,6 +303,8 @@ class AllocatedAdapter(LowRankAdapter):
         if self._steps_driven or self._has_warned:
             return
         now = self._norms()
+        if now.is_meta:  # shapes alone: nothing can have moved
+            return
         if torch.allclose(now, self._untrained.to(now), rtol=1e-6, atol=0.0):  # another device rounds otherwise
             return
         self._has_warned = True

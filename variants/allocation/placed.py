@@ -9,12 +9,13 @@ rank learns more slowly in each direction, and what the placement is worth could
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rankwise.variants.adapter import initialization
 from rankwise.variants.adapter.linears import module_in, module_out, weight_of
 from rankwise.variants.adapter.step import Calibration, Uncalibrated
+from rankwise.variants.adapter.surgery import has_values
 from rankwise.variants.adapter.targets import matches
 from rankwise.variants.allocation.choice import Bound, choose
 from rankwise.variants.lowrank.adapter import LowRankAdapter
@@ -27,6 +28,8 @@ Ranks = dict[str, list[int]]  # site -> rank of each member
 
 class PlacedLoRA(LowRankAdapter):
     """K members of LoRA whose ranks are placed before training."""
+
+    reads_values: ClassVar[bool] = True  # `measure` looks at weights, activations or gradients
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
@@ -72,6 +75,11 @@ class PlacedLoRA(LowRankAdapter):
         if self.needs == "gradients" and calibration.loss is None:
             raise ValueError(
                 f"{self.method} measures gradients: give Calibration(batches, loss=a function of a batch to (K,) losses)"
+            )
+        if self.reads_values and not has_values(self.model):
+            raise ValueError(
+                f"{self.method} measures values, and this model has shapes alone (meta device): load its weights, or attach "
+                f"with calibration=Uncalibrated() for the counts of a uniform start"
             )
         self.placed = self.measure(names, calibration)
 
