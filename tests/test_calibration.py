@@ -61,6 +61,7 @@ def test_errors_are_rare_a_planted_shift_is_found_and_no_correction_fails(study)
     assert planted["power for the pool's differences"] == pytest.approx(planted["power for normal differences"], abs=0.12)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_one_seed_that_cannot_tell_the_rates_apart_makes_errors_and_more_seeds_mend_it(unsettled):
     """Arms of one method then end at different rates, which is a difference, though none of the method's."""
     shares = [

@@ -16,6 +16,7 @@ from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
 from tests import contract
 from tests.loop import Loop
+from tests.tiers import quick
 from tests.tiny import SIZES, batch, tiny
 
 STEPS, RATE, DECAY, CLIP = 20, 1e-2, 0.03, 1.0
@@ -125,7 +126,8 @@ def assert_same_tensors(one: variants.Adapter, other: variants.Adapter, **tolera
     ("method", "accumulation"),
     [
         ("adalora", 1),
-        *((one, 2) for one in METHODS),
+        ("adalora+dora", 2),
+        *(pytest.param(one, 2, marks=pytest.mark.slow) for one in METHODS if one != "adalora+dora"),
         *(pytest.param(one, 1, marks=pytest.mark.slow) for one in list(METHODS)[1:]),
     ],
 )
@@ -200,7 +202,7 @@ def test_a_model_that_divides_by_all_items_gets_one_penalty_a_step(tmp_path):
     assert_same_tensors(adapter, plain, rtol=1e-4, atol=1e-7)  # transformers takes its loss in fp32
 
 
-@pytest.mark.parametrize("method", ["adalora", "adalora+dora"])
+@pytest.mark.parametrize("method", quick(["adalora", "adalora+dora"], ["adalora+dora"]))
 def test_a_resumed_run_ends_bit_for_bit_as_the_uncut_one(tmp_path, method):
     arguments = {"save_strategy": "steps", "save_steps": 7, "lr_scheduler_type": "linear"}
     uncut = attached(method)
@@ -345,7 +347,7 @@ ALLOCATING = [
 ]  # IncreLoRA's ranks have clocks of their own, which Trainer's optimizer cannot follow
 
 
-@pytest.mark.parametrize("method", ALLOCATING)
+@pytest.mark.parametrize("method", quick(ALLOCATING, ["allocated", "adalora+dora"]))
 def test_forgetting_to_drive_it_is_said_in_the_next_step_once(tmp_path, method):
     """A fused optimizer, which is Trainer's own, tells no version counter that it wrote."""
     adapter = contract.attached(method, 1)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.loop import Loop, outputs
+from tests.tiers import quick
 from tests.tiny import batch, packed_batch, tiny
 
 # Triplets are cut by hand here, which AdaLoRA warns of; PEFT warns of its own AdaLoRA files.
@@ -76,7 +77,7 @@ def loaded(folder, dtype: torch.dtype = torch.float32) -> Adapter:
 # -- what is saved comes back ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", quick([torch.float32, torch.float64], [torch.float32]))
 @pytest.mark.parametrize("case", CASES)
 def test_a_saved_adapter_comes_back(case, dtype, tmp_path):
     adapter = make(case, dtype, seeds=[17])
@@ -138,7 +139,10 @@ def test_an_untrained_adapter_comes_back(case, tmp_path):
     assert torch.equal(forward(again.model), forward(adapter.model))
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c not in ("full", "grown")])
+OWN_FILES = [c for c in CASES if c not in ("full", "grown")]
+
+
+@pytest.mark.parametrize("case", quick(OWN_FILES, ["lora", "adalora+dora", "doublet-magnitude", "truncated"]))
 def test_each_member_of_a_pack_has_its_own_file(case, tmp_path):
     name, settings = CASES[case]
     if "initial_rank" in settings:

@@ -375,6 +375,7 @@ def test_a_failed_run_is_a_row_and_exit_code_1(tmp_path, monkeypatch, capsys, fi
     assert in_process(capsys, *call, "--methods", "head").returncode == 0
 
 
+@pytest.mark.slow
 def test_an_interrupt_says_how_to_go_on_and_exits_with_130(tmp_path):
     path = small_study(tmp_path, epochs=2000)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RANKWISE_CACHE": str(tmp_path / "cache")}

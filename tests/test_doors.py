@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from tests.test_callback import METHODS, PRUNED, attached, rows, trainer
+from tests.tiers import quick
 from tests.tiny import batch, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following rank_pattern", "ignore:.*was trained but after_step")
@@ -86,7 +87,7 @@ def test_a_model_is_pickled_whole_with_its_adapter(method, tmp_path):
     assert torch.equal(logits(copied), logits(again)) and not torch.equal(logits(plain), logits(again))
 
 
-@pytest.mark.parametrize("method", ["adalora", "adalora+dora", "dora"])
+@pytest.mark.parametrize("method", quick(["adalora", "adalora+dora", "dora"], ["adalora+dora"]))
 def test_trainers_save_model_and_its_checkpoints_are_folders_of_the_adapter(method, tmp_path):
     adapter = attached(method, tiny("bert", torch.float32))
     made = trainer(adapter, tmp_path, save_strategy="steps", save_steps=20)
@@ -255,7 +256,10 @@ def test_the_file_says_that_training_ended_early(tmp_path):
     assert facts["unfinished"] == {"unit": "rank", "has": ranks, "budget": 2 * len(adapter.ranks())}
 
 
-@pytest.mark.parametrize("method", ["adalora", "sora", "adalora+dora", "dora", "increlora", "truncated"])
+REACHING = ["adalora", "sora", "adalora+dora", "dora", "increlora", "truncated"]
+
+
+@pytest.mark.parametrize("method", quick(REACHING, ["adalora+dora", "truncated"]))
 def test_training_that_reaches_its_last_step_says_nothing(method, tmp_path):
     settings = METHODS.get(method, {"initial_rank": 1, "target_rank": 2} if method == "increlora" else ALLOCATED)
     settings = {k: v for k, v in settings.items() if method != "truncated" or "steps" not in k}

@@ -1,6 +1,7 @@
 """The last layer computed at its first token alone gives the same logits, gradients and draws."""
 
 import dataclasses
+from itertools import product
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from rankwise.variants.adapter.step import Step
 from rankwise.variants.settings import METHODS
 
 from tests import contract, small_world
+from tests.tiers import diagonal, quick
 
 
 def family(name: str) -> torch.nn.Module:
@@ -51,8 +53,10 @@ def trained(method: str, name: str, only: bool) -> list[torch.Tensor]:
         return [logits, model(**inputs).logits, *(p.grad for p in adapter.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta"])
-@pytest.mark.parametrize("method", METHODS)
+MODELS = ["bert", "roberta", "xlm-roberta"]
+
+
+@pytest.mark.parametrize(("method", "name"), quick(product(METHODS, MODELS), diagonal(METHODS, MODELS)))
 def test_logits_gradients_and_draws_are_those_of_the_whole_layer(method, name):
     for whole, first in zip(trained(method, name, False), trained(method, name, True), strict=True):
         torch.testing.assert_close(first, whole, rtol=1e-9, atol=1e-12)

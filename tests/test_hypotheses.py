@@ -152,7 +152,7 @@ def test_a_failed_run_scores_what_a_constant_predictor_scores(tmp_path):
     assert only.kind == "undecided"
 
 
-def test_the_report_opens_with_the_hypotheses(tmp_path):
+def test_the_report_opens_with_the_hypotheses(tmp_path, figures_undrawn):
     part = study(tmp_path / "runs", {"adalora": plus(0.1), "within": BASE, "dora": plus(-1.0), "lora": BASE})
     text = page.write(part, tmp_path / "report").read_text()
     assert text.index("what it set out to test") < text.index("## Comparison")

@@ -4,6 +4,7 @@ import pytest
 
 from tests import small_world
 from tests.test_study import child, contents
+from tests.tiers import quick
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def whole(world, tmp_path_factory):
     return contents(out)
 
 
-@pytest.mark.parametrize(("kill_at", "after"), [(4, False), (9, True), (14, False)], ids=["early", "between", "late"])
+@pytest.mark.parametrize(("kill_at", "after"), quick([(4, False), (9, True), (14, False)], [(9, True)]))
 def test_killed_once_a_study_ends_with_the_same_bytes(world, whole, tmp_path, kill_at, after):
     out = tmp_path / "runs"
     assert ended(world, out, kill_at, after) < 0

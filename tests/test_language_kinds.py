@@ -92,12 +92,12 @@ def double(monkeypatch):
 
 CASES = [
     ("generation", "llama", "lora"),
-    ("generation", "t5", "adalora"),
     ("choice", "qwen2", "dora"),
     ("language-modelling", "gpt_neox", "adalora"),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
+            ("generation", "t5", "adalora"),
             ("generation", "gpt2", "adalora"),
             ("generation", "gemma2", "dora"),
             ("generation", "bart", "lora"),

@@ -6,12 +6,13 @@ from rankwise import variants
 
 from tests.contract import attached, losses, rows
 from tests.loop import outputs
+from tests.tiers import quick
 from tests.tiny import tiny
 
 METHODS = [name for name, method in variants.METHODS.items() if "magnitude" in method.settings.model_fields]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick(METHODS))
 def test_any_method_takes_magnitudes_and_is_merged_saved_and_loaded_with_them(method, tmp_path):
     adapter = attached(method, dtype=torch.float32, magnitude=True)
     start = {name: site.magnitude.detach().clone() for name, site in adapter.named_sites()}

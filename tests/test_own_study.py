@@ -288,6 +288,7 @@ def test_paths_are_relative_to_the_study_and_a_hub_id_stays(tmp_path):
     assert located("owner/name.csv", tmp_path) == str(tmp_path / "owner/name.csv")
 
 
+@pytest.mark.slow
 def test_killed_and_begun_again_a_study_of_own_data_ends_with_the_same_bytes(tmp_path, model, cache):
     from tests.test_study import child
 

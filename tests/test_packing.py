@@ -1,5 +1,7 @@
 """K packed = K alone, and what cannot be packed says so.  (tests/contract.py has the same for BERT and every method.)"""
 
+from itertools import product
+
 import pytest
 import torch
 from rankwise import variants
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from tests.contract import SEEDS, TARGETS, attach, create, kind, members_of, packed_equals_alone
 from tests.loop import Loop, outputs
+from tests.tiers import diagonal, quick
 from tests.tiny import LABELS, TINY, packed_batch, tiny
 
 PACKABLE = [name for name in variants.METHODS if kind(name).packable]
@@ -49,8 +52,10 @@ class Shared(nn.Module):
         return x + self.project(self.table).sum(0)
 
 
-@pytest.mark.parametrize("method", PACKABLE)
-@pytest.mark.parametrize("model", [name for name in TINY if name != "bert"])
+OTHER_MODELS = [name for name in TINY if name != "bert"]
+
+
+@pytest.mark.parametrize(("method", "model"), quick(product(PACKABLE, OTHER_MODELS), diagonal(PACKABLE, OTHER_MODELS)))
 def test_packed_equals_alone(model, method):
     chosen = create(method).choose(tiny(model), TINY[model].targets, find_head(tiny(model)))
     blocked = [name for name in chosen if name.endswith(TINY[model].without_rows or ("nothing",))]

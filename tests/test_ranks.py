@@ -477,7 +477,7 @@ def test_a_study_is_shown_with_its_tables_and_every_run(examined, tmp_path):
         listing.drawings(examined, tmp_path)
 
 
-def test_the_report_holds_these_tables_and_a_study_without_them_does_not(examined, tmp_path):
+def test_the_report_holds_these_tables_and_a_study_without_them_does_not(examined, tmp_path, figures_undrawn):
     text = page.write(examined, tmp_path / "report").read_text()
     for words in ("## What became of the weights", "## What each site is worth", "## The allocation at another seed"):
         assert words in text

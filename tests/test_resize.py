@@ -17,6 +17,7 @@ from tests import small_world
 from tests.contract import RATES, SEEDS, TARGETS, create, losses, rows
 from tests.loop import Loop, outputs, task_losses
 from tests.test_trainer import Stop, assert_same, logs, model, stopping_after  # noqa: F401  (model is a fixture)
+from tests.tiers import quick
 from tests.tiny import packed_batch, tiny
 
 TOTAL = 12
@@ -257,7 +258,7 @@ def test_a_copy_of_one_member_takes_its_size(resizing):
             torch.testing.assert_close(alone.delta(name)[0], pack.delta(name)[k], rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("magnitude", [False, True])
+@pytest.mark.parametrize("magnitude", quick([False, True], [True]))
 def test_a_run_killed_after_a_resize_goes_on_bit_for_bit(resizing, model, tmp_path, magnitude):  # noqa: F811
     changes = {"rank": [3, 2], "alpha": 5.0, "dropout": 0.1, "magnitude": magnitude}
     pack = small_world.pack(model, "resizing", seeds=(3, 8), learning_rates=(1e-2, 3e-3), changes=changes)

@@ -13,6 +13,7 @@ from tests import small_world
 from tests.contract import RATES, SEEDS, TARGETS, of_member, settings
 from tests.loop import Loop, outputs
 from tests.test_trainer import Stop, assert_same, logs, model, stopping_after  # noqa: F401  (model is a fixture)
+from tests.tiers import quick
 from tests.tiny import packed_batch, tiny
 
 TOTAL, FINAL = 12, 8
@@ -45,7 +46,7 @@ def excluded(adapter) -> None:
                 site.changes.append((getattr(site, name), Rearranged(places, site.slot_axes[name], size)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick(KINDS, ["adalora+dora"]))
 def test_a_run_that_shrinks_is_one_whose_dead_slots_are_left_out_of_penalty_and_clipping(kind):
     small, large, whole = made(kind, shrink=True), made(kind), made(kind)
     loops = [Loop(adapter, RATES, TOTAL, clip=0.05) for adapter in (small, large, whole)]
@@ -152,7 +153,7 @@ def test_a_shrunk_adapter_is_saved_and_loaded(tmp_path):
             torch.testing.assert_close(outputs(loaded, own), live[k], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["adalora", "adalora+dora"])
+@pytest.mark.parametrize("name", quick(["adalora", "adalora+dora"], ["adalora+dora"]))
 def test_a_run_killed_after_it_shrank_goes_on_bit_for_bit(model, tmp_path, name):  # noqa: F811
     changes = {"shrink": True}
     pack = small_world.pack(model, name, seeds=(3, 8), learning_rates=(1e-2, 3e-3), changes=changes)

@@ -30,6 +30,7 @@ from rankwise.reports.results import BestRate, archive_finished, best_rate, load
 from safetensors import safe_open
 
 from tests import small_world
+from tests.tiers import quick
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +283,7 @@ def test_a_damaged_archive_stops_a_study_before_it_trains(model, tmp_path, monke
     assert path.name == archive.NAME
 
 
-@pytest.mark.parametrize("name", records.FILES)
+@pytest.mark.parametrize("name", quick(records.FILES, ["result.json", "predictions.safetensors"]))
 def test_a_committed_result_that_was_half_copied_is_copied_again(model, tmp_path, monkeypatch, name):
     what = study(model, ["lora"], seeds=1, knock_out=True)
     (made,) = ran(what, tmp_path / "committed" / "small" / "runs")
@@ -754,7 +755,7 @@ def out_of_memory_above(limit: int, monkeypatch, at: str = "run") -> list[int]:
     return tried
 
 
-@pytest.mark.parametrize("at", ["__init__", "run"])
+@pytest.mark.parametrize("at", quick(["__init__", "run"], ["run"]))
 def test_a_pack_that_does_not_fit_in_memory_is_split(model, tmp_path, monkeypatch, at):
     expected = ran(study(model, seeds=5, pack=2), tmp_path / "apart")
     tried = out_of_memory_above(2, monkeypatch, at)

@@ -18,6 +18,8 @@ import pytest
 from rankwise.experiments import checks, config, recipes, sources
 from rankwise.variants.settings import METHODS
 
+from tests.tiers import quick
+
 STUDIES = {name: tomllib.loads(path.read_text(encoding="utf-8")) for name, path in config.shipped().items()}
 RECIPES = {path.stem: path for path in sorted(config.PAPERS.glob("*.toml"))}
 NEEDED = {"rank": 2, "initial_rank": 4, "target_rank": 2}
@@ -175,7 +177,10 @@ def check_all(changes: Iterator[tuple[str, tuple[str | int, ...], dict[str, Any]
     assert refused
 
 
-@pytest.mark.parametrize("name", [name for name in STUDIES if not name.startswith("pilots/")])
+OWN_STUDIES = [name for name in STUDIES if not name.startswith("pilots/")]
+
+
+@pytest.mark.parametrize("name", quick(OWN_STUDIES, set(OWN_STUDIES) - {"allocation"}))  # 13 entries
 def test_a_fault_in_a_shipped_study_is_said_in_clear_lines(name):
     assert refusal(STUDIES[name]) == "" or name == "fair"  # which asks to accept the terms of its data
     check_all(variations(STUDIES[name]))
@@ -191,7 +196,7 @@ def test_a_fault_in_any_setting_that_a_study_may_have_is_said_in_clear_lines(nam
     check_all(optional(raw))
 
 
-@pytest.mark.parametrize("name", ["allocation", "placing"])  # with ranks_of, with shared_with
+@pytest.mark.parametrize("name", quick(["allocation", "placing"], ["placing"]))  # with ranks_of, with shared_with
 def test_two_faults_are_said_in_clear_lines(name):
     draw = random.Random(0)
     first = draw.sample(list(variations(STUDIES[name])), 60)
@@ -253,7 +258,10 @@ def test_what_is_no_toml_is_refused(text, tmp_path):
     assert type(refused.value) is ValueError
 
 
-@pytest.mark.parametrize("name", RECIPES)
+LARGE = {"adalora-4", "adalora-4-miniature", "adalora-5", "adalora-5-miniature"}
+
+
+@pytest.mark.parametrize("name", quick(RECIPES, set(RECIPES) - LARGE))
 def test_a_fault_in_a_recipe_is_said_in_clear_lines(name, monkeypatch):
     def none(model: str) -> None:
         raise ValueError(f"{model}: not to be had: give another")

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from tests import small_world
 from tests.loop import Loop
 from tests.small_world import ALL_METHODS
+from tests.tiers import quick
 
 KINDS = [kind for kind in kinds.names() if kind in small_world.KINDS]  # language models: test_language_kinds.py
 PACKABLE = [m for m in ALL_METHODS if method_named(m).load().packable]
@@ -101,7 +102,7 @@ def assert_near(mine: list[dict], theirs: list[dict], rel: float) -> None:
 # -- resume ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ALL_METHODS)
+@pytest.mark.parametrize("method", quick(ALL_METHODS))
 def test_stopped_anywhere_a_run_ends_bit_for_bit_the_same(model, tmp_path, method):
     seeds, rates = ((3, 8), (1e-2, 3e-3)) if method in PACKABLE else ((3,), (3e-3,))
     pack = small_world.pack(model, method, seeds=seeds, learning_rates=rates, evaluation_batch_size=24)
@@ -153,7 +154,7 @@ def test_a_run_that_was_cut_off_in_its_last_evaluation_does_not_train_again(mode
     assert len(lines(again, kind="evaluation")) == 4
 
 
-@pytest.mark.parametrize("method", PACKABLE)
+@pytest.mark.parametrize("method", quick(PACKABLE))
 def test_an_evaluation_merged_member_by_member_is_that_of_the_pack(model, tmp_path, monkeypatch, method):
     trainer, _ = small_world.trained(small_world.pack(model, method, seeds=(0, 1, 5)), tmp_path)
     merge, merged = trainer.adapter.merge, []
@@ -256,7 +257,7 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_last_checkpoint(model, tmp_pa
 # -- packed = alone ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", PACKABLE)
+@pytest.mark.parametrize("method", quick(PACKABLE))
 def test_packed_is_alone(model, tmp_path, doubled, method):
     seeds, rates = (5, 0, 9), (2e-2, 1e-3, 7e-3)
     together, found = small_world.trained(
@@ -320,7 +321,7 @@ def test_gradient_checkpointing_changes_nothing_with_dropout_on(model, tmp_path)
         assert [line["loss"] for line in lines(again)] == pytest.approx([line["loss"] for line in lines(plain)], rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["full", "bitfit", "adalora+dora"])
+@pytest.mark.parametrize("method", quick(["full", "bitfit", "adalora+dora"], ["full"]))
 def test_in_bf16_the_base_is_bf16_and_what_is_trained_is_fp32_and_a_stopped_run_ends_the_same(model, tmp_path, method):
     pack = small_world.pack(model, method, seeds=(0, 1) if method in PACKABLE else (0,), precision="bf16")
     whole, outcomes = small_world.trained(pack, tmp_path / "whole")
@@ -460,7 +461,7 @@ def test_an_outcome_has_the_standard_error_and_rows_of_each_split_from_one_evalu
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", PACKABLE)
+@pytest.mark.parametrize("method", quick(PACKABLE))
 def test_a_member_that_diverges_fails_alone(model, tmp_path, method):
     seeds, rates = (0, 1, 2), (1e-2, 1e30, 3e-3)
     trainer, outcomes = small_world.trained(
