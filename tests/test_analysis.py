@@ -24,6 +24,7 @@ from scipy.linalg import subspace_angles
 from tests import small_world
 from tests.command import rankwise
 from tests.test_cli import ROOT
+from tests.tiers import quick
 from tests.tiny import tiny
 
 
@@ -378,7 +379,10 @@ def test_a_run_that_diverges_is_refused_with_the_remedy(world, tmp_path, capsys)
 # -- the report ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_report_has_every_figure_and_table_and_is_the_same_each_time(world, tmp_path):
+@pytest.mark.parametrize("drawn", quick([False, True], [False]))
+def test_the_report_has_every_figure_and_table_and_is_the_same_each_time(world, tmp_path, drawn, request):
+    if not drawn:
+        request.getfixturevalue("figures_undrawn")
     for folder in ("1", "2"):
         assert rankwise("analysis", "report", str(world[1]), "--out", str(tmp_path / folder)) == 0
     files = {path.relative_to(tmp_path / "1"): path.read_bytes() for path in (tmp_path / "1").rglob("*.*")}

@@ -50,6 +50,7 @@ def test_arms_have_disjoint_seeds_choose_on_one_part_and_report_the_other(study)
     assert [v.setting for v in verdicts(made)] == ["arm 1"]
 
 
+@pytest.mark.slow
 def test_errors_are_rare_a_planted_shift_is_found_and_no_correction_fails(study):
     found = calibrate(study, Design(families=300, comparisons=3, seeds=5, sweep_seeds=1))
     assert found["families with an error"]["share"] == 0  # five seeds cannot claim in a family of three

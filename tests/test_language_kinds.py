@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 
 from tests import language_models, small_world
 from tests.test_trainer import Stop, assert_near, assert_same, lines, logs, stopping_after, trained_tensors
+from tests.tiers import quick
 
 ROWS = {"train": 36, "validation": 9, "test": 10}
 SCORED = {
@@ -92,12 +93,12 @@ def double(monkeypatch):
 
 CASES = [
     ("generation", "llama", "lora"),
-    ("choice", "qwen2", "dora"),
     ("language-modelling", "gpt_neox", "adalora"),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
             ("generation", "t5", "adalora"),
+            ("choice", "qwen2", "dora"),
             ("generation", "gpt2", "adalora"),
             ("generation", "gemma2", "dora"),
             ("generation", "bart", "lora"),
@@ -127,7 +128,10 @@ def test_packed_members_train_and_predict_as_alone(kind, name, method, tmp_path,
     assert lines(together, 0)[-1]["loss"] < lines(together, 0)[0]["loss"] != lines(together, 1)[0]["loss"]
 
 
-@pytest.mark.parametrize(("kind", "name"), [("generation", "llama"), ("choice", "gpt2"), ("language-modelling", "llama")])
+STOPPED = [("generation", "llama"), ("choice", "gpt2"), ("language-modelling", "llama")]
+
+
+@pytest.mark.parametrize(("kind", "name"), quick(STOPPED, [("language-modelling", "llama")]))
 def test_a_run_that_is_stopped_ends_bit_for_bit_the_same(kind, name, tmp_path):
     packed = pack(tmp_path, kind, name, "adalora", SEEDS[:2], RATES[:2])
     data = data_of(packed)
@@ -195,7 +199,10 @@ def test_peft_generates_what_its_member_generated_in_the_pack(method, tmp_path):
     assert len({tuple(row) for row in together.flatten(0, 1).tolist()}) > 2
 
 
-@pytest.mark.parametrize(("kind", "name"), [("generation", "llama"), ("generation", "t5"), ("choice", "gpt2")])
+TOGETHER = [("generation", "llama"), ("generation", "t5"), ("choice", "gpt2")]
+
+
+@pytest.mark.parametrize(("kind", "name"), quick(TOGETHER, [("generation", "llama"), ("choice", "gpt2")]))
 def test_members_that_are_evaluated_together_predict_what_they_predict_merged(kind, name, tmp_path, double, monkeypatch):
     packed = pack(tmp_path, kind, name)
     trainer, _ = small_world.trained(packed, tmp_path / "run", data=data_of(packed, name == "t5"))

@@ -167,6 +167,7 @@ def test_what_a_hook_kept_of_the_base_s_output_is_left_alone():
 
 
 @needed
+@pytest.mark.slow
 def test_a_cut_off_file_in_the_cache_is_compiled_again(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = tmp_path / "rankwise" / "native"

@@ -193,6 +193,7 @@ def test_a_wrong_line_is_refused_before_anything_is_written(tmp_path, monkeypatc
 # -- [[data]] --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_study_trains_on_several_files_beside_it_and_its_copy_finds_them(tmp_path, model, monkeypatch):
     file = written(tmp_path / "study", model)
     monkeypatch.chdir(tmp_path)

@@ -118,6 +118,7 @@ def test_a_permutation_is_the_seed_s_and_keeps_shapes_apart():
     assert sorted(drawn[0].values()) == sorted(ranks.values()) and {drawn[0]["b0"], drawn[0]["b1"]} == {90, 91}
 
 
+@pytest.mark.slow
 def test_packed_and_alone_agree(whole, model, tmp_path):  # noqa: F811
     ran(study(model, WHOLE, seeds=SEEDS, pack=1), tmp_path / "alone")
     for label in ("frozen", "permuted"):

@@ -20,6 +20,7 @@ def test_a_run_has_sd_1_and_paired_runs_share_half_of_it():
 
 
 @pytest.mark.parametrize("world", [World("", heavy_tails=True), World("", collapses=0.05)], ids=["tails", "collapses"])
+@pytest.mark.slow
 def test_tails_and_collapses_leave_the_mean_as_it_is(world):
     reference, other = scores(world, 20_000)
     difference = other[:, 1] - reference[:, 1]

@@ -527,6 +527,7 @@ def test_packed_members_train_as_alone_and_a_stopped_run_ends_the_same(model, tm
         assert torch.equal(again.adapter.state_dict()[name], tensor), name
 
 
+@pytest.mark.slow
 def test_a_model_learns_to_point_at_the_answer(model, tmp_path, monkeypatch):
     """The answer is the digit: from records to exact match through the whole of it, with questions that have none."""
     rng = np.random.default_rng(0)

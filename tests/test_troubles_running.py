@@ -158,6 +158,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_base_that_is_partly_on_disk_works_or_is_refused():
     done = subprocess.run([sys.executable, "-c", OFFLOADED], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
