@@ -1,173 +1,187 @@
-"""The packs of a study, before anything runs: by hand, and without torch."""
+"""`rankwise plan`: every figure beside what a real step takes, the arithmetic that people quote, and its refusals."""
 
-import subprocess
-import sys
+import json
 
 import pytest
-from rankwise.experiments import config
-from rankwise.experiments.study import plan, sweep
-from rankwise.experiments.study.plan import PackPlan
+import torch
+from rankwise.experiments import kinds
+from rankwise.experiments.bench import planned
+from rankwise.experiments.cli.plan import in_bytes, readable
+from rankwise.experiments.plan import shapes, step
+from rankwise.experiments.plan.live import Taken, unique_bytes
+from rankwise.variants.settings import METHODS
 
-RATES = [1e-3, 2e-3, 4e-3]
-
-
-def study(methods: list[dict] | None = None, **changes) -> config.Study:
-    methods = methods or [{"method": "lora", "rank": 2, "learning_rates": RATES}]
-    raw = {"model": "a-model", "tasks": ["glue/stsb"], "seeds": 3, "methods": methods, "sweep": {"seeds": [7, 8]}} | changes
-    return config.parse({key: value for key, value in raw.items() if value is not None}, default_name="planned")
-
-
-def packable(name: str) -> bool:
-    return name != "full"
+from tests import contract, small_world
+from tests.command import rankwise
+from tests.tiers import STAND_INS, quick
 
 
-def facts(packs: list[PackPlan]) -> list[tuple]:
-    return [(pack.name, pack.members) for pack in packs]
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(small_world.model(tmp_path_factory.mktemp("plan") / "model"))
 
 
-def test_a_study_is_planned_without_torch():
-    script = (
-        "import sys; from rankwise.experiments import config; from rankwise.experiments.study import NUMERICS, plan;"
-        "packs = plan.groups(config.read(config.DEFAULT_STUDY), 4, packable=lambda name: name != 'full');"
-        "assert len(packs) > 4 and 'torch' not in sys.modules and 'transformers' not in sys.modules"
+def settings(method: str) -> dict:
+    return {key: value[0] if isinstance(value, list) else value for key, value in contract.settings(method).items()}
+
+
+def test_storages_are_counted_from_their_first_use_to_their_end():
+    before = torch.randn(10)
+    with Taken([before]) as taken:
+        one = torch.zeros(1000)
+        view = one.view(10, 100)[3:]
+        assert taken.now == 4000
+        product = view @ torch.zeros(100, 5)  # 2000 bytes, and 140 of the result
+        assert (taken.now, taken.products) == (4140, 2 * 7 * 100 * 5)
+        del one, product
+        assert taken.now == 4000 and taken.peak == 6140  # the view holds the whole storage
+        before.add_(1)
+        del view
+    assert taken.now == 0 and unique_bytes([before, before[2:]]) == 40
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", quick(METHODS, {*STAND_INS, "sora", "dylora"}))
+def test_the_peak_is_that_of_a_real_step(model, method, checkpointing):
+    """On tiny tensors nothing is large enough to hide a forgotten one."""
+    members = 1 if method == "full" else 3
+    shape = step.Shape(8, 24, members, checkpointing=checkpointing)
+    one = {key: value for key, value in settings(method).items()}
+    if METHODS[method].load().needs is not None:
+        pytest.skip("its ranks come from what it measures: a plan takes equal ones")
+    row = planned.compared(model, "classification", method, one, shape)
+    assert row["ratio"] == pytest.approx(1.0, abs=0.06), row
+
+
+@pytest.mark.parametrize("kind", [name for name in kinds.names() if name not in ("generation", "choice", "language-modelling")])
+def test_every_kind_on_an_encoder_has_an_example_of_its_shapes(model, kind):
+    if kind == "image-classification":
+        pytest.skip("an encoder of text takes no images")
+    row = planned.compared(model, kind, "lora", settings("lora"), step.Shape(4, 16))
+    assert row["ratio"] == pytest.approx(1.0, abs=0.06), row
+
+
+def test_what_a_step_takes_is_the_sum_of_its_parts(model):
+    kind = kinds.get("classification")
+    one, packed = (step.cost(model, kind, 3, "lora", {"rank": 4}, step.Shape(8, 24, members)) for members in (1, 5))
+    assert (
+        packed.trainable == one.trainable and packed.gradients == 5 * one.gradients and packed.optimizer == 2 * packed.gradients
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    assert one.gradients == 4 * (one.trainable + one.head) and packed.weights == one.weights
+    assert one.peak > one.weights + one.adapter + one.optimizer + one.activations
+    pieces = step.cost(model, kind, 3, "lora", {"rank": 4}, step.Shape(8, 24, accumulation=4))
+    assert pieces.activations < one.activations and pieces.products == one.products
 
 
-def test_sweeps_come_before_finals_and_members_are_cut_rate_by_rate():
-    one = study([{"method": "lora", "label": "my/own one", "rank": 2, "learning_rates": RATES}])
-    assert facts(plan.groups(one, 4, packable)) == [
-        ("sweep-my_own_one-glue_stsb-0", ((7, 1e-3), (8, 1e-3), (7, 2e-3), (8, 2e-3))),
-        ("sweep-my_own_one-glue_stsb-1", ((7, 4e-3), (8, 4e-3))),
-        ("final-my_own_one-glue_stsb-0", ((0, None), (1, None), (2, None))),
-    ]
+def test_active_parameters_are_those_at_the_end(model):
+    kind = kinds.get("classification")
+    pruned = step.cost(model, kind, 3, "adalora", {"initial_rank": 6, "target_rank": 2}, step.Shape(2, 8))
+    small = step.cost(model, kind, 3, "adalora", {"initial_rank": 2, "target_rank": 2}, step.Shape(2, 8))
+    assert pruned.trainable == 3 * small.trainable and pruned.active == small.active == small.trainable
+    budgeted = {"initial_rank": 6, "target_rank": 2, "cost": "parameters", "target_parameters": 1000}
+    assert step.cost(model, kind, 3, "adalora", budgeted, step.Shape(2, 8)).active == 1000
 
 
-def test_what_cannot_be_packed_runs_alone_and_a_single_rate_is_known_at_once():
-    both = [{"method": "full", "learning_rate": 1e-4}, {"method": "lora", "rank": 2, "learning_rate": 1e-3}]
-    assert facts(plan.groups(study(both, seeds=[5, 3], sweep=None), 4, packable)) == [
-        ("final-full-glue_stsb-0", ((5, 1e-4),)),
-        ("final-full-glue_stsb-1", ((3, 1e-4),)),
-        ("final-lora-glue_stsb-0", ((5, 1e-3), (3, 1e-3))),
-    ]
+# -- the arithmetic that practitioners quote ---------------------------------------------------------------------------------
 
 
-def test_a_whole_curve_has_no_sweep_and_more_seeds_leave_its_packs_as_they_are():
-    curve = {"sweep": {"design": "whole-curve"}}
-    packs = facts(plan.groups(study(seeds=[0, 1], **curve), 4, packable))
-    assert packs == [
-        ("final-lora-glue_stsb-0", ((0, 1e-3), (0, 2e-3), (0, 4e-3), (1, 1e-3))),
-        ("final-lora-glue_stsb-1", ((1, 2e-3), (1, 4e-3))),
-    ]
-    more = facts(plan.groups(study(seeds=[0, 1, 2, 3], **curve), 4, packable))
-    assert more[0] == packs[0] and more[1][1][:2] == packs[1][1]
+@pytest.mark.parametrize(("targets", "rank", "parameters"), [(["q_proj"], 8, 2_097_152), (["q_proj", "v_proj"], 8, 4_194_304)])
+def test_lora_of_llama_7b_has_the_parameters_that_are_quoted(targets, rank, parameters):
+    from rankwise import variants
+
+    model = shapes.build("llama-7b", kinds.get("generation"), 0, "bf16")
+    total = sum(p.numel() for p in model.parameters())
+    assert total == 6_738_415_616
+    adapter = variants.create("lora", rank=rank).attach(model, targets, head=[])
+    assert int(adapter.parameter_counts()["trainable"]) == parameters
+    # Full fine-tuning with AdamW in fp32: weights, gradients, two averages; about 108 GB, not 280.
+    assert 16 * total == pytest.approx(108e9, rel=0.01)
 
 
-PAIR = [
-    {"method": "lora", "rank": 2, "learning_rates": RATES},
-    {"method": "dora", "rank": 2, "learning_rates": RATES, "shared_with": "lora"},
-]
-TAKER = {"method": "lora", "label": "taker", "ranks_of": "lora", "learning_rates": RATES}
-UNEVEN = {"method": "dora", "rank": 2, "learning_rates": [1e-3, 3e-3, 9e-3]}
+@pytest.mark.parametrize(("name", "billions"), [("llama-13b", 13.016), ("llama-70b", 68.977), ("mistral-7b", 7.242)])
+def test_shapes_that_travel_have_the_published_sizes(name, billions):
+    model = shapes.build(name, kinds.get("generation"), 0, "bf16")
+    assert all(p.is_meta for p in model.parameters())
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.001)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------------
+
+FIELDS = {"method", "trainable_parameters", "active_parameters", "weights_bytes", "adapter_bytes", "gradient_bytes"}
+FIELDS |= {"optimizer_bytes", "activation_bytes", "logits_bytes", "peak_bytes", "fits", "seconds_per_step"}
+
+
+def test_the_command_says_what_fits_and_what_a_rank_costs(model, capsys):
+    words = (
+        "plan",
+        "--model",
+        model,
+        "--kind",
+        "classification",
+        "--batch-size",
+        4,
+        "--length",
+        16,
+        "--json",
+        "--precision",
+        "fp32",
+    )
+    assert rankwise(*words, "--memory", "50MB", "--curve", "lora") == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["method"]: row for row in found["rows"]}
+    assert list(rows) == ["full", "lora", "adalora", "dora"] and set(rows["lora"]) >= FIELDS
+    assert all(row["fits"] and row["seconds_per_step"] > 0 for row in rows.values())
+    curve = {point["rank"]: point for point in found["curve"]}
+    assert curve[8]["trainable_parameters"] == rows["lora"]["trainable_parameters"]
+    assert curve[8]["peak_bytes"] == pytest.approx(rows["lora"]["peak_bytes"], rel=0.02)
+    largest = rows["lora"]["largest_batch"]
+    kind = kinds.get("classification")
+    for batch, fits in ((largest - 1, True), (int(1.02 * largest), False)):
+        cost = step.cost(model, kind, 2, "lora", {"rank": 8, "alpha": 16.0}, step.Shape(batch, 16))
+        assert (cost.peak <= 50 * 10**6) is fits
+    assert rankwise(*words[:-3], "--no-time", "--methods", "lora,dora", "--precision", "bf16") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Nothing was trained or downloaded" in shown and "bf16" in shown and "adalora" not in shown
+
+
+PARTS = "adalora,within sites,svd-lora,lora,dora,random-rank,learned,permuted"  # who share a rate go together
+
+
+def test_a_study_is_planned_with_the_ranks_of_its_budget(capsys):
+    assert rankwise("plan", "placing", "--no-time", "--json", "--methods", PARTS) == 0
+    captured = capsys.readouterr()
+    rows = {row["method"]: row for row in json.loads(captured.out)["rows"]}
+    assert rows["lora"]["trainable_parameters"] == 331_776 and rows["lora"]["members"] == 4
+    assert rows["adalora"]["active_parameters"] == 332_064 and rows["adalora"]["trainable_parameters"] == 498_096
+    assert "learned takes the ranks of adalora's run: planned with equal ones" in captured.err
 
 
 @pytest.mark.parametrize(
-    ("sweep_section", "changes", "fault"),
+    ("words", "said"),
     [
-        (
-            {"design": "whole-curve", "seeds": [100, 2]},
-            {},
-            r"sweep.seeds = \[100, 2\]: \[2\] are final seeds too, .*: give",
-        ),
-        (
-            {"design": "whole-curve", "epochs": 1},
-            {},
-            'sweep.epochs has no effect with sweep.design = "whole-curve": take',
-        ),
-        ({"design": "whole-curve", "halving": 2, "rungs": 2}, {}, "sweep.rungs has no effect with"),
-        ({"design": "whole-curve"}, {"training": {"evaluations_per_epoch": 0}}, "evaluations_per_epoch = 0: .* at least 1"),
-        ({"design": "whole-curve"}, {"protocol": "best-dev-epoch"}, "chooses on what it reports: take protocol"),
-        ({"design": "whole-curve"}, {"methods": [PAIR[0], TAKER]}, 'taker: ranks_of = "lora", which has a final run at each'),
-        (
-            {"design": "whole-curve"},
-            {"methods": [PAIR[0], UNEVEN]},
-            r"unequal factors \(lora 2, dora 3\): give all methods",
-        ),
-        ({"design": "shared-rate", "seeds": [100, 101]}, {}, "no method shares its rate: name shared_with at one"),
-        ({"design": "shared-rate"}, {"methods": PAIR}, r"sweep.seeds = \[0, 1, 2\]: \[0, 1, 2\] are final seeds too"),
-        ({"design": "whole curve"}, {}, "sweep.design"),
+        (["--model", "no/such-model"], "no/such-model: its configuration is not here, and a plan downloads nothing"),
+        (["--memory", "24"], "--memory 24: give a number with its unit"),
+        (["--memory", "0GB"], "--memory 0GB: give"),
+        (["--batch-size", "4"], "--batch-size has no effect without --model"),
+        (["placing", "--model", "llama-7b"], "--model llama-7b: a study, placing, is given too"),
+        (["--model", "llama-7b", "--kind", "poetry"], 'kind = "poetry"'),
+        (["--model", "llama-7b", "--methods", "lora,lorax"], '"lorax" is not in'),
+        (["--precision", "fp8"], "--precision fp8: give fp32 or bf16"),
+        (["--model", "all-MiniLM-L6-v2", "--no-time"], "it is an encoder, whose tokens see those after them"),
     ],
 )
-def test_what_contradicts_a_design_is_refused_with_the_remedy(sweep_section, changes, fault):
-    with pytest.raises(ValueError, match=fault):
-        study(sweep=sweep_section, **changes)
+def test_what_cannot_be_planned_is_one_line(words, said, capsys):
+    assert rankwise("plan", *words) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
 
 
-def test_designs_that_hold_are_taken():
-    assert study().sweep.design == "chosen-rate"
-    assert study(PAIR, sweep={"design": "shared-rate", "seeds": [100, 101]}).sweep.design == "shared-rate"
-    rounded = {"method": "dora", "rank": 2, "learning_rates": [2.5e-4, 5e-4, 1e-3]}
-    for methods in (PAIR, [PAIR[0], rounded]):
-        one = study(methods, sweep={"design": "whole-curve", "seeds": [100]})
-        assert not any(one.sweeps(entry) for entry in one.methods)
+def test_sizes_are_read_and_written_in_units():
+    assert in_bytes("24GB") == 24 * 10**9 and in_bytes("1.5 GiB") == 3 * 2**29 and in_bytes("512MB") == 512 * 10**6
+    assert readable(134_000_000_000) == "134 GB" and readable(5_310_000) == "5.31 MB" and readable(7) == "7 B"
 
 
-def run_sweep(one: config.Study, score_of, pack: int = 4) -> list[list[PackPlan]]:
-    """The packs that are added while (label, rate, rung) scores as `score_of` says."""
-    labels = [entry.label for entry in one.methods]
-    done = [p for p in plan.groups(one, pack, packable) if p.phase == "sweep"]
-
-    def scores(rung: int) -> sweep.Scores:
-        at = [p for p in done if p.rung == rung]
-        return sweep.by_rate((rate, score_of(p.entry.label, rate, rung)) for p in at for _, rate in p.members)
-
-    assert labels == list(dict.fromkeys(p.entry.label for p in done))
-    added = []
-    for packs in plan.added_packs(one, pack, one.methods, "glue/stsb", len(done), scores, packable):
-        done += packs
-        added.append(packs)
-    return added
-
-
-def test_a_grid_is_widened_pack_by_pack_until_its_best_is_inside():
-    added = run_sweep(study(), lambda label, rate, rung: -abs(rate - 9e-3))
-    assert [facts(packs) for packs in added] == [
-        [("sweep-lora-glue_stsb-2", ((7, 8e-3), (8, 8e-3)))],
-        [("sweep-lora-glue_stsb-3", ((7, 1.6e-2), (8, 1.6e-2)))],
-    ]
-    assert run_sweep(study(), lambda label, rate, rung: -abs(rate - 2e-3)) == []
-
-
-def test_entries_that_share_a_rate_are_widened_together_by_the_scores_of_both():
-    pair = [{"method": "lora", "rank": 2, "learning_rates": RATES}]
-    pair += [{"method": "dora", "rank": 2, "learning_rates": RATES, "shared_with": "lora"}]
-    best = {"lora": 1e-3, "dora": 6e-3}  # on average the upper edge, once widened the middle
-    added = run_sweep(study(pair), lambda label, rate, rung: -1000 * abs(rate - best[label]) * (1 + 9 * (label == "dora")))
-    assert [facts(packs) for packs in added] == [
-        [("sweep-lora-glue_stsb-4", ((7, 8e-3), (8, 8e-3))), ("sweep-dora-glue_stsb-4", ((7, 8e-3), (8, 8e-3)))]
-    ]
-
-
-def test_successive_halving_adds_a_rung_of_the_best_by_the_rung_before():
-    one = study(sweep={"seeds": [7], "trials": 3, "halving": 2, "rungs": 3})
-    added = run_sweep(one, lambda label, rate, rung: {1e-3: 1.0, 2e-3: 3.0, 4e-3: 2.0}[rate] + rung)
-    assert [facts(packs) for packs in added] == [
-        [("sweep-lora-glue_stsb-rung1-0", ((7, 2e-3),))],
-        [("sweep-lora-glue_stsb-rung2-0", ((7, 2e-3),))],
-    ]
-    assert plan.last_rung(one) == 2 and plan.last_rung(study()) == 0
-
-
-def test_work_counts_an_evaluated_row_a_third():
-    """2 epochs of 12 rows, evaluated twice an epoch: 3 times on 6 rows before the end, then on 6 and on 9."""
-    training = config.Training(epochs=2, batch_size=3, evaluations_per_epoch=2)
-    (pack,) = plan.groups(study([{"method": "lora", "rank": 2, "learning_rate": 1e-3}], sweep=None), 4, packable)
-    rows = {"train": 12, "validation": 6, "test": 9}
-    assert plan.work(pack, training, rows, ("validation", "test")) == pytest.approx(3 * (24 + (3 * 6 + 6 + 9) / 3))
-
-
-def test_the_reference_is_the_study_s_own_else_full_fine_tuning_else_the_first():
-    three = [{"method": m, "learning_rate": 1e-3, **({"rank": 2} if m != "full" else {})} for m in ("dora", "full", "lora")]
-    assert plan.reference(study(three, sweep=None, reference="lora")) == "lora"
-    assert plan.reference(study(three, sweep=None)) == "full"
-    assert plan.reference(study(three[::2], sweep=None)) == "dora"
+def test_a_rank_curve_is_of_a_method_with_one_rank(model, capsys):
+    words = ("plan", "--model", model, "--kind", "classification", "--length", 16, "--no-time", "--curve", "adalora")
+    assert rankwise(*words) == 2
+    assert "adalora: a curve of ranks is of a method that has one rank from start to end" in capsys.readouterr().err

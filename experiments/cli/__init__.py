@@ -23,11 +23,12 @@ from rankwise.experiments.cli.export import export
 from rankwise.experiments.cli.generate import generate
 from rankwise.experiments.cli.listing import list_
 from rankwise.experiments.cli.paper import paper
+from rankwise.experiments.cli.plan import plan
 from rankwise.experiments.cli.ranks import ranks
 from rankwise.experiments.cli.report import report
 
 # In the order of `rankwise --help`.
-for command in (compare, report, data, paper, ranks, export, generate, bench, calibration):
+for command in (compare, plan, report, data, paper, ranks, export, generate, bench, calibration):
     app.command()(command)
 app.add_typer(analysis, name="analysis")
 app.command(name="list")(list_)

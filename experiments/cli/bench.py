@@ -26,15 +26,18 @@ def bench(
         bool, typer.Option("--ablation", help="Instead: our own steps on the CPU without each change.")
     ] = False,
     tried: Annotated[bool, typer.Option("--tried", help="Instead: attention kernels and packed weights, not kept.")] = False,
+    planned: Annotated[bool, typer.Option("--planned", help="Instead: a plan's memory beside what a step takes.")] = False,
 ) -> None:
     """Time our steps beside PEFT's and beside the frozen model's floor."""
     from rankwise.experiments.bench import cases as known
 
     _refuse_idle(
-        ablation,
-        tried,
+        {"--ablation": ablation, "--tried": tried, "--planned": planned},
         idle={"--out": out, "--full": full or None, "--device": None if device == "auto" else device},
-        idle_if_tried={"--json": json_file, "--cases": cases, "--repetitions": repetitions},
+        also={
+            "--tried": {"--json": json_file, "--cases": cases, "--repetitions": repetitions},
+            "--planned": {"--cases": cases, "--repetitions": repetitions},
+        },
     )
     check_least("--threads", threads)
     check_least("--repetitions", repetitions)
@@ -43,6 +46,8 @@ def bench(
     check_output_folder("--out", out)
     if tried:
         return _tried(threads)
+    if planned:
+        return _planned(json_file, threads)
     chosen = known.select_ablated(cases) if ablation else known.select(cases, full)
     known.check_peft()
     if ablation:
@@ -98,23 +103,44 @@ def _tried(threads: int | None) -> None:
             print(line, flush=True)
 
 
+def _planned(json_file: Path | None, threads: int | None) -> None:
+    """Prints a line for each model, method and precision as it is measured."""
+    with Progress() as bar, nothing_kept_if_interrupted():
+        bar.say("bench: loading torch and models ...")
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts memory, reports every start
+        _start(bar, threads)
+        from rankwise.experiments.bench import planned
+        from rankwise.experiments.files import write_json
+
+        rows = []
+        for row in planned.run():
+            print(planned.line(row), flush=True)
+            rows.append(row)
+        if json_file is not None:
+            write_json(json_file, {"versions": planned.versions(), "rows": rows})
+
+
 def _start(bar: Progress, threads: int | None) -> None:
     if start_torch(bar, threads):
         bar.warn("note: another program is computing on this machine; trust the ratios more than the times")
 
 
-def _refuse_idle(ablation: bool, tried: bool, idle: dict[str, Any], idle_if_tried: dict[str, Any]) -> None:
+def _refuse_idle(instead: dict[str, bool], idle: dict[str, Any], also: dict[str, dict[str, Any]]) -> None:
     """
+    Args:
+        instead: measurements in the place of the usual one. idle: options that none of them reads; also: that one does not.
+
     Raises:
         ValueError: two measurements at once, or an option that the one asked for does not read.
     """
-    if ablation and tried:
-        raise ValueError("--ablation and --tried are two measurements: give one")
-    if ablation or tried:
-        unread = idle | (idle_if_tried if tried else {})
+    chosen = [option for option, value in instead.items() if value]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)} are two measurements: give one")
+    for measurement in chosen:
+        unread = idle | also.get(measurement, {})
         option = next((option for option, value in unread.items() if value is not None), None)
         if option is not None:
-            raise ValueError(f"{option} has no effect with {'--tried' if tried else '--ablation'}: leave it out")
+            raise ValueError(f"{option} has no effect with {measurement}: leave it out")
 
 
 def _check_json(path: Path | None) -> None:

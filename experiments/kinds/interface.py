@@ -133,6 +133,25 @@ class Kind(ABC):
         """(K,): each member's loss on a batch; a kind whose logits would take too much memory gets there without them."""
         return self.losses(self.logits(model(**inputs), inputs), labels, members)
 
+    def example(self, config: Any, num_labels: int, rows: int, size: int) -> "dict[str, Tensor]":
+        """A batch of the shapes that training has, without meaning: what `rankwise plan` counts a step's bytes with.
+
+        Here that of images, with a class each. size: of text the tokens of each row.
+        """
+        import torch
+
+        side = config.image_size
+        height, width = side if isinstance(side, (list, tuple)) else (side, side)
+        pixels = torch.zeros(rows, config.num_channels, height, width)
+        return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.int64)}
+
+    def example_losses(
+        self, model: Any, inputs: "Mapping[str, Tensor]", labels: "Tensor", members: int
+    ) -> "tuple[Tensor, int]":
+        """(K,) losses of an `example`, and the bytes of the logits that they read."""
+        logits = self.logits(model(**inputs), inputs)
+        return self.losses(logits, labels, members), logits.numel() * logits.element_size()
+
     @abstractmethod
     def losses(self, logits: "Tensor", labels: "Tensor", members: int) -> "Tensor":
         """(K,): each member's loss, the mean over its own rows, or over its own scored tokens."""

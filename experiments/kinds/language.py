@@ -9,7 +9,7 @@ import numpy as np
 from rankwise.experiments.data import tokens
 from rankwise.experiments.data.encoded import IGNORED, Encoded
 from rankwise.experiments.kinds.text import Text
-from rankwise.experiments.kinds.token_losses import token_losses
+from rankwise.experiments.kinds.token_losses import all_token_losses, token_losses
 from torch import Tensor
 
 
@@ -49,6 +49,15 @@ class LanguageModel(Text):
 
     def training_losses(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, members: int) -> Tensor:
         return self.losses(token_losses(model, inputs, labels), labels, members)
+
+    def example(self, config: Any, num_labels: int, rows: int, size: int) -> dict[str, Tensor]:
+        """Rows of which every token is scored, which is the most that can be."""
+        batch = super().example(config, num_labels, rows, size)
+        return {**batch, "labels": batch["input_ids"].clone()}
+
+    def example_losses(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, members: int) -> tuple[Tensor, int]:
+        losses, logits = all_token_losses(model, inputs, labels)
+        return losses.reshape(members, -1).mean(1), logits
 
     def losses(self, logits: Tensor, labels: Tensor, members: int) -> Tensor:
         """logits: of these kinds the losses of the tokens, (K*N, L)."""

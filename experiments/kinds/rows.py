@@ -21,6 +21,10 @@ class _Rows(Text):
     def model_settings(self, num_labels: int) -> dict[str, Any]:
         return {"num_labels": num_labels, "problem_type": self.problem_type}
 
+    def example(self, config: Any, num_labels: int, rows: int, size: int) -> dict[str, Tensor]:
+        batch = super().example(config, num_labels, rows, size)
+        return {**batch, "labels": batch["labels"].float()} if self.label_type is np.float32 else batch
+
     def encode(self, examples: Examples, processor: Any, max_length: int) -> Encoded:
         _, ids, offsets, types = tokens.tokenized(examples, processor, max_length, words=False)
         return Encoded(ids, offsets, types, np.asarray(examples.labels, dtype=self.label_type), max_length)

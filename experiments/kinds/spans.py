@@ -45,6 +45,14 @@ class Spans(ByToken):
         both = torch.stack([output.start_logits, output.end_logits], dim=-1)
         return both.masked_fill(batch["attention_mask"].unsqueeze(-1) == 0, torch.finfo(both.dtype).min)
 
+    def example(self, config: Any, num_labels: int, rows: int, size: int) -> dict[str, Tensor]:
+        batch = super().example(config, num_labels, rows, size)
+        return {**batch, "labels": torch.zeros(rows, 2, dtype=torch.int64)}
+
+    def example_losses(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, members: int) -> tuple[Tensor, int]:
+        logits = self.logits(model(**inputs), {"attention_mask": torch.ones_like(inputs["input_ids"])})
+        return self.losses(logits, labels, members), logits.numel() * logits.element_size()
+
     def losses(self, logits: Tensor, labels: Tensor, members: int) -> Tensor:
         """The mean of the start's and the end's loss, each a choice among the L tokens of the row."""
         both = at_least_fp32(logits).mT.flatten(0, 1)  # (2 K N, L): a row's start and its end are two classifications

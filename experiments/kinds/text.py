@@ -69,6 +69,12 @@ class Text(Kind):
         arrays = lengths.collate(data, rows, size, processor.pad_token_id or 0)
         return {name: array for name, array in arrays.items() if name in takes}
 
+    def example(self, config: Any, num_labels: int, rows: int, size: int) -> dict[str, Tensor]:
+        """Rows without padding, which have no mask; one label a row."""
+        import torch
+
+        return {"input_ids": torch.ones(rows, size, dtype=torch.int64), "labels": torch.zeros(rows, dtype=torch.int64)}
+
     def num_tokens(self, batch: Mapping[str, Tensor]) -> int:
         return int(batch["attention_mask"].sum())
 

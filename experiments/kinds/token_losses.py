@@ -59,6 +59,24 @@ def token_losses(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> Te
     return losses.to(found.dtype).index_put(torch.nonzero(scored, as_tuple=True), found)
 
 
+def all_token_losses(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, int]:
+    """(rows*L,): losses of every token, and the bytes of one chunk of logits; `token_losses` where nothing is left out.
+
+    What is scored depends on values; a plan has shapes alone (experiments/plan/step.py), and counts the most there can be.
+    """
+    if model.config.is_encoder_decoder:
+        inputs = {**inputs, "decoder_input_ids": labels}
+    body, head = model.get_decoder(), model.get_output_embeddings()
+    kept: list[Any] = []
+    with _changed_states(body, lambda states: states[:, :1], kept):
+        model(**inputs, use_cache=False)
+    (output,) = kept
+    states, vocabulary = output.last_hidden_state.flatten(0, 1), head.weight.shape[0]
+    chunk = max(1, CHUNK // vocabulary)
+    losses = _TokenLosses.apply(states, labels.flatten(), lambda part: _logits(model, body, type(output), part), chunk)
+    return losses, min(chunk, len(states)) * vocabulary * max(4, states.element_size())
+
+
 class _TokenLosses(torch.autograd.Function):
     """Losses (S,) of hidden states (S, H) against tokens (S,), `chunk` of them at a time."""
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from einops import reduce
 from rankwise.experiments.data import tokens
 from rankwise.experiments.data.encoded import IGNORED, Encoded
@@ -29,6 +30,10 @@ class Words(ByToken):
         batch, ids, offsets, types = tokens.tokenized(examples, processor, max_length, words=True)
         labels = _token_labels(examples.labels, batch, offsets)
         return Encoded(ids, offsets, types, labels, max_length, is_by_token=True)
+
+    def example(self, config: Any, num_labels: int, rows: int, size: int) -> dict[str, Tensor]:
+        batch = super().example(config, num_labels, rows, size)
+        return {**batch, "labels": torch.zeros_like(batch["input_ids"])}
 
     def losses(self, logits: Tensor, labels: Tensor, members: int) -> Tensor:
         flat, true = at_least_fp32(logits).flatten(0, 1), labels.flatten()

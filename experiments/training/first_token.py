@@ -26,20 +26,32 @@ def only(model: nn.Module, draw: Draw) -> bool:
         model: in evaluation mode, without an adapter yet.
         draw: of the adapter that will be attached.
     """
-    config = getattr(model, "config", None)
-    if type(model).__name__ not in FAMILIES or config._attn_implementation != "sdpa" or config.is_decoder:
+    layer = last_layer(model)
+    if layer is None:
         return False
-    layer = model.base_model.encoder.layer[-1]
     same = False
     # A model that takes no such example, or a layer of another form than the one known here, stays as it is.
     with contextlib.suppress(TypeError, AttributeError, RuntimeError, ValueError, IndexError):
         before = _example(model)
-        layer.forward = functools.partial(_first_token, layer, draw)
+        shorten(layer, draw)
         tolerance = 1e-3 if before.dtype in (torch.float32, torch.float64) else 1e-1
         same = torch.allclose(_example(model), before, rtol=tolerance, atol=tolerance)
     if not same:
         vars(layer).pop("forward", None)
     return same
+
+
+def last_layer(model: nn.Module) -> nn.Module | None:
+    """The layer that need compute its first token alone, if the model's form is one known here."""
+    config = getattr(model, "config", None)
+    if type(model).__name__ not in FAMILIES or config._attn_implementation != "sdpa" or config.is_decoder:
+        return None
+    return model.base_model.encoder.layer[-1]
+
+
+def shorten(layer: nn.Module, draw: Draw) -> None:
+    """Has the layer compute its first token alone, unchecked."""
+    layer.forward = functools.partial(_first_token, layer, draw)
 
 
 @contextlib.contextmanager

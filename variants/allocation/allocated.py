@@ -303,7 +303,7 @@ class AllocatedAdapter(LowRankAdapter):
         if self._steps_driven or self._has_warned:
             return
         now = self._norms()
-        if now.is_meta:  # shapes alone: nothing can have moved
+        if now.is_meta or type(now) is not Tensor:  # shapes alone: nothing can have moved
             return
         if torch.allclose(now, self._untrained.to(now), rtol=1e-6, atol=0.0):  # another device rounds otherwise
             return

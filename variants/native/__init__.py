@@ -41,6 +41,9 @@ def usable(*tensors: Tensor, wide: Sequence[Tensor | None] = ()) -> bool:
     """
     wide = [t for t in wide if t is not None]
     kind = tensors[0].dtype
+    if _pretends:
+        is_known = kind in SUFFIX and all(t.dtype == kind for t in tensors) and all(t.dtype == torch.float32 for t in wide)
+        return is_known and library() is not None
     return (
         kind in SUFFIX
         and all(t.dtype == kind and _has_memory(t) for t in tensors)
@@ -48,6 +51,20 @@ def usable(*tensors: Tensor, wide: Sequence[Tensor | None] = ()) -> bool:
         and not _is_recorded()
         and library() is not None
     )
+
+
+@contextlib.contextmanager
+def pretending() -> Iterator[None]:
+    """While tensors have shapes and no values: the passes are taken where they would be, and compute nothing."""
+    global _pretends
+    before, _pretends = _pretends, True
+    try:
+        yield
+    finally:
+        _pretends = before
+
+
+_pretends = False
 
 
 def _has_memory(t: Tensor) -> bool:
@@ -145,6 +162,8 @@ def _built(folder: Path) -> Path:
 
 def _call(name: str, kind: torch.dtype, *arguments: Tensor | _Drop | int | None) -> None:
     """Calls a routine; tensors go as addresses, numbers as 64 bits, the number of threads last."""
+    if _pretends:
+        return
     passed = [
         ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor)
         else ctypes.byref(a) if isinstance(a, _Drop)
@@ -157,7 +176,7 @@ def _call(name: str, kind: torch.dtype, *arguments: Tensor | _Drop | int | None)
 
 def _structure(dropping: Any) -> _Drop:
     """A draws.Dropping, or None, as the compiled passes take it."""
-    if dropping is None:
+    if dropping is None or _pretends:
         return _Drop(None, 0, 1.0, 0)
     return _Drop(dropping.keys.data_ptr(), dropping.threshold, 1 / (1 - dropping.rate), dropping.pitch)
 

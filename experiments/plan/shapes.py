@@ -1,0 +1,77 @@
+"""A model's configuration without its weights: of a folder, of a model that is here, or of one whose shapes travel with us."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FOLDER = Path(__file__).parent / "shapes"
+
+
+def names() -> list[str]:
+    """Models whose shapes travel with Rankwise."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def configuration(model: str) -> dict[str, Any]:
+    """What config.json says of a model: of a folder, else of the models here, else of the hub's cache; nothing is downloaded.
+
+    model: a folder, a name of the catalogue, a hub id, or the last part of one whose shapes travel with Rankwise.
+
+    Raises:
+        ValueError: no configuration is at hand, or it is none.
+    """
+    from rankwise.experiments import sources
+    from rankwise.experiments.sources.hub import hub_snapshot
+
+    places = [Path(model).expanduser() / "config.json", FOLDER / f"{model.rpartition('/')[2]}.json"]
+    if model in sources.CATALOGUE:
+        places.append(sources.cached(sources.CATALOGUE[model]) / "config.json")
+    else:
+        with contextlib.suppress(Exception):  # whatever the hub's client makes of a name that is no id
+            snapshot, _ = hub_snapshot(model, local=True)
+            places += [Path(snapshot) / "config.json"] if snapshot else []
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise ValueError(
+            f"{model}: its configuration is not here, and a plan downloads nothing: give a folder with config.json, or one of "
+            f"{', '.join(names())}"
+        )
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is no JSON ({error}): give a folder with the config.json of a model") from None
+    if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
+        raise ValueError(f"{path} names no model_type: give a folder with the config.json of a model")
+    return found
+
+
+def build(model: str, kind: Any, num_labels: int, precision: str) -> "nn.Module":
+    """The model with the head of a kind of task, on the meta device: every shape, no value, no memory.
+
+    Raises:
+        ValueError: no configuration is at hand, or transformers knows no such model for this kind.
+    """
+    return from_configuration(model, configuration(model), kind, num_labels, precision)
+
+
+def from_configuration(model: str, given: dict[str, Any], kind: Any, num_labels: int, precision: str) -> "nn.Module":
+    """The same of what a config.json says; model: what it is called in an error."""
+    import torch
+    import transformers
+    from rankwise.experiments.models import quiet
+
+    own = {key: value for key, value in given.items() if key not in ("model_type", "architectures", "torch_dtype", "dtype")}
+    with quiet(), torch.device("meta"):
+        try:
+            config = transformers.AutoConfig.for_model(given["model_type"], **{**own, **kind.model_settings(num_labels)})
+            if getattr(config, "pad_token_id", None) is None:
+                config.pad_token_id = 0
+            auto = getattr(transformers, kind.model_class(config))
+            made = auto.from_config(config, attn_implementation="sdpa")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{model} cannot be built from its configuration: {str(error).splitlines()[0]}") from error
+    return made.to(torch.bfloat16 if precision == "bf16" else torch.float32)

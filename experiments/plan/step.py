@@ -1,0 +1,180 @@
+"""One training step on tensors that have shapes and no values: which bytes are alive, and how many products are taken.
+
+The model is built on the meta device and the adapter attached to it, as before a run.  Then forward and backward pass run
+on fake tensors: torch goes through the same operations, saves the same tensors for the backward pass and frees them at the
+same moments, and computes nothing.  So activations are not estimated by a formula of one architecture; checkpointing,
+packing and every method's own tensors are in them.  The optimizer's averages are two numbers in fp32 for each trained one.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rankwise import variants
+from rankwise.experiments.plan import shapes
+from rankwise.experiments.plan.live import Taken, unique_bytes
+from rankwise.experiments.training import first_token
+from rankwise.experiments.training.evaluation import autocast
+from rankwise.variants import native
+from rankwise.variants.adapter.step import Step
+from rankwise.variants.adapter.surgery import Surgery
+from rankwise.variants.settings import method
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+MOMENTS = 2  # AdamW's averages of each trained number, in its own type
+STEP = Step(2, 10**6)  # past the first, when the optimizer's averages are there
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one training step of K members takes.
+
+    trainable, active, head: parameters of one member, without the head and the head's.  The rest in bytes but products:
+    weights: of the frozen model, or of the one that is trained. adapter: tensors of the K members, averages of a rank
+    allocator's scores among them. gradients, optimizer: of all that is trained. activations: what is kept between forward and
+    backward pass, of one micro-batch. logits: the most that the loss reads at one time. peak: the most at one moment.
+    products: floating-point operations of forward and backward pass, each multiplication and each addition as one.
+    """
+
+    trainable: int
+    active: int
+    head: int
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    peak: int
+    products: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The rows of a step: of one member, cut into micro-batches, each of so many tokens (no meaning for images)."""
+
+    rows: int
+    length: int
+    members: int = 1
+    accumulation: int = 1
+    checkpointing: bool = False
+    precision: str = "fp32"
+    targets: str | list[str] | tuple[str, ...] = "all-linear"
+
+    @property
+    def micro_rows(self) -> int:
+        return -(-self.rows // self.accumulation)
+
+
+def cost(model_id: str, kind: Any, num_labels: int, name: str, settings: dict[str, Any], shape: Shape) -> StepCost:
+    """What a step of a method on a model takes.
+
+    kind: the task's (experiments/kinds). settings: of the method, of one member.
+
+    Raises:
+        ValueError: the model's configuration is not at hand, or the method cannot be attached to it.
+    """
+    trains_base = method(name).load().trains_base
+    model = shapes.build(model_id, kind, num_labels, "fp32" if trains_base else shape.precision)
+    adapter = variants.create(name, members=shape.members, **settings)
+    last = first_token.last_layer(model)
+    if last is not None:  # as a run does, where it gives the same logits
+        first_token.shorten(last, adapter.draw)
+    targets = shape.targets if isinstance(shape.targets, str) else list(shape.targets)
+    calibration = variants.Uncalibrated() if getattr(adapter, "reads_values", False) else None
+    adapter.attach(model, targets, head=kind.head_names(model), calibration=calibration)
+    counts = {what: int(count[0]) for what, count in adapter.parameter_counts().items()}
+    counts["active"] = _active_at_the_end(adapter, counts["active"])
+    if trains_base:  # its trained copies are counted as the model's own, which is what they are in all but place
+        adapter.detach()
+        model.requires_grad_(True)
+        Surgery(model).key_dropout(adapter.draw)
+    if shape.checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ValueError(f"{type(model).__name__} does not support gradient checkpointing: plan without it")
+        keyed = {"use_reentrant": False, "context_fn": adapter.draw.recompute_contexts}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keyed)
+    return _on_fake_tensors(model, adapter, trains_base, kind, num_labels, shape, counts)
+
+
+def _active_at_the_end(adapter: Any, now: int) -> int:
+    """Parameters of member 0 when the schedule of its ranks is over; those of now where it has none.
+
+    Which sites keep them is not known before: a rank counts as the mean one.
+    """
+    total = adapter.budget(Step(STEP.total, STEP.total))
+    kept = getattr(adapter.settings, "target_parameters", None)
+    if total is None and kept is None:
+        return now
+    sites = [site for _, site in adapter.ranked_sites()]
+    ranks, none = [site.rank().cpu() for site in sites], [torch.zeros_like(site.rank().cpu()) for site in sites]
+    fixed = sum(int(site.count(zero)[0]) for site, zero in zip(sites, none, strict=True))
+    others = now - sum(int(site.count(rank)[0]) for site, rank in zip(sites, ranks, strict=True))
+    if total is None:
+        return others + fixed + int(kept)
+    each = sum(int(site.count(zero + 1)[0]) for site, zero in zip(sites, none, strict=True)) - fixed
+    return others + fixed + round(each / len(sites) * int(total[0]))
+
+
+def _on_fake_tensors(
+    model: nn.Module, adapter: Any, trains_base: bool, kind: Any, num_labels: int, shape: Shape, counts: dict[str, int]
+) -> StepCost:
+    own_modules = {} if trains_base else {id(module): module for module in adapter.modules()}
+    modules = {id(module): module for module in model.modules()}
+    with FakeTensorMode(allow_non_fake_inputs=True), native.pretending():
+        _give_shapes_a_device([*(modules | own_modules).values()])
+        own = [tensor for module in own_modules.values() for tensor in tensors_of(module)]
+        frozen = [tensor for key, module in modules.items() if key not in own_modules for tensor in tensors_of(module)]
+        trained = [tensor for tensor in (*own, *frozen) if tensor.requires_grad]
+        batch = kind.example(model.config, num_labels, shape.members * shape.micro_rows, shape.length)
+        labels = batch.pop("labels")
+        model.train()
+        with unset_fake_temporarily():  # what is drawn for a step has values
+            adapter.begin(STEP, 0, training=True)
+        batch = adapter.prepare(batch)
+        with Taken([*frozen, *own]) as taken:
+            with autocast(torch.device("cpu"), shape.precision):
+                losses, logits = kind.example_losses(model, batch, labels, shape.members)
+            loss = losses.sum() if trains_base else (losses + adapter.penalty(STEP)).sum()
+            after_forward = taken.now
+            loss.backward()
+        gradients = sum(p.grad.untyped_storage().nbytes() for p in trained if p.grad is not None)
+    weights, adapters = unique_bytes(frozen), unique_bytes(own)
+    if trains_base:  # its trained copies: the model gets its own back when it is detached
+        adapters = weights
+    optimizer = MOMENTS * sum(p.numel() * p.element_size() for p in trained)
+    return StepCost(
+        trainable=counts["trainable"],
+        active=counts["active"],
+        head=counts["head"],
+        weights=weights,
+        adapter=adapters,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=after_forward,
+        logits=logits,
+        peak=weights + adapters + optimizer + taken.peak,
+        products=taken.products * shape.accumulation,
+    )
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of a module, not of those inside it."""
+    return [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+
+
+def _give_shapes_a_device(modules: Iterable[nn.Module]) -> None:
+    """Puts a fake tensor of the CPU in the place of each meta tensor, so that torch takes the kernels it would take."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # id -> what had it, and still has, and what comes in its place
+    for module in modules:
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in made:
+                    new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    new = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+                    made[id(tensor)] = tensor, new
+                tensors[name] = made[id(tensor)][1]
