@@ -1,13 +1,15 @@
 """Ten training losses in full precision and the final ranks of every method, as the code gave them when they were written.
 
-A change that says that it computes the same is held to it here: exactly on the processor and torch that made the file,
-to rounding elsewhere.  Made by `python -m tests.test_golden`; only a commit that says why may change tests/golden.txt.
+A change that says that it computes the same is held to it here: exactly on the processor and torch that made a line (the
+nearest line above it that starts with "#" says which), to rounding elsewhere.  `python -m tests.test_golden METHOD` adds the
+lines of a new method.  Without one it makes all lines anew, which only a commit that raises NUMERICS may do.
 """
 
 import json
 import math
 import platform
 import tempfile
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pytest
@@ -55,20 +57,23 @@ def all_values(method: str) -> list[str]:
         torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def golden() -> tuple[str, dict[str, list[str]]]:
-    first, *lines = FILE.read_text().splitlines()
-    found: dict[str, list[str]] = {}
-    for line in lines:
-        found.setdefault(line.partition(" ")[0], []).append(line)
-    return first.removeprefix("# "), found
+def written() -> dict[str, tuple[str, list[str]]]:
+    """method -> what made its lines, and the lines."""
+    made_on, found = "", {}
+    for line in FILE.read_text().splitlines():
+        if line.startswith("# "):
+            made_on = line.removeprefix("# ")
+        else:
+            found.setdefault(line.partition(" ")[0], (made_on, []))[1].append(line)
+    return found
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_losses_and_ranks_are_those_written_down(method, golden):
-    made_on, known = golden
+def test_losses_and_ranks_are_those_written_down(method):
+    known = written()
     assert method in known, f"{method} is new: add its lines by `python -m tests.test_golden {method}`"
-    for line, true in zip(all_values(method), known[method], strict=True):
+    made_on, lines = known[method]
+    for line, true in zip(all_values(method), lines, strict=True):
         if made_on == machine() or " ranks" in line:
             assert line == true
         else:
@@ -76,10 +81,33 @@ def test_losses_and_ranks_are_those_written_down(method, golden):
             assert all(math.isclose(a, b, rel_tol=ROUNDING) for a, b in zip(numbers, expected, strict=True)), line
 
 
+def recorded(text: str, methods: Sequence[str], known: Collection[str]) -> str:
+    """The file with the lines of new methods behind the others, under the name of this machine where another made those.
+
+    Raises:
+        ValueError: a method that has its lines already.
+    """
+    if again := sorted(set(methods) & set(known)):
+        raise ValueError(f"{again[0]} has its lines in {FILE.name}: a change of them starts by taking them out")
+    last = [line for line in text.splitlines() if line.startswith("# ")][-1]
+    header = [] if last == f"# {machine()}" else [f"# {machine()}"]
+    return text + "".join(f"{line}\n" for line in header + [line for method in methods for line in all_values(method)])
+
+
+def test_lines_of_a_new_method_go_behind_the_others_and_say_what_made_them(monkeypatch):
+    monkeypatch.setattr(f"{__name__}.all_values", lambda method: [f"{method} 0 ranks 3"])
+    text = f"# {machine()}\nlora 0 ranks 2\n"
+    assert recorded(text, ["new"], {"lora"}) == text + "new 0 ranks 3\n"
+    elsewhere = "# another\nlora 0 ranks 2\n"
+    assert recorded(elsewhere, ["new"], {"lora"}) == elsewhere + f"# {machine()}\nnew 0 ranks 3\n"
+    with pytest.raises(ValueError, match="lora has its lines"):
+        recorded(text, ["lora"], {"lora"})
+
+
 if __name__ == "__main__":  # pragma: no cover
     import sys
 
-    if len(sys.argv) > 1:
-        FILE.write_text(FILE.read_text() + "".join(f"{line}\n" for method in sys.argv[1:] for line in all_values(method)))
+    if methods := sys.argv[1:]:
+        FILE.write_text(recorded(FILE.read_text(), methods, written()))
     else:
-        FILE.write_text("\n".join([f"# {machine()}", *(line for method in METHODS for line in all_values(method))]) + "\n")
+        FILE.write_text(recorded(f"# {machine()}\n", list(METHODS), ()))

@@ -134,7 +134,5 @@ def test_kinds_are_named_without_torch():
 
 
 def test_a_task_of_an_unknown_kind_is_refused_where_it_is_made():
-    with pytest.raises(
-        ValueError, match='kind = "ranking": should be regression, classification, token-classification, span, generation'
-    ):
+    with pytest.raises(ValueError, match=r'kind = "ranking": should be regression, classification, .* or '):
         replace(small_world.task(), kind="ranking")

@@ -221,7 +221,7 @@ def test_a_source_that_failed_is_said(model, tmp_path, monkeypatch):  # noqa: F8
         ([SOURCE, {**FROZEN, "targets": ["key"]}], r"\[1\]\.targets: follows from ranks_of"),
         (
             [{**SOURCE, "label": "a"}, {**SOURCE, "ranks_of": "a"}],
-            "adalora takes no ranks; methods that do: lora, lora-fa, dora",
+            "adalora takes no ranks; methods that do: lora, ",
         ),
         ([SOURCE, {"method": "lora", "rank": 2, "permuted": True, "learning_rate": 1e-2}], "permuted has no effect without"),
     ],
