@@ -22,21 +22,22 @@ from tests.contract import SEEDS, of_member, settings
 from tests.tiny import tiny
 
 WORDS, PAD = 11, 2
-TARGETS = ["words", "image", "out"]
+TARGETS = ["words", "sound", "image", "out"]
 STEPS = 12
 
 
 class Kinds(nn.Module):
-    """An embedding with padding, a convolution with a stride, an uneven kernel and padding, and linears, all with biases."""
+    """An embedding with padding, convolutions with a stride, uneven kernels and padding, and linears, all with biases."""
 
     def __init__(self, dilation: int = 1):
         super().__init__()
         self.words = nn.Embedding(WORDS, 6, padding_idx=PAD)
+        self.sound = nn.Conv1d(6, 6, 3, stride=2, padding=2, dilation=dilation)
         self.image = nn.Conv2d(3, 5, (2, 3), stride=(2, 1), padding=(1, 2), dilation=dilation)
         self.hidden, self.out = nn.Linear(11, 7), nn.Linear(7, 4)
 
     def forward(self, ids: Tensor, pixels: Tensor) -> Tensor:
-        features = [self.words(ids).mean(1), torch.tanh(self.image(pixels)).mean((2, 3))]
+        features = [torch.tanh(self.sound(self.words(ids).mT)).mean(2), torch.tanh(self.image(pixels)).mean((2, 3))]
         return self.out(torch.tanh(self.hidden(torch.cat(features, 1))))
 
 
@@ -67,7 +68,9 @@ def attached(model: nn.Module, adapter: Any, targets: Any = TARGETS) -> Any:
 # -- one weight of each kind -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "shape"), [("words", (6, WORDS)), ("image", (5, 18)), ("hidden", (7, 11))])
+@pytest.mark.parametrize(
+    ("name", "shape"), [("words", (6, WORDS)), ("sound", (6, 18)), ("image", (5, 18)), ("hidden", (7, 11))]
+)
 def test_a_weight_is_a_matrix_and_is_stored_again(name, shape):
     module = kinds().get_submodule(name)
     assert weight_of(module).shape == shape
@@ -86,23 +89,46 @@ def test_the_site_acts_as_the_weight_with_the_change_in_it():
     model = kinds()
     adapter = attached(model, lora())
     ids, pixels = inputs()
-    words, image = adapter.base("words"), adapter.base("image")
+    words, sound, image = (adapter.base(name) for name in ("words", "sound", "image"))
     table = words.weight + adapter.delta("words")[0].mT
-    kernel = image.weight + adapter.delta("image")[0].view(image.weight.shape)
     torch.testing.assert_close(model.words(ids), table[ids])
-    want = nn.functional.conv2d(pixels, kernel, image.bias, (2, 1), (1, 2))
-    torch.testing.assert_close(model.image(pixels), want)
-    torch.testing.assert_close(model.image(pixels[0]), want[0])  # an image without a batch axis
+    letters = table[ids].detach().mT  # (N, 6, 5)
+    for name, x, want in (
+        ("sound", letters, nn.functional.conv1d(letters, changed(adapter, "sound"), sound.bias, 2, 2)),
+        ("image", pixels, nn.functional.conv2d(pixels, changed(adapter, "image"), image.bias, (2, 1), (1, 2))),
+    ):
+        module = model.get_submodule(name)
+        torch.testing.assert_close(module(x), want)
+        torch.testing.assert_close(module(x[0]), want[0])  # without a batch axis
+
+
+def changed(adapter: Any, name: str) -> Tensor:
+    """A convolution's kernel with the change in it."""
+    weight = adapter.base(name).weight
+    return weight + adapter.delta(name)[0].view(weight.shape)
 
 
 def test_dilation_is_the_bases():
     model = kinds(dilation=2)
-    adapter = attached(model, lora(), "image")
-    _, pixels = inputs()
-    image = adapter.base("image")
-    kernel = image.weight + adapter.delta("image")[0].view(image.weight.shape)
-    want = nn.functional.conv2d(pixels, kernel, image.bias, (2, 1), (1, 2), 2)
+    adapter = attached(model, lora(), ["sound", "image"])
+    ids, pixels = inputs()
+    letters = model.words(ids).detach().mT
+    sound, image = adapter.base("sound"), adapter.base("image")
+    want = nn.functional.conv1d(letters, changed(adapter, "sound"), sound.bias, 2, 2, 2)
+    torch.testing.assert_close(model.sound(letters), want)
+    want = nn.functional.conv2d(pixels, changed(adapter, "image"), image.bias, (2, 1), (1, 2), 2)
     torch.testing.assert_close(model.image(pixels), want)
+
+
+def test_padding_may_be_a_word():
+    model = nn.Sequential(nn.Conv1d(3, 5, 4, padding="same", dilation=2)).double()
+    x = torch.randn(4, 3, 9, dtype=torch.float64)
+    adapter = lora(2).attach(model, "0", head=[], calibration=x)
+    fill(adapter, spread=0.3)
+    base = adapter.base("0")
+    kernels = base.weight + adapter.delta("0").view(2, *base.weight.shape)
+    want = [nn.functional.conv1d(x[2 * k : 2 * k + 2], kernels[k], base.bias, padding="same", dilation=2) for k in range(2)]
+    torch.testing.assert_close(model(x), torch.cat(want))
 
 
 def test_attaching_changes_nothing_and_the_start_is_pefts():
@@ -127,7 +153,7 @@ def test_a_padding_token_gives_no_gradient_to_a():
 
 def test_parameters_are_counted():
     adapter = lora(3).attach(kinds(), TARGETS, head=[], calibration=inputs(3))
-    sizes = (WORDS + 6) + (18 + 5) + (7 + 4)
+    sizes = (WORDS + 6) + (18 + 6) + (18 + 5) + (7 + 4)
     assert adapter.parameter_counts()["trainable"].tolist() == [sizes * rank for rank in (3, 2, 4)]
 
 
@@ -223,6 +249,8 @@ def test_peft_loads_ours_with_equal_outputs(method, tmp_path):
     assert tensors["base_model.model.words.lora_embedding_B"].shape == (6, rank)
     assert tensors["base_model.model.image.lora_A.weight"].shape == (rank, 3, 2, 3)
     assert tensors["base_model.model.image.lora_B.weight"].shape == (5, rank, 1, 1)
+    assert tensors["base_model.model.sound.lora_A.weight"].shape == (rank, 6, 3)
+    assert tensors["base_model.model.sound.lora_B.weight"].shape == (6, rank, 1)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
     theirs = peft.PeftModel.from_pretrained(kinds(torch.float32), tmp_path).eval()
     torch.testing.assert_close(theirs(*inputs(dtype=torch.float32)), want)
@@ -303,6 +331,8 @@ STRANGE = [
     (nn.LazyLinear(8), "without a weight to adapt"),
     (nn.Bilinear(16, 16, 8), "matches 0, a Bilinear, not a linear module"),
     (nn.Conv3d(2, 2, 3), "matches 0, a Conv3d, not a linear module"),
+    (nn.Conv1d(4, 4, 3, groups=2), "with groups = 2, and only groups = 1"),
+    (nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"), 'with padding_mode = "circular"'),
     (nn.Conv2d(4, 4, 3, groups=2), "with groups = 2, and only groups = 1"),
     (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), 'with padding_mode = "reflect"'),
     (nn.Embedding(4, 4, max_norm=1.0), "with max_norm = 1.0"),
@@ -317,6 +347,18 @@ def test_what_is_no_known_kind_is_refused_in_one_line(method, module, words):
     with pytest.raises(ValueError, match=words) as error:
         variants.create(method, **of_member(settings(method), 0)).attach(model, ["0"], head=[])
     assert "\n" not in str(error.value) and model[0] is module
+
+
+def test_refusals_name_every_kind_that_there_is(monkeypatch, tmp_path):
+    """A new kind is one line in KINDS, and messages list it too."""
+    config = peft.LoraConfig(r=3, target_modules=["0"])
+    peft.get_peft_model(nn.Sequential(nn.Conv3d(2, 3, 2)), config).save_pretrained(tmp_path)
+    monkeypatch.setattr(linears, "KINDS", (*linears.KINDS, TransposedKind()))
+    model, names = nn.Sequential(nn.Conv3d(2, 3, 2)), ", ".join(type(kind).__name__ for kind in linears.KINDS)
+    with pytest.raises(ValueError, match=rf"matches 0, a Conv3d, not a linear module or of another kind .* \({names}\)"):
+        lora().attach(model, ["0"], head=[])
+    with pytest.raises(ValueError, match=f"0 is a Conv3d: only adapters of {names} can be loaded"):
+        variants.load_pretrained(model, tmp_path)
 
 
 def test_full_fine_tuning_of_a_quantised_model_is_refused():

@@ -302,17 +302,19 @@ class Kinds(nn.Module):
     def __init__(self):
         super().__init__()
         self.words, self.image, self.out = nn.Embedding(9, 6), nn.Conv2d(3, 5, (2, 3)), nn.Linear(6, 4)
+        self.sound = nn.Conv1d(3, 5, 4)
 
 
 def test_ranks_are_read_of_every_kind_of_weight_and_by_an_adapters_own_name(tmp_path):
-    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["words", "image", "out"], init_lora_weights=False)
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["words", "image", "out", "sound"], init_lora_weights=False)
     theirs = peft.get_peft_model(Kinds(), config, adapter_name="cats")
     theirs.save_pretrained(tmp_path)
     state = {name: value.contiguous() for name, value in theirs.state_dict().items()}
     for _ in range(2):
         read = ranks.read(tmp_path / "cats")
-        assert {(site.site, site.active) for site in read.sites} == {("words", 3), ("image", 3), ("out", 3)}
-        assert [site.parameters for site in read.sites if site.site == "image"] == [3 * 3 * 2 * 3 + 5 * 3]
+        assert {(site.site, site.active) for site in read.sites} == {("words", 3), ("image", 3), ("out", 3), ("sound", 3)}
+        parameters = {site.site: site.parameters for site in read.sites}
+        assert (parameters["image"], parameters["sound"]) == (3 * 3 * 2 * 3 + 5 * 3, 3 * 3 * 4 + 5 * 3)
         assert not read.faults and read.note is None
         save_file(state, tmp_path / "cats" / "adapter_model.safetensors", metadata={"format": "pt"})
 

@@ -5,7 +5,8 @@ Whatever a module stores, a kind shows it as one matrix W (O, I), and a low-rank
     nn.Linear      W (O, I) as stored
     Conv1D         GPT-2's: stored (I, O)
     nn.Embedding   stored (I, O): I entries of the vocabulary, O features.  A column of A is looked up for each token
-    nn.Conv2d      stored (O, C, h, w), I = C*h*w.  A is a convolution as the base's, B one of size 1 x 1
+    nn.Conv1d      stored (O, C, w), I = C*w.  A is a convolution as the base's, B one of size 1
+    nn.Conv2d      stored (O, C, h, w), I = C*h*w.  The same, B of size 1 x 1
 
 Legend: K member, N rows or tokens, I in, O out, R rank slots.
 
@@ -14,6 +15,7 @@ forward pass with K members (`adapted`) and, where they differ from a linear's, 
 start (`start`) and how PEFT stores the factors (`factors`, `factor_shapes`); then name it in KINDS.  No other file changes.
 """
 
+from collections.abc import Callable
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -174,24 +176,27 @@ class Embedding(Kind):
         return (y + owners.as_input(update, tokens)).to(y.dtype)
 
 
-class Conv2d(Kind):
-    """nn.Conv2d of one group.
+class Convolution(Kind):
+    """A convolution of one group, of any number of dimensions.
 
     groups > 1 is refused: there PEFT's A mixes the channels of all groups, so that its update is no change of the weight and
     cannot be merged.
     """
 
     is_linear = False
+    module: ClassVar[type[nn.Module]]
+    convolve: ClassVar[Callable[..., Tensor]]  # the function that the module computes
 
     def holds(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.Conv2d)
+        return isinstance(module, self.module)
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
         return module.out_channels, module.in_channels // module.groups, *module.kernel_size
 
     def fault(self, module: nn.Module) -> str | None:
-        if type(module).forward is not nn.Conv2d.forward:
-            return "which has a forward pass of its own, and only nn.Conv2d's is known: choose other targets"
+        if type(module).forward is not self.module.forward:
+            known = f"nn.{self.module.__name__}"
+            return f"which has a forward pass of its own, and only {known}'s is known: choose other targets"
         if module.groups != 1:
             return f"with groups = {module.groups}, and only groups = 1 can be adapted: choose other targets"
         if module.padding_mode != "zeros":
@@ -205,26 +210,28 @@ class Conv2d(Kind):
         return matrix.reshape(module.weight.shape)
 
     def adapted(self, site: Site, base: nn.Module, x: Tensor) -> Tensor:
-        """Members are the groups of a convolution: x (K*N, C, H, W) goes in as (N, K*C, H, W)."""
-        images = x if x.dim() == 4 else x[None]
-        owners, y = site.draw.rows, base(images)
-        owners.check(site.name, images)
+        """Members are the groups of a convolution: x (K*N, C, H, W) goes in as (N, K*C, H, W); of nn.Conv1d without the H."""
+        ones = (1,) * len(base.kernel_size)
+        inputs = x if x.dim() == len(ones) + 2 else x[None]
+        batch, size = x.shape[: -len(ones) - 1], inputs.shape[1:]
+        owners, y = site.draw.rows, base(inputs)
+        owners.check(site.name, inputs)
         A, B, c = site.operands()
         K, R = c.shape
         if not R:
-            return y.view(*x.shape[:-3], *y.shape[1:])
+            return y.view(*batch, *y.shape[1:])
         rate = site.dropout if site.training else 0.0
-        pixels = drop(images.flatten(1).to(A.dtype), rate, site.draw, site.name)  # (K*N, C*H*W)
-        packed = owners.by_member(pixels).transpose(0, 1).reshape(-1, K * images.shape[1], *images.shape[2:])
-        kernel = A.reshape(K * R, images.shape[1], *base.kernel_size)
-        z = nn.functional.conv2d(packed, kernel, None, base.stride, base.padding, base.dilation, groups=K)  # (N, K*R, h, w)
-        z = z * c.reshape(-1, 1, 1)
-        update = nn.functional.conv2d(z, B.reshape(-1, R, 1, 1), groups=K)  # (N, K*O, h, w)
-        update = owners.as_input(update.reshape(len(update), K, -1).transpose(0, 1), pixels)  # (K*N, O*h*w)
-        return (y + update.view(y.shape)).to(y.dtype).view(*x.shape[:-3], *y.shape[1:])
+        values = drop(inputs.flatten(1).to(A.dtype), rate, site.draw, site.name)  # (K*N, C*H*W)
+        packed = owners.by_member(values).transpose(0, 1).reshape(-1, K * size[0], *size[1:])
+        kernel = A.reshape(K * R, size[0], *base.kernel_size)
+        z = self.convolve(packed, kernel, None, base.stride, base.padding, base.dilation, groups=K)  # (N, K*R, h, w)
+        z = z * c.reshape(-1, *ones)
+        update = self.convolve(z, B.reshape(-1, R, *ones), groups=K)  # (N, K*O, h, w)
+        update = owners.as_input(update.reshape(len(update), K, -1).transpose(0, 1), values)  # (K*N, O*h*w)
+        return (y + update.view(y.shape)).to(y.dtype).view(*batch, *y.shape[1:])
 
     def factor_shapes(self, module: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (rank, *module.weight.shape[1:]), (module.out_channels, rank, 1, 1)
+        return (rank, *module.weight.shape[1:]), (module.out_channels, rank, *(1 for _ in module.kernel_size))
 
     def unlike_peft(self, module: nn.Module) -> str | None:
         if any(step != 1 for step in module.dilation):
@@ -232,7 +239,19 @@ class Conv2d(Kind):
         return None
 
 
-KINDS: tuple[Kind, ...] = (Linear(), Conv1D(), Embedding(), Conv2d())
+class Conv1d(Convolution):
+    """nn.Conv1d of one group."""
+
+    module, convolve = nn.Conv1d, staticmethod(nn.functional.conv1d)
+
+
+class Conv2d(Convolution):
+    """nn.Conv2d of one group."""
+
+    module, convolve = nn.Conv2d, staticmethod(nn.functional.conv2d)
+
+
+KINDS: tuple[Kind, ...] = (Linear(), Conv1D(), Embedding(), Conv1d(), Conv2d())
 
 
 def find_kind(module: nn.Module) -> Kind | None:
@@ -248,9 +267,13 @@ def kind_of(module: nn.Module) -> Kind:
     """
     kind = find_kind(module)
     if kind is None:
-        known = ", ".join(type(kind).__name__ for kind in KINDS)
-        raise ValueError(f"a {type(module).__name__} has no weight of a known kind ({known}): choose other targets")
+        raise ValueError(f"a {type(module).__name__} has no weight of a known kind ({known_kinds()}): choose other targets")
     return kind
+
+
+def known_kinds() -> str:
+    """The kinds by name, for a message."""
+    return ", ".join(type(kind).__name__ for kind in KINDS)
 
 
 def check_adaptable(name: str, module: nn.Module) -> None:

@@ -4,7 +4,7 @@ import re
 import warnings
 from collections.abc import Sequence
 
-from rankwise.variants.adapter.linears import check_adaptable, find_kind, is_linear
+from rankwise.variants.adapter.linears import check_adaptable, find_kind, is_linear, known_kinds
 from rankwise.variants.settings import nearest
 from torch import nn
 
@@ -166,7 +166,7 @@ def _no_match(model: nn.Module, target: str, known: dict[str, nn.Module]) -> str
     others = [n for n, m in model.named_modules() if n and matches(target, n)]
     if others:
         kind = type(model.get_submodule(others[0])).__name__
-        rest = "not a linear module, an nn.Embedding or an nn.Conv2d: name such modules only"
+        rest = f"not a linear module or of another kind whose weight can be adapted ({known_kinds()}): name such modules only"
         return f'target "{target}" matches {others[0]}, a {kind}, {rest}'
     ends = list(dict.fromkeys([*KEYWORDS, *(n.rpartition(".")[2] for n in known), *known]))
     close = nearest(target, ends)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from rankwise.variants.adapter.linears import check_adaptable, find_kind, is_linear, kind_of, weight_of
+from rankwise.variants.adapter.linears import check_adaptable, find_kind, is_linear, kind_of, known_kinds, weight_of
 from rankwise.variants.files.peft.config import PeftConfig
 from rankwise.variants.files.peft.names import COEFFICIENTS, CONFIG, FACTORS, MAGNITUDE, PREFIX, WEIGHTS
 from rankwise.variants.settings import nearest
@@ -25,9 +25,9 @@ def check_sites(model: nn.Module, sites: Sites, config: PeftConfig) -> None:
         base = modules[name]
         kind = find_kind(base)
         if kind is None or (beside and not kind.is_linear):
-            known = f"only adapters of {'linears' if beside else 'linears, nn.Embedding and nn.Conv2d'} can be loaded"
+            loaded = f"only adapters of {'linears' if beside else known_kinds()} can be loaded"
             form = f" where {CONFIG} has {'AdaLoRA' if config.is_adalora else 'use_dora'}" if beside else ""
-            raise ValueError(f"{name} is a {type(base).__name__}: {known}{form}; choose other targets in PEFT")
+            raise ValueError(f"{name} is a {type(base).__name__}: {loaded}{form}; choose other targets in PEFT")
         check_adaptable(name, base)
         a, b = FACTORS[kind.factors]
         needed = {a, b} | beside
