@@ -99,6 +99,7 @@ def _resampled_token_accuracy(predicted: np.ndarray, true: np.ndarray, rows: np.
 KINDS = {  # kind -> metric, measure, its resampled form, labels
     "regression": ("pearson_spearman", metrics.correlations, metrics.resampled_correlations, 1),
     "classification": ("accuracy", metrics.accuracy_and_macro_f1, None, 3),
+    "multi-label": ("micro_f1", metrics.f1_of_labels, metrics.resampled_micro_f1, 3),
     "token-classification": ("accuracy", _token_accuracy, _resampled_token_accuracy, 3),
     "span": ("f1", metrics.exact_match_and_f1, metrics.resampled_answer_f1, 2),
 }
@@ -116,6 +117,9 @@ def _examples(kind: str, split: str) -> Examples:
         starts = [np.array([len(context) - 1]) for context in contexts]
         answers = [(text[-1],) for text in texts]
         return Examples([text[0] for text in texts], contexts, starts, answers, [str(i) for i in range(len(texts))])
+    if kind == "multi-label":  # is there any of a to d, of e to h, of i to l?
+        named = [[any(letter in some for letter in text) for some in ("abcd", "efgh", "ijkl")] for text in texts]
+        return Examples([" ".join(text) for text in texts], None, np.array(named, dtype=np.int64))
     labels = share.astype(np.float32) if kind == "regression" else np.digitize(share, [0.4, 0.6]).astype(np.int64)
     return Examples([" ".join(text) for text in texts], None, labels)
 
@@ -184,7 +188,7 @@ def study(model_id: str, methods: Sequence[str] | Sequence[dict[str, Any]] = ("l
 
 def register(set_item: Callable[[dict, str, Task], None] = dict.__setitem__) -> None:
     """Makes the small tasks known by name; with pytest pass monkeypatch.setitem."""
-    for kind in ("regression", "classification", "token-classification", "span"):
+    for kind in KINDS:
         one = task(kind)
         set_item(tasks._TASKS, one.name, one)
 

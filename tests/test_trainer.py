@@ -279,6 +279,30 @@ def test_packed_is_alone(model, tmp_path, doubled, method):
             assert (together.logs[k] / "ranks.jsonl").read_bytes() == (alone.logs[0] / "ranks.jsonl").read_bytes()
 
 
+# Regression is what every method is tried on; spans: tests/test_squad.py.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("regression", "span")])
+def test_every_kind_trains_packed_as_alone_and_a_stopped_run_ends_the_same(model, tmp_path, doubled, kind):
+    seeds, rates = (3, 8), (1e-2, 3e-3)
+    pack = small_world.pack(model, seeds=seeds, learning_rates=rates, kind=kind)
+    together, outcomes = small_world.trained(pack, tmp_path / "together")
+    for k, (seed, rate) in enumerate(zip(seeds, rates, strict=True)):
+        one = small_world.pack(model, seeds=(seed,), learning_rates=(rate,), kind=kind)
+        alone, (expected,) = small_world.trained(one, tmp_path / f"alone-{k}")
+        for name, tensor in trained_tensors(alone).items():
+            torch.testing.assert_close(trained_tensors(together)[name][k], tensor[0], rtol=1e-9, atol=1e-12, msg=name)
+        for split, metrics in expected.metrics.items():
+            assert outcomes[k].metrics[split] == pytest.approx(metrics, rel=1e-9)
+        assert_near(lines(together, k), lines(alone), 1e-9)
+    cut = small_world.trainer(pack, tmp_path / "cut", checkpoint_seconds=0.0, progress=stopping_after(8))
+    with pytest.raises(Stop):
+        cut.run()
+    assert 0 < cut.step < cut.total
+    again, ended = small_world.trained(pack, tmp_path / "cut")
+    assert_same(again, together)
+    assert logs(again) == logs(together)
+    assert [one.metrics for one in ended] == [one.metrics for one in outcomes]
+
+
 @pytest.mark.parametrize("method", ["lora", "adalora", "dora"])
 def test_the_trainer_is_the_plain_loop(model, tmp_path, doubled, method):
     seeds, rates = (4, 2), (1e-2, 3e-3)

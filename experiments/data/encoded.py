@@ -16,8 +16,9 @@ class Encoded(Dataset):
     """One split, tokenised: n rows in flat storage.
 
     ids: (total,) int32. offsets: (n + 1,) int64. token_type_ids: (total,) int8 or None.
-    labels: (n,) float32 for a regression, (n,) int64 for classes, (total,) int64 aligned with ids for token classes,
-    (n, 2) int64 for spans: the tokens of a row at which its answer starts and ends.
+    labels: (n,) float32 for a regression, (n,) int64 for classes, (n, L) float32 of 0 and 1 for any number of L labels,
+    (total,) int64 aligned with ids for token classes, (n, 2) int64 for spans: the tokens of a row at which its answer starts
+    and ends.
     questions: for spans, what the rows are windows of; an example is a question there, and a row anywhere else.
     """
 

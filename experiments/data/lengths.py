@@ -54,7 +54,7 @@ def _check_batch_size(batch_size: int) -> None:
 def collate(encoded: Encoded, rows: np.ndarray, length: int, pad_id: int) -> dict[str, np.ndarray]:
     """These rows, padded on the right: input_ids, attention_mask, token_type_ids (if any) (rows, length), labels.
 
-    Labels are (rows,), or (rows, length) with -100 at the padding for token classes, or (rows, 2) for spans.
+    Labels are those of the rows, whatever their shape, or (rows, length) with -100 at the padding for token classes.
     """
     rows = np.asarray(rows, dtype=np.int64)
     lengths = encoded.lengths[rows]

@@ -16,6 +16,7 @@ REGISTRY = {
     "generation": "rankwise.experiments.kinds.generation:Generation",
     "choice": "rankwise.experiments.kinds.choice:Choice",
     "language-modelling": "rankwise.experiments.kinds.language_modelling:LanguageModelling",
+    "multi-label": "rankwise.experiments.kinds.multi_label:MultiLabel",
 }
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-class _Rows(Text):
+class Rows(Text):
+    """A kind with one prediction for each text or pair; what is predicted and how it is labelled, a subclass says."""
+
     auto_class = "AutoModelForSequenceClassification"
     problem_type: str  # of the model's configuration
     label_type: type
@@ -30,7 +32,7 @@ class _Rows(Text):
         return Encoded(ids, offsets, types, np.asarray(examples.labels, dtype=self.label_type), max_length)
 
 
-class Regression(_Rows):
+class Regression(Rows):
     """One number a row, by squared error. Labels (K*N,), logits (K*N, 1)."""
 
     problem_type, label_type = "regression", np.float32
@@ -47,7 +49,7 @@ class Regression(_Rows):
         return by_row(as_array(predictions).reshape(-1).astype(np.float64), labels)
 
 
-class Classification(_Rows):
+class Classification(Rows):
     """One class a row, by cross-entropy. Labels (K*N,), logits (K*N, C)."""
 
     problem_type, label_type = "single_label_classification", np.int64

@@ -84,6 +84,22 @@ def matthews(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
     return {"matthews": 100 * float(matthews_corrcoef(true, predicted)), "accuracy": accuracy(predicted, true)}
 
 
+def f1_of_labels(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """Of (n, L) labels: micro F1 over all of them, macro F1 over each label that occurs, rows that are wholly right."""
+    from sklearn.metrics import f1_score
+
+    if not predicted.any() and not true.any():
+        raise Undefined("collapsed", "neither labels nor predictions name a label, so that F1 has no value")
+    micro, macro = (100 * float(f1_score(true, predicted, average=way, zero_division=np.nan)) for way in ("micro", "macro"))
+    return {"micro_f1": micro, "macro_f1": macro, "exact_match": accuracy(predicted, true)}
+
+
+def resampled_micro_f1(predicted: np.ndarray, true: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(B,) micro F1 of (n, L) labels on each resample of the rows."""
+    right, both = (predicted & true).sum(1), (predicted + true).sum(1)
+    return 200 * ratio(weights @ right, weights @ both)
+
+
 # --------------------------------------------------------------------------------------------------------------------- entities
 
 

@@ -85,7 +85,8 @@ class Task:
     def metrics(self, predictions: Any, labels: Any, offsets: np.ndarray | None = None) -> dict[str, float]:
         """Every metric of the task, in points (0..100; correlations times 100).
 
-        predictions: regression (n,) or (n, 1); classes (n, C) scores or (n,) whole numbers; token classes: n rows of
+        predictions: regression (n,) or (n, 1); classes (n, C) scores or (n,) whole numbers; several labels (n, L)
+        logits or 0 and 1; token classes: n rows of
         (length, C) or (length,), as a list or padded to one length, or all rows flat with `offsets` (n + 1,); spans
         (total, 2) start and end score of each token, flat with `offsets`.
         labels: the same shape without C; a token labelled -100 is not scored. For spans the split's Questions.
