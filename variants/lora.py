@@ -23,7 +23,10 @@ class LoRA(LowRankAdapter):
         return LowRank(name, module, *self.start(name, module))
 
     def start(self, name: str, module: nn.Module) -> tuple[tuple[list[Tensor], list[Tensor]], list[float], float, Draw]:
-        """Where A and B start for each member, their scales, the dropout and its draw: the arguments of a site."""
+        """Where A and B start for each member, their scales, the dropout and its draw: the arguments of a site.
+
+        Where they start a kind of weight may say otherwise: at an embedding A is zero and B is drawn (adapter/linears.py).
+        """
         ranks = self.site_ranks(name, self.settings.rank)
         start = initialization.STARTS[self.settings.initialization]
         draws = [initialization.generator(seed, name, "A") for seed in self.seeds]
