@@ -22,6 +22,7 @@ Kind = Literal[
     "generation",
     "language-modelling",
     "image-classification",
+    "multi-label",
 ]
 PLACES = ("train", "validation", "test")
 

@@ -1,6 +1,7 @@
 """A user's own files: what they are read as, what is said, and one line with file, row and remedy for what is wrong."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ FORMS = [
     ({"question": "a{i}", "choices": ["x", "y"], "answer": "B"}, "choice", CHOICE),
     ({"question": "a{i}", "answer": "b"}, "generation", "reading question as the prompt, answer as the target"),
     ({"tokens": ["a{i}"], "tags": ["{even}"]}, "token-classification", "reading tokens as the words, tags as their labels"),
+    ({"text": "a{i}", "labels": ["{even}", "all"]}, "multi-label", "reading text as the input, labels as any number of labels"),
 ]  # fmt: skip
 
 
@@ -219,6 +221,31 @@ def test_the_kind_of_named_fields_follows_from_numbers_and_lists(tmp_path):
     where = lines(tmp_path, rows)
     assert parts(where, input="x", target="y").reading.kind == "regression"
     assert parts(where, input="w", target="t").reading.kind == "token-classification"
+    assert parts(where, input="x", target="t").reading.kind == "multi-label"
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ("a;b", r'row 3: labels = "a;b": should be a list, \[\] for none'),
+        (["a", "b", "a"], 'row 3: the label "a" is there twice: take one out'),
+        (["a", " "], "row 3: a label is empty"),
+        (None, "row 3: the target is empty"),
+    ],
+)
+def test_labels_that_are_no_list_of_distinct_ones_are_refused(tmp_path, labels, said):
+    rows = [{"text": f"t{i}", "labels": labels if i == 2 else "a" if isinstance(labels, str) else ["a"]} for i in range(20)]
+    with pytest.raises(ValueError, match=said):
+        parts(lines(tmp_path, rows))
+
+
+def test_of_rows_with_several_labels_each_label_s_share_is_set_aside_and_training_keeps_a_rare_one(tmp_path):
+    names = [["common"] + ["odd"] * (i % 2) + ["tenth"] * (i % 10 == 0) + ["rare"] * (i == 30) for i in range(200)]
+    found = parts(lines(tmp_path, [{"text": f"t{i}", "labels": labels} for i, labels in enumerate(names)]))
+    assert found.labels == ("common", "odd", "rare", "tenth")
+    counts = {part: Counter(label for row in rows for label in row.target) for part, rows in found.rows.items()}
+    assert counts["train"]["rare"] == 1
+    assert counts["test"] == counts["validation"] == {"common": 20, "odd": 10, "tenth": 2}
 
 
 def test_a_hub_id_gives_the_split_of_each_part_and_names_of_its_classes(monkeypatch):

@@ -102,6 +102,27 @@ def task(folder: Path, rows: list[dict], **more) -> own_tasks.OwnTask:
     return own_tasks.task(OwnData(name="mine", train=str(jsonl(folder / "train.jsonl", rows)), **more))
 
 
+def test_rows_with_any_number_of_labels_are_a_task_with_a_column_for_each(tmp_path):
+    texts = words(60)
+    rows = [{"text": " ".join(text), "labels": [name for name in ("q", "b", "a") if name in text]} for text in texts]
+    one = task(tmp_path, rows)
+    assert (one.kind, one.label_names, one.num_labels, one.metric) == ("multi-label", ("a", "b", "q"), 3, "micro_f1")
+    assert "multi-label with 3 labels: a, b, q" in one.caption[0]
+    for part in one.splits:
+        examples = one.examples(part)
+        wanted = [[name in text.split() for name in one.label_names] for text in examples.first]
+        assert examples.labels.tolist() == wanted
+    true = one.examples("train").labels
+    predicted = np.roll(true, 1, 0)
+    micro, macro = (100 * sklearn_metrics.f1_score(true, predicted, average=way) for way in ("micro", "macro"))
+    right = 100 * (true == predicted).all(1).mean()
+    assert one.metrics(predicted, true) == pytest.approx({"micro_f1": micro, "macro_f1": macro, "exact_match": right})
+    weights = metrics.resample_weights(len(true))[:3]
+    drawn = [np.repeat(np.arange(len(true)), weight) for weight in weights]
+    wanted = [100 * sklearn_metrics.f1_score(true[rows], predicted[rows], average="macro") for rows in drawn]
+    np.testing.assert_allclose(own_kinds.OF_LABELS["macro_f1"].resampled(predicted, true, weights), wanted)
+
+
 # -- the one line --------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import string
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,7 +53,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Row:
-    """One example.  target: a text, a number (regression) or what the file has (tags, an answer's index)."""
+    """One example.  target: a text, a number (regression) or what the file has (tags, labels, an answer's index)."""
 
     input: Any
     target: Any
@@ -67,7 +68,7 @@ class Parts:
     reading: Reading
     rows: Mapping[str, Sequence[Row]]
     notes: tuple[str, ...]
-    labels: tuple[str, ...] = ()  # of a classification, sorted
+    labels: tuple[str, ...] = ()  # of a classification, or that rows may have, sorted
     fields: tuple[str, ...] = ()
 
 
@@ -108,6 +109,7 @@ _FORMS = (
     _form("classification", "sentence1", "label", "sentence1 and sentence2 as the input, label as its class", pair="sentence2"),
     _form("classification", "premise", "label", "premise and hypothesis as the input, label as its class", pair="hypothesis"),
     _form("classification", "text", "label", "text as the input, label as its class"),
+    _form("multi-label", "text", "labels", "text as the input, labels as any number of labels"),
     _form("language-modelling", "text", "text", "text as the text to model"),
 )
 
@@ -317,7 +319,7 @@ def _as_told(table: Any, data: OwnData) -> Reading:
     said = f"reading {data.input!r} as the input, {data.target or data.input!r} as the target"
     kind = data.kind
     if kind is None:
-        kind, why = _kind_of(table, templates["target"])
+        kind, why = _kind_of(table, templates["input"], templates["target"])
         said += f"; {why}"
     if kind == "choice":
         if "choices" not in columns:
@@ -330,10 +332,13 @@ def _as_told(table: Any, data: OwnData) -> Reading:
     return Reading(kind, said, templates["input"], templates["target"])
 
 
-def _kind_of(table: Any, target: str) -> tuple[Kind, str]:
+def _kind_of(table: Any, given: str, target: str) -> tuple[Kind, str]:
     """Classes where few values come again and again, text where they do not; and why."""
-    found = [_filled(target, row) for row in table.select(range(min(len(table), 1_000)))]
+    first = table.select(range(min(len(table), 1_000)))
+    found = [_filled(target, row) for row in first]
     if any(isinstance(value, list) for value in found):
+        if any(isinstance(_filled(given, row), str) for row in first):
+            return "multi-label", "lists are the labels of a text (kind = multi-label)"
         return "token-classification", "lists are the labels of words (kind = token-classification)"
     values = [str(value) for value in found]
     distinct = len(set(values))
@@ -441,6 +446,8 @@ def _row(row: Mapping[str, Any], reading: Reading) -> Row:
         target = _number(target)
     elif reading.kind == "token-classification":
         _check_words(given, target)
+    elif reading.kind == "multi-label":
+        _check_several(target)
     elif reading.kind in ("generation", "language-modelling"):
         target = str(target)
     pair = _filled(reading.pair, row) if reading.pair else None
@@ -468,6 +475,16 @@ def _check_words(words: Any, tags: Any) -> None:
         raise ValueError(f"{count} for {len(words)} words: give one for each")
     if any(_is_empty(tag) for tag in tags):
         raise ValueError("the label of a word is empty: fill it, or take the row out")
+
+
+def _check_several(labels: Any) -> None:
+    if not isinstance(labels, list):
+        raise ValueError(f'labels = "{str(labels)[:40]}": should be a list, [] for none (a CSV has no lists: give .jsonl)')
+    if any(_is_empty(label) for label in labels):
+        raise ValueError("a label is empty: fill it, or take it out")
+    named = [str(label) for label in labels]
+    if twice := next((label for label in named if named.count(label) > 1), None):
+        raise ValueError(f'the label "{twice}" is there twice: take one out')
 
 
 def _choice(given: Any, answer: Any, choices: Any) -> Row:
@@ -547,8 +564,8 @@ def _split(rows: Mapping[str, list[Row]], where: str, kind: Kind, notes: list[st
         )
     order = np.random.default_rng([SPLIT_SEED, *b"own data"]).permutation(len(train))
     for part in missing:
-        if kind in ("classification", "image-classification"):
-            is_taken = carve(np.array([str(train[i].target) for i in order]), size)
+        if kind in ("classification", "image-classification", "multi-label"):
+            is_taken = carve(np.array(_classes_of([train[i] for i in order])), size)
             taken, order = order[is_taken], order[~is_taken]
         else:
             taken, order = order[:size], order[size:]
@@ -559,13 +576,20 @@ def _split(rows: Mapping[str, list[Row]], where: str, kind: Kind, notes: list[st
     return {part: made[part] for part in PLACES}
 
 
+def _classes_of(rows: Sequence[Row]) -> list[str]:
+    """Of each row the class by whose share a part is set aside: of several labels the rarest, so that training keeps some."""
+    several = [[str(label) for label in row.target] if isinstance(row.target, list) else [str(row.target)] for row in rows]
+    counts = Counter(label for labels in several for label in labels)
+    return [min(labels, key=lambda label: (counts[label], label), default="") for labels in several]
+
+
 def _labels(
     reading: Reading, rows: Mapping[str, Sequence[Row]], given: Mapping[str, str], faults: list[str]
 ) -> tuple[str, ...]:
     """The classes, sorted: whole numbers by value, texts by alphabet; a fault for each that training never sees."""
-    if reading.kind not in ("classification", "image-classification", "token-classification"):
+    several = reading.kind in ("token-classification", "multi-label")
+    if not several and reading.kind not in ("classification", "image-classification"):
         return ()
-    several = reading.kind == "token-classification"
 
     def of(part: str) -> set[str]:
         return {str(label) for row in rows[part] for label in (row.target if several else [row.target])}

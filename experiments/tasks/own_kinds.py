@@ -61,6 +61,14 @@ def _classified(rows: Sequence[Row], labels: tuple[str, ...], scale: tuple[float
     return _texts(rows, np.array([number[str(row.target)] for row in rows], dtype=np.int64))
 
 
+def _labelled(rows: Sequence[Row], labels: tuple[str, ...], scale: tuple[float, float]) -> Examples:
+    number = {label: index for index, label in enumerate(labels)}
+    is_there = np.zeros((len(rows), len(labels)), dtype=np.int64)
+    for row, one in enumerate(rows):
+        is_there[row, [number[str(label)] for label in one.target]] = 1
+    return _texts(rows, is_there)
+
+
 def _measured(rows: Sequence[Row], labels: tuple[str, ...], scale: tuple[float, float]) -> Examples:
     mean, deviation = scale
     return _texts(rows, ((np.array([row.target for row in rows], dtype=np.float64) - mean) / deviation).astype(np.float32))
@@ -175,6 +183,11 @@ OF_CLASSES = {
     **_resampling(metrics.matthews, "matthews"),
     "f1": Metric(metrics.accuracy_and_f1, partial(_on_resamples, metrics.accuracy_and_f1, "f1"), two_labels=True),
 }
+OF_LABELS = {
+    "micro_f1": Metric(metrics.f1_of_labels, metrics.resampled_micro_f1),
+    **_resampling(metrics.f1_of_labels, "macro_f1"),
+    "exact_match": Metric(metrics.f1_of_labels),
+}
 OF_NUMBERS = {
     "pearson_spearman": Metric(metrics.correlations, metrics.resampled_correlations),
     **_resampling(metrics.correlations, "pearson", "spearman"),
@@ -215,6 +228,7 @@ KINDS: dict[str, OwnKind] = {
         OF_CLASSES,
         lambda labels: ("accuracy", "macro_f1"),
     ),
+    "multi-label": OwnKind("text; labels, a list of any length", _labelled, OF_LABELS, lambda labels: tuple(OF_LABELS)),
     "regression": OwnKind(
         "text or sentence1 + sentence2 or premise + hypothesis; label, a number",
         _measured,
