@@ -32,6 +32,10 @@ class MultiLabel(Rows):
             raise ValueError(f"labels of shape {labels.shape}: give an array (n, L) of 0 and 1, a row for each example")
         return super().encode(examples, processor, max_length)
 
+    def example(self, config: Any, num_labels: int, rows: int, size: int) -> dict[str, Tensor]:
+        batch = super().example(config, num_labels, rows, size)
+        return {**batch, "labels": batch["labels"][:, None].expand(-1, num_labels)}
+
     def losses(self, logits: Tensor, labels: Tensor, members: int) -> Tensor:
         logits = at_least_fp32(logits)
         each = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
