@@ -156,6 +156,11 @@ def test_a_study_is_planned_with_the_ranks_of_its_budget(capsys):
     assert "learned takes the ranks of adalora's run: planned with equal ones" in captured.err
 
 
+def test_no_terms_are_asked_for_where_no_data_is_read(capsys):
+    assert rankwise("plan", "fair", "--no-time", "--json", "--methods", "head") == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 4
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

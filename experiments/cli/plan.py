@@ -115,10 +115,12 @@ def in_bytes(text: str) -> int:
 
 
 def _of_file(study: Path | None, methods: str | None, pack: int | None) -> "Study":
-    from rankwise.experiments import checks, config
+    from rankwise.experiments import checks, config, sources
     from rankwise.experiments.cli.compare import narrowed
 
-    chosen = narrowed(config.read(config.find(study or config.DEFAULT_STUDY)), methods, None, None, pack, [])
+    read = config.read(config.find(study or config.DEFAULT_STUDY))
+    terms = [name for name in read.tasks if name in sources.CATALOGUE and sources.CATALOGUE[name].research_only]
+    chosen = narrowed(read, methods, None, None, pack, terms)  # no data is read, so none need be accepted
     checks.check(chosen)
     return chosen
 
