@@ -100,6 +100,11 @@ class Training(_Section):
     """Greatest norm of a member's gradient; longer ones are shortened to it."""
     max_length: int = Field(default=128, ge=8)
     """Tokens at which an input is cut."""
+    image_size: int | None = Field(default=None, ge=8, le=4096)
+    """Side of an image in pixels, to which it is resized and cropped; what the model's image processor says, if not given."""
+    augmentation: list[Literal["crop", "flip"]] = []
+    """How images that are trained on are changed at random: "crop" moves by up to an eighth of the side, "flip" mirrors left
+    and right.  Off if not given: a mirrored image may be of another class (digits, text, left and right shoes)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 keeps the frozen weights in bf16 and multiplies in it; auto takes it where the device is fast at it; a folder
     with runs goes on in theirs."""
@@ -124,7 +129,8 @@ class Training(_Section):
     def identity(self) -> dict[str, Any]:
         """What tells one run from another; a setting that came later is left out while it has its default."""
         values = self.model_dump(mode="json", exclude={"log_every"})
-        return {k: v for k, v in values.items() if k != "head_learning_rate" or v is not None}
+        later = {"head_learning_rate": None, "image_size": None, "augmentation": []}
+        return {k: v for k, v in values.items() if k not in later or v != later[k]}
 
     def steps_per_epoch(self, rows: int) -> int:
         return -(-rows // self.batch_size)

@@ -128,7 +128,7 @@ def export(
     from rankwise.experiments import models
 
     with models.quiet():
-        model, tokenizer = _load(source, whole=to == "merged")
+        model, processor = _load(source, whole=to == "merged")
         adapter = variants.load_pretrained(model, source.adapter)
         if total_rank is not None or total_parameters is not None:
             variants.truncate(adapter, total_rank=total_rank, total_parameters=total_parameters)
@@ -146,13 +146,13 @@ def export(
             if to == "lora":
                 variants.export_lora(adapter, partial)
             else:
-                variants.export_merged(adapter, partial, tokenizer=tokenizer)
+                variants.export_merged(adapter, partial, tokenizer=processor)
             (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 
 
 def _load(source: Source, whole: bool) -> tuple[Any, Any]:
-    """The base model with the head that the adapter was trained with, and its tokenizer where it has one.
+    """The base model with the head that the adapter was trained with, and its tokenizer or image processor where it has one.
 
     whole: refuse a base that lacks weights which the adapter does not hold either.
     """
@@ -160,8 +160,12 @@ def _load(source: Source, whole: bool) -> tuple[Any, Any]:
 
     try:
         if source.run is not None:
-            model, tokenizer, _ = models.load(source.model, tasks.of_run(source.adapter.parent, source.run["task"]))
-            return model, tokenizer
+            task, size = (
+                tasks.of_run(source.adapter.parent, source.run["task"]),
+                source.run.get("training", {}).get("image_size"),
+            )
+            model, processor, _ = models.load(source.model, task, image_size=size)
+            return model, processor
         folder = sources.fetch(source.model)
     except sources.Unavailable as error:
         raise ValueError(f"{error}; name a copy that is at hand with --model") from None
@@ -189,11 +193,12 @@ def _load(source: Source, whole: bool) -> tuple[Any, Any]:
             f"does not hold them: name the model that it was trained on with --model, or its class with --model-class"
         )
     model.config._name_or_path = source.model
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception:  # where there is none, each class of tokenizer fails in a way of its own
-        tokenizer = None
-    return model.eval(), tokenizer
+    processor = None
+    for auto in (transformers.AutoTokenizer, transformers.AutoImageProcessor):
+        with contextlib.suppress(Exception):  # where there is none, each class fails in a way of its own
+            processor = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            break
+    return model.eval(), processor
 
 
 def _labels(shapes: dict[str, list[int]], heads: tuple[str, ...], model_class: str | None) -> int | None:

@@ -111,10 +111,10 @@ def of_run(folder: Path, rows: int = ROWS) -> dict[str, Any]:
         )
     config, result = (records.read_json(folder / name) for name in (records.CONFIG, records.RESULT))
     task = task_of_run(folder, config["task"])
-    model, processor, _ = models.load(config["model"], task, "fp32", "cpu")
+    training = config["training"]
+    model, processor, _ = models.load(config["model"], task, "fp32", "cpu", training.get("image_size"))
     adapter = variants.load_pretrained(model, folder / "adapter")
     split = result["selection_split"]
-    training = config["training"]
     data = task.encode(processor, split, training["max_length"]).random_part(training.get("evaluation_examples"), SUBSET)
     part = data.random_part(rows, KNOCKOUT_ROWS)
     (measured,) = knock_out(adapter, processor, task, split, part, training["evaluation_batch_size"])

@@ -38,11 +38,15 @@ def content_hash(model_id: str) -> str:
     return sources.content_hash(model_id)
 
 
-def load(model_id: str, task: Any, precision: str = "fp32", device: str = "cpu") -> tuple[Any, Any, ModelInfo]:
+def load(
+    model_id: str, task: Any, precision: str = "fp32", device: str = "cpu", image_size: int | None = None
+) -> tuple[Any, Any, ModelInfo]:
     """A pretrained model with a head for `task`, its processor (of text: the tokenizer), and what is known of it.
 
-    model_id: a name of the catalogue, a hub id, or a folder. task: its kind and num_labels are read.
+    model_id: a name of the catalogue, a hub id, or a folder. task: its kind, num_labels and label_names are read; the names
+    go into the model's configuration, and with it wherever the model is saved.
     precision: "fp32" or "bf16", of every tensor, the head's included. The model comes in evaluation mode.
+    image_size: `Training.image_size`, in pixels.
     Raises: Unavailable: no source could give it. ValueError: unknown precision, no such device, another kind of model.
     """
     if precision not in ("fp32", "bf16"):
@@ -56,10 +60,13 @@ def load(model_id: str, task: Any, precision: str = "fp32", device: str = "cpu")
     target = _device(device)
     kind = kinds.get(task.kind)
     wanted = kind.model_settings(task.num_labels)
+    names = getattr(task, "label_names", ())
+    if names and wanted.get("num_labels") == len(names):
+        wanted |= {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(HEAD_SEED)
         try:
-            processor = kind.processor(folder)
+            processor = kind.sized(kind.processor(folder), image_size)
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **wanted)
             auto = getattr(transformers, kind.model_class(config))
             kind.fit(processor, config)
@@ -126,7 +133,13 @@ def longest_input(model: Any) -> int | None:
 
 def unfit(model: Any, training: Training) -> list[str]:
     """What the training asks of this model that it cannot do."""
-    faults, longest = [], longest_input(model)
+    faults, longest, patch = [], longest_input(model), getattr(model.config, "patch_size", None)
+    if training.image_size is not None and isinstance(patch, int) and training.image_size % patch:
+        near = patch * max(1, round(training.image_size / patch))
+        faults.append(
+            f"training.image_size = {training.image_size}: this model reads patches of {patch} pixels, and the rest would be "
+            f"cut off: give a multiple, such as {near}"
+        )
     if longest is not None and training.max_length > longest:
         faults.append(f"training.max_length = {training.max_length} is above the {longest} tokens this model takes: lower it")
     if training.gradient_checkpointing and not model.supports_gradient_checkpointing:

@@ -29,9 +29,10 @@ def test_no_purpose_changes_its_number():
         "KNOCKOUT_ROWS": 4,
         "SQUAD_ARTICLES": 5,
         "EPOCH_ROWS": 6,
+        "AUGMENTATION": 7,
     }
 
 
 def test_every_purpose_is_a_draw_of_its_own():
     orders = {key: tuple(draws.shuffled(50, 0, key)) for key in set(purposes().values())}
-    assert len(set(orders.values())) == len(orders) == 6
+    assert len(set(orders.values())) == len(orders) == 7

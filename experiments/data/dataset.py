@@ -34,6 +34,9 @@ class Dataset(ABC):
     def content(self) -> Iterator[bytes]:
         """All that a run's results can depend on, for a hash."""
 
+    def make(self) -> None:  # noqa: B027  (most rows are ready)
+        """Makes what the rows need before a batch is taken of them and what takes long, such as decoding images."""
+
     @abstractmethod
     def select_examples(self, examples: Sequence[int] | np.ndarray) -> Self:
         """The rows of these examples alone."""

@@ -25,22 +25,27 @@ SARCASM_SPLIT = Purpose(4)  # (0, 4): the splits of the sarcasm headlines
 KNOCKOUT_ROWS = Purpose(4)  # (0, 4): the rows of a knock-out
 SQUAD_ARTICLES = Purpose(5)  # (0, 5): which articles of SQuAD are kept out of training
 EPOCH_ROWS = Purpose(6)  # (seed, 6, epoch): the order of all rows, where no lengths are planned (kinds/interface.py)
+AUGMENTATION = Purpose(7)  # (seed, 7, step, row): how a row's inputs are changed at a step (Kind.augment)
 
 SHARED = {3, 4}  # the numbers that stand twice above, and must stay so: data hashes and committed results depend on them
 
 
 def shuffled(count: int, *key: int) -> np.ndarray:
-    """A permutation of range(count) that depends on `key` (up to 4 whole numbers, 0 <= each < 2**64) and nothing else.
+    """A permutation of range(count) that depends on `key` (up to 4 whole numbers, 0 <= each < 2**64) and nothing else."""
+    return np.argsort(numbers(count, *key), kind="stable")
 
-    It sorts the raw draws of Philox, which numpy promises not to change (its Generator methods it may).
+
+def numbers(count: int, *key: int) -> np.ndarray:
+    """(count,) uint64, each equally likely, that depend on `key`, as in `shuffled`, and nothing else.
+
+    They are the raw draws of Philox, which numpy promises not to change (its Generator methods it may).
     """
     for number in key:
         if not 0 <= number < 2**64:
             raise ValueError(f"seed {number} must be a whole number from 0 to 2**64 - 1")
     seed, purpose, major, minor = (*key, 0, 0, 0)[:4]
     counter, keys = (np.array(numbers, dtype=np.uint64) for numbers in ([0, 0, minor, major], [seed, purpose]))
-    draws = np.random.Philox(key=keys, counter=counter).random_raw(count)
-    return np.argsort(draws, kind="stable")
+    return np.random.Philox(key=keys, counter=counter).random_raw(count)
 
 
 def carve(labels: np.ndarray, size: int) -> np.ndarray:

@@ -17,6 +17,7 @@ REGISTRY = {
     "choice": "rankwise.experiments.kinds.choice:Choice",
     "language-modelling": "rankwise.experiments.kinds.language_modelling:LanguageModelling",
     "multi-label": "rankwise.experiments.kinds.multi_label:MultiLabel",
+    "image-classification": "rankwise.experiments.kinds.image_classification:ImageClassification",
 }
 
 

@@ -6,7 +6,7 @@ A kind holds no state: one instance serves every task and model.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -39,11 +39,14 @@ class Kind(ABC):
     """One kind of task.
 
     auto_class: the class of transformers that has the head. predicted: numpy type and shape of what is predicted for one
-    row; `object` where that is no fixed number of numbers (a text, say).
+    row; `object` where that is no fixed number of numbers (a text, say). has_tokens, has_images: what rows are made of:
+    a study's settings max_length, image_size and augmentation have an effect on these alone.
     """
 
     auto_class: ClassVar[str]
     predicted: ClassVar[tuple[type, tuple[int, ...]]]
+    has_tokens: ClassVar[bool] = False
+    has_images: ClassVar[bool] = False
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
@@ -89,6 +92,10 @@ class Kind(ABC):
             descend(child, name)
         return heads
 
+    def sized(self, processor: Any, image_size: int | None) -> Any:
+        """The processor for images of that side, in pixels; of other rows the same."""
+        return processor
+
     # -- rows and batches --------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -114,6 +121,18 @@ class Kind(ABC):
     @abstractmethod
     def collate(self, data: "Dataset", rows: np.ndarray, size: int | None, processor: Any) -> dict[str, np.ndarray]:
         """A batch to train on: the model's inputs by name, each with the rows first, and "labels"."""
+
+    def augment(
+        self, batch: dict[str, np.ndarray], rows: Sequence[np.ndarray], seeds: Sequence[int], step: int, how: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """A batch to train on with its inputs changed at random, as a study asks for it.
+
+        Like dropout it is keyed, by the member's seed, the step and the row: a packed member sees what it would see alone,
+        and a run that goes on what it would have seen.
+
+        rows: of each member, in the order of the batch. how: what a study may name (`Training.augmentation`).
+        """
+        return batch
 
     def collate_evaluation(self, data: "Dataset", rows: np.ndarray, size: int | None, processor: Any) -> dict[str, np.ndarray]:
         """A batch to predict; differs where a model is asked otherwise than it is trained (padding on the left, say)."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankwise import variants
-from rankwise.experiments import models
+from rankwise.experiments import kinds, models
 from rankwise.experiments.checks import check_phases, collecting
 from rankwise.experiments.config import Entry, Study, Training
 from rankwise.experiments.data.dataset import Dataset
@@ -14,7 +14,7 @@ from rankwise.experiments.data.draws import SUBSET
 from rankwise.experiments.study import budget, splits
 from rankwise.experiments.tasks import OwnTask, Task, in_study
 from rankwise.variants.adapter.linears import weight_of
-from rankwise.variants.settings import Settings
+from rankwise.variants.settings import Settings, shown
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,19 @@ def prepare(study: Study, sources: Sequence[Entry], say: Callable[[str], None] =
     tasks = {}
     for name in study.tasks:
         task = in_study(name, study.data)
-        model, tokenizer, info = models.load(study.model, task, "fp32", "cpu")
         training = study.training
+        faults.extend(_without_effect(task, training))
+        if faults:
+            continue
+        model, processor, info = models.load(study.model, task, "fp32", "cpu", training.image_size)
         faults.extend(models.unfit(model, training))
         if faults:
             continue
         parts = {"train": splits.trained(study, task), **{split: split for split in splits.evaluated(study, task)}}
-        whole = {part: task.encode(tokenizer, split, training.max_length) for part, split in parts.items()}
+        whole = {part: task.encode(processor, split, training.max_length) for part, split in parts.items()}
         data = {part: _subset(encoded, part, training) for part, encoded in whole.items()}
+        for encoded in data.values():
+            encoded.make()
         total = training.total_steps(len(data["train"]))
         targets, shapes, entries = {}, {}, []
         for entry in (*study.methods, *sources):
@@ -78,7 +83,7 @@ def prepare(study: Study, sources: Sequence[Entry], say: Callable[[str], None] =
         check_phases(study, len(data["train"]), faults)
         captions = [*task.caption, *task.captions_by_model.get(study.model, ()), *_subset_captions(task, data, training)]
         if isinstance(task, OwnTask):
-            cut = [task.cut(parts[part], encoded, tokenizer, training.max_length) for part, encoded in whole.items()]
+            cut = [task.cut(parts[part], encoded, processor, training.max_length) for part, encoded in whole.items()]
             captions += [f"{name}: {line}." for line in cut if line]
             for line in (*task.notes, *filter(None, cut)):
                 say(f"{name}: {line}")
@@ -86,6 +91,18 @@ def prepare(study: Study, sources: Sequence[Entry], say: Callable[[str], None] =
     if faults:
         raise ValueError("\n".join(dict.fromkeys(faults)))
     return PreparedStudy(study, list(sources), tasks)
+
+
+def _without_effect(task: Task, training: Training) -> list[str]:
+    """Faults: settings of images for a task that has none."""
+    given = {"image_size": training.image_size, "augmentation": training.augmentation or None}
+    if kinds.get(task.kind).has_images:
+        return []
+    return [
+        f"training.{name} = {shown(value)} is about images, and {task.name} has none: take it out"
+        for name, value in given.items()
+        if value is not None
+    ]
 
 
 def _content_hash(data: Mapping[str, Dataset]) -> str:

@@ -23,6 +23,7 @@ class Batches:
     ):
         self.kind, self.data, self.processor = kind, data, processor
         self.batch_size, self.accumulation = training.batch_size, training.accumulation
+        self.augmentation = training.augmentation
         self.per_epoch = training.steps_per_epoch(len(data))
         self.seeds, self.device = list(seeds), device
         self._plan: tuple[int, list[list[Planned]]] | None = None  # of one epoch, for each member
@@ -47,6 +48,8 @@ class Batches:
         for parts in zip(*pieces, strict=True):
             if len(parts[0]):
                 arrays = self.kind.collate(self.data, np.concatenate(parts), size, self.processor)
+                if self.augmentation:
+                    arrays = self.kind.augment(arrays, parts, self.seeds, step, self.augmentation)
                 batch = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
                 made.append((batch, self.kind.counts(batch["labels"], len(self.seeds))))
         return made

@@ -34,7 +34,8 @@ class Pack:
 
     def identity(self) -> str:
         """Everything that a checkpoint must agree with to be this pack's."""
-        settings, training = self.settings.model_dump(mode="json"), self.training.model_dump(mode="json", exclude={"log_every"})
+        settings = self.settings.model_dump(mode="json")
+        training = {**self.training.identity(), "head_learning_rate": self.training.head_learning_rate}
         parts = [self.method, settings, self.targets, self.task.name, self.model, training, self.seeds, self.learning_rates]
         return json.dumps([*parts, self.splits, self.device.type, self.precision, *(["best epoch"] if self.best_epoch else [])])
 

@@ -66,7 +66,9 @@ class Trainer:
         self.memory.start()
         # What trains the model's own weights starts from them in full precision.
         precision = "fp32" if method(pack.method).load().trains_base else pack.precision
-        self.model, self.processor, self.info = models.load(pack.model, pack.task, precision, str(pack.device))
+        self.model, self.processor, self.info = models.load(
+            pack.model, pack.task, precision, str(pack.device), training.image_size
+        )
         settings = pack.settings.model_dump(exclude_unset=True)
         self.adapter: Adapter = variants.create(pack.method, members=pack.members, seeds=list(pack.seeds), **settings)
         self.batches = Batches(self.kind, data["train"], self.processor, training, pack.seeds, pack.device)

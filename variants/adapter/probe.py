@@ -1,6 +1,7 @@
 """The probe of packing: members that share one forward pass must equal members alone, in this very model."""
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -106,8 +107,13 @@ def _example(model: nn.Module, rows: int, calibration: Calibration | Uncalibrate
         return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
     if main == "pixel_values" and hasattr(config, "image_size"):
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        how, patch = {}, getattr(config, "patch_size", None)
+        if isinstance(patch, int) and any(hasattr(module, "interpolate_pos_encoding") for module in model.modules()):
+            size = min(size, 3 * patch)  # it takes any size, and DINOv2's own has 1,369 patches
+            if "interpolate_pos_encoding" in inspect.signature(type(model).forward).parameters:
+                how = {"interpolate_pos_encoding": True}
         pixels = torch.randn(rows, config.num_channels, size, size, generator=random, dtype=torch.float64)
-        return {"pixel_values": pixels.to(device)}
+        return {"pixel_values": pixels.to(device), **how}
     first = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
     if config is None and first is not None:
         return (torch.randn(rows, first.in_features, generator=random, dtype=torch.float64).to(device),)
