@@ -341,10 +341,13 @@ def test_every_entry_pins_every_file_of_every_carrier():
         hashes = [carrier.sha256 for carrier in entry.carriers] + [sha256 for sha256, _ in entry.files.values()]
         assert all(len(sha256) == 64 and set(sha256) <= set("0123456789abcdef") for sha256 in hashes)
         for carrier in entry.carriers:
-            name, version = carrier.package.split("==")
-            assert carrier.wheel.startswith(f"{name.lower().replace('-', '_')}-{version}-py")
-            assert carrier.wheel.endswith("-none-any.whl")  # the same file for every Python and machine
             assert set(carrier.members) == set(entry.files)
+            if carrier.is_debian:
+                assert carrier.archive == f"{carrier.package.replace('=', '_')}_all.deb"
+                continue
+            name, version = carrier.package.split("==")
+            assert carrier.archive.startswith(f"{name.lower().replace('-', '_')}-{version}-py")
+            assert carrier.archive.endswith("-none-any.whl")  # the same file for every Python and machine
 
 
 def test_an_entry_is_a_table_of_its_own():
@@ -435,7 +438,7 @@ def test_a_gguf_file_is_converted_once_and_its_package_is_asked_for(tmp_path, mo
         if len(found) == 1:
             raise RuntimeError("killed")
 
-    monkeypatch.setattr(conversion, "_convert", convert)
+    monkeypatch.setattr(conversion, "_from_gguf", convert)
     monkeypatch.setattr(conversion, "find_spec", lambda name: None)
     with pytest.raises(Unavailable, match=r"pip install 'rankwise\[gguf\]'"):
         sources.fetch(entry)

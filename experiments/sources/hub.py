@@ -14,8 +14,9 @@ from rankwise.experiments.sources.cache import one_line
 from rankwise.experiments.sources.entries import CATALOGUE, Unavailable
 
 HUB_SECONDS = 4.0  # how long the hub may take to answer at all before it counts as out of reach
-# Everything of a hub repository that a model and its tokenizer can need: no pickles, no code.
+# Everything of a hub repository that a model and its tokenizer or image processor can need: no pickles, no code.
 HUB_FILES = [
+    "preprocessor_config.json",
     *("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spm.model", "*bpe.model"),
 ]

@@ -7,14 +7,16 @@ from pathlib import Path
 from rankwise.experiments import config
 from rankwise.experiments.data_entries import OwnData
 from rankwise.experiments.records import STUDY_FILE
-from rankwise.experiments.tasks import conll2003, glue, own_tasks, reuters, sarcasm, squad
+from rankwise.experiments.tasks import conll2003, fashion_mnist, glue, own_tasks, reuters, sarcasm, squad
 from rankwise.experiments.tasks.own_tasks import OwnTask
 from rankwise.experiments.tasks.task import Task
 from rankwise.variants.settings import quoted
 
 __all__ = ["OwnTask", "Task", "get", "in_study", "names", "of_run"]
 
-_TASKS: dict[str, Task] = {task.name: task for family in (glue, reuters, sarcasm, conll2003, squad) for task in family.TASKS}
+_TASKS: dict[str, Task] = {
+    task.name: task for family in (glue, reuters, sarcasm, conll2003, squad, fashion_mnist) for task in family.TASKS
+}
 
 
 def names() -> list[str]:
