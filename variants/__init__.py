@@ -26,6 +26,8 @@ _PLACES = {method.location.partition(":")[2]: method.location.partition(":")[0] 
     "save_pretrained": "rankwise.variants.files.pretrained",
     "load_pretrained": "rankwise.variants.files.pretrained",
     "open_door": "rankwise.variants.files.doors",
+    "save_diffusers": "rankwise.variants.files.diffusion",
+    "load_diffusers": "rankwise.variants.files.diffusion",
     "export_lora": "rankwise.variants.files.export",
     "export_merged": "rankwise.variants.files.export",
     "truncate": "rankwise.variants.weights.truncation",

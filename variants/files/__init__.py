@@ -21,6 +21,7 @@ A file must hold what its configuration promises: every module that target_modul
     pretrained.py  save_pretrained and load_pretrained
     export.py      plain LoRA for programs that know no other; a whole model with the adapter merged into it
     peft/          PEFT's format: names of tensors, adapter_config.json, writing, reading
+    diffusion.py   LoRA files of diffusers' pipelines, both ways
     own.py         the format of methods that PEFT has no form for
     facts.py       the "rankwise" metadata
     folders.py     a folder read, and written whole or not at all
