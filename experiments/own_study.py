@@ -6,6 +6,7 @@ protocol.  Length, batch size and epochs follow from the data, and the file says
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,20 +74,36 @@ def check_methods(named: str | None, full_protocol: bool) -> list[str]:
     return chosen
 
 
-def lengths_of(model: str, task: OwnTask) -> tuple[list[int], int | None]:
-    """Tokens of each row of every part, nothing cut, and the most that the model takes; None where it names no limit.
+@dataclass(frozen=True)
+class Extent:
+    """How large the rows of a task are for a model.
 
+    lengths: tokens of each row of every part, nothing cut; empty where rows have none. most: what the model takes; None where
+    it names no limit. size: height and width of an image, as the model's own processor makes it.
+    """
+
+    lengths: list[int]
+    most: int | None = None
+    size: tuple[int, int] | None = None
+
+
+def extent_of(model: str, task: OwnTask) -> Extent:
+    """
     Raises:
         Unavailable: the model cannot be had.
     """
-    from rankwise.experiments import models  # torch
+    from rankwise.experiments import kinds, models  # torch
 
     loaded, tokenizer, _ = models.load(model, task)
+    kind = kinds.get(task.kind)
+    if kind.has_images:
+        made = task.encode(tokenizer, task.train_split, 0).select_examples([0]).pixels
+        return Extent([], size=made.shape[2:])
     longest = models.longest_input(loaded)
     most = tokenizer.model_max_length if longest is None else min(longest, tokenizer.model_max_length)
     is_words = task.kind == "token-classification"
     lengths = [row_lengths(task.examples(split), tokenizer, is_words) for split in task.splits]
-    return [int(length) for one in lengths for length in one], most
+    return Extent([int(length) for one in lengths for length in one], most)
 
 
 def length_for(lengths: Sequence[int], most: int | None) -> int:
@@ -102,9 +119,12 @@ def training_for(rows: int) -> dict[str, int]:
 
 
 def compose(
-    data: OwnData, model: str, methods: Sequence[str], rows: int, max_length: int, folder: Path, full_protocol: bool
+    data: OwnData, model: str, methods: Sequence[str], rows: int, max_length: int | None, folder: Path, full_protocol: bool
 ) -> str:
-    """The text of a study's file that lies in `folder`; the data's paths are relative to it, a model's folder is absolute."""
+    """The text of a study's file that lies in `folder`; the data's paths are relative to it, a model's folder is absolute.
+
+    max_length: None where rows have no tokens.
+    """
     if model not in sources.CATALOGUE and os.path.isdir(os.path.expanduser(model)):
         model = os.path.abspath(os.path.expanduser(model))
     training, entries = training_for(rows), shipped_entries(full_protocol)
@@ -120,7 +140,8 @@ def compose(
     document["seeds"] = 10 if full_protocol else 1
     if "lora" in methods and full_protocol:
         document["reference"] = "lora"
-    training = {**training, "max_length": max_length}
+    if max_length is not None:
+        training = {**training, "max_length": max_length}
     if not full_protocol:
         training["evaluations_per_epoch"] = 0  # nothing is chosen, so the validation part is not looked at
     document["training"] = _table(training)

@@ -116,16 +116,21 @@ def _written(data: "OwnData", model: str, methods: str | None, out: Path, full_p
     task = in_study(data.name, [data])
     with Progress() as bar:
         start_torch(bar, threads)
-        lengths, most = own_study.lengths_of(model, task)
-        max_length = own_study.length_for(lengths, most)
+        extent, max_length = own_study.extent_of(model, task), None
         rows = task.sizes["train"]
         if data.kind is None and data.input is not None:  # its kind follows from its values, and the study will name it
             bar.warn(task.notes[0])
         plan = own_study.training_for(rows)
-        bar.warn(
-            f"training: {plan['epochs']} epochs of {rows:,} rows, {plan['batch_size']} a step; max_length = {max_length} "
-            f"tokens (the longest row has {max(lengths)})"
-        )
+        if extent.lengths:
+            max_length = own_study.length_for(extent.lengths, extent.most)
+            size = f"max_length = {max_length} tokens (the longest row has {max(extent.lengths)})"
+        else:
+            height, width = extent.size
+            size = (
+                f"images of {width} x {height} pixels, as the model's processor makes them, none changed at random; image_size "
+                f"and augmentation of the study say otherwise"
+            )
+        bar.warn(f"training: {plan['epochs']} epochs of {rows:,} rows, {plan['batch_size']} a step; {size}")
     read_as = data.model_copy(update={"kind": task.kind})
     text = own_study.compose(read_as, model, labels, rows, max_length, out, full_protocol)
     path = own_study.write(out, text)

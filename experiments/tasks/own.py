@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from rankwise.experiments.data.draws import carve
 from rankwise.experiments.data_entries import PLACES, Kind, OwnData, is_hub_id
+from rankwise.experiments.tasks import own_images
 from rankwise.variants.settings import nearest, quoted
 
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -122,9 +123,10 @@ def read(data: OwnData, sample: int | None = None) -> Parts:
     Raises:
         ValueError: one line for each fault: file, row, what is wrong, the remedy.
     """
-    given = dict(data.places())
+    given, said = _places(data)
     tables = {part: load(where, sample, part) for part, where in given.items()}
     reading = recognise(tables["train"], data)
+    reading = replace(reading, said=f"{reading.said}{said}")
     faults: list[str] = []
     rows = {part: _rows(table, reading, given[part], faults) for part, table in tables.items()}
     _refuse(faults)
@@ -143,6 +145,25 @@ def read(data: OwnData, sample: int | None = None) -> Parts:
     return Parts(reading, rows, tuple(notes), labels, tuple(tables["train"].column_names))
 
 
+def _places(data: OwnData) -> tuple[dict[str, str], str]:
+    """Where each part is, those of a folder with subfolders of these names among them; and what is to be said of it.
+
+    Raises:
+        ValueError: a part that is given twice.
+    """
+    given = dict(data.places())
+    inside = own_images.parts_of(data.train) if os.path.isdir(data.train) else {}
+    if not inside:
+        return given, ""
+    for part in set(inside) & set(given) - {"train"}:
+        raise ValueError(
+            f"{part} = {given[part]}: {data.train} has a part {part} of its own, {inside[part]}: leave {part} out, or give "
+            f"{inside['train']} as train"
+        )
+    names = " and ".join(f"{Path(where).name} as the {part} part" for part, where in inside.items())
+    return {**given, **inside}, f"; {names}, by the folders' names"
+
+
 def load(where: str, sample: int | None = None, part: str = "train") -> Any:
     """The table of a file, glob, folder of images or hub id, as a `datasets.Dataset`; of a hub id the split called `part`.
 
@@ -151,7 +172,7 @@ def load(where: str, sample: int | None = None, part: str = "train") -> Any:
     Raises:
         ValueError: nothing there, mixed or unknown kinds of file, or one that cannot be read; the reason and its place.
     """
-    files, path = files_of(where), Path(where)
+    files = files_of(where)
     if not files and not os.path.isdir(where) and not is_hub_id(where):
         raise ValueError(
             f'{where}: no such file: give a file, a glob, a folder of images, or a hub id ("owner/name:configuration")'
@@ -163,11 +184,7 @@ def load(where: str, sample: int | None = None, part: str = "train") -> Any:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below, once
     split = "train" if sample is None else f"train[:{sample}]"
     if os.path.isdir(where):
-        if not any(p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif") for p in path.rglob("*")):
-            raise ValueError(
-                f"{where}: a folder without images: give a file, a glob such as {where}/*.jsonl, or a folder of images"
-            )
-        return datasets.load_dataset("imagefolder", data_dir=str(path), split=split)
+        return own_images.load_folder(where, split)
     return _from_files(where, files, split) if files else _from_hub(where, split.replace("train", part, 1))
 
 
@@ -318,7 +335,9 @@ def _as_told(table: Any, data: OwnData) -> Reading:
                  (("input", data.input), ("target", data.target or data.input))}  # fmt: skip
     said = f"reading {data.input!r} as the input, {data.target or data.input!r} as the target"
     kind = data.kind
-    if kind is None:
+    if kind is None and any(own_images.column_of(table, field) for field in _fields(templates["input"])):
+        kind = "image-classification"
+    elif kind is None:
         kind, why = _kind_of(table, templates["input"], templates["target"])
         said += f"; {why}"
     if kind == "choice":
@@ -392,6 +411,11 @@ def _template(text: str, key: str, columns: Sequence[str], where: str) -> str:
     return text
 
 
+def _fields(template: str) -> list[str]:
+    """The fields that a template names."""
+    return [name for _, name, _, _ in string.Formatter().parse(template) if name]
+
+
 def _filled(template: str, row: Mapping[str, Any]) -> Any:
     """A template with the row's values in it; the value itself, of whatever type, where it is one field alone."""
     parts = list(string.Formatter().parse(template))
@@ -406,7 +430,15 @@ def _filled(template: str, row: Mapping[str, Any]) -> Any:
 
 def _rows(table: Any, reading: Reading, where: str, faults: list[str], most_faults: int = 5) -> list[Row]:
     """The rows of a table; a fault for each of the first rows that cannot be one."""
-    rows, bad = [], 0
+    rows, bad, pictures = [], 0, None
+    if reading.kind == "image-classification":
+        fields = _fields(reading.input)
+        try:
+            table = own_images.undecoded(table, fields[0] if fields else reading.input)
+        except ValueError as error:
+            faults.append(f"{where}: {error}")
+            return []
+        pictures = own_images.look(table, fields[0], where)
     names, of_lists = {}, {}  # column -> names of its classes
     for column, feature in table.features.items():
         inner = getattr(feature, "feature", None)
@@ -417,12 +449,18 @@ def _rows(table: Any, reading: Reading, where: str, faults: list[str], most_faul
             row[column] = classes[row[column]] if row[column] is not None and row[column] >= 0 else None
         for column, classes in of_lists.items():
             row[column] = [classes[one] for one in row[column] or []]
+        place = f"{where}, row {number}: "
+        if pictures is not None:
+            row[fields[0]] = pictures[number - 1]
+            place = getattr(pictures[number - 1], "name", "") and f"{pictures[number - 1].name}: "
         try:
+            if pictures is not None and isinstance(pictures[number - 1], str):
+                raise ValueError(pictures[number - 1])
             rows.append(_row(row, reading))
         except ValueError as error:
             bad += 1
             if bad <= most_faults:
-                faults.append(f"{where}, row {number}: {error}")
+                faults.append(f"{place}{error}")
     if bad > most_faults:
         faults.append(f"{where}: {bad - most_faults} more rows have faults of this kind: mend them, or take them out")
     if not len(table):
@@ -605,13 +643,17 @@ def _labels(
 
 
 def _overlap(rows: Mapping[str, Sequence[Row]]) -> list[str]:
-    """A note for each part that shares inputs with the training rows."""
+    """A note for each part that shares inputs with the training rows; of images the first that is there twice."""
     notes = []
-    seen = {_digest(row) for row in rows["train"]}
+    seen = {_digest(row): row for row in reversed(rows["train"])}
     for part in ("validation", "test"):
-        twice = sum(_digest(row) in seen for row in rows[part])
+        twice = [row for row in rows[part] if _digest(row) in seen]
         if twice:
-            notes.append(f"{twice} of the {len(rows[part])} rows of the {part} part have the input of a training row")
+            first = getattr(twice[0].input, "name", None)
+            named = f" ({first} is {seen[_digest(twice[0])].input.name})" if first else ""
+            notes.append(
+                f"{len(twice)} of the {len(rows[part])} rows of the {part} part have the input of a training row{named}"
+            )
     repeated = len(rows["train"]) - len(seen)
     if repeated:
         notes.append(f"{repeated} of the {len(rows['train'])} training rows repeat the input of another")
@@ -619,7 +661,9 @@ def _overlap(rows: Mapping[str, Sequence[Row]]) -> list[str]:
 
 
 def _digest(row: Row) -> bytes:
-    content = row.input.tobytes() if hasattr(row.input, "tobytes") else repr((row.input, row.pair)).encode()
+    if isinstance(row.input, own_images.OwnPicture):
+        return row.input.digest
+    content = repr((row.input, row.pair)).encode()
     return hashlib.blake2b(content, digest_size=16).digest()
 
 

@@ -104,6 +104,11 @@ def _modelled(rows: Sequence[Row], labels: tuple[str, ...], scale: tuple[float, 
     return Examples([str(row.input) for row in rows], None, [""] * len(rows))
 
 
+def _pictured(rows: Sequence[Row], labels: tuple[str, ...], scale: tuple[float, float]) -> Examples:
+    number = {label: index for index, label in enumerate(labels)}
+    return Examples([row.input for row in rows], None, np.array([number[str(row.target)] for row in rows], dtype=np.int64))
+
+
 def answers_of(row: Row) -> tuple[list[str], list[int]]:
     """The right answers of a question and the character of the context at which each starts.
 
@@ -257,4 +262,10 @@ KINDS: dict[str, OwnKind] = {
     ),
     "choice": OwnKind("question, choices, answer", _chosen, OF_CHOICES, lambda labels: tuple(OF_CHOICES)),
     "language-modelling": OwnKind("text", _modelled, OF_MODELLED, lambda labels: tuple(OF_MODELLED)),
+    "image-classification": OwnKind(
+        "image, label; or a folder with a subfolder of images for each class",
+        _pictured,
+        OF_CLASSES,
+        lambda labels: ("accuracy", "macro_f1"),
+    ),
 }

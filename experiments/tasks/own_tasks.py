@@ -14,7 +14,7 @@ from rankwise.experiments.data.dataset import Dataset
 from rankwise.experiments.data.encoded import Encoded
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.data_entries import OwnData
-from rankwise.experiments.tasks import own
+from rankwise.experiments.tasks import own, own_images
 from rankwise.experiments.tasks.own_kinds import KINDS, OwnKind, answers_of, by_entities
 from rankwise.experiments.tasks.task import Task
 from rankwise.variants.settings import nearest, quoted
@@ -184,7 +184,7 @@ def _content_hash(parts: own.Parts) -> str:
     for part, rows in parts.rows.items():
         digest.update(part.encode())
         for row in rows:
-            is_array = hasattr(row.input, "tobytes")
-            digest.update(row.input.tobytes() if is_array else json.dumps(row.input, default=str).encode())
+            is_image = isinstance(row.input, own_images.OwnPicture)
+            digest.update(row.input.digest if is_image else json.dumps(row.input, default=str).encode())
             digest.update(json.dumps([row.pair, row.choices, row.target], default=str).encode())
     return digest.hexdigest()
