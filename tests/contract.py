@@ -101,7 +101,7 @@ def plain(adapter: Adapter) -> Callable[[nn.Module, nn.Module, Tensor], Tensor]:
 
 def body_is_unchanged_at_the_start(method: str) -> None:
     model = tiny("bert").eval()
-    body = model.bert
+    body = model.base_model
     inputs = {k: v for k, v in packed_batch(SEEDS[: members_of(method)]).items() if k != "labels"}
     before = body(**inputs).last_hidden_state
     adapter = attach(create(method), model)
@@ -169,8 +169,9 @@ def every_owned_tensor_has_a_member_axis_and_trains(method: str) -> None:
 
 def detach_restores_everything(method: str) -> None:
     model = tiny("bert").eval()
-    model.bert.encoder.layer[0].train()  # flags that differ from module to module
-    model.bert.embeddings.requires_grad_(False)
+    first_layer = next(module for module in model.modules() if isinstance(module, nn.ModuleList))[0]
+    first_layer.train()  # flags that differ from module to module
+    model.base_model.embeddings.requires_grad_(False)
 
     def everything() -> tuple:
         modules = {n: (type(m), id(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in named(model)}
@@ -183,7 +184,7 @@ def detach_restores_everything(method: str) -> None:
 
     torch.manual_seed(0)
     before, output = everything(), outputs(model.eval(), batch(0))
-    model.bert.encoder.layer[0].train()
+    first_layer.train()
     adapter = attach(create(method), model, TARGETS)
     losses(adapter)
     if adapter.mergeable:

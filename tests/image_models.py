@@ -41,6 +41,24 @@ def saved(folder: Path, name: str = "vit") -> str:
     return str(folder)
 
 
+def classifier(dtype: torch.dtype = torch.float64, dropout: float = 0.1) -> torch.nn.Module:
+    """A tiny ViT with a head, in training mode, the same values every time; in the place of `tiny.tiny`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.ViTConfig(**SHAPE, image_size=SIDE, patch_size=4, num_labels=3, hidden_dropout_prob=dropout)
+        model = transformers.ViTForImageClassification(config)
+        for parameter in model.parameters():
+            parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    return model.to(dtype).train()
+
+
+def batch(seed: int, step: int = 0, rows: int = 4, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+    """Random pixels and labels of one member; in the place of `tiny.batch`."""
+    random = torch.Generator().manual_seed(1000 * seed + step)
+    pixels = torch.randn(rows, 3, SIDE, SIDE, generator=random, dtype=torch.float64)
+    return {"pixel_values": pixels.to(dtype), "labels": torch.randint(3, (rows,), generator=random)}
+
+
 def examples(split: str) -> Examples:
     """Wide images of three classes, by which third of the image is bright."""
     random = np.random.default_rng(list(SIZES).index(split))
