@@ -10,7 +10,7 @@ import torch
 from rankwise.experiments import cli
 from rankwise.experiments.bench import ablation, cases, run, throughput, timing
 from rankwise.experiments.bench.arms import Floor, Ours, Setup
-from rankwise.experiments.bench.cases import PEFT_METHODS, LlamaSize, Plan, Shape, StudySize
+from rankwise.experiments.bench.cases import PEFT_METHODS, ImageSize, LlamaSize, Plan, Shape, StudySize
 from rankwise.experiments.bench.workloads import EncoderArms, LinearArms, plain
 from rankwise.variants.adapter.probe import fill
 
@@ -40,6 +40,8 @@ def tiny_plan(model_id: str) -> Plan:
         features=24,
         llama=LlamaSize(hidden=32, layers=2, heads=4, kv_heads=2, feed_forward=48, vocabulary=67),
         llama_shape=Shape("k1", 1, 2, 12, repetitions=1, warmup=0),
+        images=ImageSize(hidden=32, layers=2, heads=4, patch=4, side=8),
+        images_shape=Shape("k1", 1, 2, 5, repetitions=1, warmup=0),
         throughput=Shape("run", 1, 4, 8, repetitions=1),
         packs=(1, 4, 16, 64),
         steps_per_run=10,

@@ -6,7 +6,7 @@ from rankwise.experiments.bench import cases, run
 from tests import small_world, test_bench
 from tests.test_bench import CPU, bench_of, model, setup, tiny_plan  # noqa: F401  (three of them are fixtures)
 
-SOME = ("train/adalora/k16", "eval/dora/k1", "allocator/adalora/k1", "throughput/lora/k1")
+SOME = ("train/adalora/k16", "eval/dora/k1", "images/train/lora/k1", "allocator/adalora/k1", "throughput/lora/k1")
 
 
 @pytest.fixture(scope="module")

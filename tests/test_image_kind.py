@@ -49,7 +49,7 @@ def dinov2(folders) -> str:
 
 
 def pack(model: str, method: str, seeds=(5, 2), rates=(2e-2, 4e-3), **training) -> Pack:
-    changes = {"accumulation": 2, "augmentation": ["crop", "flip"], **training}
+    changes = {"accumulation": 2, "augmentation": ["crop", "flip"], "max_steps": 7, **training}  # an epoch is of 7 steps
     one = small_world.pack(model, method, seeds=seeds, learning_rates=rates, **changes)
     return replace(one, task=TASK, targets=["q_proj", "mlp.fc1", "projection"])
 
@@ -91,7 +91,7 @@ def test_packed_as_alone(model, tmp_path, monkeypatch, method):
 def test_a_stopped_run_ends_bit_for_bit_the_same(vit, tmp_path):
     packed, data = pack(vit, "lora"), data_of(vit)
     whole, expected = small_world.trained(packed, tmp_path / "whole", data=data)
-    cut = small_world.trainer(packed, tmp_path / "cut", data=data, checkpoint_seconds=0.0, progress=stopping_after(6))
+    cut = small_world.trainer(packed, tmp_path / "cut", data=data, checkpoint_seconds=0.0, progress=stopping_after(4))
     with pytest.raises(Stop):
         cut.run()
     assert 0 < cut.step < cut.total

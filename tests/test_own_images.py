@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from rankwise.experiments import knockout
+from rankwise.experiments import config, knockout
 from rankwise.experiments.data.images import pixel_digest
 from rankwise.experiments.data_entries import OwnData
 from rankwise.experiments.tasks import own_images, own_tasks
@@ -163,6 +163,46 @@ def test_what_is_no_image_is_refused(capsys):
     refused(capsys, 'field "image" holds no images: give a folder of images, or a Parquet file', given=("a.jsonl",))
     with pytest.raises(ValueError, match=r"x\.png: cannot be read as an image any more"):
         own_images.OwnPicture({"path": "x.png", "bytes": None}, "x.png", b"", (1, 1)).image()
+
+
+STUDY = """
+model = "dinov2"
+quick = true
+checkpoint_seconds = 1e-6
+seeds = 2
+[training]
+max_steps = 4
+batch_size = 8
+image_size = 20
+augmentation = ["crop", "flip"]
+[[data]]
+name = "photos"
+train = "photos"
+[[methods]]
+method = "lora"
+rank = 2
+alpha = 6
+targets = ["all-linear", "projection"]
+learning_rate = 1e-2
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_begun_again_a_study_of_images_ends_with_the_same_bytes(tmp_path):
+    """Also while its pixels are written: kills are counted over every file that takes its name."""
+    from tests.test_study import child, contents
+
+    image_models.saved(Path("dinov2"), "dinov2")
+    folder("photos", "train", "test")
+    Path("study.toml").write_text(STUDY)
+    study = config.read(Path("study.toml"))
+    for out, kills in (("whole", []), ("cut", [(1, False), (2, True), (9, False), (14, True)])):
+        for kill in [*kills, ()]:
+            process = child(study, tmp_path / out, str(tmp_path / f"cache of {out}"), *kill)
+            process.join()
+            assert (process.exitcode < 0) == bool(kill), (out, kill)
+    assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
+    assert len(list(tmp_path.glob("whole/*/adapter/*.safetensors"))) == 2
 
 
 @pytest.mark.slow

@@ -87,8 +87,15 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", MODELS)
+SLOW = pytest.mark.slow  # detector and unet, lora and adalora are in the quick tier, each once
+CASES = [
+    ("detector", "adalora"),
+    ("unet", "lora"),
+    *(pytest.param(*one, marks=SLOW) for one in (("detector", "lora"), ("unet", "adalora"))),
+]
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
 def test_training_steps_of_packed_members_are_those_of_members_alone(name, method, tmp_path, capsys):
     make, data, losses, targets = MODELS[name]
     targets = targets if method == "lora" else "all-linear"

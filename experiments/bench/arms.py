@@ -20,7 +20,7 @@ from rankwise.experiments import tasks
 from rankwise.experiments.bench import timing
 from rankwise.experiments.bench.cases import FIRST_STEP, RECIPE, TOTAL_STEPS, Shape, settings
 from rankwise.experiments.config import Training
-from rankwise.experiments.data.encoded import Encoded
+from rankwise.experiments.data.dataset import Dataset
 from rankwise.experiments.training.evaluation import autocast
 from rankwise.experiments.training.optim import MemberAdamW
 from rankwise.experiments.training.pack import Pack
@@ -29,6 +29,8 @@ from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.step import Step
 from rankwise.variants.settings import check
 from torch import Tensor, nn
+
+TASK = "glue/stsb"  # whose kind and labels random rows are of, if nothing else is said
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,9 @@ class Setup:
 class Ours:
     """A study's own step and evaluation: `Trainer.train_step` and `Trainer.evaluate`, the data path included."""
 
-    def __init__(self, method: str, setup: Setup, model: str, shape: Shape, rows: Encoded):
+    def __init__(self, method: str, setup: Setup, model: str, shape: Shape, rows: Dataset, task: str = TASK):
         self.device, self.batches = setup.device, shape.evaluation_batches
-        self.trainer = trainer(method, setup, model, shape, rows)
+        self.trainer = trainer(method, setup, model, shape, rows, task)
 
     def train(self) -> None:
         self.trainer.step += 1
@@ -65,10 +67,12 @@ class Ours:
         return timing.tensors_in(self.trainer.model, self.trainer.adapter, vars(self.trainer.optimizer))
 
 
-def trainer(method: str, setup: Setup, model: str, shape: Shape, rows: Encoded) -> Trainer:
-    """A trainer of random rows, at a step in the middle of its run."""
-    evaluated = rows.select(np.arange(shape.evaluation_batches * shape.rows) % len(rows))
-    task = dataclasses.replace(tasks.get("glue/stsb"), name="bench/random", sizes=None)
+def trainer(method: str, setup: Setup, model: str, shape: Shape, rows: Dataset, task: str = TASK) -> Trainer:
+    """A trainer of random rows, at a step in the middle of its run.
+
+    task: whose kind and labels they are of.
+    """
+    evaluated = rows.select_examples(np.arange(shape.evaluation_batches * shape.rows) % len(rows))
     training = Training(
         epochs=TOTAL_STEPS,
         max_steps=TOTAL_STEPS,
@@ -85,7 +89,7 @@ def trainer(method: str, setup: Setup, model: str, shape: Shape, rows: Encoded) 
         method=method,
         settings=check(method, settings(method) if method != "head" else {}),
         targets=RECIPE["targets"],
-        task=task,
+        task=dataclasses.replace(tasks.get(task), name="bench/random", sizes=None),
         model=model,
         training=training,
         seeds=tuple(range(shape.members)),

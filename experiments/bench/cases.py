@@ -73,6 +73,17 @@ class LlamaSize:
 
 
 @dataclass(frozen=True)
+class ImageSize:
+    """Of a random Dinov2ForImageClassification, and the side of its images in pixels."""
+
+    hidden: int
+    layers: int
+    heads: int
+    patch: int
+    side: int
+
+
+@dataclass(frozen=True)
 class StudySize:
     """Of the small study that is really run: a sweep of `rates` over `sweep_seeds`, then `seeds` final runs."""
 
@@ -96,6 +107,8 @@ class Plan:
     features: int
     llama: LlamaSize
     llama_shape: Shape
+    images: ImageSize
+    images_shape: Shape  # its length is that of patches and the first token
     throughput: Shape  # of one run; members are those of `packs`
     packs: tuple[int, ...]
     steps_per_run: int  # one epoch of STS-B
@@ -112,6 +125,7 @@ LLAMA = {
     "cpu": LlamaSize(hidden=512, layers=4, heads=8, kv_heads=4, feed_forward=1408),
     "cuda": LlamaSize(hidden=2048, layers=16, heads=32, kv_heads=8, feed_forward=8192),
 }
+DINOV2 = ImageSize(hidden=384, layers=12, heads=6, patch=14, side=98)  # DINOv2-small at 7 x 7 patches
 STUDY = {
     "cpu": StudySize((3e-4, 1e-3, 3e-3, 1e-2), sweep_seeds=4, seeds=16, pack=16, peft_runs=16),
     "cuda": StudySize((3e-4, 1e-3, 3e-3, 1e-2), sweep_seeds=16, seeds=64, pack=64, peft_runs=16),
@@ -132,6 +146,8 @@ def plan(device: str) -> Plan:
         features=2048,
         llama=LLAMA[device],
         llama_shape=Shape("k1", 1, 8, 128, repetitions=5, warmup=2, evaluation_batches=8, evaluation_repetitions=3),
+        images=DINOV2,
+        images_shape=Shape("k1", 1, 16, 50, repetitions=5, warmup=2, evaluation_batches=4, evaluation_repetitions=3),
         throughput=Shape("run", 1, 32, 16, repetitions=2, peft_repeat=3),
         packs=(1, 4, 16, 64),
         steps_per_run=180,
@@ -157,6 +173,9 @@ TARGETS: dict[str, dict[str, dict[str, float]]] = {
             "linear/train/adalora": 1.5,
             "linear/train/dora": 2.5,
             "linear/eval/dora": 8.0,
+            "images/train/lora/k1": 1.3,
+            "images/train/adalora/k1": 1.3,
+            "images/train/dora/k1": 1.3,
         },
         "tax": {f"train/{m}/k1": 1.35 for m in METHODS} | {f"train/{m}/k16": 1.15 for m in METHODS},
         "memory": {},
@@ -178,7 +197,7 @@ class Case:
     """One line of the result. group: what is timed together; member count or shape is in `shape`."""
 
     name: str
-    group: str  # "encoder", "linear", "llama", "allocator", "throughput" or "study"
+    group: str  # "encoder", "linear", "llama", "images", "allocator", "throughput" or "study"
     phase: str  # "train", "eval" or ""
     method: str
     shape: str
@@ -194,6 +213,7 @@ def cases() -> list[Case]:
         Case(f"allocator/{m}/{k}", "allocator", "", m, k, False) for k in ("k1", "k16") for m in ("adalora", "adalora+dora")
     ]
     found += [Case(f"llama/{p}/{m}/k1", "llama", p, m, "k1", True) for p in ("train", "eval") for m in METHODS]
+    found += [Case(f"images/{p}/{m}/k1", "images", p, m, "k1", True) for p in ("train", "eval") for m in PEFT_METHODS]
     found += [Case(f"throughput/{m}/k{k}", "throughput", "", m, f"k{k}", True) for m in METHODS for k in (1, 4, 16, 64)]
     return [*found, Case("study/lora", "study", "", "lora", "", True)]
 

@@ -14,7 +14,7 @@ from rankwise.experiments import measure
 from rankwise.experiments.bench import throughput, timing
 from rankwise.experiments.bench.arms import Setup
 from rankwise.experiments.bench.cases import PEFT_METHODS, RECIPE, TARGETS, Case, Plan, of_group
-from rankwise.experiments.bench.workloads import PRECISIONS, Arms, EncoderArms, LinearArms, llama
+from rankwise.experiments.bench.workloads import PRECISIONS, Arms, EncoderArms, ImageArms, LinearArms, dinov2, llama
 
 SCHEMA = 1
 OF_PEFT = ("peft", "cached", "merged")  # arms that train or evaluate one member
@@ -64,6 +64,10 @@ class Bench:
                 shape = self.plan.llama_shape
                 with self._going_on(rows), llama(self.plan.llama, Path(scratch), self.precision, 2 * shape.length) as model:
                     self._measure(EncoderArms(self.setup, model, shape), rows)
+            if rows := of_group(self.chosen, "images"):
+                shape, size = self.plan.images_shape, self.plan.images
+                with self._going_on(rows), dinov2(size, Path(scratch)) as model:
+                    self._measure(ImageArms(self.setup, model, shape, size.side), rows)
             self._clean()
             for case in of_group(self.chosen, "throughput"):
                 with self._going_on([case]):

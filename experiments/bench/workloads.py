@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from rankwise import variants
-from rankwise.experiments import models, sources, tasks
+from rankwise.experiments import models, sources
 from rankwise.experiments.bench import timing
-from rankwise.experiments.bench.arms import Floor, ImprovedFloor, Ours, OursAlone, Peft, Setup, trainer
-from rankwise.experiments.bench.cases import LINEAR_SIZES, RECIPE, TOTAL_STEPS, LlamaSize, Shape, settings
+from rankwise.experiments.bench.arms import TASK, Floor, ImprovedFloor, Ours, OursAlone, Peft, Setup, trainer
+from rankwise.experiments.bench.cases import LINEAR_SIZES, RECIPE, TOTAL_STEPS, ImageSize, LlamaSize, Shape, settings
 from rankwise.experiments.data.encoded import Encoded
-from rankwise.experiments.tasks import Task
+from rankwise.experiments.data.images import Images
+from rankwise.experiments.tasks import get as get_task
 from rankwise.variants.adapter.targets import resolve
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
@@ -61,28 +62,40 @@ class Arms:
 
 
 class EncoderArms(Arms):
-    """The arms over one model with a head, at one shape."""
+    """The arms over one model with a head, at one shape.
+
+    task: whose kind and labels the random rows are of. task_type: PEFT's word for it.
+    """
+
+    task = TASK
+    task_type: str | None = "SEQ_CLS"
 
     def __init__(self, setup: Setup, model: str, shape: Shape):
         super().__init__(setup, shape)
         self.model = model
         self.name = f"{Path(model).name} {shape.rows} x {shape.length}"
-        self.rows = random_rows(model, POOL * shape.rows, shape.length)
+        self.rows = self.random_rows(POOL * shape.rows)
+
+    def random_rows(self, count: int) -> Any:
+        return random_rows(self.model, count, self.shape.length)
+
+    def plain(self, precision: str, device: torch.device) -> tuple[nn.Module, list[str], list[str]]:
+        return plain(self.model, precision, device, self.task)
 
     @cached_property
     def floor(self) -> Floor:
-        model, _, targets = plain(self.model, self.setup.precision, self.setup.device)
+        model, _, targets = self.plain(self.setup.precision, self.setup.device)
         return Floor(model, targets, self.tensors(model.dtype, self.members), self.shape.evaluation_batches)
 
     @cached_property
     def improved_floor(self) -> ImprovedFloor:
-        made = trainer("head", self.setup, self.model, self.shape, self.rows)
-        targets = plain(self.model, "fp32", torch.device("cpu"))[2]
+        made = trainer("head", self.setup, self.model, self.shape, self.rows, self.task)
+        targets = self.plain("fp32", torch.device("cpu"))[2]
         return ImprovedFloor(made, targets, self.tensors(torch.float32, self.members), self.shape.evaluation_batches)
 
     def floor_flops(self, phase: str) -> int:
         """Operations of the floor's matrix products, for all members, in one step or batch: they grow with the rows alone."""
-        model, _, targets = plain(self.model, "fp32", self.setup.device)
+        model, _, targets = self.plain("fp32", self.setup.device)
         one = Floor(model, targets, {k: v[:1] for k, v in self.tensors(torch.float32, 1).items()})
         return timing.flops(one.train if phase == "train" else one.evaluate) * self.shape.rows * self.members
 
@@ -97,20 +110,53 @@ class EncoderArms(Arms):
         return {name: tensor.to(self.setup.device) for name, tensor in found.items()}
 
     def _ours(self, method: str) -> Ours:
-        return Ours(method, self.setup, self.model, self.shape, self.rows)
+        return Ours(method, self.setup, self.model, self.shape, self.rows, self.task)
 
     def _peft(self, method: str, precision: str) -> Peft:
-        model, heads, targets = plain(self.model, "bf16" if precision == "bf16 weights" else "fp32", self.setup.device)
-        config = peft_config(method, targets, {}, modules_to_save=heads, task_type="SEQ_CLS")
+        model, heads, targets = self.plain("bf16" if precision == "bf16 weights" else "fp32", self.setup.device)
+        config = peft_config(method, targets, {}, modules_to_save=heads, task_type=self.task_type)
         inputs = [self.tensors(model.dtype, batch=i) for i in range(POOL)]
         made = Peft(model, config, method, precision, inputs, self.setup.device)
         made.batches = self.shape.evaluation_batches
         return made
 
 
-def plain(model_id: str, precision: str, device: torch.device) -> tuple[nn.Module, list[str], list[str]]:
+class RandomImages(Images):
+    """Pixels that are there already, (n, 3, H, W) bytes."""
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray):
+        self.pixels, self.labels = pixels, labels
+        self.scale, self.offset = np.float32(1 / 58), np.float32(-2.1)  # about ImageNet's
+
+    def select_examples(self, examples: Any) -> "RandomImages":
+        return RandomImages(self.pixels[examples], self.labels[examples])
+
+
+class ImageArms(EncoderArms):
+    """The arms over a classifier of images, of random bytes."""
+
+    task, task_type = "fashion-mnist", None
+
+    def __init__(self, setup: Setup, model: str, shape: Shape, side: int):
+        self.side = side
+        super().__init__(setup, model, shape)
+
+    def random_rows(self, count: int) -> RandomImages:
+        random = np.random.default_rng(0)
+        pixels = random.integers(0, 256, (count, 3, self.side, self.side), dtype=np.uint8)
+        return RandomImages(pixels, random.integers(0, get_task(self.task).num_labels, count))
+
+    def tensors(self, dtype: torch.dtype, members: int = 1, batch: int = 0) -> dict[str, Tensor]:
+        n = self.shape.rows * members
+        chosen = (np.arange(n) + batch * self.shape.rows) % len(self.rows)
+        pixels = torch.from_numpy(self.rows.pixels[chosen] * self.rows.scale + self.rows.offset).to(dtype)
+        found = {"pixel_values": pixels, "labels": torch.from_numpy(self.rows.labels[chosen])}
+        return {name: tensor.to(self.setup.device) for name, tensor in found.items()}
+
+
+def plain(model_id: str, precision: str, device: torch.device, task: str = TASK) -> tuple[nn.Module, list[str], list[str]]:
     """The model as the hub gives it, without attention dropout; names of its heads, names of the linears to adapt."""
-    model, _, info = models.load(model_id, _regression(), precision, str(device))
+    model, _, info = models.load(model_id, get_task(task), precision, str(device))
     model.config.attention_probs_dropout_prob = model.config.attention_dropout = 0.0
     for name, module in model.named_modules():
         if isinstance(getattr(module, "attention_dropout", None), float):
@@ -138,10 +184,6 @@ def peft_config(method: str, targets: list[str], sizes: dict[str, Any], **furthe
             **common,
         )
     return peft.LoraConfig(r=ours["rank"], use_dora=method == "dora", **common)
-
-
-def _regression() -> Task:
-    return tasks.get("glue/stsb")
 
 
 def random_rows(model_id: str, rows: int, length: int) -> Encoded:
@@ -180,6 +222,27 @@ def llama(size: LlamaSize, scratch: Path, precision: str, positions: int) -> Ite
             model.save_pretrained(folder)
             models.tiny_tokenizer().save_pretrained(folder)
             del model
+        yield folder
+
+
+@contextlib.contextmanager
+def dinov2(size: ImageSize, scratch: Path) -> Iterator[str]:
+    """The id (a folder) of a random DINOv2 of that size, with its image processor; gone afterwards."""
+    import transformers
+
+    config = transformers.Dinov2Config(
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        patch_size=size.patch,
+        image_size=size.side,
+    )
+    with tempfile.TemporaryDirectory(dir=scratch) as parent:
+        folder = str(Path(parent) / "DINOv2 shape")
+        with models.quiet(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            transformers.AutoModel.from_config(config).save_pretrained(folder)
+            transformers.BitImageProcessorPil(crop_size={"height": size.side, "width": size.side}).save_pretrained(folder)
         yield folder
 
 
