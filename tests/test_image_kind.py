@@ -1,5 +1,6 @@
 """Image classification: the processor's own pixels, packed as alone, resumed to the bit, augmented by key."""
 
+import errno
 import json
 from dataclasses import replace
 
@@ -167,6 +168,20 @@ def test_images_are_decoded_once_and_kept_whole(vit, tmp_path, monkeypatch):
     torn = data_of(vit)["test"]
     counted.clear()
     assert np.array_equal(torn.pixels, pixels) and len(counted) == 15
+
+
+def test_a_full_disk_costs_only_the_kept_pixels(vit, tmp_path, monkeypatch, capsys):
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    data, again = data_of(vit)["test"], data_of(vit)["test"]
+    monkeypatch.setattr("rankwise.experiments.data.images.os.fsync", full)
+    pixels = data.pixels.copy()
+    assert "pixels are not kept: No space left on device" in capsys.readouterr().err
+    assert not any((tmp_path / "cache" / "encoded").iterdir())
+    monkeypatch.undo()
+    monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path / "room"))
+    assert np.array_equal(again.pixels, pixels)
 
 
 def test_content_is_of_images_labels_and_processor(dinov2):

@@ -7,6 +7,7 @@ Pixels are kept as the model's own image processor resizes and crops them, one b
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -112,10 +113,11 @@ class Images(Dataset):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
                 self._write(temporary)
-            kept = _read(path, len(self))
-        except OSError as error:
-            why = error.strerror or error
-            raise OSError(f"pixels cannot be kept in {path.parent} ({why}): make room, or set RANKWISE_CACHE") from error
+        except OSError as error:  # they fit into memory or not; only the next start is slower
+            with suppress(OSError):
+                print(f"pixels are not kept: {error.strerror or error} in {path.parent}", file=sys.stderr)
+            return np.stack(list(self._each()))
+        kept = _read(path, len(self))
         assert kept is not None
         return kept
 
@@ -137,28 +139,38 @@ class Images(Dataset):
         made = self.processor(images=[picture.image() for picture in pictures], do_rescale=False, do_normalize=False)
         return [np.asarray(one) for one in made["pixel_values"]]
 
-    def _write(self, path: Path) -> None:
-        """All of them into a file, a few at a time."""
-        file = None
+    def _each(self) -> Iterator[np.ndarray]:
+        """(C, H, W) uint8 of every image.
+
+        Raises:
+            ValueError: the processor makes something else of one.
+        """
+        name, shape = type(self.processor).__name__, None
         for at in range(0, len(self), CHUNK):
-            for row, pixels in enumerate(self._resized(self.pictures[at : at + CHUNK]), start=at):
+            for pixels in self._resized(self.pictures[at : at + CHUNK]):
                 if pixels.dtype != np.uint8 or pixels.ndim != 3:
                     raise ValueError(
-                        f"its image processor ({type(self.processor).__name__}) makes {pixels.dtype} of shape "
-                        f"{pixels.shape}, and bytes (C, H, W) are needed: choose another model"
+                        f"its image processor ({name}) makes {pixels.dtype} of shape {pixels.shape}, and bytes (C, H, W) are "
+                        f"needed: choose another model"
                     )
-                if file is None:
-                    file = np.lib.format.open_memmap(path, "w+", np.uint8, (len(self), *pixels.shape))
-                if pixels.shape != file.shape[1:]:
+                if pixels.shape != (shape or pixels.shape):
                     raise ValueError(
-                        f"its image processor ({type(self.processor).__name__}) makes images of several sizes, "
-                        f"{file.shape[2:]} and {pixels.shape[1:]}: give training.image_size, or choose another model"
+                        f"its image processor ({name}) makes images of several sizes, {shape[1:]} and {pixels.shape[1:]}: "
+                        f"give training.image_size, or choose another model"
                     )
-                file[row] = pixels
-        assert file is not None
-        file.flush()
-        with open(path, "rb") as written:
-            os.fsync(written.fileno())
+                shape = pixels.shape
+                yield pixels
+
+    def _write(self, path: Path) -> None:
+        """All of them into a file, one after the other: there need not be room for them in memory."""
+        with open(path, "wb") as file:
+            for row, pixels in enumerate(self._each()):
+                if row == 0:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(self), *pixels.shape)}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(pixels.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
 
     def _values(self) -> tuple[np.ndarray, np.ndarray]:
         """The factor and the offset of each channel, read off the processor's own output for black, white and an image.

@@ -123,7 +123,8 @@ def _files_of_debian(path: Path) -> IO[bytes]:
     with open(path, "rb") as file:
         if file.read(8) != b"!<arch>\n":
             raise tarfile.ReadError("no .deb")
-        while header := file.read(60):  # name 16, time 12, owner 6, group 6, mode 8, size 10, end 2
+        while len(header := file.read(60)) == 60 and header[48:58].strip().isdigit():
+            # name 16, time 12, owner 6, group 6, mode 8, size 10, end 2
             name, size = header[:16].decode("ascii", "replace").strip(" /"), int(header[48:58])
             if name.startswith("data.tar"):
                 return io.BytesIO(file.read(size))
