@@ -1,5 +1,6 @@
 """The probe of packing: members that share one forward pass must equal members alone, in this very model."""
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -105,19 +106,32 @@ def _example(model: nn.Module, rows: int, calibration: Calibration | Uncalibrate
     if main == "input_ids" and hasattr(config, "vocab_size"):
         ids = torch.randint(config.vocab_size, (rows, 7), generator=random)
         return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
-    if main == "pixel_values" and hasattr(config, "image_size"):
-        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-        how, patch = {}, getattr(config, "patch_size", None)
-        if isinstance(patch, int) and any(hasattr(module, "interpolate_pos_encoding") for module in model.modules()):
-            size = min(size, 3 * patch)  # it takes any size, and DINOv2's own has 1,369 patches
-            if "interpolate_pos_encoding" in inspect.signature(type(model).forward).parameters:
-                how = {"interpolate_pos_encoding": True}
-        pixels = torch.randn(rows, config.num_channels, size, size, generator=random, dtype=torch.float64)
-        return {"pixel_values": pixels.to(device), **how}
+    if main == "pixel_values" and hasattr(config, "num_channels"):
+        return _pixels(model, rows, random, device)
     first = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
     if config is None and first is not None:
         return (torch.randn(rows, first.in_features, generator=random, dtype=torch.float64).to(device),)
     raise NotPackable(f"{type(model).__name__}: the form of its input cannot be told: pass attach(calibration=a batch)")
+
+
+def _pixels(model: nn.Module, rows: int, random: torch.Generator, device: torch.device) -> dict[str, Any]:
+    """Random images; of few patches where the model takes them, because DINOv2's own size has 1,369."""
+    config = model.config
+    size, patch = getattr(config, "image_size", None) or 64, getattr(config, "patch_size", None)
+    size = size if isinstance(size, int) else size[0]
+
+    def made(side: int, **how: Any) -> dict[str, Any]:
+        pixels = torch.randn(rows, config.num_channels, side, side, generator=random, dtype=torch.float64)
+        return {"pixel_values": pixels.to(device), **how}
+
+    if isinstance(patch, int) and size > 3 * patch:
+        takes = "interpolate_pos_encoding" in inspect.signature(type(model).forward).parameters
+        few = made(3 * patch, **({"interpolate_pos_encoding": True} if takes else {}))
+        one = few | {"pixel_values": few["pixel_values"][:1].to(next(model.parameters()).dtype)}
+        with contextlib.suppress(Exception), torch.no_grad():  # of another size than its positions, windows or stages take
+            model(**one)
+            return few
+    return made(size)
 
 
 def _for_decoder(model: nn.Module, batch: Any) -> Any:
