@@ -123,6 +123,11 @@ class Training(_Section):
     log_every: PositiveInt = 10
     """Steps from one line of metrics.jsonl to the next."""
 
+    @field_validator("augmentation")
+    @classmethod
+    def _in_one_order(cls, named: list[str]) -> list[str]:
+        return sorted(set(named))
+
     head_learning_rate: Positive | None = None
     """Learning rate of the task head of every method that trains more than the head; that of the rest, if not given."""
 

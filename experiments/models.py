@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,9 @@ def longest_input(model: Any) -> int | None:
     """
     import torch
 
-    words = model.get_input_embeddings()
+    words = None
+    with suppress(NotImplementedError, AttributeError):  # what transformers' convolutional models raise
+        words = model.get_input_embeddings()
     if not isinstance(words, torch.nn.Embedding):
         return None  # of images: its positions are no tokens
     lengths = [

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from rankwise import variants
-from rankwise.experiments import kinds, knockout, models
+from rankwise.experiments import config, kinds, knockout, models
 from rankwise.experiments.config import Training
 from rankwise.experiments.data import draws
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.data.images import Images, Pixels, upright
+from rankwise.experiments.study.prepare import prepare
 from rankwise.experiments.training.batches import Batches
 from rankwise.experiments.training.pack import Pack
 
@@ -270,3 +271,37 @@ def test_without_augmentation_a_batch_is_as_it_is_evaluated(vit):
     ((batch, _),) = batches.micro_batches(1)
     expected = KIND.collate_evaluation(data, batches.rows(1)[0][0], None, None)["pixel_values"]
     assert np.array_equal(batch["pixel_values"].numpy(), expected)
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------------
+
+
+def test_settings_of_images_are_refused_where_there_are_none(tmp_path, monkeypatch):
+    small_world.register(monkeypatch.setitem)
+    changes = {"image_size": 16, "augmentation": ["flip", "crop"]}
+    study = small_world.study("nowhere", training=small_world.training(**changes).model_dump())
+    assert study.training.augmentation == ["crop", "flip"]  # one order, as one run has one fingerprint
+    with pytest.raises(ValueError) as refused:
+        prepare(study, [])
+    assert str(refused.value).splitlines() == [
+        "training.image_size = 16 is about images, and small/regression has none: take it out",
+        "training.augmentation = ['crop', 'flip'] is about images, and small/regression has none: take it out",
+    ]
+    with pytest.raises(ValueError, match=r"training.augmentation\[0\] = \"turn\": .*'crop' or 'flip'"):
+        config.parse({"model": "m", "tasks": ["t"], "training": {"augmentation": ["turn"]}, "methods": [ENTRY]}, "name")
+
+
+ENTRY = {"method": "head", "learning_rate": 1e-3}
+
+
+def test_settings_that_came_later_leave_the_fingerprints_of_runs_without_them():
+    plain = Training().identity()
+    assert "image_size" not in plain and "augmentation" not in plain
+    assert Training(image_size=32, augmentation=["flip"]).identity() == {**plain, "image_size": 32, "augmentation": ["flip"]}
+
+
+def test_a_size_that_is_no_multiple_of_the_patch_is_refused(vit):
+    model, _, _ = models.load(vit, TASK, image_size=24)
+    assert models.unfit(model, Training(image_size=24)) == []
+    (fault,) = models.unfit(model, Training(image_size=26))
+    assert fault.startswith("training.image_size = 26: this model reads patches of 4 pixels") and fault.endswith("such as 24")

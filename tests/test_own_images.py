@@ -162,7 +162,7 @@ def test_what_is_no_image_is_refused(capsys):
     Path("a.jsonl").write_text("".join(json.dumps({"image": f"{i}.png", "label": str(i % 2)}) + "\n" for i in range(20)))
     refused(capsys, 'field "image" holds no images: give a folder of images, or a Parquet file', given=("a.jsonl",))
     with pytest.raises(ValueError, match=r"x\.png: cannot be read as an image any more"):
-        own_images.OwnPicture({"path": "x.png", "bytes": None}, "x.png", b"", (1, 1)).image()
+        own_images.OwnPicture([{"image": {"path": "x.png", "bytes": None}}], 0, "image", "x.png", b"", (1, 1)).image()
 
 
 STUDY = """

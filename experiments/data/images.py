@@ -37,6 +37,7 @@ class Picture(Protocol):
 
     def image(self) -> "Image":
         """Decoded, upright, in three channels."""
+        ...
 
 
 class Pixels:
@@ -145,7 +146,8 @@ class Images(Dataset):
         Raises:
             ValueError: the processor makes something else of one.
         """
-        name, shape = type(self.processor).__name__, None
+        name = type(self.processor).__name__
+        shape: tuple[int, ...] = ()
         for at in range(0, len(self), CHUNK):
             for pixels in self._resized(self.pictures[at : at + CHUNK]):
                 if pixels.dtype != np.uint8 or pixels.ndim != 3:

@@ -80,9 +80,8 @@ class ImageClassification(Kind):
 
     def outputs(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         """A model with a table of positions for one size is told to interpolate it for others."""
-        if takes_other_sizes(model) and list(inputs["pixel_values"].shape[2:]) != sides(model.config):
-            inputs = {**inputs, "interpolate_pos_encoding": True}
-        return self.logits(model(**inputs), inputs)
+        is_other = takes_other_sizes(model) and list(inputs["pixel_values"].shape[2:]) != sides(model.config)
+        return self.logits(model(**inputs, **({"interpolate_pos_encoding": True} if is_other else {})), inputs)
 
     def losses(self, logits: Tensor, labels: Tensor, members: int) -> Tensor:
         return F.cross_entropy(at_least_fp32(logits), labels, reduction="none").view(members, -1).mean(1)

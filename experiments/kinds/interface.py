@@ -39,13 +39,12 @@ class Kind(ABC):
     """One kind of task.
 
     auto_class: the class of transformers that has the head. predicted: numpy type and shape of what is predicted for one
-    row; `object` where that is no fixed number of numbers (a text, say). has_tokens, has_images: what rows are made of:
-    a study's settings max_length, image_size and augmentation have an effect on these alone.
+    row; `object` where that is no fixed number of numbers (a text, say). has_images: whether rows are images, which a
+    study's settings image_size and augmentation are about.
     """
 
     auto_class: ClassVar[str]
     predicted: ClassVar[tuple[type, tuple[int, ...]]]
-    has_tokens: ClassVar[bool] = False
     has_images: ClassVar[bool] = False
 
     # -- the model ---------------------------------------------------------------------------------------------------

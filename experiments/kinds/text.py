@@ -20,7 +20,6 @@ class Text(Kind):
     of_words: the texts come as lists of words, each with a label.
     """
 
-    has_tokens = True
     of_words: ClassVar[bool] = False
 
     def processor(self, folder: Path) -> Any:

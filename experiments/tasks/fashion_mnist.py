@@ -61,7 +61,7 @@ def read(split: str) -> Examples:
     if split == "test":
         return official("test", folder)
     examples = official("train", folder)
-    kept = carve(examples.labels, VALIDATION) == (split == "validation")
+    kept = carve(np.asarray(examples.labels), VALIDATION) == (split == "validation")
     return examples.select(np.flatnonzero(kept))
 
 

@@ -29,13 +29,15 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 class OwnPicture:
-    """One image of a user's table, a `Picture`.
+    """One image of a user's table, a `Picture`; its bytes stay on the disk.
 
-    record: {"path", "bytes"}, one of which may be None.  name: its file, or its row.  size: width, height in pixels.
+    table, index, field: where {"path", "bytes"} is, one of which may be None.  name: its file, or its row.
+    size: width, height in pixels.
     """
 
-    def __init__(self, record: Mapping[str, Any], name: str, digest: bytes, size: tuple[int, int]):
-        self.record, self.name, self.digest, self.size = record, name, digest, size
+    def __init__(self, table: Any, index: int, field: str, name: str, digest: bytes, size: tuple[int, int]):
+        self.table, self.index, self.field = table, index, field
+        self.name, self.digest, self.size = name, digest, size
 
     def image(self) -> "Image":
         """
@@ -43,7 +45,7 @@ class OwnPicture:
             ValueError: its file has changed since it was looked at.
         """
         try:
-            return _decoded(self.record)
+            return _decoded(self.table[self.index][self.field])
         except Exception as error:  # whatever a decoder raises
             raise ValueError(f"{self.name}: cannot be read as an image any more ({_reason(error)}): put it back") from None
 
@@ -85,6 +87,7 @@ def load_folder(folder: str, split: str) -> Any:
         ValueError: no image in it; images beside the classes; a class without any; folders in folders.
     """
     import datasets
+    import datasets.exceptions
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
     files = [path for path in _visible(folder) if path.suffix.lower() in ImageFolder.EXTENSIONS]
@@ -172,17 +175,13 @@ def look(table: Any, field: str, where: str) -> list[OwnPicture | str]:
     )
     found: list[OwnPicture | str] = []
     of_folder = os.path.isdir(where)
-    for number, (row, one) in enumerate(zip(table, seen, strict=True), start=1):
-        record = row[field] or {}
-        name = (
-            os.path.join(where, os.path.relpath(record["path"], where))
-            if of_folder and record.get("path")
-            else f"{where}, row {number}"
-        )
+    for index, (row, one) in enumerate(zip(table, seen, strict=True)):
+        path = (row[field] or {}).get("path")
+        name = os.path.join(where, os.path.relpath(path, where)) if of_folder and path else f"{where}, row {index + 1}"
         if one["fault"]:
             found.append(f"{name}: no image that can be read ({one['fault']}): save it again, or take it out")
         else:
-            found.append(OwnPicture(record, name, one["digest"], (one["width"], one["height"])))
+            found.append(OwnPicture(table, index, field, name, one["digest"], (one["width"], one["height"])))
     return found
 
 

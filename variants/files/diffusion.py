@@ -46,7 +46,7 @@ def save_diffusers(adapter: Adapter, folder: str | Path, member: int = 0, compon
         what = "trains a head" if adapter.head_names else "has no low-rank form"
         raise ValueError(f"{adapter.method} {what}, which a LoRA file of diffusers cannot hold: use save_pretrained")
     contents = writing.written(adapter, member, plain=True)
-    config = PeftConfig.read(contents.config)
+    config = PeftConfig.read(contents.config or {})
     tensors, ranks = {}, {}
     for name, value in contents.tensors.items():
         of = part(name.removeprefix(PREFIX))
