@@ -287,7 +287,7 @@ def test_settings_of_images_are_refused_where_there_are_none(tmp_path, monkeypat
         "training.image_size = 16 is about images, and small/regression has none: take it out",
         "training.augmentation = ['crop', 'flip'] is about images, and small/regression has none: take it out",
     ]
-    with pytest.raises(ValueError, match=r"training.augmentation\[0\] = \"turn\": .*'crop' or 'flip'"):
+    with pytest.raises(ValueError, match=r"training.augmentation.0 = 'turn': should be 'crop' or 'flip'"):
         config.parse({"model": "m", "tasks": ["t"], "training": {"augmentation": ["turn"]}, "methods": [ENTRY]}, "name")
 
 
