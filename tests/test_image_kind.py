@@ -64,7 +64,9 @@ def data_of(model: str, dtype=np.float32, image_size=None) -> dict[str, Images]:
     return data
 
 
-@pytest.mark.parametrize(("model", "method"), [("vit", "lora"), ("dinov2", "adalora")], indirect=["model"])
+@pytest.mark.parametrize(
+    ("model", "method"), [("vit", "lora"), pytest.param("dinov2", "adalora", marks=pytest.mark.slow)], indirect=["model"]
+)
 def test_packed_as_alone(model, tmp_path, monkeypatch, method):
     """With a convolution (the patch projection) among the sites, and random crops and flips."""
     load = models.load

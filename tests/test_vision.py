@@ -104,11 +104,11 @@ def test_training_steps_of_packed_members_are_those_of_members_alone(name, metho
 
     def trained(members, seeds, **settings):
         adapter = variants.create(method, members=members, seeds=seeds, **settings)
-        return Loop(adapter.attach(make(), targets, calibration=example), [1e-2, 3e-3][:members], 4, losses=losses)
+        return Loop(adapter.attach(make(), targets, calibration=example), [1e-2, 3e-3][:members], 3, losses=losses)
 
     together = trained(K, [4, 1], **METHODS[method])
-    seen = [together.step(batch) for _ in range(3)]
-    assert seen[0][0] != seen[0][1] and not torch.equal(seen[0], seen[2])
+    seen = [together.step(batch) for _ in range(2)]
+    assert seen[0][0] != seen[0][1] and not torch.equal(seen[0], seen[1])
     near = {"rtol": 1e-9, "atol": 1e-12} if name == "unet" else {"rtol": 1e-5, "atol": 1e-6}  # DETR's loss is in fp32
     for k, seed in enumerate((4, 1)):
         settings = {key: value[k] if isinstance(value, list) else value for key, value in METHODS[method].items()}
@@ -121,7 +121,7 @@ def test_training_steps_of_packed_members_are_those_of_members_alone(name, metho
     with warnings.catch_warnings():  # the run stops one step before its schedule ends
         warnings.simplefilter("ignore")
         variants.save_pretrained(together.adapter, tmp_path / "adapter", member=1)
-    figures = ["--figures", tmp_path / "figures"] if method == "adalora" else []
+    figures = ["--figures", tmp_path / "figures"] if (name, method) == ("unet", "adalora") else []
     assert rankwise("ranks", tmp_path / "adapter", "--json", *figures) == 0
     shown = {row["site"]: row["active"] for row in json.loads(capsys.readouterr().out)["sites"]}
     assert {site: shown.get(site, 0) for site in ranks} == ranks
@@ -131,8 +131,12 @@ def test_training_steps_of_packed_members_are_those_of_members_alone(name, metho
 # -- files of diffusers --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def adapted():
+    return filled()
+
+
+def filled():
     """An adapter with two members of other ranks, filled, and what each member gives."""
     inputs = diffusion(2 * N)[:3]
     adapter = variants.create("lora", members=2, rank=[2, 3], alpha=5).attach(
@@ -167,9 +171,9 @@ def test_diffusers_reads_what_is_written_here_and_the_other_way_round(adapted, t
         assert {int(rank) for rank in again.ranks().values()} == {(2, 3)[member]}
 
 
-def test_ranks_that_differ_keep_their_scale_in_diffusers(adapted, tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    adapter, inputs, _ = adapted
+def test_ranks_that_differ_keep_their_scale_in_diffusers(tmp_path):
+    pytest.importorskip("diffusers")
+    adapter, inputs, _ = filled()
     variants.truncate(adapter, total_rank=3 * len(adapter.ranks()) // 2)
     adapter.begin(variants.Step(1, 10), training=False)
     expected = told(adapter.model, inputs)[:N]
@@ -179,7 +183,6 @@ def test_ranks_that_differ_keep_their_scale_in_diffusers(adapted, tmp_path):
     theirs = unet()
     theirs.load_lora_adapter(tmp_path / "cut", prefix="unet", weight_name=FILE)
     torch.testing.assert_close(told(theirs.double(), part(inputs, 0)), expected, rtol=1e-9, atol=1e-10)
-    assert diffusers.__version__
 
 
 def test_files_of_older_versions_are_read(adapted, tmp_path):

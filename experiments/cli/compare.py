@@ -41,7 +41,9 @@ def compare(
     as_json: Json = False,
     data: Annotated[
         str | None,
-        typer.Option(help="Your own training data instead of a study: file, glob or hub id.", rich_help_panel=OWN),
+        typer.Option(
+            help="Your own training data instead of a study: file, glob, folder of images, or hub id.", rich_help_panel=OWN
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="With --data: hub id or folder.", rich_help_panel=OWN)] = None,
     test: Annotated[str | None, typer.Option(help="The part reported.  [default: a tenth]", rich_help_panel=OWN)] = None,
