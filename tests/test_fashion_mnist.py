@@ -67,6 +67,15 @@ def test_broken_files_are_refused(folder):
         fashion_mnist.official.__wrapped__("test", folder)
 
 
+def test_without_a_package_of_debian_the_hubs_copy_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        Unavailable, match=r'no apt-get here; hub: give its copy as data of your own \(\[\[data\]\] train = "zal'
+    ):
+        fashion_mnist.read("test")
+
+
 @pytest.mark.network
 def test_the_official_parts_are_fetched_whole(monkeypatch):
     for name in ("RANKWISE_CACHE", "PIP_NO_INDEX", "PIP_FIND_LINKS"):

@@ -19,6 +19,7 @@ CLASSES = (
 )
 OFFICIAL = {"train": 60_000, "test": 10_000}
 VALIDATION = 6_000  # 10 % of the official training part
+HUB = "zalando-datasets/fashion_mnist"  # the same images as Parquet
 FILES = {"train": "train", "test": "t10k"}
 
 
@@ -57,7 +58,14 @@ def official(part: str, folder: Path) -> Examples:
 
 
 def read(split: str) -> Examples:
-    folder = sources.fetch("fashion-mnist")
+    """
+    Raises: Unavailable: no source could give it; says how the hub's copy, of another form, can be used instead.
+    """
+    try:
+        folder = sources.fetch("fashion-mnist")
+    except sources.Unavailable as error:
+        hint = f'hub: give its copy as data of your own ([[data]] train = "{HUB}", test = "{HUB}")'
+        raise sources.Unavailable(error.name_wanted, [line for line in error.tried if "hub:" not in line] + [hint]) from None
     if split == "test":
         return official("test", folder)
     examples = official("train", folder)
