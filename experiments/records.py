@@ -366,6 +366,21 @@ class Run:
         return None if content is None else checked(KnockOut, _object(content, path), path)
 
     @property
+    def predictions(self) -> "np.ndarray | None":
+        """(rows of the scored split, ...), one array of numbers; None where none is kept, or where they are texts."""
+        content, path = self.content(PREDICTIONS), self.folder / PREDICTIONS
+        if content is None:
+            return None
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            arrays = load(content)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is cut off, changed or foreign ({error}); {REMEDY}") from None
+        return arrays.get("predictions") if "offsets" not in arrays else None
+
+    @property
     def notes(self) -> list[str]:
         """What a reader of this run must know about its files."""
         return [note for note in (self._metric_lines[1], self._rank_lines[1]) if note]

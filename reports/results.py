@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.experiments import archive
+from rankwise.experiments import labels as stored_labels
 from rankwise.experiments.files import write_file
 from rankwise.experiments.hypotheses import Hypothesis
 from rankwise.experiments.records import STUDY, STUDY_FILE, Result, Run, StudyFile, checked, is_run, load_run, read_json
 from rankwise.experiments.study import sweep
 
-BESIDE = (STUDY, STUDY_FILE, "budget.json")  # what a committed study keeps beside its runs
+BESIDE = (STUDY, STUDY_FILE, stored_labels.NAME, "budget.json")  # what a committed study keeps beside its runs
 FROM_THE_STUDY_FILE = ("protocol", "margin", "trials", "budget", "shared_with", "design")
 FULL = "full"  # the method that every difference is taken to: full fine-tuning
 
@@ -105,6 +106,15 @@ class Study:
     @property
     def metric(self) -> str | None:
         return next((result.metric for result in self.results()), None)
+
+    @cached_property
+    def labels(self) -> dict[stored_labels.Key, stored_labels.Labels]:
+        """What the runs' predictions are scored against, by data hash and split; none in studies from before it was kept."""
+        return stored_labels.read(self.folder)
+
+    def labels_of(self, run: Run, split: str | None = None) -> stored_labels.Labels | None:
+        """The labels of the split that the run was scored on, or of another one; None where they are not kept."""
+        return self.labels.get((run.config.data_hash or "", split or run.result.split)) if run.result else None
 
     @cached_property
     def arms(self) -> list[Arm]:

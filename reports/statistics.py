@@ -51,7 +51,7 @@ def summary(values: Float[np.ndarray, " S"] | Sequence[float], level: float = LE
     if n == 1:
         return Summary(1, mean, median, None, None, None)
     sd = float(values.std(ddof=1))
-    half = _t_quantile(n - 1, level) * sd / sqrt(n)
+    half = t_quantile(n - 1, level) * sd / sqrt(n)
     return Summary(n, mean, median, sd, mean - half, mean + half)
 
 
@@ -254,7 +254,7 @@ def effect_size(n: int, power: float = 0.8, level: float = LEVEL) -> float:
     from scipy.optimize import brentq
     from scipy.stats import nct
 
-    critical = _t_quantile(n - 1, level)
+    critical = t_quantile(n - 1, level)
 
     def missing(effect: float) -> float:
         shift = effect * sqrt(n)
@@ -268,7 +268,7 @@ def effect_size(n: int, power: float = 0.8, level: float = LEVEL) -> float:
     return float(brentq(missing, 0.0, high, xtol=1e-10))
 
 
-def _t_quantile(degrees: int, level: float) -> float:
+def t_quantile(degrees: float, level: float) -> float:
     from scipy.stats import t
 
     return float(t.ppf(0.5 + level / 2, degrees))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.experiments import records
+from rankwise.experiments import labels, records
 from rankwise.experiments.files import write_json
 from rankwise.experiments.records import SCHEMA
 from rankwise.experiments.study.context import Context
@@ -95,7 +95,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def clear_leftovers(out: Path) -> None:
     """Removes the temporary files of a killed process: those of our own names, in our own folders."""
-    names = (*records.FILES, records.STUDY, PACKS, "pack.json", "checkpoint.safetensors")
+    names = (*records.FILES, records.STUDY, labels.NAME, PACKS, "pack.json", "checkpoint.safetensors")
     runs = [folder for folder in out.iterdir() if re.fullmatch(r"[0-9a-f]{24}", folder.name)]
     packs = [path.parent for path in (out / "packs").rglob("pack.json")]
     for folder in (out, *runs, *packs):

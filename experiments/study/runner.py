@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rankwise.experiments import measure, records
+from rankwise.experiments import labels, measure, records
 from rankwise.experiments.config import Entry, Study
 from rankwise.experiments.records import read_object
-from rankwise.experiments.study import overview, plan
+from rankwise.experiments.study import overview, plan, splits
 from rankwise.experiments.study.context import Context
 from rankwise.experiments.study.equalize import Equalizer
 from rankwise.experiments.study.known import KnownPacks
@@ -108,6 +108,7 @@ class Runner:
         with overview.locked(self.out):
             overview.clear_leftovers(self.out)
             before = read_object(self.out / records.STUDY) or {}
+            labels.add(self.out, self._labels())
             self.equalizer.measure()
             overview.write(self.context, before, self.known.all, self.pack, complete=False)
             for source in self.sources:
@@ -180,6 +181,15 @@ class Runner:
             )
         self.packs.run(pack, runs, missing, what)
         return [self.store.result(run) for run in runs]
+
+    def _labels(self) -> dict[labels.Key, labels.Labels]:
+        """What predictions of the evaluated splits are scored against, where that is numbers."""
+        found = {}
+        for one in self.prepared.values():
+            for split in splits.evaluated(self.study, one.task):
+                if (of_split := labels.of_data(one.task.kind, one.data[split])) is not None:
+                    found[one.data_hash, split] = of_split
+        return found
 
     def _add(self, packs: Sequence[PackPlan]) -> None:
         """Takes up packs that the study's file does not show."""

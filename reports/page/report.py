@@ -67,6 +67,7 @@ def section(study: Study, command: str | None = None) -> dict:
         "warnings": warnings(study),
         "comparison": tables.comparison(study),
         "statistics": tables.statistics_table(study),
+        "rows": tables.rows_table(study),
         "rates": tables.rate_sweep(study),
         "ranks": tables.ranks(study),
         "allocation": tables.study_tables(study),
@@ -80,7 +81,8 @@ def section(study: Study, command: str | None = None) -> dict:
 def _named(entry: dict) -> list[tables.Table | None]:
     """The tables that get files of their own."""
     study = entry["study"]
-    made = [entry["comparison"], tables.verdict_table(study), entry["statistics"], entry["rates"], entry["ranks"]]
+    rows = entry["rows"] if entry["rows"] and entry["rows"].rows else None
+    made = [entry["comparison"], tables.verdict_table(study), entry["statistics"], rows, entry["rates"], entry["ranks"]]
     return [*made, *entry["allocation"], tables.every_run(study)]
 
 

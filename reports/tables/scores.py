@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rankwise.reports import rows
 from rankwise.reports.results import Study
 from rankwise.reports.statistics import (
     FEWEST_FOR_BOOTSTRAP,
@@ -46,7 +47,7 @@ def statistics_table(study: Study) -> Table | None:
         return None
     reference = study.reference_arm
     m = max(len(study.settings) - 1, 1)
-    rows = []
+    table = []
     for arm in arms:
         values = list(arm.scores.values())
         s = summary(values)
@@ -58,7 +59,7 @@ def statistics_table(study: Study) -> Table | None:
             improvement = probability_of_improvement(values, list(reference.scores.values()))
             p = sign_flip_test(differences) if len(differences) else None
         error = test_set_error(arm)
-        rows.append(
+        table.append(
             (arm.setting, s.n, s.mean, s.sd, s.median, interval_text(s.low, s.high), own, paired, improvement, p, smallest,
              None if error is None else error[0])
         )  # fmt: skip
@@ -77,7 +78,52 @@ def statistics_table(study: Study) -> Table | None:
         else "No reference takes part.",
     ]  # fmt: skip
     title = f"Statistics of the scores: {study.task}, {study.model}"
-    return Table("statistics", title, columns, tuple(rows), tuple(caption))
+    return Table("statistics", title, columns, tuple(table), tuple(caption))
+
+
+def rows_table(study: Study) -> Table | None:
+    """A row a setting: intervals over seeds, and over seeds and test rows; None where no run has finished.
+
+    Where they cannot be computed the caption says why.
+    """
+    arms = [arm for arm in study.arms if arm.scores]
+    if not arms:
+        return None
+    found, troubles = {}, {}  # by setting; reason -> settings
+    for arm in arms:
+        try:
+            found[arm.setting] = rows.scored(study, arm)
+        except rows.NoRows as error:
+            troubles.setdefault(str(error), []).append(arm.setting)
+    reference = None if study.reference_arm is None else found.get(study.reference_arm.setting)
+    table = []
+    for setting, ours in found.items():
+        try:
+            own = rows.of_setting(ours)
+            to = rows.of_difference(ours, reference) if reference is not None and ours is not reference else None
+        except rows.NoRows as error:
+            troubles.setdefault(str(error), []).append(setting)
+            continue
+        table.append((setting, own.seeds.n, own.num_rows, own.seeds.mean, *_both(own), None if to is None else to.seeds.mean,
+                      *((None, None) if to is None else _both(to))))  # fmt: skip
+    to = "" if reference is None else f" to {reference.setting}"
+    columns = (
+        "setting", "n", "test rows", "mean", "over seeds", "over seeds and rows", f"difference{to}",
+        "difference over seeds", "difference over seeds and rows",
+    )  # fmt: skip
+    caption = alarms(study)
+    if table:
+        caption.append(
+            "95 % intervals. Over seeds: Student's t, for other seeds on these test rows. Over seeds and rows: for other rows "
+            "of the same kind too, by the predictions that each run keeps (Obuchowski and Rockette 1995, Hillis 2007; 200 "
+            "resamples of the rows). Neither is corrected for the number of comparisons."
+        )
+    caption += [f"No interval over test rows ({', '.join(settings)}): {why}." for why, settings in troubles.items()]
+    return Table("rows", f"Seeds and test rows: {study.task}, {study.model}", columns, tuple(table), tuple(caption))
+
+
+def _both(one: rows.Crossed) -> tuple[str, str]:
+    return interval_text(one.seeds.low, one.seeds.high), interval_text(one.low, one.high)
 
 
 def _bootstrapped(values: Sequence[float]) -> str | None:
