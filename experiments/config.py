@@ -221,6 +221,8 @@ class Entry(_Section):
     """Label of another entry with the same grid: both, and all that name it, train at one rate, the one with the best mean
     selection score over all of them.  Swapping two such methods leaves the choice as it is, so that an exact test of their
     difference counts it (for methods of one parameterization)."""
+    seeds: PositiveInt | None = None
+    """So many of the study's seeds alone, the first ones; of kind = "randomized", where one method has most of the runs."""
     source: "Entry | None" = None
     """The entry that `ranks_of` names, filled in by `parse`, so that it is known where --methods leaves it out."""
 
@@ -253,6 +255,9 @@ class Study(_Section):
     """Name of the study and of its folder."""
     title: Annotated[str, AfterValidator(_one_line)] = ""
     """What the report is headed with."""
+    kind: Literal["comparison", "randomized"] = "comparison"
+    """comparison: methods are held against each other; randomized: random-rank draws an allocation for each seed, LoRA has one
+    for all, and `rankwise analysis randomized` estimates what rank is worth at each site (see `_randomized_faults`)."""
     quick: bool = False
     """A quick look, not a fair comparison; the output says so."""
     reference: str | None = None
@@ -292,6 +297,10 @@ class Study(_Section):
     def sweeps(self, entry: Entry) -> bool:
         """Whether the rate of this entry is chosen before its final runs, by a sweep."""
         return entry.swept and self.sweep.design != "whole-curve"
+
+    def seeds_of(self, entry: Entry) -> list[Seed]:
+        """Seeds of the final runs of this entry."""
+        return self.seeds[: entry.seeds]
 
     @field_validator("methods")
     @classmethod
@@ -480,7 +489,7 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     own = set(spec.settings.model_fields)
-    shared = {"method", "label", "learning_rate", "learning_rates", "shared_with"} | (
+    shared = {"method", "label", "learning_rate", "learning_rates", "shared_with", "seeds"} | (
         {"targets"} if spec.takes_targets else set()
     )
     taken = "ranks_of" in entry
@@ -501,7 +510,7 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
     inherited = {
         k: v
         for k, v in defaults.items()
-        if k in own | (shared - {"method", "label", "ranks_of", "permuted", "ranks_seed", "shared_with"})
+        if k in own | (shared - {"method", "label", "ranks_of", "permuted", "ranks_seed", "shared_with", "seeds"})
     }
     if taken:
         inherited = {k: v for k, v in inherited.items() if k not in budgeted | {"targets"}}
@@ -547,7 +556,7 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
         "learning_rates": [rate] if rates is None else rates,
         **({"targets": merged["targets"]} if "targets" in merged else {}),
         "settings": settings,
-        **{k: merged[k] for k in ("ranks_of", "permuted", "ranks_seed", "shared_with") if k in merged},
+        **{k: merged[k] for k in ("ranks_of", "permuted", "ranks_seed", "shared_with", "seeds") if k in merged},
     }
 
 
@@ -597,10 +606,12 @@ def _contradictions(study: Study) -> list[str]:
         )
     if study.sweep is not None and max(numbers.values()) == 1:
         faults.append("[sweep] has no effect, because every method has one learning rate: take it out, or give learning_rates")
-    if not study.quick and len(set(numbers.values())) > 1:
+    swept = {label: number for label, number in numbers.items() if study.kind == "comparison" or number > 1}
+    if not study.quick and len(set(swept.values())) > 1:
         given = ", ".join(f"{k} {v}" for k, v in numbers.items())
         faults.append(f"methods have unequal numbers of learning rates ({given}): give each as many, or set quick = true")
     faults += _sharing_faults(study.methods)
+    faults += _randomized_faults(study)
     faults += _design_faults(study) if study.sweep is not None else []
     faults += contradictions(study.hypothesis, study.looks, labels, study.tasks, len(study.seeds))
     faults += _budget_faults(study.budget)
@@ -664,6 +675,39 @@ def _sharing_faults(entries: list[Entry]) -> list[str]:
             faults.append(
                 f"{said}: one of them takes its ranks from a third method (ranks_of), so it trains later: both or none"
             )
+    return faults
+
+
+def _randomized_faults(study: Study) -> list[str]:
+    """What a study lacks for an estimate of what rank is worth: one random allocation for each seed, and a uniform one.
+
+    Other entries may measure what is to be compared with the estimate (importances, ranks of allocators): with one rate each.
+    """
+    if study.kind == "comparison":
+        few = next((entry for entry in study.methods if entry.seeds is not None), None)
+        said = 'seeds has no effect without kind = "randomized": take it out'
+        return [f"{few.label}: {said}; every method has the study's seeds"] if few is not None else []
+    faults, said = [], 'kind = "randomized"'
+    drawn = [entry for entry in study.methods if entry.method == "random-rank"]
+    if len(drawn) != 1:
+        return [f"{said}: {len(drawn)} entries of random-rank; give one, whose allocation each seed draws"]
+    [drawn] = drawn
+    shared = {drawn.label, drawn.shared_with}
+    uniform = [e for e in study.methods if e.method == "lora" and e.ranks_of is None and {e.label, e.shared_with} & shared]
+    alone = [e for e in study.methods if e.method == "lora" and e.learning_rates == drawn.learning_rates and not drawn.swept]
+    if len(uniform or alone) != 1:
+        faults.append(f'{said}: one entry of lora, the uniform allocation, shares the rate of "{drawn.label}" (shared_with)')
+    if study.budget.equal != "parameters":
+        faults.append(f'{said}: allocations are compared at one budget: set budget.equal = "parameters"')
+    if drawn.settings.get("cost") != "parameters":
+        faults.append(f'{drawn.label}: {said} draws within a budget of parameters: set cost = "parameters"')
+    if study.sweep is not None and study.sweep.design == "whole-curve":
+        faults.append(f'{said}: allocations are compared at one rate: take sweep.design = "shared-rate"')
+    if drawn.seeds is not None:
+        faults.append(f"{drawn.label}: seeds = {drawn.seeds}: {said} draws an allocation for each of the study's: take it out")
+    for entry in study.methods:
+        if entry.seeds is not None and entry.seeds > len(study.seeds):
+            faults.append(f"{entry.label}: seeds = {entry.seeds}: the study has {len(study.seeds)}: give at most as many")
     return faults
 
 

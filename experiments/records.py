@@ -190,10 +190,11 @@ class Config(Stored):
 class StudyFile(Stored):
     """study.json: the names and the order of a study's settings."""
 
-    MAY_LACK = frozenset({"shared_with", "design", "hypotheses", "looks"})
+    MAY_LACK = frozenset({"kind", "shared_with", "design", "hypotheses", "looks"})
     study: str
     quick: bool
     title: str
+    kind: Literal["comparison", "randomized"] = "comparison"
     captions: list[str] = []
     reference: str | None = None
     protocol: Literal["held-out", "best-dev-epoch"] = "held-out"

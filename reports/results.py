@@ -18,7 +18,7 @@ from rankwise.experiments.records import STUDY, STUDY_FILE, Result, Run, StudyFi
 from rankwise.experiments.study import sweep
 
 BESIDE = (STUDY, STUDY_FILE, stored_labels.NAME, "budget.json")  # what a committed study keeps beside its runs
-FROM_THE_STUDY_FILE = ("protocol", "margin", "trials", "budget", "shared_with", "design")
+FROM_THE_STUDY_FILE = ("kind", "protocol", "margin", "trials", "budget", "shared_with", "design")
 FULL = "full"  # the method that every difference is taken to: full fine-tuning
 
 
@@ -78,6 +78,7 @@ class Study:
     settings: tuple[str, ...]  # labels, in the order of the study's file
     complete: bool | None  # None: no study.json says so
     runs: tuple[Run, ...]
+    kind: str = "comparison"  # or "randomized": one random allocation for each seed (reports/randomized.py)
     protocol: str = "held-out"
     margin: float | None = None  # points within which a setting is equivalent to the reference, fixed beforehand
     seeds: tuple[int, ...] = ()  # that the study asks for

@@ -117,6 +117,7 @@ def test_a_report_has_both_intervals_and_says_where_it_cannot(part):
     assert any("No interval over test rows (head): a run holds no predictions" in line for line in table.caption)
 
 
+@pytest.mark.slow
 def test_both_pages_show_them(part, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "draw_all", lambda study: [])
     written = page.write(part.folder, tmp_path / "report")

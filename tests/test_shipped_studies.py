@@ -9,7 +9,7 @@ from rankwise.reports.statistics import seeds_needed
 
 SHIPPED = sorted(config.STUDIES.glob("*.toml"))
 STUDIES = {path.stem: config.read(path) for path in SHIPPED}
-FAIR = {name: study for name, study in STUDIES.items() if not study.quick}
+FAIR = {name: study for name, study in STUDIES.items() if not study.quick and study.kind == "comparison"}
 
 
 def centre(rates):

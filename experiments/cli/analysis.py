@@ -9,9 +9,9 @@ from rankwise.experiments.cli.options import Device, check_device, check_least, 
 from rankwise.experiments.cli.progress import Progress
 from rankwise.experiments.cli.start import start_torch
 
-COMMANDS = "subspace | magnitude | report | peft-comparison"
+COMMANDS = "subspace | magnitude | report | peft-comparison | randomized"
 
-analysis = typer.Typer(help="Look closer: LoRA's subspaces, DoRA's magnitudes, PEFT's own comparison.")
+analysis = typer.Typer(help="Look closer: LoRA's subspaces, DoRA's magnitudes, PEFT's own comparison, what rank is worth.")
 
 Out = Annotated[Path, typer.Option(help="Folder of the results.")]
 Model = Annotated[str, typer.Option(help="Hub id, or folder.")]
@@ -131,6 +131,26 @@ def peft_comparison(
     if out is not None:
         write_file(out / "report.md", said)
     print(said, end="")
+
+
+@analysis.command()
+def randomized(
+    folder: Annotated[Path, typer.Argument(help='Runs of a study of kind = "randomized".')],
+    out: Annotated[Path | None, typer.Option(help="Folder of randomized.md.  [default: FOLDER/randomized]")] = None,
+    beside: Annotated[
+        list[Path] | None, typer.Option(help="Runs of other studies whose importances and ranks are compared with it.")
+    ] = None,
+) -> None:
+    """What rank is worth at each site, by runs that each drew an allocation at random; how much any placement could gain."""
+    from rankwise.reports import results
+    from rankwise.reports.analysis import randomized as drawn
+
+    check_output_folder("--out", out)
+    study = results.load(folder)
+    for part in study.parts():
+        for line in drawn.sentences(drawn.analysed(part)):
+            print(line)
+    print(f"report: {drawn.write(folder, out or folder / 'randomized', beside or ())}")
 
 
 def _check(out: Path, device: str, examples: int, steps: int, batch_size: int, seed: int) -> None:

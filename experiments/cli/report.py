@@ -69,5 +69,9 @@ def full_protocol(study: "Study") -> str | None:
     from rankwise.experiments import config
 
     shipped = [config.read(path) for path in sorted(config.STUDIES.glob("*.toml"))]
-    fair = [other for other in shipped if not other.quick and other.model == study.model and study.task in other.tasks]
+    fair = [
+        other
+        for other in shipped
+        if not other.quick and other.kind == "comparison" and other.model == study.model and study.task in other.tasks
+    ]
     return f"rankwise compare {min(fair, key=lambda other: len(other.tasks)).name}" if fair else None

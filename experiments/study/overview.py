@@ -59,6 +59,7 @@ def _study(
         "budget": study.budget.model_dump(mode="json"),
         "methods": [*known, *(label for label in labels if label not in known)] if others else list(labels),
         "complete": complete and (not others or bool(before.get("complete"))),
+        **({"kind": study.kind} if study.kind != "comparison" else {}),
         **({"shared_with": shared} if shared else {}),
         **({"design": study.sweep.design} if study.sweep is not None and study.sweep.design != "chosen-rate" else {}),
         **({"hypotheses": [one.model_dump(mode="json") for one in study.hypothesis]} if study.hypothesis else {}),

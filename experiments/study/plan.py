@@ -52,7 +52,7 @@ def groups(study: Study, pack: int, packable: Callable[[str], bool] = is_packabl
                 plans += grid_packs(study, pack, entry, task, entry.learning_rates, packable=packable)
         for entry in study.methods:
             rates = [None] if study.sweeps(entry) else entry.learning_rates  # more than one: a whole curve
-            members = [(seed, rate) for seed in study.seeds for rate in rates]  # more seeds later leave the packs as they are
+            members = [(seed, rate) for seed in study.seeds_of(entry) for rate in rates]  # more seeds later leave packs alone
             plans += _cut("final", entry, task, members, pack if packable(entry.method) else 1)
     return plans
 

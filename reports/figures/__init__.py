@@ -3,7 +3,7 @@
 from rankwise.reports.figures.curves import learning_curves, rates
 from rankwise.reports.figures.of_study import DRAWN, draw_all
 from rankwise.reports.figures.rank_histories import budget, ranks_over_time
-from rankwise.reports.figures.rank_maps import allocation_pair, one_map, rank_map, side_by_side
+from rankwise.reports.figures.rank_maps import allocation_pair, one_map, rank_map, side_by_side, worth_map
 from rankwise.reports.figures.site_figures import importance, knock_out, one_spectrum, spectra, stability
 from rankwise.reports.figures.style import MARKERS, METHOD_COLOURS, Drawing, colour, house_style, panels, save, title_above
 
@@ -31,4 +31,5 @@ __all__ = [
     "spectra",
     "stability",
     "title_above",
+    "worth_map",
 ]

@@ -1,6 +1,6 @@
 """Heat maps of ranks, layer x kind of module: of a study's settings, of one adapter, of two beside each other."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -126,6 +126,38 @@ def allocation_pair(study: Study) -> Drawing | None:
     _, i, j = max(pairs)
     (first, one), (second, other) = allocations[-i], allocations[-j]
     return side_by_side(first.setting, one, second.setting, other, f"{subject(study)} ({seeds_text([first, second])})")
+
+
+def worth_map(worth: Mapping[str, tuple[float, float]], unit: str, where: str) -> Drawing:
+    """A heat map of an effect at each site, its 95 % interval's half-width below it; bold where the interval leaves out zero.
+
+    worth: site -> (effect, half-width).
+    """
+    layers, kinds, others, labels = _grid(worth)
+    most = max((abs(value) for value, _ in worth.values()), default=0) or 1
+    with house_style():
+        wide = max(len(layers), 4)
+        figure, (ax,) = panels(1, 1, (wide * 0.78 + 3.4, 0.52 * (len(kinds) + len(others)) + 1.7))
+        effects = {site: value for site, (value, _) in worth.items()}
+        _rank_panel(ax, effects, layers, kinds, others, labels, most, False, DIFFERENCE_COLOURS, -most)
+        for text in list(ax.texts):
+            text.remove()
+        for site, (value, half) in worth.items():
+            layer = split_site(site)[1]
+            row = len(kinds) + others.index(site) if layer is None else kinds.index(labels[site])
+            x = (len(layers) or 1) / 2 if layer is None else layers.index(layer) + 0.5
+            colour = "white" if abs(value) > 0.72 * most else INK
+            weight = "bold" if abs(value) > half else "normal"
+            ax.text(x, row + 0.38, f"{value:+.2f}", ha="center", va="center", fontsize=8.5, color=colour, fontweight=weight)
+            ax.text(x, row + 0.75, f"\u00b1{half:.2f}", ha="center", va="center", fontsize=7, color=colour)
+        ax.set_xlabel("layer")
+        bar = figure.colorbar(ax.collections[0], ax=ax, shrink=0.8, aspect=20, pad=0.02)
+        bar.set_label(unit)
+        bar.outline.set_visible(False)
+        title = f"What rank is worth at each site, {where}"
+        title_above(figure, title)
+    alt = f"Heat-map of what rank is worth, {len(kinds)} kinds of modules by {len(layers)} layers, with 95 % intervals."
+    return Drawing("worth-map", title, alt, figure)
 
 
 def one_map(one: RankMap) -> Drawing:

@@ -1,0 +1,256 @@
+"""What rank is worth, by random allocations: planted effects are found, none errs more often than it says."""
+
+import numpy as np
+import pytest
+from rankwise.experiments import config, records
+from rankwise.experiments.cli.app import app
+from rankwise.experiments.study import Runner, plan
+from rankwise.reports import randomized, results
+from rankwise.reports.analysis import randomized as page
+from rankwise.reports.randomized import Runs
+from typer.testing import CliRunner
+
+from tests.synthetic_runs import BERT_SITES, write_anatomy, write_json, write_run
+from tests.test_study import cache, model  # noqa: F401  (fixtures)
+
+SMALL = tuple(f"encoder.layer.{layer}.{kind}" for layer in range(3) for kind in ("query", "value", "output.dense"))
+
+
+def drawn(random: np.random.Generator, runs: int, sites: tuple[str, ...], budget: int, prices: np.ndarray) -> np.ndarray:
+    """(runs, sites) ranks: units at sites drawn with equal chances until nothing fits into the budget."""
+    ranks = np.zeros((runs, len(sites)), int)
+    for row in ranks:
+        left = budget
+        while (fits := np.flatnonzero(prices <= left)).size:
+            row[at := random.choice(fits)] += 1
+            left -= prices[at]
+    return ranks
+
+
+def simulated(random, runs: int, worth: np.ndarray, noise: float = 1.0, sites=SMALL) -> Runs:
+    """worth: points for 1 % of the budget at each site."""
+    prices = np.array([4 if "dense" in site else 2 for site in sites])
+    ranks = drawn(random, runs, sites, 60, prices)
+    spent = (ranks * prices).astype(float)
+    scores = 80 + (spent / 0.6) @ worth + noise * random.normal(size=runs)
+    return Runs(sites, np.arange(runs), scores, spent, prices.astype(float))
+
+
+WORTH = np.array([0.4, 0.1, 0, 0, 0.1, 0, 0, -0.1, -0.2])
+
+
+def test_planted_effects_are_found_whole_and_by_layer_and_kind():
+    runs = simulated(np.random.default_rng(0), 400, WORTH, noise=0.0)
+    found = randomized.effects(runs)
+    share = runs.spent.mean(0) / runs.spent.sum(1).mean()
+    exact = (WORTH - share @ WORTH) * runs.budget / 60  # against the mean allocation; of the budget as it was spent
+    assert found.values == pytest.approx(exact, abs=1e-9)
+    noisy = simulated(np.random.default_rng(0), 400, WORTH)
+    low, high = randomized.effects(noisy).intervals().T
+    assert (low <= exact).all() and (exact <= high).all()
+    first = randomized.effects(noisy, "layer")
+    assert first.names == ("layer 0", "layer 1", "layer 2") and first.values.argmax() == 0
+    assert randomized.effects(noisy, "kind").names == ("query", "value", "dense")
+    share, p = randomized.permutation_p(noisy)
+    assert share > 0.5 and p <= 0.001
+
+
+def test_the_effects_are_those_of_plain_least_squares_with_the_constraint():
+    runs = simulated(np.random.default_rng(4), 60, WORTH)
+    share = runs.spent.mean(0) / runs.spent.mean(0).sum()
+    heavy = np.concatenate([[0.0], 1e6 * share])[None]  # the constraint as one more row, counted a million times
+    design = np.concatenate([np.concatenate([np.ones((60, 1)), runs.spent], 1), heavy])
+    plain = np.linalg.lstsq(design, np.append(runs.scores, 0.0), rcond=None)[0][1:]
+    assert randomized.effects(runs).values == pytest.approx(plain * 0.01 * runs.budget, rel=1e-4, abs=1e-6)
+
+
+def test_intervals_are_clustered_by_seed():
+    runs = simulated(np.random.default_rng(1), 80, WORTH)
+    twice = Runs(runs.sites, *(np.concatenate([a, a]) for a in (runs.seeds, runs.scores, runs.spent)), runs.prices)
+    assert randomized.effects(twice).errors == pytest.approx(randomized.effects(runs).errors)
+
+
+def errors(draws: int, runs: int) -> tuple[float, float, float]:
+    """How often nothing is found to be something: a site's interval, the permutation test, the predicted gain's interval."""
+    random = np.random.default_rng(7)
+    wrong = np.zeros(3)
+    for _ in range(draws):
+        one = simulated(random, runs, np.zeros(len(SMALL)))
+        one.scores[:] = np.where(random.random(runs) < 0.05, one.scores - 8, one.scores)  # a run in twenty collapses
+        low, high = randomized.effects(one).intervals().T
+        first, second = randomized.halves(one)
+        best = randomized.best_allocation(first, randomized.effects(first))
+        _, least, most = randomized.predicted_gain(second, randomized.effects(second), best)
+        wrong += [np.mean((low > 0) | (high < 0)), randomized.permutation_p(one)[1] <= 0.05, least > 0 or most < 0]
+    return tuple(wrong / draws)
+
+
+@pytest.fixture
+def few_permutations(monkeypatch):
+    monkeypatch.setattr(randomized, "PERMUTATIONS", 199)
+
+
+def test_no_effect_gives_about_nominal_errors(few_permutations):
+    site, whole, gain = errors(60, 60)
+    assert site < 0.08 and whole <= 0.15 and gain <= 0.15
+
+
+@pytest.mark.slow
+def test_no_effect_gives_nominal_errors(few_permutations):
+    site, whole, gain = errors(500, 100)  # the jackknife errs on the safe side: 3.1, 4.9 and 1.8 % in 1,000 draws
+    assert 0.02 <= site <= 0.055 and 0.03 <= whole <= 0.075 and gain <= 0.055
+
+
+def spreads(draws: int, of_allocation: float) -> float:
+    """How often the interval of the allocation's standard deviation holds the true one."""
+    random, held = np.random.default_rng(2), 0
+    for _ in range(draws):
+        scores = random.normal(0, np.hypot(1, of_allocation), 200), random.normal(0, 1, 20)
+        one = randomized.spread(*scores)
+        held += one.low <= of_allocation <= one.high
+    return held / draws
+
+
+def test_the_spread_of_allocations_alone_is_found():
+    assert 0.88 <= spreads(60, 1.0) <= 1
+    one = randomized.spread(np.tile([1.0, 3.0], 100), np.tile([1.9, 2.1], 10))
+    assert one.allocation == pytest.approx(np.sqrt(200 / 199 - 0.01 * 20 / 19), rel=1e-9)
+    assert one.gain(100)[0] == pytest.approx(2.5076 * one.allocation, rel=1e-4)  # a table of normal order statistics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of_allocation", [0.0, 0.5, 1.0])
+def test_its_interval_covers(of_allocation, monkeypatch):
+    monkeypatch.setattr(randomized, "DRAWS", 20_000)
+    assert 0.93 <= spreads(1_000, of_allocation) <= 0.99
+
+
+def test_the_predicted_allocation_fills_the_best_sites_within_budget_and_range():
+    runs = simulated(np.random.default_rng(0), 400, WORTH, noise=0.0)
+    worth = randomized.effects(runs)
+    ranks = randomized.best_allocation(runs, worth)
+    most = max(ranks.values())
+    assert most <= np.quantile(runs.spent / runs.prices, 0.95)
+    assert sum(ranks[site] * price for site, price in zip(runs.sites, runs.prices, strict=True)) <= runs.budget
+    assert ranks[SMALL[0]] == most and ranks[SMALL[8]] == 0
+    gain, low, high = randomized.predicted_gain(runs, worth, ranks)
+    assert gain > 0 and low == pytest.approx(gain) and high == pytest.approx(gain)
+
+
+def test_a_measure_that_knows_agrees_and_one_that_does_not_does_not():
+    runs = simulated(np.random.default_rng(3), 300, WORTH)
+    knows = dict(zip(SMALL, WORTH + 1, strict=True))
+    one, constant = randomized.agreements(runs, {"knows": knows, "says nothing": dict.fromkeys(SMALL, 1.0)})
+    assert one.correlation > 0.6 and one.low > 0 and one.num_sites == len(SMALL)
+    assert constant.correlation is None
+    assert randomized.reliability(runs) > 0.5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Runs of a study as a Runner leaves them: 150 random allocations on 36 sites, in which rank at the values is worth much,
+    four of the uniform allocation, and one AdaLoRA with importances and a knock-out."""
+    folder, random = tmp_path_factory.mktemp("randomized"), np.random.default_rng(0)
+    prices = np.array([1920 if s.split(".", 4)[4] in ("intermediate.dense", "output.dense") else 768 for s in BERT_SITES])
+    shared = {"study": "randomized", "steps": 20, "rate": 1e-3}
+    for seed, row in enumerate(drawn(random, 150, BERT_SITES, 82_944, prices)):
+        ranks = dict(zip(BERT_SITES, row.tolist(), strict=True))
+        gained = 0.5 * sum(rank for site, rank in ranks.items() if "value" in site)
+        run = write_run(folder, method="random-rank", seed=seed, ranks=ranks, active_parameters=int(row @ prices),
+                  score=70 + gained + float(random.normal(0, 0.5)), scale=dict.fromkeys(BERT_SITES, 2.0), **shared)  # fmt: skip
+        described = records.read_json(run / "config.json")
+        write_json(run / "config.json", described | {"training": {"epochs": 1, "batch_size": 32}, "precision": "fp32"})
+    for seed in range(4):
+        write_run(folder, method="lora", seed=seed, ranks=dict.fromkeys(BERT_SITES, 2), active_parameters=82_944,
+                  score=76 + float(random.normal(0, 0.5)), **shared)  # fmt: skip
+    write_anatomy(write_run(folder, method="adalora", seed=0, **shared))
+    described = {"schema": 1, "study": "randomized", "kind": "randomized", "quick": False, "title": "Drawn", "complete": True}
+    described |= {"methods": ["lora", "random-rank", "adalora"], "reference": "lora", "margin": 0.3}
+    write_json(folder / "study.json", described | {"shared_with": {"random-rank": "lora"}})
+    return folder
+
+
+def test_the_page_says_what_was_planted_and_its_study_is_sound(folder, tmp_path):
+    one = page.analysed(results.load(folder).parts()[0])
+    worth = one.by["kind"]
+    assert worth.names[worth.values.argmax()] == "value" and worth.intervals()[worth.values.argmax()][0] > 0
+    assert one.explained["site"][1] <= 0.001 and one.spread.low > 0.5 and one.gain[1] > 0
+    assert [a.measure for a in one.agreements] == [
+        "adalora: ranks kept (1 run)", "adalora: importance (1 run)", "adalora: loss that its removal costs (1 run)",
+    ]  # fmt: skip
+    path = page.write(folder, tmp_path)
+    text = path.read_text()
+    assert "the allocation matters" in text and "How much could any placement gain?" in text
+    assert (tmp_path / "figures" / "worth-map.svg").is_file() and (tmp_path / "tables" / "worth-by-site.csv").is_file()
+    fresh = config.read(tmp_path / "best.toml")
+    assert [entry.label for entry in fresh.methods] == ["uniform", "predicted"] and fresh.seeds == [*range(150, 162)]
+    assert not set(fresh.sweep.seeds) & {*fresh.seeds, *range(150)}
+    predicted = fresh.methods[1].settings
+    assert sum(predicted["rank_pattern"].values()) + predicted["rank"] * (36 - len(predicted["rank_pattern"])) == sum(
+        one.best.values()
+    )
+
+
+def test_too_few_runs_are_refused(folder, tmp_path):
+    part = results.load(folder).parts()[0]
+    few = [run for run in part.runs if run.config.seed < 20]
+    with pytest.raises(ValueError, match="random-rank has 20 finished runs: a regression on 36 sites takes at least 72"):
+        page.analysed(results.replace(part, runs=tuple(few)))
+
+
+# -- the study --------------------------------------------------------------------------------------------------------------
+
+
+def small(**changes) -> dict:
+    raw = {
+        "model": "-", "tasks": ["small/regression"], "kind": "randomized", "seeds": 24, "reference": "lora",
+        "training": {"epochs": 1, "max_steps": 2, "batch_size": 4, "max_length": 32, "train_examples": 8,
+                     "evaluation_examples": 8, "precision": "fp32"},
+        "budget": {"equal": "parameters", "parameters": 1500},
+        "methods": [
+            {"method": "lora", "seeds": 3, "learning_rate": 1e-2},
+            {"method": "random-rank", "cost": "parameters", "most_rank": 6, "shared_with": "lora", "learning_rate": 1e-2},
+        ],
+    }  # fmt: skip
+    return raw | changes
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"kind": "comparison"}, "lora: seeds has no effect without kind"),
+        ({"budget": {}, "methods": [one | {"rank": 2, "alpha": 4} for one in small()["methods"]]}, "set budget.equal = "),
+        ({"methods": small()["methods"][:1]}, "0 entries of random-rank; give one"),
+        ({"methods": [{"method": "random-rank", "cost": "parameters", "learning_rate": 1e-2}]}, "one entry of lora, the"),
+        ({"methods": [small()["methods"][0], small()["methods"][1] | {"cost": "rank"}]}, 'set cost = "parameters"'),
+        ({"methods": [small()["methods"][0] | {"seeds": 30}, small()["methods"][1]]}, "has 24: give at most as many"),
+        ({"methods": [small()["methods"][0], small()["methods"][1] | {"seeds": 5}]}, "for each of the study's: take it out"),
+        ({"kind": "random"}, "kind"),
+    ],
+)  # fmt: skip
+def test_what_is_no_randomized_study_is_refused(change, fault):
+    with pytest.raises(ValueError, match="(?s)" + fault.replace("(", r"\(")):
+        config.parse(small(**change), "drawn")
+
+
+def test_every_seed_draws_an_allocation_and_the_uniform_one_has_fewer_seeds():
+    study = config.parse(small(), "drawn")
+    packs = plan.groups(study, 8, lambda name: True)
+    members = {label: sum(len(one.members) for one in packs if one.entry.label == label) for label in ("lora", "random-rank")}
+    assert members == {"lora": 3, "random-rank": 24}
+
+
+def test_it_runs_on_a_tiny_model_and_is_analysed(model, tmp_path):  # noqa: F811
+    study = config.parse(small(model=model), "drawn")
+    runner = Runner(study, tmp_path / "runs")
+    runner.prepare()
+    runner.run()
+    loaded = results.load(tmp_path / "runs")
+    assert loaded.kind == "randomized"
+    arm, uniform = randomized.arms_of(loaded.parts()[0])
+    assert len(arm.scores) == 24 and len(uniform.scores) == 3
+    runs = randomized.runs_of(arm)
+    assert len({tuple(row) for row in runs.spent}) > 12 and runs.spent.sum(1).max() <= 1500
+    done = CliRunner().invoke(app, ["analysis", "randomized", str(tmp_path / "runs")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "runs" / "randomized" / "randomized.md").is_file()
