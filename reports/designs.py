@@ -15,7 +15,7 @@ Both intervals are the shifts of our reported scores that the test does not reje
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -67,6 +67,16 @@ class Comparison:
     rates: tuple[float, float]  # ours, the reference's
     at_edge: tuple[bool, bool]
     seeds: int
+    kept: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False, compare=False)
+    """Lowest and highest shift of our scores at which each permutation is as extreme as what was seen, (F,) each."""
+
+    def equivalence_p(self, margin: float) -> float:
+        """p of the two one-sided tests that the difference lies inside the margin: at most alpha where the 1 - 2 alpha interval
+        lies inside it."""
+        low, high = self.kept
+        if not -margin < self.difference < margin:
+            return 1.0
+        return max(float(np.mean((low <= shift) & (shift <= high))) for shift in (-margin, margin)) / 2
 
     def equivalent_within(self, margin: float) -> bool:
         """Whether the interval lies inside the margin; with level 0.90 this is the two one-sided tests (TOST) at 5 %."""
@@ -150,6 +160,7 @@ def _compare(
         rates=(ours.rates[k], reference.rates[k_reference]),
         at_edge=edges,
         seeds=ours.selection.shape[1],
+        kept=(low, high),
     )
 
 

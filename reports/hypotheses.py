@@ -124,7 +124,7 @@ def _numbers(comparison: Comparison, alpha: float) -> str:
 def _no_claim(part: Study, arms: Sequence[Arm], found: Compared) -> list[str]:
     """Why neither a winner nor equivalence may be said, whatever the numbers are."""
     apart = "each has a rate of its own, and the error of that choice is not in p (give them shared_with)"
-    return [*([] if found.counts_the_choice else [apart]), *limits(part, arms)]
+    return [*([] if found.counts_the_choice else [apart]), *limits(part, arms, found.at_edge)]
 
 
 def hypothesis_table(study: Study) -> Table | None:

@@ -88,10 +88,14 @@ class Study:
     budget: Mapping[str, Any] = field(default_factory=dict)  # what is equal, as the study's file says it
     hypotheses: tuple[Hypothesis, ...] = ()  # what the study set out to test
     looks: tuple[int, ...] = ()  # numbers of seeds at which it may stop
+    whole: "Study | None" = field(default=None, repr=False)  # the study that this is a part of
 
     def parts(self) -> list["Study"]:
         keys = sorted({(run.config.task, run.config.model) for run in self.runs})
-        return [replace(self, runs=tuple(r for r in self.runs if (r.config.task, r.config.model) == k)) for k in keys]
+        whole = self.whole or self
+        return [
+            replace(self, runs=tuple(r for r in self.runs if (r.config.task, r.config.model) == k), whole=whole) for k in keys
+        ]
 
     @property
     def task(self) -> str:

@@ -152,6 +152,67 @@ def sign_flip_test(differences: Float[np.ndarray, " S"] | Sequence[float]) -> fl
     return float(np.mean(np.abs(sums) >= seen - slack))
 
 
+def equivalence_test(differences: Float[np.ndarray, " S"] | Sequence[float], margin: float) -> float:
+    """p of the two one-sided t tests (TOST, Schuirmann 1987) that the mean difference lies inside the margin.
+
+    At most alpha where the 1 - 2 alpha t interval lies inside it.  1 below two differences.
+    """
+    differences = np.asarray(differences, dtype=np.float64)
+    n = len(differences)
+    if n < 2:
+        return 1.0
+    from scipy.stats import t
+
+    mean, error = float(differences.mean()), float(differences.std(ddof=1)) / sqrt(n)
+    room = margin - abs(mean)
+    if error == 0:
+        return 0.0 if room > 0 else 1.0
+    return float(t.sf(room / error, n - 1))
+
+
+@dataclass(frozen=True)
+class OverTasks:
+    """A difference over k tasks that stand for others: its mean, and where the difference on another task lies.
+
+    tau: sd of the true differences between tasks.  The prediction interval is None below three tasks.
+    """
+
+    mean: float
+    low: float
+    high: float
+    tau: float
+    predicted_low: float | None
+    predicted_high: float | None
+
+
+def random_effects(
+    means: Sequence[float], variances: Sequence[float], level: float = LEVEL
+) -> OverTasks | None:  # fmt: skip
+    """Random-effects mean over tasks; None below two tasks, or where a variance is not known (0 or less).
+
+    means, variances: of each task's difference and of that estimate (sd^2 / n).
+
+    tau^2 by DerSimonian & Laird 1986; interval by Hartung & Knapp 2001 with k - 1 degrees of freedom, its scale not below one
+    (Knapp & Hartung 2003), so that tasks that agree by chance make it no narrower; prediction interval of Higgins, Thompson &
+    Spiegelhalter 2009 with that error, k - 2 degrees of freedom.
+    """
+    y, v = np.asarray(means, dtype=np.float64), np.asarray(variances, dtype=np.float64)
+    k = len(y)
+    if k < 2 or not (v > 0).all():
+        return None
+    w = 1 / v
+    fixed = (w @ y) / w.sum()
+    excess = w @ (y - fixed) ** 2 - (k - 1)
+    tau2 = max(0.0, float(excess / (w.sum() - (w**2).sum() / w.sum())))
+    w = 1 / (v + tau2)
+    mean = float((w @ y) / w.sum())
+    error2 = max(1.0, float(w @ (y - mean) ** 2) / (k - 1)) / float(w.sum())
+    half = t_quantile(k - 1, level) * sqrt(error2)
+    predicted = t_quantile(k - 2, level) * sqrt(tau2 + error2) if k > 2 else None
+    ends = (None, None) if predicted is None else (mean - predicted, mean + predicted)
+    return OverTasks(mean, mean - half, mean + half, sqrt(tau2), *ends)
+
+
 def holm(p_values: Float[np.ndarray, " m"] | Sequence[float]) -> Float[np.ndarray, " m"]:
     """Holm's step-down adjustment: reject where the adjusted value is at most alpha, and the family errs at most so often.
 

@@ -2,8 +2,9 @@
 
 A family is the comparisons of one task against the named reference.  Each is tested by the exact sign-flip test on
 differences paired by seed, or in a study of whole curves by the test that chooses the rates again in each permutation
-(`designs`); Holm's correction holds the family to 5 %, and equivalence is an interval inside a margin that was
-fixed before the runs.  A quick look, an untuned rate, a best rate at the edge of its grid, a failed seed or a rank budget that
+(`designs`); Holm's correction holds the family to 5 %.  Where a study has several tasks, p over all of its comparisons stands
+beside it.  Equivalence is two one-sided tests (TOST) inside a margin that was fixed before the runs, a family of its own with
+Holm's correction.  A quick look, an untuned rate, a best rate at the edge of its grid, a failed seed or a rank budget that
 was not reached leave no winner.
 """
 
@@ -16,6 +17,7 @@ from rankwise.reports.compared import NoConstantScore, compared, finished_seeds
 from rankwise.reports.results import Arm, Study, best_rate
 from rankwise.reports.statistics import (
     ALPHA,
+    equivalence_test,
     holm,
     paired_differences,
     seeds_needed,
@@ -39,9 +41,11 @@ class Verdict:
     mean: float | None
     low: float | None  # 95 % paired t interval
     high: float | None
-    p: float | None  # of the sign-flip test, Holm-adjusted
+    p: float | None  # of the sign-flip test, Holm-adjusted over the task's comparisons
     smallest: float | None  # smallest detectable difference: found by so many seeds 80 % of the time
     text: str
+    p_equivalent: float | None = None  # of the two one-sided tests, Holm-adjusted over the task's; None without a margin
+    p_study: float | None = None  # of the sign-flip test, Holm-adjusted over the comparisons of all the study's tasks
 
 
 def verdicts(part: Study) -> list[Verdict]:
@@ -50,13 +54,36 @@ def verdicts(part: Study) -> list[Verdict]:
     if reference is None:
         return []
     others = [arm for arm in part.arms if arm is not reference]
-    m = max(len(part.settings) - 1, len(others), 1)  # as planned, so that a family does not grow as runs finish
-    estimates = [_estimate(part, arm, reference) for arm in others]
-    raw = [estimate.p for estimate in estimates]
-    adjusted = holm([*raw, *[1.0] * (m - len(raw))])
+    m = _family(part)
+    estimates = _estimates(part)
+    adjusted = _adjusted([one.p for one in estimates], m)
+    equivalent = _adjusted([one.p_equivalent for one in estimates], m)
+    siblings = part.whole.parts() if part.whole is not None else []
+    over_study, in_study = [None] * len(others), 0
+    if len(siblings) > 1:
+        apart = [one for other in siblings if (other.task, other.model) != (part.task, part.model) for one in _estimates(other)]
+        in_study = sum(_family(other) for other in siblings if other.reference_arm is not None)
+        over_study = _adjusted([*(one.p for one in estimates), *(one.p for one in apart)], in_study)[: len(others)]
     return [
-        _verdict(part, arm, reference, one, p, m) for arm, one, p in zip(others, estimates, adjusted[: len(raw)], strict=True)
+        _verdict(part, arm, reference, one, p, q, p_study, m, in_study)
+        for arm, one, p, q, p_study in zip(others, estimates, adjusted, equivalent, over_study, strict=True)
     ]
+
+
+def _family(part: Study) -> int:
+    """Comparisons of a task as planned, so that a family does not grow as runs finish."""
+    return max(len(part.settings) - 1, len(part.arms) - 1, 1)
+
+
+def _adjusted(raw: Sequence[float], m: int) -> list[float]:
+    """Holm's adjustment in a family of m, those that are not there yet counted as 1."""
+    return holm([*raw, *[1.0] * (m - len(raw))]).tolist()[: len(raw)]
+
+
+def _estimates(part: Study) -> list["Estimate"]:
+    """Of every setting but the reference, in the study's order; none without a reference."""
+    reference = part.reference_arm
+    return [] if reference is None else [_estimate(part, arm, reference) for arm in part.arms if arm is not reference]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +95,11 @@ class Estimate:
     low: float | None
     high: float | None
     p: float
+    p_equivalent: float = 1.0  # of the two one-sided tests
     trouble: str | None = None  # why no winner may be named
+    at_edge: tuple[bool, bool] | None = (
+        None  # whose rate, as the comparison chose it, is the first or last; None: it chose none
+    )
 
 
 def _estimate(part: Study, arm: Arm, reference: Arm) -> Estimate:
@@ -79,16 +110,31 @@ def _estimate(part: Study, arm: Arm, reference: Arm) -> Estimate:
             if len(seeds) > 1:
                 whole = compared(part, arm, reference, seeds)
                 test = whole.comparison
-                return Estimate(whole.differences, test.difference, test.low, test.high, test.p)
+                inside = 1.0 if part.margin is None else test.equivalence_p(part.margin)
+                return Estimate(
+                    whole.differences, test.difference, test.low, test.high, test.p, inside, at_edge=whole.at_edge
+                )  # fmt: skip
         except NoConstantScore as error:
             trouble = str(error)
     differences = paired_differences(arm.scores, reference.scores)
     t = summary(differences)
     p = sign_flip_test(differences) if len(differences) else 1.0
-    return Estimate(differences, *((t.mean, t.low, t.high) if t is not None else (None, None, None)), p, trouble)
+    inside = 1.0 if part.margin is None else equivalence_test(differences, part.margin)
+    return Estimate(differences, *((t.mean, t.low, t.high) if t is not None else (None, None, None)), p, inside, trouble)
 
 
-def _verdict(part: Study, arm: Arm, reference: Arm, estimate: Estimate, p: float, m: int) -> Verdict:
+def _verdict(
+    part: Study,
+    arm: Arm,
+    reference: Arm,
+    estimate: Estimate,
+    p: float,
+    p_equivalent: float,
+    p_study: float | None,
+    m: int,
+    in_study: int,
+) -> Verdict:
+    """p, p_equivalent: adjusted over the m comparisons of the task; p_study: over the `in_study` ones of the study."""
     n = len(estimate.differences)
     smallest = smallest_difference(estimate.differences, m)
     if estimate.low is None:
@@ -96,41 +142,61 @@ def _verdict(part: Study, arm: Arm, reference: Arm, estimate: Estimate, p: float
         kind, text = "no claim", f"no claim against {reference.setting} ({size})"
         return Verdict(arm.setting, reference.setting, part.task, kind, n, estimate.mean, None, None, None, None, text)
     difference = f"difference {estimate.mean:+.2f}, 95 % interval {estimate.low:+.2f} to {estimate.high:+.2f}, n = {n}"
-    reasons = [*no_winner(part, arm, reference), *([estimate.trouble] if estimate.trouble else [])]
+    reasons = [*no_winner(part, arm, reference, estimate.at_edge), *([estimate.trouble] if estimate.trouble else [])]
     margin = part.margin
     if reasons:
         kind = "no claim" if part.quick else "undecided"
         text = f"{kind} against {reference.setting}: {'; '.join(reasons)} ({difference})"
-    elif margin is not None and -margin < estimate.low and estimate.high < margin:
-        kind, text = "equivalent", f"equivalent to {reference.setting} within {margin:g} ({difference})"
+    elif margin is not None and p_equivalent <= ALPHA:
+        kind = "equivalent"
+        tost = f"TOST p {'< 0.001' if p_equivalent < 0.001 else f'= {p_equivalent:.3f}'} in a family of {m}"
+        text = f"equivalent to {reference.setting} within {margin:g} ({difference}, {tost})"
     elif p <= ALPHA:
         kind = "better" if estimate.mean > 0 else "worse"
-        text = f"{kind} than {reference.setting} ({difference}, p = {p:.3f} in a family of {m})"
+        over = ""
+        if p_study is not None:
+            over = f", {p_study:.3f} over the study's {in_study}" + ("" if p_study <= ALPHA else ": for this task alone")
+        text = f"{kind} than {reference.setting} ({difference}, p = {p:.3f} in a family of {m}{over})"
     else:
         kind = "undecided"
         few = f"; a family of {m} takes {seeds_needed(m)} seeds" if n < seeds_needed(m) else ""
         text = f"undecided against {reference.setting} ({difference}; smallest detectable difference {smallest:.2f}{few})"
-    return Verdict(
-        arm.setting, reference.setting, part.task, kind, n, estimate.mean, estimate.low, estimate.high, p, smallest, text
+    found = (
+        n,
+        estimate.mean,
+        estimate.low,
+        estimate.high,
+        p,
+        smallest,
+        text,
+        None if margin is None else p_equivalent,
+        p_study,
     )
+    return Verdict(arm.setting, reference.setting, part.task, kind, *found)
 
 
-def no_winner(part: Study, arm: Arm, reference: Arm) -> list[str]:
-    """Why this comparison may name no winner and claim no equivalence, whatever its numbers are."""
+def no_winner(part: Study, arm: Arm, reference: Arm, at_edge: tuple[bool, bool] | None = None) -> list[str]:
+    """Why this comparison may name no winner and claim no equivalence, whatever its numbers are; at_edge: see `limits`."""
     both = (arm, reference)
-    reasons = limits(part, both)
+    reasons = limits(part, both, at_edge)
     if part.quick or part.design == "whole-curve":  # there a failed run has a constant predictor's score
         return reasons
     failed = [(one, len(one.of("failed"))) for one in both]
     return [*reasons, *(f"{n} of {len(one.final)} seeds of {one.setting} failed" for one, n in failed if n)]
 
 
-def limits(part: Study, arms: Sequence[Arm]) -> list[str]:
-    """What keeps any comparison of these settings from a claim: how they were tuned, and what was scored."""
+def limits(part: Study, arms: Sequence[Arm], at_edge: Sequence[bool] | None = None) -> list[str]:
+    """What keeps any comparison of these settings from a claim: how they were tuned, and what was scored.
+
+    at_edge: whose rate stands at the edge of its grid, where the comparison chose the rates itself, by the seeds that it has;
+    else each setting's best rate is looked at.
+    """
     if part.quick:
         return ["a quick look"]
     reasons = [f"{arm.setting} had no choice of rates" for arm in arms if len(arm.grid) < 2]
-    edges = [arm.setting for arm in arms if (best := best_rate(arm)) and best.at_edge]
+    if at_edge is None:
+        at_edge = [(best := best_rate(arm)) is not None and best.at_edge for arm in arms]
+    edges = [arm.setting for arm, edge in zip(arms, at_edge, strict=True) if edge and len(arm.grid) > 1]
     reasons += [f"the best rate of {' and '.join(edges)} stands at the edge of its grid"] if edges else []
     return [
         *reasons,

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 from rankwise.reports import designs
-from rankwise.reports.designs import Curve, shared_rate, whole_curve
+from rankwise.reports.designs import Curve, one_rate, shared_rate, whole_curve
 
 from tests.slow_designs import slow_shared_rate, slow_whole_curve
 
@@ -121,3 +121,12 @@ def test_curves_of_other_sizes_are_refused():
         whole_curve(ours, reference)
     with pytest.raises(ValueError, match="one grid"):
         shared_rate(ours, Curve((1e-3, 2e-3, 8e-3), ours.selection, ours.reported))
+
+
+def test_equivalence_is_the_interval_inside_the_margin_at_every_level():
+    random = np.random.default_rng(2)
+    ours, other = random.normal(0.1, 0.3, 9), random.normal(0, 0.3, 9)
+    p = one_rate(ours, other).equivalence_p(0.6)
+    for alpha in (p - 0.004, p + 0.004):  # of 2^9 permutations
+        assert one_rate(ours, other, level=1 - 2 * alpha).equivalent_within(0.6) == (p <= alpha)
+    assert 0 < p < 0.5 and one_rate(ours + 1, other).equivalence_p(0.6) == 1

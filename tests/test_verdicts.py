@@ -98,8 +98,9 @@ def test_better_worse_equivalent_and_undecided_in_words(tmp_path):
     half = 2.2621571628 * 0.05 * np.sqrt(10 / 9) / np.sqrt(10)
     assert (found["dora"].low, found["dora"].high) == pytest.approx((0.1 - half, 0.1 + half))
     assert found["dora"].text == (
-        "equivalent to lora within 0.5 (difference +0.10, 95 % interval +0.06 to +0.14, n = 10)"
-    )  # fmt: skip
+        "equivalent to lora within 0.5 (difference +0.10, 95 % interval +0.06 to +0.14, n = 10, "
+        "TOST p < 0.001 in a family of 4)"
+    )
     assert found["full"].p == pytest.approx(4 * 2 / 2**10)  # the smallest p there is, times the family
     assert found["full"].text == (
         "better than lora (difference +2.00, 95 % interval +1.96 to +2.04, n = 10, p = 0.008 in a family of 4)"
@@ -287,3 +288,79 @@ def test_stated_power_is_that_of_the_test_as_run():
     found = np.mean([sign_flip_test(generator.normal(1.5, 1, 8)) <= 0.05 / 3 for _ in range(1500)])
     assert sign_flip_power(8, 1.5, 3) == pytest.approx(found, abs=0.045)  # three standard errors of both
     assert sign_flip_power(seeds_needed(3) - 1, 50.0, 3) == 0.0  # too few seeds see nothing, however large
+
+
+def test_equivalence_is_two_one_sided_tests_of_a_family_of_its_own(tmp_path):
+    """Between both: 0.25 within 0.5 with an sd of 0.42; by hand t = 0.25 / (sd / sqrt(10)), one side, nine degrees."""
+    from scipy.stats import t
+
+    near = plus(0.25, 0.4)
+    part = study(tmp_path, {"lora": BASE, "dora": near, "full": plus(3)})
+    found = {v.setting: v for v in verdicts(part)}
+    raw = t.sf(0.25 / (0.4 * np.sqrt(10 / 9) / np.sqrt(10)), 9)
+    assert found["dora"].p_equivalent == pytest.approx(2 * raw) and found["full"].p_equivalent > 0.99  # over two
+    alone = study(tmp_path / "alone", {"lora": BASE, "dora": plus(0.25, 0.39)})
+    [one] = verdicts(alone)
+    assert one.kind == "equivalent" and one.high > 0.5  # its 95 % interval goes beyond the margin, the 90 % one does not
+    more = study(tmp_path / "more", {"lora": BASE, "dora": plus(0.25, 0.39), "full": plus(3), "head": plus(-9)})
+    assert {v.setting: v.kind for v in verdicts(more)}["dora"] == "undecided"
+
+
+def test_equivalence_of_whole_curves_is_the_tests_own_inversion(tmp_path):
+    random = np.random.default_rng(3)
+    lora = hill(random, 80.0)
+    close = tuple(scores + 0.02 * random.standard_normal(scores.shape) for scores in lora)
+    part = whole_curves(tmp_path, {"lora": (RATES, *lora), "full": (RATES, *close)}, margin=0.5)
+    [one] = verdicts(part)
+    raw = max(slow_whole_curve(close[0], close[1] - shift, *lora) for shift in (-0.5, 0.5)) / 2
+    assert one.p_equivalent == pytest.approx(raw) and 0 < raw < 0.5
+
+
+def test_p_over_the_study_counts_the_comparisons_of_every_task(tmp_path):
+    for task, shift in (("glue/stsb", 2), ("sarcasm", 0.1)):
+        for setting, scores in {"lora": BASE, "full": plus(shift), "dora": plus(0, 1.0)}.items():
+            for rate in RATES:
+                write_run(tmp_path, method=setting, phase="sweep", rate=rate, task=task,
+                          selection_score=80 - abs(np.log(rate / 3e-3)))  # fmt: skip
+            for seed, score in enumerate(scores[:8]):
+                write_run(tmp_path, method=setting, seed=seed, rate=3e-3, task=task, score=float(score))
+    described = {"schema": 1, "study": "stsb-minilm", "quick": False, "title": "t", "captions": [], "reference": "lora"}
+    write_json(tmp_path / "study.json", described | {"methods": ["lora", "full", "dora"], "complete": True, "margin": 0.001})
+    stsb, sarcasm = load(tmp_path).parts()
+    raw = [sign_flip_test([a - b for a, b in zip(plus(shift, spread)[:8], BASE[:8], strict=True)])
+           for shift, spread in ((2, 0.05), (0, 1.0), (0.1, 0.05), (0, 1.0))]  # fmt: skip
+    found = [*verdicts(stsb), *verdicts(sarcasm)]
+    assert [v.p_study for v in found] == pytest.approx(holm(raw).tolist())
+    assert found[0].text.endswith("p = 0.016 in a family of 2, 0.031 over the study's 4)")
+    assert verdicts(study(tmp_path / "one", {"lora": BASE, "full": plus(1)}))[0].p_study is None
+
+
+def test_the_edge_is_that_of_the_rate_which_the_comparison_chose(tmp_path):
+    """The arm alone is best at its middle rate; with the arm that shares it, at the edge."""
+    random = np.random.default_rng(0)
+    own = np.repeat([[79.0], [80.0], [79.5]], 8, 1) + 0.01 * random.standard_normal((3, 8))
+    other = np.repeat([[70.0], [70.0], [79.0]], 8, 1) + 0.01 * random.standard_normal((3, 8))
+    curves = {"lora": (RATES, own, own), "dora": (RATES, other, other)}
+    [one] = verdicts(whole_curves(tmp_path, curves, shared_with={"dora": "lora"}))
+    assert "the best rate of dora and lora stands at the edge of its grid" in one.text
+    [apart] = verdicts(whole_curves(tmp_path / "apart", curves))
+    assert "the best rate of dora stands at the edge" in apart.text
+
+
+def test_a_failed_run_of_an_accuracy_scores_the_commonest_label(tmp_path):
+    from rankwise.experiments import labels
+    from rankwise.reports.compared import NoConstantScore, compared
+
+    for seed in range(4):
+        write_run(tmp_path, method="lora", seed=seed, score=80.0, metric="accuracy")
+        write_run(tmp_path, method="dora", seed=seed, score=81.0, metric="accuracy", error="diverged" if not seed else None)
+    for path in tmp_path.glob("*/config.json"):
+        write_json(path, json.loads(path.read_text()) | {"data_hash": "a" * 64})
+    part = load(tmp_path).parts()[0]
+    dora, lora = (next(arm for arm in part.arms if arm.setting == name) for name in ("dora", "lora"))
+    with pytest.raises(NoConstantScore, match="the labels are not kept"):
+        compared(part, dora, lora, range(4))
+    labels.write(tmp_path, {("a" * 64, "test"): labels.Labels("classification", np.array([0, 1, 1, 1, 2]))})
+    part = load(tmp_path).parts()[0]
+    found = compared(part, dora, lora, range(4))
+    assert found.differences.tolist() == [60.0 - 80, 1, 1, 1] and found.failed == (1, 0)

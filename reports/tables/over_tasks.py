@@ -4,7 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 from rankwise.reports.results import Study
-from rankwise.reports.statistics import interquartile_mean, paired_differences, probability_of_improvement, stratified_interval
+from rankwise.reports.statistics import (
+    interquartile_mean,
+    paired_differences,
+    probability_of_improvement,
+    random_effects,
+    stratified_interval,
+)
 from rankwise.reports.tables.captions import alarms
 from rankwise.reports.tables.cells import Difference, Estimate, interval_text
 from rankwise.reports.tables.summaries import arm_of
@@ -57,29 +63,45 @@ def overall(parts: Sequence[Study]) -> Table | None:
         mean, iqm = float(np.mean([s.mean() for s in scores])), interquartile_mean(np.concatenate(scores))
         low, high = stratified_interval(scores) or (None, None)
         middle = stratified_interval(scores, "iqm") or (None, None)
-        difference = improvement = counted = None
+        difference = improvement = counted = elsewhere = next_task = None
         if setting != reference:
             pairs = [paired_differences(arm_of(p, setting).scores, r.scores) for p, r in zip(parts, references, strict=True)]
             if all(map(len, pairs)):
                 bounds = stratified_interval(pairs) or (None, None)
                 n = min(map(len, pairs))
                 difference = Difference(float(np.mean([d.mean() for d in pairs])), *bounds, None, n)
+                elsewhere, next_task = _for_other_tasks(pairs)
             others = [list(r.scores.values()) for r in references]
             improvement = float(np.mean([probability_of_improvement(s, o) for s, o in zip(scores, others, strict=True)]))
             kinds = [v.kind for part in parts for v in verdicts(part) if v.setting == setting]
             counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
         n = min(map(len, scores))
         rows.append(
-            (setting, Estimate(mean, low, high, None, n), iqm, interval_text(*middle), difference, improvement, counted)
-        )
+            (setting, Estimate(mean, low, high, None, n), iqm, interval_text(*middle), difference, elsewhere, next_task,
+             improvement, counted)
+        )  # fmt: skip
     columns = (
-        "setting", "mean over tasks", "interquartile mean", "its interval", f"difference to {reference}", "P(improvement)",
-        "verdicts",
+        "setting", "mean over tasks", "interquartile mean", "its interval", f"difference to {reference}",
+        "over tasks like these", "on another task", "P(improvement)", "verdicts",
     )  # fmt: skip
     tasks = ", ".join(part.task for part in parts)
     caption = [
         *dict.fromkeys(line for part in parts for line in alarms(part)),
         f"Over {len(parts)} tasks ({tasks}), each counted alike; intervals: 95 % percentile bootstrap, seeds drawn within each "
         "task. Metrics of different kinds are averaged here, as benchmarks do: the verdicts of each task are what counts.",
+        "Those intervals speak of these tasks alone. Over tasks like these: random effects (DerSimonian and Laird) with "
+        "Hartung and Knapp's 95 % interval; on another task: its 95 % prediction interval, from three tasks on.",
     ]
     return Table("overall", f"Over all tasks: {parts[0].title}, {parts[0].model}", columns, tuple(rows), tuple(caption))
+
+
+def _for_other_tasks(differences: Sequence[np.ndarray]) -> tuple[Difference | None, str | None]:
+    """The random-effects difference, and the interval in which that of another task lies; differences: each task's, by seed."""
+    if min(map(len, differences)) < 2:
+        return None, None
+    found = random_effects([d.mean() for d in differences], [d.var(ddof=1) / len(d) for d in differences])
+    if found is None:
+        return None, None
+    return Difference(found.mean, found.low, found.high, None, len(differences)), interval_text(
+        found.predicted_low, found.predicted_high
+    )

@@ -27,10 +27,15 @@ def verdict_table(study: Study) -> Table | None:
     rows = []
     for v in given:
         difference = None if v.mean is None else Difference(v.mean, v.low, v.high, None, v.n)
-        rows.append((v.setting, v.kind, v.text, v.n, difference, v.p, v.smallest))
-    columns = ("setting", "verdict", "in words", "n", "difference", "p (Holm)", "smallest detectable difference")
+        rows.append((v.setting, v.kind, v.text, v.n, difference, v.p, v.p_study, v.p_equivalent, v.smallest))
+    columns = (
+        "setting", "verdict", "in words", "n", "difference", "p (Holm)", "p over the study (Holm)", "TOST p (Holm)",
+        "smallest detectable difference",
+    )  # fmt: skip
     title = f"Verdicts against {given[0].reference}: {study.task}, {study.model}"
-    margin = "" if study.margin is None else f" Equivalent: the 95 % interval lies within {study.margin:g} points."
+    margin = ""
+    if study.margin is not None:
+        margin = f" Equivalent: two one-sided tests (TOST) within {study.margin:g} points, 5 %, corrected alike."
     caption = [
         *alarms(study),
         *warnings(study),
