@@ -28,7 +28,7 @@ def labels(drawing):
 
 def test_a_study_has_every_figure(drawings):
     assert list(drawings) == [
-        "rank-map", "side-by-side", "stability", "budget", "ranks-over-time", "learning-curves", "rates",
+        "differences", "rank-map", "side-by-side", "stability", "budget", "ranks-over-time", "learning-curves", "rates",
     ]  # fmt: skip
 
 
@@ -114,6 +114,26 @@ def test_the_same_runs_give_the_same_bytes(study, tmp_path):
         again = figures.save(function(study), tmp_path / "2")
         assert [path.read_bytes() for path in once] == [path.read_bytes() for path in again]
         assert not re.search(rb"<dc:date>|20\d\d-\d\d-\d\d|Matplotlib v", once[0].read_bytes())
+
+
+def test_main_figures_are_saved_for_papers_and_the_same_twice(drawings, tmp_path):
+    for drawing in (drawings["differences"], drawings["budget"]):
+        figures.save(drawing, tmp_path)
+    assert [path.name for path in tmp_path.glob("*.pdf")] == ["differences.pdf"]
+    content = (tmp_path / "differences.pdf").read_bytes()
+    assert content.startswith(b"%PDF") and b"/Type3" not in content
+    made = []
+    for turn in ("first", "second"):
+        study = results.load(write_study(tmp_path / "study", methods=("full", "lora"), sweep=False)).parts()[0]
+        figures.save(figures.differences(study), tmp_path / turn)
+        made.append((tmp_path / turn / "differences.pdf").read_bytes())
+    assert made[0] == made[1]
+
+
+def test_the_differences_show_every_verdict(drawings):
+    assert {"differences"} <= drawings.keys()
+    texts = labels(drawings["differences"])
+    assert texts & {"better", "worse", "undecided", "no claim", "equivalent"}
 
 
 def test_pngs_are_as_wide_as_a_readme_and_no_wider(drawings, tmp_path):

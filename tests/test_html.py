@@ -149,7 +149,9 @@ def test_each_verdict_is_a_line_in_words_and_minus_is_a_minus(parsed, study):
 def test_each_figure_has_words_and_a_table_of_its_numbers(parsed, study):
     figure = len(parsed.all("figure"))
     assert figure == len(parsed.all("figcaption")) == 5
-    assert len(parsed.all("details")) == figure + 2  # the others: all statistics, and the settings
+    folded = [attributes for attributes in parsed.all("details") if attributes.get("class") != "reproduce"]
+    assert len(folded) == figure + 2  # the others: all statistics, and the settings
+    assert len(parsed.all("details")) - len(folded) == len(parsed.all("table")) - 2  # each but the settings', and the paper's
     labels = {a["id"]: a["aria-label"] for a in parsed.all("div") if a.get("class") == "chart"}
     assert labels.keys() == parsed.specifications.keys()
     assert "dora" in labels["p1-score-parameters-1"] and "lora 86.80 at 1e-3" in labels["p1-rates-1"]

@@ -9,7 +9,7 @@ from rankwise.experiments.cli.options import Device, check_device, check_least, 
 from rankwise.experiments.cli.progress import Progress
 from rankwise.experiments.cli.start import start_torch
 
-COMMANDS = "subspace | magnitude | report | peft-comparison | randomized"
+COMMANDS = "subspace | magnitude | report | peft-comparison | randomized | results"
 
 analysis = typer.Typer(help="Look closer: LoRA's subspaces, DoRA's magnitudes, PEFT's own comparison, what rank is worth.")
 
@@ -142,15 +142,31 @@ def randomized(
     ] = None,
 ) -> None:
     """What rank is worth at each site, by runs that each drew an allocation at random; how much any placement could gain."""
-    from rankwise.reports import results
     from rankwise.reports.analysis import randomized as drawn
+    from rankwise.reports.results import load
 
     check_output_folder("--out", out)
-    study = results.load(folder)
+    study = load(folder)
     for part in study.parts():
         for line in drawn.sentences(drawn.analysed(part)):
             print(line)
     print(f"report: {drawn.write(folder, out or folder / 'randomized', beside or ())}")
+
+
+@analysis.command()
+def results(
+    folder: Annotated[Path | None, typer.Argument(help="Committed studies.  [default: reports/studies]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of both files.  [default: the folder above]")] = None,
+) -> None:
+    """One table of all committed studies (results.csv), and the best placement of rank so far (record.md)."""
+    from rankwise.reports import committed
+
+    check_output_folder("--out", out)
+    folder = folder or committed.STUDIES
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: name one with committed studies, such as reports/studies")
+    for path in committed.write(folder, out or folder.parent):
+        print(f"written: {path}")
 
 
 def _check(out: Path, device: str, examples: int, steps: int, batch_size: int, seed: int) -> None:

@@ -65,7 +65,10 @@ def show_report(runs: Path, out: Path | None, as_json: bool) -> None:
 
 
 def full_protocol(study: "Study") -> str | None:
-    """The command of a shipped study of the same model and task that is no quick look; of several the one with fewest tasks."""
+    """The command of a shipped study of the same model and task that is no quick look: the one with most of its settings.
+
+    Of several the one with fewest others, so that the quick look's own protocol comes before a study of something else.
+    """
     from rankwise.experiments import config
 
     shipped = [config.read(path) for path in sorted(config.STUDIES.glob("*.toml"))]
@@ -74,4 +77,12 @@ def full_protocol(study: "Study") -> str | None:
         for other in shipped
         if not other.quick and other.kind == "comparison" and other.model == study.model and study.task in other.tasks
     ]
-    return f"rankwise compare {min(fair, key=lambda other: len(other.tasks)).name}" if fair else None
+    if not fair:
+        return None
+    own = set(study.settings)
+
+    def unlike(other: config.Study) -> tuple[int, int, int]:
+        labels = {entry.label for entry in other.methods}
+        return len(own - labels), len(labels - own), len(other.tasks)
+
+    return f"rankwise compare {min(fair, key=unlike).name}"

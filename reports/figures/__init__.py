@@ -1,6 +1,7 @@
-"""Figures of a study, as SVG and PNG: the same runs give the same bytes."""
+"""Figures of a study, as SVG and PNG, the main ones as PDF: the same runs give the same bytes."""
 
 from rankwise.reports.figures.curves import learning_curves, rates
+from rankwise.reports.figures.differences import differences
 from rankwise.reports.figures.of_study import DRAWN, draw_all
 from rankwise.reports.figures.rank_histories import budget, ranks_over_time
 from rankwise.reports.figures.rank_maps import allocation_pair, one_map, rank_map, side_by_side, worth_map
@@ -15,6 +16,7 @@ __all__ = [
     "allocation_pair",
     "budget",
     "colour",
+    "differences",
     "draw_all",
     "house_style",
     "importance",

@@ -63,7 +63,7 @@ def rank_map(study: Study) -> Drawing | None:
         title = f"Active rank of each layer and module after training, {subject(study)} ({seeds})"
         title_above(figure, title)
     alt = f"Heat-map of ranks, {len(kinds)} kinds of modules by {len(layers)} layers, for {', '.join(setting_names(arms))}."
-    return Drawing("rank-map", title, alt, figure)
+    return Drawing("rank-map", title, alt, figure, is_main=True)
 
 
 def _rank_panel(
@@ -157,7 +157,7 @@ def worth_map(worth: Mapping[str, tuple[float, float]], unit: str, where: str) -
         title = f"What rank is worth at each site, {where}"
         title_above(figure, title)
     alt = f"Heat-map of what rank is worth, {len(kinds)} kinds of modules by {len(layers)} layers, with 95 % intervals."
-    return Drawing("worth-map", title, alt, figure)
+    return Drawing("worth-map", title, alt, figure, is_main=True)
 
 
 def one_map(one: RankMap) -> Drawing:

@@ -48,7 +48,7 @@ def stability(study: Study) -> Drawing | None:
         title = f"Is the allocation the same at another seed? {subject(study)} (a point a pair of seeds, a line their mean)"
         title_above(figure, title)
     alt = f"Agreement of the ranks of pairs of seeds for {', '.join(setting_names(list(by_arm)))}."
-    return Drawing("stability", title, alt, figure)
+    return Drawing("stability", title, alt, figure, is_main=True)
 
 
 def importance(study: Study) -> Drawing | None:

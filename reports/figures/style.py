@@ -65,28 +65,35 @@ STYLE = {
     "savefig.facecolor": "white",
     "svg.hashsalt": "rankwise",  # else the ids in the file are random
     "svg.fonttype": "path",
+    "pdf.fonttype": 42,  # TrueType, which journals ask for, and not Type 3
 }
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure, the name of its files, and a description for readers who cannot see it."""
+    """A figure, the name of its files, and a description for readers who cannot see it.
+
+    is_main: one that a paper would print, which is saved as PDF too.
+    """
 
     name: str
     title: str
     alt: str
     figure: "Figure"
+    is_main: bool = False
 
 
 def save(drawing: Drawing, folder: Path) -> tuple[Path, Path]:
-    """`<name>.svg` and `<name>.png`, each whole or not at all; no date and no program's version in them."""
-    paths = folder / f"{drawing.name}.svg", folder / f"{drawing.name}.png"
+    """`<name>.svg` and `<name>.png`, a main figure's `<name>.pdf` too, each whole or not at all; no date and no program's
+    version in them."""
+    plain = {".svg": {"Date": None, "Creator": None}, ".png": {"Software": None}}
+    of_paper = {".pdf": {"CreationDate": None, "Creator": None, "Producer": None}} if drawing.is_main else {}
     with house_style():
-        for path, metadata in zip(paths, ({"Date": None, "Creator": None}, {"Software": None}), strict=True):
+        for suffix, metadata in (plain | of_paper).items():
             out = io.BytesIO()
-            drawing.figure.savefig(out, format=path.suffix[1:], dpi=160, metadata=metadata)
-            write_file(path, out.getvalue())
-    return paths
+            drawing.figure.savefig(out, format=suffix[1:], dpi=160, metadata=metadata)
+            write_file(folder / f"{drawing.name}{suffix}", out.getvalue())
+    return folder / f"{drawing.name}.svg", folder / f"{drawing.name}.png"
 
 
 def colour(method: str) -> str:

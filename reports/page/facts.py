@@ -5,8 +5,10 @@ Made from numbers and settings alone: no text of a corpus and no traceback is in
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from rankwise.experiments import config
+from rankwise.experiments.records import STUDY_FILE
 from rankwise.reports.results import Study
 from rankwise.reports.tables.cells import error_text, rate_text
 
@@ -55,6 +57,25 @@ def places(study: Study) -> list[tuple[str, str]]:
         ("Dropout", _each(r.dropout_note for r in results if r.dropout_note)),
     ]
     return [(label, values) for label, values in facts if values]
+
+
+def reproduce(studies: Sequence[Study]) -> str:
+    """One line: the command, the commits of the runs, and the hash of the data that they were made with."""
+    commands = list(dict.fromkeys(_command(study) for study in studies))
+    configs = [run.config for study in studies for run in study.runs]
+    commits = _each(f"{(c.commit or 'unknown')[:12]}{' with changes' if c.dirty else ''}" for c in configs)
+    data = dict.fromkeys(f"{c.task} {(c.data_hash or 'unknown')[:12]}" for c in sorted(configs, key=lambda c: c.task))
+    return f"{'; '.join(commands)}. Commit of the runs: {commits}. Hash of the data: {', '.join(data)}."
+
+
+def _command(study: Study) -> str:
+    """What makes a study's runs and its report again."""
+    beside, shipped = study.folder / STUDY_FILE, config.shipped().get(study.name)
+    if shipped is not None and not (beside.is_file() and beside.read_bytes() != shipped.read_bytes()):
+        return f"rankwise compare {study.name}"
+    if beside.is_file():
+        return f"rankwise compare {STUDY_FILE} (the file beside the runs)"
+    return f"the file of the study {study.name} is not kept beside its runs; rankwise report makes this page of them"
 
 
 def _each(values: Iterable[object]) -> str:

@@ -7,7 +7,7 @@ comes from a run is escaped: text by jinja2, JSON by its `tojson`. The same runs
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -62,12 +62,17 @@ def _figures(part: dict) -> dict:
     study: Study = part["study"]
     scores = [charts.score_against_parameters(study), charts.rate_curves(study, part["rates"])]
     ranks = charts.rank_map(study, part["ranks"])
+    line = part["comparison"].reproduce
+
+    def made(chart: charts.Chart | None) -> charts.Chart | None:
+        return chart if chart is None or chart.table is None else replace(chart, table=replace(chart.table, reproduce=line))
+
     return {
-        "differences": charts.differences(study, part["verdicts"]),
-        "scores": [chart for chart in scores if chart is not None],
-        "rank_map": ranks,
+        "differences": made(charts.differences(study, part["verdicts"])),
+        "scores": [made(chart) for chart in scores if chart is not None],
+        "rank_map": made(ranks),
         "choices": [asdict(choice) for choice in ranks.choices] if ranks else [],
-        "budget": charts.budget(study),
+        "budget": made(charts.budget(study)),
         "colours": {arm.setting: colour(arm.method) for arm in study.arms},
     }
 

@@ -42,10 +42,11 @@ def write(
         entry["figures"] = _write_figures(entry["study"], out / "figures", prefix)
     made = [(study, hypotheses.hypothesis_table(study)) for study in studies]
     made += [(study, make(study.parts())) for study in studies for make in (tables.verdicts_over_tasks, tables.overall)]
-    over_tasks = [(study, table) for study, table in made if table is not None]
+    over_tasks = [(study, replace(table, reproduce=facts.reproduce([study]))) for study, table in made if table is not None]
     for study, table in over_tasks:
         _write_table(table, out / "tables", f"{study.name}-" if len(studies) > 1 else "")
     if beside is not None:
+        beside = replace(beside, reproduce=facts.reproduce(studies))
         _write_table(beside, out / "tables")
     whole = {"parts": sections, "over_tasks": [table for _, table in over_tasks], "beside": beside}
     write_file(out / "report.html", html.render(**whole))
@@ -57,6 +58,11 @@ def write(
 
 def section(study: Study, command: str | None = None) -> dict:
     """The content of one part, of both pages; command: runs the full protocol of a quick study."""
+    line = facts.reproduce([study])
+
+    def made(table: tables.Table | None) -> tables.Table | None:
+        return None if table is None else replace(table, reproduce=line)
+
     return {
         "study": study,
         "command": command if study.quick else None,
@@ -65,12 +71,12 @@ def section(study: Study, command: str | None = None) -> dict:
         "notes": tables.task_caption(study),
         "verdicts": verdicts(study),
         "warnings": warnings(study),
-        "comparison": tables.comparison(study),
-        "statistics": tables.statistics_table(study),
-        "rows": tables.rows_table(study),
-        "rates": tables.rate_sweep(study),
-        "ranks": tables.ranks(study),
-        "allocation": tables.study_tables(study),
+        "comparison": made(tables.comparison(study)),
+        "statistics": made(tables.statistics_table(study)),
+        "rows": made(tables.rows_table(study)),
+        "rates": made(tables.rate_sweep(study)),
+        "ranks": made(tables.ranks(study)),
+        "allocation": [made(table) for table in tables.study_tables(study)],
         "troubles": facts.troubles(study),
         "places": facts.places(study),
         "settings": facts.settings(study),

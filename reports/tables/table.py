@@ -22,6 +22,7 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     caption: tuple[str, ...]
     text_columns: int = 1  # the first columns hold text, the others numbers; "status" is text too
+    reproduce: str = ""  # how its numbers can be made again, in one line
 
     def cells(self) -> list[list[str]]:
         return [[cell_text(cell) for cell in row] for row in self.rows]
