@@ -72,8 +72,9 @@ def record_page(found: Sequence[Study]) -> str:
     lines = [
         "# The record: where to put rank",
         f"The best placement at {PARAMETERS:,} active parameters (the head not counted) on {TASK}: a setting within that "
-        "budget which its study's own verdict calls better than the uniform allocation: LoRA with the same rank everywhere, trained "
-        f"beside it. Of several the one with the largest difference. More than {100 * ROOM:g} % above the budget is not taken.",
+        "budget which its study's own verdict calls better than the uniform allocation: LoRA with the same rank everywhere, "
+        "trained beside it. Of several the one with the largest difference. "
+        f"More than {100 * ROOM:g} % above the budget is not taken.",
         head.markdown(),
         "## What was tried",
         rest.markdown() if tried else "Nothing yet.\n",
