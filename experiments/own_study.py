@@ -4,6 +4,7 @@ Methods, ranks and rates are those of two studies that ship: default.toml of a q
 protocol.  Length, batch size and epochs follow from the data, and the file says how.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ BATCHES = (32, 16, 8)  # the largest that leaves `STEPS_AN_EPOCH` steps, else th
 STEPS_AN_EPOCH = 10
 LONGEST = 512  # tokens; longer rows are cut, which is said
 SHORTEST = 16
-SWEEP_SHARE = 3  # a sweep's run has a third of the epochs of a final one
+FACTOR = 2  # between neighbouring rates of every method, as a test of whole curves takes it
 
 
 def shipped_entries(full_protocol: bool) -> dict[str, dict[str, Any]]:
@@ -53,6 +54,12 @@ def _entries(path: Path) -> dict[str, dict[str, Any]]:
         rate = {"learning_rates": rates} if len(rates) > 1 else {"learning_rate": rates[0]}
         made[entry.label] = {"method": entry.method, **entry.settings, **rate}
     return made
+
+
+def _by_factor(rates: Sequence[float]) -> list[float]:
+    """As many rates around the same centre, with FACTOR between neighbours; of two digits."""
+    centre = math.exp(sum(map(math.log, rates)) / len(rates))
+    return [float(f"{centre * FACTOR ** (index - (len(rates) - 1) / 2):.1e}") for index in range(len(rates))]
 
 
 def check_methods(named: str | None, full_protocol: bool) -> list[str]:
@@ -146,7 +153,8 @@ def compose(
         training["evaluations_per_epoch"] = 0  # nothing is chosen, so the validation part is not looked at
     document["training"] = _table(training)
     if full_protocol:
-        document["sweep"] = _table({"epochs": max(1, training["epochs"] // SWEEP_SHARE), "seeds": 3, "trials": 6})
+        document["sweep"] = _table({"design": "whole-curve"})
+        entries = {name: entry | {"learning_rates": _by_factor(entry["learning_rates"])} for name, entry in entries.items()}
     entry = {k: v for k, v in data.model_dump(exclude_none=True).items() if v != []}
     entry |= {part: _moved(where, Path(), folder) for part, where in data.places()}
     document["data"] = _tables([entry])

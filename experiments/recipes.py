@@ -512,7 +512,7 @@ def plan(
         raw["pack"] = pack
     if rates is not None:  # every rate is tried in a run as long as the final ones
         lengths = {key: training[key] for key in ("epochs", "max_steps") if key in training}
-        raw["sweep"] = {**lengths, "seeds": [0], "trials": len(rates)}
+        raw["sweep"] = {**lengths, "design": "chosen-rate", "seeds": [0], "trials": len(rates)}
     study = config.parse(raw, default_name=recipe.name, where=recipe.name)
     stands_in_for = own if chosen != own else None
     reasons = _reasons(recipe, given, chosen, stands_in_for, scale)

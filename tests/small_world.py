@@ -182,6 +182,8 @@ def study(model_id: str, methods: Sequence[str] | Sequence[dict[str, Any]] = ("l
         {"method": m, "learning_rate": RATES.get(m, 1e-2), **settings(m)} if isinstance(m, str) else dict(m) for m in methods
     ]
     raw = {"name": "small", "model": model_id, "tasks": ["small/regression"], "seeds": 2, "checkpoint_seconds": 1e-6}
+    if isinstance(changes.get("sweep"), dict):  # most tests are about sweeps
+        changes = {**changes, "sweep": {"design": "chosen-rate", **changes["sweep"]}}
     raw |= {"training": training().model_dump(), "methods": entries, **changes}
     return config.parse(raw, default_name="small")
 

@@ -150,14 +150,14 @@ def test_one_line_makes_a_study_that_gives_the_same_runs_when_it_is_run_again(tm
     assert rankwise("export", run, "--to", "merged", "--out", tmp_path / "merged") == 0
 
 
-def test_the_full_protocol_has_a_sweep_and_ten_seeds(tmp_path, model):
+def test_the_full_protocol_has_whole_curves_and_ten_seeds(tmp_path, model):
     data = OwnData(name="mine", train=str(csv(tmp_path / "a.csv", 2000)), kind="classification")
     text = own_study.compose(data, model, own_study.check_methods(None, True), 1600, 16, tmp_path, True)
     (tmp_path / "study.toml").write_text(text)
     study = config.read(tmp_path / "study.toml")
     checks.check(study)
     assert not study.quick and study.seeds == [*range(10)] and study.reference == "lora"
-    assert study.sweep.seeds == [0, 1, 2] and study.training.epochs == 4 and study.training.batch_size == 32
+    assert study.sweep.design == "whole-curve" and study.training.epochs == 4 and study.training.batch_size == 32
     assert [entry.method for entry in study.methods] == ["full", "lora", "adalora", "dora"]
     assert all(len(entry.learning_rates) == 4 for entry in study.methods)
 

@@ -220,8 +220,8 @@ def small(**changes) -> dict:
     [
         ({"kind": "comparison"}, "lora: seeds has no effect without kind"),
         ({"budget": {}, "methods": [one | {"rank": 2, "alpha": 4} for one in small()["methods"]]}, "set budget.equal = "),
-        ({"methods": small()["methods"][:1]}, "0 entries of random-rank; give one"),
-        ({"methods": [{"method": "random-rank", "cost": "parameters", "learning_rate": 1e-2}]}, "one entry of lora, the"),
+        ({"methods": small()["methods"][:1]}, "0 entries of random-rank: give one"),
+        ({"methods": [{"method": "random-rank", "cost": "parameters", "learning_rate": 1e-2}]}, "no entry of lora shares"),
         ({"methods": [small()["methods"][0], small()["methods"][1] | {"cost": "rank"}]}, 'set cost = "parameters"'),
         ({"methods": [small()["methods"][0] | {"seeds": 30}, small()["methods"][1]]}, "has 24: give at most as many"),
         ({"methods": [small()["methods"][0], small()["methods"][1] | {"seeds": 5}]}, "for each of the study's: take it out"),

@@ -54,7 +54,7 @@ def compare(
     input: Annotated[str | None, typer.Option(help="Field or template that the model reads.", rich_help_panel=OWN)] = None,
     target: Annotated[str | None, typer.Option(help="Field or template that it is to give.", rich_help_panel=OWN)] = None,
     full_protocol: Annotated[
-        bool, typer.Option("--full-protocol", help="A rate sweep each and ten seeds, not a quick look.", rich_help_panel=OWN)
+        bool, typer.Option("--full-protocol", help="Every rate with each of ten seeds, not a quick look.", rich_help_panel=OWN)
     ] = False,
 ) -> None:
     """Run a study's missing runs, print the comparison, and write its report.
