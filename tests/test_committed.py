@@ -3,14 +3,16 @@
 import csv
 import io
 import json
+import re
 
 import pytest
 from rankwise.experiments.cli.app import app
-from rankwise.reports import committed
+from rankwise.reports import committed, figures, page
+from rankwise.reports.page import facts
 from rankwise.reports.results import load
 from typer.testing import CliRunner
 
-from tests.synthetic_runs import write_json
+from tests.synthetic_runs import write_json, write_study
 from tests.test_verdicts import BASE, plus, study
 
 REMEDY = "run `rankwise analysis results`, and commit what it writes"
@@ -37,6 +39,27 @@ def test_it_has_every_setting_with_its_score_and_verdict(found):
     arm = next(arm for arm in part.arms if arm.setting == "dora")
     assert float(dora["score mean"]) == pytest.approx(sum(arm.scores.values()) / 8, abs=1e-4)
     assert dora["verdict"] == "equivalent" and dora["reference"] == "lora"
+
+
+def test_the_line_that_makes_a_table_again_names_the_options_of_its_runs():
+    lines = {name: facts.reproduce([load(committed.STUDIES / name)]) for name in ("fair", "quick-look", "papers/lora-2")}
+    assert lines["fair"].startswith(
+        'rankwise compare fair --seeds 8 --methods "full,head,lora,adalora,dora,adalora+dora". '
+        "Commit of the runs: b05149cae63e. Hash of the data: conll2003 f782a6c4d20c, glue/stsb "
+    )
+    assert lines["quick-look"].startswith("rankwise compare default. Commit")
+    assert lines["papers/lora-2"].startswith("rankwise paper lora-2. Commit")
+
+
+def test_a_page_has_that_line_under_every_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "draw_all", lambda study: [])
+    folder = write_study(tmp_path / "runs", methods=("full", "lora"), sweep=False)
+    written = page.write(folder, tmp_path / "report")
+    text = written.read_text()
+    tables = len(re.findall(r"^\| :--", text, re.MULTILINE)) - 1  # one is the settings'
+    assert text.count("<details><summary>Reproduce</summary>") == tables >= 3
+    assert "rankwise compare stsb-minilm" in text and "Commit of the runs: 0123456789ab" in text
+    assert written.with_suffix(".html").read_text().count("<summary>Reproduce</summary>") >= 3
 
 
 def placed(folder, shift, active=committed.PARAMETERS):

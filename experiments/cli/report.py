@@ -60,6 +60,9 @@ def show_report(runs: Path, out: Path | None, as_json: bool) -> None:
         if study.quick:
             remedy = f"  The full protocol: {commands[study.name]}" if study.name in commands else ""
             print(f"{study.name} is a quick look, no fair comparison.{remedy}")
+    for study in studies:
+        if study.kind == "randomized":
+            print(f"What rank is worth at each site: rankwise analysis randomized {runs}")
     print(f"report: {written}")
     print(f"page: {written.with_suffix('.html')}")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import tomlkit
 from rankwise.experiments.files import write_file
+from rankwise.experiments.tasks import names as shipped_tasks
 from rankwise.reports import randomized
 from rankwise.reports.figures.rank_maps import worth_map
 from rankwise.reports.figures.style import save, subject
@@ -92,7 +93,7 @@ def write(folder: Path, out: Path, beside: Sequence[Path] = ()) -> Path:
     for one in done:
         prefix = "" if len(done) == 1 else one.part.task.replace("/", "-") + "-"
         text.append(_page(one, out, prefix))
-        if one.best is not None:
+        if one.best is not None and one.part.task in shipped_tasks():
             write_file(out / f"{prefix}best.toml", fresh_test(one, one.best))
     path = out / "randomized.md"
     write_file(path, "\n".join(text))
@@ -148,8 +149,10 @@ def sentences(one: Analysis) -> list[str]:
     gain, low, high = one.gain
     lines.append(
         f"The allocation that half of the runs predict to be best gains {gain:+.2f} points ({low:+.2f} to {high:+.2f}) over "
-        "the mean allocation by the effects of the other half; best.toml tests it afresh."
+        "the mean allocation by the effects of the other half."
     )
+    if one.part.task in shipped_tasks():
+        lines[-1] += " best.toml tests it afresh."
     return lines
 
 
@@ -217,8 +220,8 @@ def best_table(one: Analysis, best: Mapping[str, int]) -> Table:
     caption = (
         f"Chosen by the runs of every other seed; by the effects of the rest it gains {gain:+.2f} points ({low:+.2f} to "
         f"{high:+.2f}) over the mean allocation, if effects add up as the regression takes them to.",
-        "No site gets more rank than the 95 % quantile of what sites had in the runs. `rankwise compare best.toml` tests it "
-        "against the uniform allocation with seeds that no run here had.",
+        "No site gets more rank than the 95 % quantile of what sites had in the runs. best.toml, where it is written (for "
+        "tasks of `rankwise list`), tests it against the uniform allocation with seeds that no run here had.",
     )
     columns = ("site", "rank", "mean rank of the runs")
     return Table("best-allocation", "The allocation that half of the runs predict to be best", columns, rows, caption)

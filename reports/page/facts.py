@@ -72,10 +72,31 @@ def _command(study: Study) -> str:
     """What makes a study's runs and its report again."""
     beside, shipped = study.folder / STUDY_FILE, config.shipped().get(study.name)
     if shipped is not None and not (beside.is_file() and beside.read_bytes() != shipped.read_bytes()):
-        return f"rankwise compare {study.name}"
+        return f"rankwise compare {study.name}{_narrowed(study.whole or study, config.read(shipped))}"
     if beside.is_file():
         return f"rankwise compare {STUDY_FILE} (the file beside the runs)"
+    if (config.PAPERS / f"{study.name}.toml").is_file():
+        return f"rankwise paper {study.name}"
     return f"the file of the study {study.name} is not kept beside its runs; rankwise report makes this page of them"
+
+
+def _narrowed(study: Study, shipped: config.Study) -> str:
+    """The options that leave of a shipped study what these runs are of."""
+    finals = [run.config for run in study.runs if run.config.phase == "final"]
+    options = ""
+    if (
+        (seeds := set(study.seeds) or {c.seed for c in finals})
+        and seeds != set(shipped.seeds)
+        and seeds == set(range(len(seeds)))
+    ):
+        options += f" --seeds {len(seeds)}"
+    for option, there, all_of in (
+        ("methods", set(study.settings), [entry.label for entry in shipped.methods]),
+        ("tasks", {c.task for c in finals}, shipped.tasks),
+    ):
+        if there and not there >= set(all_of):
+            options += f' --{option} "{",".join(name for name in all_of if name in there)}"'
+    return options
 
 
 def _each(values: Iterable[object]) -> str:
