@@ -3,7 +3,8 @@
 Runs keep their predictions, rows' labels are the same for all of them: with both, a report can score other rows than the
 ones that happened to be in the test part (reports/rows.py), and knows what a constant predictor scores.
 
-    {data hash}/{split}/labels    (n,) one a row; of words (tokens,) with -100 where none is scored; of a language model (n, 2)
+    {data hash}/{split}/labels    (n,) one a row, or (n, L); of words (tokens,) with -100 where none is scored; of a language
+                                  model (n, 2)
     {data hash}/{split}/offsets   (n + 1,) of words alone: row i has tokens offsets[i] to offsets[i + 1]
 
 and, as metadata, the kind of task of each.  A run's labels are those of its data hash, which covers the rows, their order and
@@ -61,23 +62,29 @@ class Labels:
         if known.resampled is not None:
             return known.resampled(*scored, weights)
         predicted, labels = scored  # of a share of the rows
-        right = (predicted if predicted.ndim == 1 else predicted[:, 0]) == labels  # (n, 3) of options: per byte
+        if labels.ndim == 2:
+            right = (predicted == labels).all(1)  # every label of the row
+        else:
+            right = (predicted if predicted.ndim == 1 else predicted[:, 0]) == labels  # (n, 3) of options: per byte
         return 100 * (weights @ right) / weights.sum(1)
 
     def constant_score(self, metric: str) -> float | None:
-        """What one answer for every row scores: the commonest label; None where that is not known.
+        """What one answer for every row scores: the commonest label; None where that is not known (of language models).
 
         A correlation, which has no value there, counts as 0.
         """
         import numpy as np
         from rankwise.experiments.kinds import Undefined
 
-        if self.labels.dtype.kind == "f" or self.labels.ndim > 1:
-            return 0.0 if self.labels.ndim == 1 and self.has(metric) else None
-        if not self.has(metric):
+        if not self.has(metric) or self.kind == "language-modelling":
             return None
-        values, counts = np.unique(self.labels[self.labels != IGNORED], return_counts=True)
-        predicted = np.full(self.labels.shape, values[counts.argmax()])
+        if self.kind == "regression":
+            return 0.0
+        if self.labels.ndim == 2:  # of any number of labels: each as most rows have it
+            predicted = np.broadcast_to(self.labels.mean(0) > 0.5, self.labels.shape).astype(np.int64)
+        else:
+            values, counts = np.unique(self.labels[self.labels != IGNORED], return_counts=True)
+            predicted = np.full(self.labels.shape, values[counts.argmax()])
         if self.kind == "choice":  # the option chosen by each normalisation
             predicted = np.repeat(predicted[:, None], 3, axis=1)
         try:
@@ -105,7 +112,8 @@ class Labels:
         if len(predictions) != len(self.labels):
             raise ValueError(f"{len(predictions)} predictions for {len(self.labels)} labels")
         if self.offsets is None:
-            return predictions, self.labels
+            labels = self.labels.astype(np.int64) if self.kind == "multi-label" else self.labels
+            return predictions, labels
         rows = np.repeat(np.arange(self.num_rows), np.diff(self.offsets))
         scored = self.labels != IGNORED
         return predictions[scored], self.labels[scored], rows[scored]

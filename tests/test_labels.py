@@ -69,6 +69,9 @@ def test_a_share_of_rows_on_resamples_is_the_share_of_the_drawn_rows():
     chosen = np.array([[0, 1, 1], [0, 1, 1]])  # per byte, per token, sum
     assert options.resampled(chosen, "accuracy", np.array([[1, 1], [2, 0]])).tolist() == [50, 100]
     assert options.score(chosen, "accuracy") == 50
+    several = Labels("multi-label", np.array([[1, 0], [1, 1]], np.float32))
+    drawn = several.resampled(np.array([[1, 0], [1, 0]]), "exact_match", np.array([[1, 1], [0, 2]]))
+    assert drawn.tolist() == [50, 0] and several.score(np.array([[1, 0], [1, 0]]), "exact_match") == 50
 
 
 @pytest.mark.parametrize(
@@ -79,6 +82,7 @@ def test_a_share_of_rows_on_resamples_is_the_share_of_the_drawn_rows():
         ("classification", [1, 1, 0], "matthews", 0),
         ("choice", [1, 1, 0, 2], "accuracy", 50),
         ("regression", np.array([0.5, 1.5], np.float32), "pearson_spearman", 0),
+        ("multi-label", np.array([[1, 0], [1, 1], [1, 0]], np.float32), "micro_f1", 600 / 7),
         ("language-modelling", [[3, 9]], "compression", None),
         ("classification", [0, 1], "exact_match", None),
     ],
