@@ -16,7 +16,7 @@ from tests.synthetic_runs import write_study
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("variants", "experiments", "reports")
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-COMMITTED = ("studies", "bench")  # of reports/: results, which stay in the repository
+COMMITTED = ("studies", "bench", "results.csv")  # of reports/: results, which stay in the repository
 
 
 def is_committed_result(path: PurePosixPath) -> bool:
