@@ -8,7 +8,8 @@ from rankwise.variants.adapter import initialization
 from rankwise.variants.adapter.draws import Draw
 from rankwise.variants.adapter.heads import leaves
 from rankwise.variants.adapter.interface import Adapter
-from rankwise.variants.adapter.linears import as_matrix, trained_dtype
+from rankwise.variants.adapter.kinds.interface import trained_dtype
+from rankwise.variants.adapter.linears import as_matrix
 from rankwise.variants.adapter.site import Site
 from rankwise.variants.adapter.step import Group
 from rankwise.variants.adapter.surgery import Adapted, Surgery, key_of
@@ -33,7 +34,7 @@ class BiasSite(Site):
     def __init__(self, name: str, base: nn.Module, draw: Draw):
         super().__init__()
         self.name, self._draw = name, draw
-        start = torch.zeros(len(draw.seeds), *base.bias.shape, dtype=trained_dtype(base.bias))
+        start = torch.zeros(len(draw.seeds), *base.bias.shape, dtype=trained_dtype(base.bias.dtype))
         self.bias = nn.Parameter(start)
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ class FullFineTuning(Adapter):
 
     def _take(self, name: str, old: nn.Parameter, head: bool, is_norm: bool) -> nn.Parameter:
         """A trained copy for the model, whose memory and gradient are those of a tensor (1, ...) of this adapter."""
-        values = old.detach().to(trained_dtype(old) if old.is_floating_point() else old.dtype, copy=True)
+        values = old.detach().to(trained_dtype(old.dtype) if old.is_floating_point() else old.dtype, copy=True)
         into = self.heads if head else self.sites
         path, _, key = name.rpartition(".")
         holder = key_of(path or "model")

@@ -13,7 +13,7 @@ from rankwise.experiments.data.dataset import Dataset
 from rankwise.experiments.data.draws import SUBSET
 from rankwise.experiments.study import budget, splits
 from rankwise.experiments.tasks import OwnTask, Task, in_study
-from rankwise.variants.adapter.linears import weight_of
+from rankwise.variants.adapter.linears import size_of
 from rankwise.variants.settings import Settings, shown
 
 
@@ -71,7 +71,7 @@ def prepare(study: Study, sources: Sequence[Entry], say: Callable[[str], None] =
                 adapter = variants.create(entry.method, **_given(entry.resolved(total)))
                 adapter.attach(model, entry.targets, head=info.heads, fresh_head=True, calibration=variants.Uncalibrated())
                 targets[entry.label] = [n for n, site in adapter.named_sites() if site.has_rank]
-                shapes |= {site: tuple(weight_of(adapter.base(site)).shape) for site in targets[entry.label]}
+                shapes |= {site: size_of(adapter.base(site)) for site in targets[entry.label]}
                 equal = study.budget
                 if equal.equal == "parameters" and entry.ranks_of is None:
                     entry = budget.solved(entry, adapter, equal.parameters, equal.scale)

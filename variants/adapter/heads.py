@@ -3,7 +3,7 @@
 import torch
 from rankwise.variants.adapter import initialization
 from rankwise.variants.adapter.draws import Draw
-from rankwise.variants.adapter.linears import trained_dtype
+from rankwise.variants.adapter.kinds.interface import trained_dtype
 from rankwise.variants.adapter.site import Site
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ class HeadSite(Site):
         self.name, self._draw = name, draw
         self.is_norm = isinstance(module, nn.LayerNorm)
         seeds = draw.seeds
-        dtype = trained_dtype(module.weight)
+        dtype = trained_dtype(module.weight.dtype)
         for key, value in module.named_parameters(recurse=False):
             if self.is_norm or not fresh:
                 starts = [value.detach()] * len(seeds)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rankwise.variants.adapter.interface import Adapter
-from rankwise.variants.adapter.linears import weight_of
+from rankwise.variants.adapter.linears import dtype_of, size_of
 from rankwise.variants.adapter.step import Calibration
 from torch import Tensor, nn
 
@@ -64,7 +64,7 @@ def gradients(adapter: Adapter, names: Sequence[str], calibration: Calibration) 
             x = adapter.draw.rows.by_member(args[0].detach())  # (K, N, I)
 
             def take(g: Tensor) -> None:
-                wide = torch.promote_types(weight_of(module).dtype, torch.float32)
+                wide = torch.promote_types(dtype_of(module), torch.float32)
                 with torch.autocast(x.device.type, enabled=False):
                     G = torch.bmm(adapter.draw.rows.by_member(g.detach()).mT.to(wide), x.to(wide)).cpu()  # (K, O, I)
                 gradients[name] = gradients[name].add_(G) if name in gradients else G
@@ -88,7 +88,7 @@ def gradients(adapter: Adapter, names: Sequence[str], calibration: Calibration) 
         G = gradients.get(name)
         if G is None:  # no path leads from this module to the loss
             module = adapter.model.get_submodule(name)
-            gradients[name] = torch.zeros(K, *weight_of(module).shape)
+            gradients[name] = torch.zeros(K, *size_of(module))
         else:
             G.div_(len(calibration.batches))
     return gradients

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from rankwise.variants.adapter import initialization
-from rankwise.variants.adapter.linears import module_in, module_out, weight_of
+from rankwise.variants.adapter.linears import module_in, module_out, size_of
 from rankwise.variants.adapter.step import Calibration, Uncalibrated
 from rankwise.variants.adapter.surgery import has_values
 from rankwise.variants.adapter.targets import matches
@@ -123,7 +123,7 @@ class PlacedLoRA(LowRankAdapter):
         """For each member the least and the most rank of a site; never more than its weight's own."""
         bound = next((tuple(b) for p, b in self.settings.rank_bounds.items() if matches(p, name)), None)
         bounds = self.default_bounds(name) if bound is None else [bound] * self.members
-        full = min(weight_of(self.model.get_submodule(name)).shape)
+        full = min(size_of(self.model.get_submodule(name)))
         return [(least, full if most is None else min(most, full)) for least, most in bounds]
 
     def by_share(self, weights: Mapping[str, list[float]]) -> Ranks:

@@ -2,7 +2,8 @@
 
 import torch
 from rankwise.variants import native
-from rankwise.variants.adapter.linears import as_stored, base_output, kind_of, weight_of
+from rankwise.variants.adapter.kinds.interface import base_output
+from rankwise.variants.adapter.linears import as_stored, kind_of, weight_of
 from rankwise.variants.adapter.site import Site
 from rankwise.variants.lowrank.products import squared_row_norms
 from rankwise.variants.lowrank.site import LowRank
@@ -31,7 +32,7 @@ class Decomposed(Site):
         if state[0] is None or self._norm is None or self._norm[0] != state:
             with torch.autocast(base.weight.device.type, enabled=False):
                 B = inner.B * inner.coefficients()[:, None]
-                square = squared_row_norms(weight_of(base), self.weight_squared, inner.A, B)
+                square = squared_row_norms(kind_of(base).row_blocks(base), self.weight_squared, inner.A, B)
             self._norm = state, square.sqrt()
         return self._norm[1]
 

@@ -1,5 +1,7 @@
 """The products of a low-rank update, forward and backward."""
 
+from collections.abc import Iterable
+
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -75,7 +77,7 @@ class NativeProduct(torch.autograd.Function):
 
 
 def squared_row_norms(
-    weight: Float[Tensor, "O I"],
+    weight: Float[Tensor, "O I"] | Iterable[Tensor],
     weight_squared: Float[Tensor, " O"],
     A: Float[Tensor, "K R I"],
     B: Float[Tensor, "K O R"],
@@ -85,12 +87,13 @@ def squared_row_norms(
         |W|^2 + 2 rowsum((W A^T) * B) + rowsum((B (A A^T)) * B)
 
     `weight_squared` is the squared row norm of `weight`, which never changes.  Zelenin & Zhuravlyova 2026, sec. 3.
+
+    weight: or its blocks of rows, each of which is widened to the type of A in its turn, so that no whole W is.
     """
     if not A.shape[1]:
         return weight_squared.expand(len(A), -1)
     thin = rearrange(A, "k r i -> (k r) i")
-    # One product for all members; a 16-bit weight is widened a block of rows at a time, never as a whole.
-    blocks = (weight,) if weight.dtype == A.dtype else weight.split(1024)
+    blocks = (weight,) if isinstance(weight, Tensor) else weight  # one product of each for all members
     products = torch.cat([thin @ block.to(A.dtype).mT for block in blocks], 1)  # (K*R, O)
     cross = (rearrange(products, "(k r) o -> k o r", k=len(A)) * B).sum(2)  # (K, O)
     square = (torch.bmm(B, torch.bmm(A, A.mT)) * B).sum(2)

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from rankwise.variants import native
 from rankwise.variants.adapter.draws import Draw, drop
-from rankwise.variants.adapter.linears import as_stored, kind_of, trained_dtype, weight_of
+from rankwise.variants.adapter.kinds.interface import trained_dtype
+from rankwise.variants.adapter.linears import as_stored, dtype_of, kind_of, size_of, weight_of
 from rankwise.variants.adapter.site import Site
 from rankwise.variants.lowrank.products import LowRankProduct, NativeProduct
 from rankwise.variants.lowrank.slots import NEW, Rearranged
@@ -47,10 +48,9 @@ class LowRank(Site):
             scale: for each member, the factor on the update.
         """
         super().__init__()
-        weight = weight_of(base)
-        out_features, in_features = weight.shape
+        out_features, in_features = size_of(base)
         ranks = [len(a) for a in starts[0]]
-        like = {"dtype": trained_dtype(weight)}
+        like = {"dtype": trained_dtype(dtype_of(base))}
         A = torch.zeros(len(ranks), max(ranks), in_features, **like)
         B = torch.zeros(len(ranks), out_features, max(ranks), **like)
         for k, r in enumerate(ranks):

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Bool, Float, Int
 from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.adapter.linears import weight_of
 from rankwise.variants.allocation.choice import Bound, choose
 from rankwise.variants.lowrank.site import LowRank
 from rankwise.variants.settings import NORMALISATIONS, nearest, per_member
@@ -164,7 +165,7 @@ def compared(adapter: Adapter, spectra: Sequence[Spectrum], normalisation: str) 
     """What stands against the threshold: normalised squares of the singular values, of each site."""
     normalised = []
     for (name, _), spectrum in zip(adapter.named_sites(), spectra, strict=True):
-        weight = adapter.base(name).weight.detach().float().norm().item() if normalisation == "weight" else 0.0
+        weight = weight_of(adapter.base(name)).detach().float().norm().item() if normalisation == "weight" else 0.0
         normalised.append(NORMALISED[normalisation](spectrum.sigma, weight).square())
     return normalised
 

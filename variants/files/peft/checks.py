@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from rankwise.variants.adapter.linears import check_adaptable, find_kind, is_linear, kind_of, known_kinds, weight_of
+from rankwise.variants.adapter.linears import check_adaptable, find_kind, is_linear, kind_of, known_kinds, size_of
 from rankwise.variants.files.peft.config import PeftConfig
 from rankwise.variants.files.peft.names import COEFFICIENTS, CONFIG, FACTORS, MAGNITUDE, PREFIX, WEIGHTS
 from rankwise.variants.settings import nearest
@@ -37,7 +37,7 @@ def check_sites(model: nn.Module, sites: Sites, config: PeftConfig) -> None:
             raise ValueError(f"{name} {fault}: the file is not whole or not of this {CONFIG}; save the adapter again")
         rank = parts[a].shape[0] if parts[a].dim() else 0
         shapes = dict(zip((a, b), kind.factor_shapes(base, rank), strict=True))
-        shapes |= {COEFFICIENTS: (rank, 1), MAGNITUDE: (len(weight_of(base)),)}
+        shapes |= {COEFFICIENTS: (rank, 1), MAGNITUDE: (size_of(base)[0],)}
         for key, value in parts.items():
             if tuple(value.shape) != shapes[key]:
                 raise ValueError(
