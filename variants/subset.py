@@ -9,6 +9,7 @@ from rankwise.variants.adapter.draws import Draw
 from rankwise.variants.adapter.heads import leaves
 from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.kinds.interface import trained_dtype
+from rankwise.variants.adapter.kinds.quantised import scheme_of
 from rankwise.variants.adapter.linears import as_matrix
 from rankwise.variants.adapter.site import Site
 from rankwise.variants.adapter.step import Group
@@ -85,6 +86,12 @@ class FullFineTuning(Adapter):
     trains_base = True
 
     def choose(self, model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
+        scheme = scheme_of(model)
+        if scheme is not None:
+            raise ValueError(
+                f"{type(model).__name__} is quantised ({scheme}), and {self.method} trains floating-point weights only: "
+                f"load the model without quantisation, or take a low-rank method, such as lora"
+            )
         for name, parameter in model.named_parameters():
             if not parameter.is_floating_point():
                 raise ValueError(

@@ -11,6 +11,7 @@ from einops import rearrange, repeat
 from rankwise.experiments.data.dataset import Dataset
 from rankwise.experiments.kinds import Kind, Undefined
 from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.adapter.kinds.quantised import scheme_of
 from rankwise.variants.adapter.step import CannotMerge, Step
 from torch import Tensor
 
@@ -75,7 +76,8 @@ class Evaluator:
     @property
     def can_merge(self) -> bool:
         """Whether one member after the other is quicker than all at once, and as exact."""
-        return self.adapter.mergeable and self.adapter.device.type == "cpu" and self.precision == "fp32"
+        merges = self.adapter.mergeable and scheme_of(self.adapter.model) is None  # else the weights would be dequantised
+        return merges and self.adapter.device.type == "cpu" and self.precision == "fp32"
 
     def _merged(self, data: Dataset) -> Iterator[tuple[np.ndarray, int | None, Tensor]]:
         """For each batch its rows, their size, and the outputs of every member, (K*N, ...), each merged in its turn."""

@@ -4,6 +4,7 @@ import torch
 from rankwise.variants.adapter import initialization
 from rankwise.variants.adapter.draws import Draw
 from rankwise.variants.adapter.kinds.interface import trained_dtype
+from rankwise.variants.adapter.linears import dtype_of, weight_of
 from rankwise.variants.adapter.site import Site
 from torch import Tensor, nn
 
@@ -20,8 +21,9 @@ class HeadSite(Site):
         self.name, self._draw = name, draw
         self.is_norm = isinstance(module, nn.LayerNorm)
         seeds = draw.seeds
-        dtype = trained_dtype(module.weight.dtype)
+        dtype = trained_dtype(module.weight.dtype if self.is_norm else dtype_of(module))
         for key, value in module.named_parameters(recurse=False):
+            value = weight_of(module) if key == "weight" and not self.is_norm else value
             if self.is_norm or not fresh:
                 starts = [value.detach()] * len(seeds)
             elif key == "bias":

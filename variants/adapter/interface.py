@@ -14,7 +14,7 @@ from rankwise import variants  # whose members are imported at their first use
 from rankwise.variants.adapter import merging
 from rankwise.variants.adapter.draws import Draw, KeyedDropout
 from rankwise.variants.adapter.heads import leaves, make_head
-from rankwise.variants.adapter.linears import weight_of
+from rankwise.variants.adapter.linears import prepare, weight_of
 from rankwise.variants.adapter.probe import probe
 from rankwise.variants.adapter.site import Site
 from rankwise.variants.adapter.step import Calibration, CannotMerge, Group, NotPackable, Step, Uncalibrated
@@ -224,6 +224,8 @@ class Adapter(nn.Module):
             self._surgery.freeze()
             self._surgery.key_dropout(self.draw)
             self._surgery.keep_from_fusing()
+            for undo in prepare(model):
+                self._surgery.undo_too(undo)
             for name in head:
                 for path, module in leaves(model, name):
                     self._put(path, make_head(path, module, self.draw, self.fresh_head), self.heads)
@@ -367,6 +369,16 @@ class Adapter(nn.Module):
         if not self.mergeable:
             raise CannotMerge(f"{self.method} cannot be merged: its change is not one of the model's weights; keep it attached")
         merging.merge(self._surgery, member)
+
+    def requantise(self) -> merging.Requantisation:
+        """Quantises the merged weights again, in the form that the base has, until `unmerge`; what that costs.
+
+        Raises:
+            ValueError: not merged, or no weight that is merged was quantised.
+        """
+        if not self.is_merged or not self._surgery.in_full:
+            raise ValueError(f"{self.method} has no quantised weight that is merged: call merge() over a quantised base first")
+        return merging.requantise(self._surgery)
 
     def unmerge(self) -> None:
         """Restores the weights that `merge` changed, which it set aside, bit for bit."""

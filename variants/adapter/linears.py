@@ -1,16 +1,19 @@
 """The kind of a module's frozen weight (variants/adapter/kinds/), and what all code asks of it, whatever it stores."""
 
+from collections.abc import Callable
+
 import torch
 from rankwise.variants.adapter.kinds.convolution import Conv1d, Conv2d
 from rankwise.variants.adapter.kinds.embedding import Embedding
 from rankwise.variants.adapter.kinds.interface import Kind
 from rankwise.variants.adapter.kinds.linear import Conv1D, Linear
+from rankwise.variants.adapter.kinds.quantised import Quantised
 from rankwise.variants.adapter.step import CannotMerge
 from rankwise.variants.adapter.surgery import Adapted
 from torch import Tensor, nn
 
 # The first that holds a module is its kind.
-KINDS: tuple[Kind, ...] = (Linear(), Conv1D(), Embedding(), Conv1d(), Conv2d())
+KINDS: tuple[Kind, ...] = (Quantised(), Linear(), Conv1D(), Embedding(), Conv1d(), Conv2d())
 
 
 def find_kind(module: nn.Module) -> Kind | None:
@@ -43,6 +46,14 @@ def check_adaptable(name: str, module: nn.Module) -> None:
     fault = kind_of(module).fault(module)
     if fault is not None:
         raise ValueError(f'"{name}" is a {type(module).__name__} {fault}')
+
+
+def prepare(model: nn.Module) -> list[Callable[[], None]]:
+    """Has every kind prepare its modules of a model that is attached to; what undoes it."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    known = [(find_kind(module), module) for module in model.modules()]
+    undoing = [kind.prepare(module, dtype) for kind, module in known if kind is not None]
+    return [undo for undo in undoing if undo is not None]
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -1,9 +1,13 @@
 """Members written into the model's own weights, and sites taken out of the way."""
 
 import contextlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+from rankwise.variants.adapter.kinds.quantised import requantised, scheme_of
+from rankwise.variants.adapter.linears import kind_of, weight_of
 from rankwise.variants.adapter.step import CannotMerge
 from rankwise.variants.adapter.surgery import Adapted, Surgery, parameter_places
 from torch import nn
@@ -17,21 +21,32 @@ def is_merged(model: nn.Module) -> bool:
 def merge(surgery: Surgery, member: int) -> None:
     """Writes one member into the model's weights, all of them or, where one cannot be written, none.
 
+    A quantised weight holds no sum: a dequantised one takes its place until `unmerge`, which is warned of.
+
     Raises:
         CannotMerge: a weight that is also used elsewhere (tied).
     """
     model = surgery.model
     adapted = [(n, m) for n, m in model.named_modules() if isinstance(m, Adapted)]
     places = parameter_places(model)
-    news = []
+    news, bases = [], []
     for name, module in adapted:
-        for key, value in module.site.merged(module.base, member).items():
-            old = getattr(module.base, key)
-            shared = places[id(old)] - {f"{name}.base.{key}"}
+        values = module.site.merged(module.base, member)
+        full = kind_of(module.base).in_full(module.base) if "weight" in values and not module.site.is_norm else None
+        for key, value in values.items():
+            shared = places[id(getattr(module.base, key))] - {f"{name}.base.{key}"}
             if shared:
                 raise CannotMerge(f"{name}.{key} is tied to {sorted(shared)[0]}: merging would change that too; untie it first")
+            old = getattr(full or module.base, key)
             news.append((old, value.to(old.dtype).contiguous()))
+        if full is not None:
+            bases.append((module, full))
+    if bases:
+        _warn(bases)
     try:
+        for module, full in bases:
+            surgery.in_full.append((module, module.base))
+            module.base = full
         for old, value in news:
             surgery.kept.append((old, old.data))
             old.data = value
@@ -48,6 +63,9 @@ def unmerge(surgery: Surgery) -> None:
     for tensor, value in reversed(surgery.kept):
         tensor.data = value
     surgery.kept.clear()
+    for module, base in surgery.in_full:
+        module.base = base
+    surgery.in_full.clear()
     for module in surgery.model.modules():
         if isinstance(module, Adapted):
             module.merged = False
@@ -66,10 +84,66 @@ def without(surgery: Surgery, name: str) -> Iterator[None]:
         return
     originals = {id(tensor): value for tensor, value in surgery.kept}
     changed = [(p, p.data) for p in adapted.base.parameters() if id(p) in originals]
+    merged = adapted.base
     try:
+        adapted.base = next((base for module, base in surgery.in_full if module is adapted), merged)
         for parameter, _ in changed:
             parameter.data = originals[id(parameter)]
         yield
     finally:
+        adapted.base = merged
         for parameter, value in changed:
             parameter.data = value
+
+
+@dataclass(frozen=True)
+class Requantisation:
+    """What quantising merged weights again has cost: sizes of the errors (Frobenius norms) as shares.
+
+    scheme: the weights' form. weights: how many. error: of the merged weights. of_change: of the adapter's change of them; None
+    where it changes none. worst: the weight whose error is the greatest share of its change, and that share.
+    """
+
+    scheme: str
+    weights: int
+    error: float
+    of_change: float | None
+    worst: tuple[str, float] | None
+
+    def __str__(self) -> str:
+        line = f"{self.weights} merged weights, quantised again to {self.scheme}, are off by {self.error:.2%} of their size"
+        if self.of_change is not None and self.worst is not None:
+            name, share = self.worst
+            line += f", which is {self.of_change:.0%} of the adapter's change (at most {share:.0%}, at {name})"
+        return line
+
+
+@torch.no_grad()
+def requantise(surgery: Surgery) -> Requantisation:
+    """Puts quantised weights in the place of those that a merge has dequantised, until `unmerge`."""
+    originals = {id(module): base for module, base in surgery.in_full}
+    squares: dict[str, tuple[float, float, float]] = {}  # name -> squared size of: merged weight, its error, the change
+    for name, module in surgery.model.named_modules():
+        if id(module) in originals:
+            base, W = originals[id(module)], weight_of(module.base)
+            module.base = requantised(base, W)
+            parts = (W, weight_of(module.base) - W, W - weight_of(base))
+            squares[name] = tuple(part.double().square().sum().item() for part in parts)
+    merged, error, change = (sum(column) for column in zip(*squares.values(), strict=True))
+    shares = {name: (e / c) ** 0.5 for name, (_, e, c) in squares.items() if c > 0}
+    return Requantisation(
+        scheme=str(scheme_of(surgery.model)),
+        weights=len(squares),
+        error=(error / merged) ** 0.5,
+        of_change=(error / change) ** 0.5 if change > 0 else None,
+        worst=max(shares.items(), key=lambda pair: pair[1]) if shares else None,
+    )
+
+
+def _warn(bases: Sequence[tuple[Adapted, nn.Module]]) -> None:
+    size = sum(full.weight.numel() * full.weight.element_size() for _, full in bases)
+    warnings.warn(
+        f"a sum cannot be written into a quantised weight: {len(bases)} weights are dequantised ({size / 1e6:,.1f} MB) until "
+        f"unmerge() or detach(), and nothing is quantised again",
+        stacklevel=4,
+    )

@@ -126,6 +126,7 @@ class Surgery:
     def __init__(self, model: nn.Module):
         self.model = model
         self.kept: list[tuple[Tensor, Tensor]] = []  # (weight, its values from before a merge)
+        self.in_full: list[tuple[Adapted, nn.Module]] = []  # (module, its base from before a merge, which cannot hold one)
         self.silenced: list[str] = []  # attention dropout given as a number, which no module draws
         self._undo: list[Any] = []
 

@@ -18,6 +18,7 @@ class Facts:
     scales: site -> scale in force, where the settings do not say it, of an ADALORA.
     folded: site -> what undoes that a method was written as a LORA; None where nothing is to be undone.
     total_step: of the run, beside `folded`.
+    quantization: how the base was quantised, "name" and "is_double", where it was.
     unfinished: what it "has" and its "budget", in "unit" ("rank" or "parameters"), where training ended early.
     """
 
@@ -31,6 +32,7 @@ class Facts:
     folded: Mapping[str, dict[str, Any]] | None = None
     total_step: int | None = None
     unfinished: Mapping[str, Any] | None = None
+    quantization: Mapping[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA} | {key: value for key, value in asdict(self).items() if value is not None}
@@ -47,6 +49,7 @@ class Facts:
                 f"this one reads schema {SCHEMA}: load it with the version that saved it"
             )
         kinds = {"settings": dict, "seed": int, "head": list, "kept": dict, "scales": dict, "folded": dict, "unfinished": dict}
+        kinds["quantization"] = dict
         needed = ("settings", "seed", "head")
         for key, kind in kinds.items():
             if (key in values or key in needed) and not isinstance(values.get(key), kind):

@@ -3,7 +3,7 @@
 from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.files.facts import Facts
 from rankwise.variants.files.folders import Contents
-from rankwise.variants.files.state import copy, detached_if_it_fails, trained
+from rankwise.variants.files.state import as_fact, copy, detached_if_it_fails, trained
 from rankwise.variants.settings import method
 from torch import nn
 
@@ -12,7 +12,8 @@ def written(adapter: Adapter, member: int) -> Contents:
     """One member of an attached adapter."""
     tensors = {f"{name}.{key}": p[member] for part in (adapter.sites, adapter.heads) for name, key, p in trained(part)}
     settings = adapter.alone(member).settings.model_dump(exclude_unset=True)
-    return Contents(tensors, None, Facts(adapter.method, settings, adapter.seeds[member], adapter.head_names))
+    own = {"quantization": as_fact(adapter.model)}
+    return Contents(tensors, None, Facts(adapter.method, settings, adapter.seeds[member], adapter.head_names, **own))
 
 
 def load(model: nn.Module, contents: Contents) -> Adapter:

@@ -7,8 +7,9 @@ from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.surgery import Adapted
 from rankwise.variants.files import folders, own
 from rankwise.variants.files.budget import excess
+from rankwise.variants.files.facts import Facts
 from rankwise.variants.files.peft import reading, writing
-from rankwise.variants.files.state import check_member, has_peft_form
+from rankwise.variants.files.state import as_fact, check_member, has_peft_form
 from torch import nn
 
 
@@ -58,6 +59,16 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> Adapter:
     if any(isinstance(module, Adapted) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has an adapter already: detach it first")
     try:
-        return own.load(model, contents) if contents.config is None else reading.load(model, contents)
+        adapter = own.load(model, contents) if contents.config is None else reading.load(model, contents)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+    _warn_of_another_base(folder, contents.facts, model)
+    return adapter
+
+
+def _warn_of_another_base(folder: Path, facts: Facts | None, model: nn.Module) -> None:
+    """Warns where the adapter was trained over weights that were quantised otherwise: they are other weights."""
+    was, now = None if facts is None else facts.quantization, as_fact(model)
+    if facts is not None and was != now:
+        said = ["not quantised" if one is None else f"{one['name']} (double: {one['is_double']})" for one in (was, now)]
+        warnings.warn(f"{folder} was trained over a base that was {said[0]}, and this one is {said[1]}", stacklevel=3)

@@ -3,10 +3,12 @@
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.adapter.kinds.quantised import scheme_of
 from rankwise.variants.adapter.surgery import Adapted, name_of
 from rankwise.variants.adapter.targets import KEYWORDS, matches
 from rankwise.variants.lowrank.adapter import LowRankAdapter
@@ -24,6 +26,12 @@ def check_member(adapter: Adapter, member: int) -> None:
     if not 0 <= member < adapter.members:
         raise ValueError(f"member = {member}: there are {adapter.members}, counted from 0")
     _ = adapter.model  # raises where there is none
+
+
+def as_fact(model: nn.Module) -> dict[str, Any] | None:
+    """How the base is quantised, as the metadata of its adapter says it; None where it is not."""
+    scheme = scheme_of(model)
+    return None if scheme is None else asdict(scheme)
 
 
 def own_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """What a kind of frozen weight says of the modules that hold it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -48,7 +48,7 @@ class Kind:
             types = ", ".join(str(dtype).removeprefix("torch.") for dtype in TRAINABLE)
             return (
                 f"whose weight is {tuple(weight.shape)} of {weight.dtype}, and only {self.shape(module)} of {types} can be "
-                f"adapted: load the model without quantisation, or choose other targets"
+                f"adapted: load the model without quantisation or with bitsandbytes', or choose other targets"
             )
         return None
 
@@ -82,6 +82,16 @@ class Kind:
         """(O,): |W|^2 of each row, in the trained type."""
         weight = self.weight(module).detach()
         return weight.to(trained_dtype(weight.dtype)).square().sum(1)
+
+    def in_full(self, module: nn.Module) -> nn.Module | None:
+        """The module with its weight in floating point, for a member to be merged into; None where it is so already."""
+        return None
+
+    def prepare(self, module: nn.Module, dtype: torch.dtype) -> Callable[[], None] | None:
+        """What else attaching changes in each such module of the model, adapted or not; returns what undoes it.
+
+        dtype: the model's own.
+        """
 
     def start(self, draw: Start, module: nn.Module, rank: int, random: Generator) -> tuple[Tensor, Tensor]:
         """Where LoRA's A (R, I) and B (O, R) start: A at a draw, B at zero."""

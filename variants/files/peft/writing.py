@@ -17,7 +17,7 @@ from rankwise.variants.files.budget import excess
 from rankwise.variants.files.facts import Facts
 from rankwise.variants.files.folders import Contents
 from rankwise.variants.files.peft.names import BASE_LAYER, COEFFICIENTS, FACTORS, MAGNITUDE, NO_TARGETS, PREFIX
-from rankwise.variants.files.state import first_rank, pattern_of, trained
+from rankwise.variants.files.state import as_fact, first_rank, pattern_of, trained
 from rankwise.variants.lowrank.site import LowRank
 from torch import Tensor, nn
 
@@ -94,6 +94,7 @@ def written(adapter: Adapter, member: int, plain: bool = False) -> Contents:
     own = {"settings": settings.model_dump(exclude_unset=True), "seed": alone.seeds[0]}
     over = excess(adapter, member)
     own |= {"unfinished": asdict(over) if over is not None else None}
+    own["quantization"] = as_fact(model)
     facts = Facts(adapter.method, **own, targets=adapter.targets, head=adapter.head_names, **update.facts)
     tensors = {**update.tensors, **_head_tensors(adapter, member), **_base_tensors(adapter, update.sites)}
     tensors = {PREFIX + name: value for name, value in tensors.items()}
