@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-from rankwise.experiments import sources
+from rankwise.experiments import quantization, sources
 from rankwise.experiments.config import Study, Training
 from rankwise.experiments.study.sweep import rung_steps
 from rankwise.experiments.tasks import in_study
@@ -43,6 +43,8 @@ def check(study: Study) -> None:
                 f'{entry.label}: the sweep has seeds {beside}, with which "{entry.ranks_of}" has no final run to take ranks '
                 f"of: take sweep.seeds among the study's seeds, or give one learning rate"
             )
+    if any(entry.scheme is not None for entry in study.methods) and (lacking := quantization.missing()) is not None:
+        faults.append(lacking)
     own = {entry.name for entry in study.data}
     for name in study.tasks:
         try:

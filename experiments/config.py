@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from rankwise.experiments import quantization
 from rankwise.experiments.data_entries import OwnData
 from rankwise.experiments.hypotheses import Hypothesis, contradictions
+from rankwise.variants.adapter.kinds.scheme import Scheme
 from rankwise.variants.settings import (
     BY_PATTERN,
     FROM_BUDGET,
@@ -35,6 +37,8 @@ STUDIES = Path(__file__).parent / "studies"
 PAPERS = STUDIES / "papers"  # recipes of published tables, which experiments/recipes.py reads
 DEFAULT_STUDY = STUDIES / "default.toml"
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+# What an entry says of itself, besides its method, rates, targets and the method's own settings.
+OWN_OF_ENTRIES = ("ranks_of", "permuted", "ranks_seed", "shared_with", "seeds", "quantization", "double_quantization")
 MOST_SEEDS = 10_000  # of `seeds = N`; more is a slip of the finger, and takes all memory where it is a large one
 LONGEST_NAME = 100  # bytes; a pack's folder has the label, the task and numbers in its name, and 255 bytes are a name's limit
 
@@ -218,6 +222,10 @@ class Entry(_Section):
     """With `ranks_of`: whose ranks a seed takes.  same: its own run's; other: those of its partner, the first and the second of
     the study's seeds for each other, the third and the fourth, and so on, so that an allocation is judged with another draw
     of data order and start than it was learned with.  A sweep's i-th seed takes those of the i-th final seed."""
+    quantization: Literal["nf4", "int8", "none"] | None = None
+    """How the base of this entry is quantised; "none": not at all; as the study says, which `parse` fills in, if not given."""
+    double_quantization: bool = False
+    """With `quantization`: as the study's setting of that name."""
     shared_with: str | None = None
     """Label of another entry with the same grid: both, and all that name it, train at one rate, the one with the best mean
     selection score over all of them.  Swapping two such methods leaves the choice as it is, so that an exact test of their
@@ -226,6 +234,11 @@ class Entry(_Section):
     """So many of the study's seeds alone, the first ones; of kind = "randomized", where one method has most of the runs."""
     source: "Entry | None" = None
     """The entry that `ranks_of` names, filled in by `parse`, so that it is known where --methods leaves it out."""
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How its base is quantised; None where it is not."""
+        return quantization.scheme(self.quantization, self.double_quantization)
 
     @property
     def swept(self) -> bool:
@@ -265,6 +278,10 @@ class Study(_Section):
     """Label of the method that differences are taken to; full fine-tuning where it takes part, if not given."""
     model: Annotated[str, AfterValidator(_not_empty)]
     """Hub id of the pre-trained model."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Hold the frozen linears in 4 bits (nf4, as QLoRA has them) or in 8, by bitsandbytes; an entry may say otherwise."""
+    double_quantization: bool = False
+    """With nf4: quantise the scales of its blocks too, which leaves 4.127 bits a weight of 4.5."""
     tasks: list[Annotated[str, AfterValidator(_not_empty)]] = Field(min_length=1)
     """Names of the tasks; all of `data` if not given."""
     data: list[OwnData] = []
@@ -438,6 +455,7 @@ def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study
     except ValidationError as error:
         faults.extend(_with_the_files_places(explain(error, Study, where=where), where, at, named_by_file))
     if study is not None and not faults:
+        study = quantized(study, study.quantization, study.double_quantization)
         faults.extend(f"{where}: {fault}" for fault in _contradictions(study, names_design))
     if faults:
         raise ValueError("\n".join(faults))
@@ -505,7 +523,7 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     own = set(spec.settings.model_fields)
-    shared = {"method", "label", "learning_rate", "learning_rates", "shared_with", "seeds"} | (
+    shared = {"method", "label", "learning_rate", "learning_rates", *OWN_OF_ENTRIES[3:]} | (
         {"targets"} if spec.takes_targets else set()
     )
     taken = "ranks_of" in entry
@@ -523,11 +541,7 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
         else:
             there = ", ".join(sorted(own | shared))
             faults.append(f"{where}.{key}: unknown setting of {spec.name}{nearest(key, own | shared)}; there are: {there}")
-    inherited = {
-        k: v
-        for k, v in defaults.items()
-        if k in own | (shared - {"method", "label", "ranks_of", "permuted", "ranks_seed", "shared_with", "seeds"})
-    }
+    inherited = {k: v for k, v in defaults.items() if k in own | (shared - {"method", "label", *OWN_OF_ENTRIES})}
     if taken:
         inherited = {k: v for k, v in inherited.items() if k not in budgeted | {"targets"}}
     used |= set(inherited)
@@ -572,7 +586,7 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
         "learning_rates": [rate] if rates is None else rates,
         **({"targets": merged["targets"]} if "targets" in merged else {}),
         "settings": settings,
-        **{k: merged[k] for k in ("ranks_of", "permuted", "ranks_seed", "shared_with", "seeds") if k in merged},
+        **{k: merged[k] for k in OWN_OF_ENTRIES if k in merged},
     }
 
 
@@ -631,6 +645,7 @@ def _contradictions(study: Study, names_design: bool = True) -> list[str]:
     faults += _design_faults(study, names_design) if study.sweep is not None else []
     faults += contradictions(study.hypothesis, study.looks, labels, study.tasks, len(study.seeds))
     faults += _budget_faults(study.budget)
+    faults += quantization_faults(study)
     partners = [entry.label for entry in study.methods if entry.ranks_seed == "other"]
     if partners and len(study.seeds) % 2:
         faults.append(
@@ -772,6 +787,35 @@ def _design_faults(study: Study, is_named: bool) -> list[str]:
 def _factor(rates: list[float]) -> float:
     """The mean ratio of neighbouring rates."""
     return (max(rates) / min(rates)) ** (1 / (len(rates) - 1))
+
+
+def quantized(study: Study, name: str | None, is_double: bool) -> Study:
+    """The study with this quantization in the place of its own, in every entry that has none of its own."""
+
+    def told(entry: Entry) -> Entry:
+        own = entry.quantization, entry.double_quantization
+        source = None if entry.source is None else told(entry.source)
+        if own not in ((None, False), (study.quantization, study.double_quantization)):
+            return entry.model_copy(update={"source": source})
+        return entry.model_copy(update={"quantization": name, "double_quantization": is_double, "source": source})
+
+    entries = [told(entry) for entry in study.methods]
+    return study.model_copy(update={"quantization": name, "double_quantization": is_double, "methods": entries})
+
+
+def quantization_faults(study: Study) -> list[str]:
+    """Settings that contradict each other, and methods that train what is quantised."""
+    faults = [quantization.fault(study.quantization, study.double_quantization)]
+    for entry in study.methods:
+        own = entry.quantization, entry.double_quantization
+        if own != (study.quantization, study.double_quantization) and (fault := quantization.fault(*own)) is not None:
+            faults.append(f"{entry.label}: {fault}")
+        if entry.scheme is not None and method(entry.method).trains_base:
+            faults.append(
+                f"{entry.label}: {entry.method} trains the base's own weights, and these are quantised ({entry.scheme}): take "
+                f'the entry out, or give it quantization = "none"'
+            )
+    return [fault for fault in faults if fault]
 
 
 def _budget_faults(budget: Budget) -> list[str]:

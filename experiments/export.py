@@ -8,11 +8,14 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rankwise.experiments import quantization as quantizing
+from rankwise.variants.adapter.kinds.scheme import Scheme
 from rankwise.variants.files.peft.config import PeftConfig
 from rankwise.variants.files.peft.names import CONFIG, PICKLE, WEIGHTS
 from rankwise.variants.settings import nearest
@@ -38,6 +41,7 @@ class Source:
     adapter: its folder. model: name of its base. run: config.json of the run, None for an adapter of no run.
     model_class: of transformers, the model's; None where the base alone says it.
     heads: ends of the names of modules that the adapter holds whole. labels: outputs of a classifier among them.
+    quantization: how the base was quantised: "name", "is_double", and "dtype" and "skipped" where it is no run's; None: not.
     """
 
     adapter: Path
@@ -46,6 +50,16 @@ class Source:
     model_class: str | None
     heads: tuple[str, ...]
     labels: int | None
+    quantization: dict[str, Any] | None = None
+
+    @property
+    def scheme(self) -> Scheme | None:
+        return Scheme.of_fact(self.quantization)
+
+    @property
+    def precision(self) -> str:
+        """That the base is loaded in: a quantised one in that which its codes were made from."""
+        return "fp32" if self.quantization is None else (self.run or {}).get("precision") or "fp32"
 
 
 def find(path: Path, to: str, model: str | None, model_class: str | None = None) -> Source:
@@ -68,7 +82,8 @@ def find(path: Path, to: str, model: str | None, model_class: str | None = None)
     run = _object(adapter.parent / "config.json")
     run = run if run is not None and {"fingerprint", "task", "model", "method"} <= run.keys() else None
     config = _config(adapter)
-    shapes, ours = _read(adapter / WEIGHTS)
+    shapes, facts = _read(adapter / WEIGHTS)
+    ours, quantization = facts.get("method"), facts.get("quantization")
     if to == "lora" and ours is not None and config is None:
         raise ValueError(f"{path}: {ours} changes the model's own tensors, which no low-rank update expresses: use --to merged")
     if to == "lora" and config is not None and config.has_magnitude:
@@ -88,7 +103,7 @@ def find(path: Path, to: str, model: str | None, model_class: str | None = None)
             f"the base model {named} is a folder that is not there, perhaps of another machine: name a copy with --model"
         )
     if run is not None:
-        return Source(adapter, named, run, None, (), None)
+        return Source(adapter, named, run, None, (), None, run.get("quantization"))
     known = model_class or AUTO.get(config.task_type or "") or config.model_class
     if (
         model_class is None
@@ -99,7 +114,8 @@ def find(path: Path, to: str, model: str | None, model_class: str | None = None)
             f"{path} was trained on a {known} of {config.library}, which is not of transformers: name the class that takes its "
             f"place there with --model-class"
         )
-    return Source(adapter, named, None, known, config.modules_to_save, _labels(shapes, config.modules_to_save, known))
+    heads = config.modules_to_save
+    return Source(adapter, named, None, known, heads, _labels(shapes, heads, known), quantization)
 
 
 def check_out(out: Path, adapter: Path) -> None:
@@ -116,16 +132,27 @@ def check_out(out: Path, adapter: Path) -> None:
 
 
 def export(
-    source: Source, to: str, out: Path, total_rank: int | None = None, total_parameters: int | None = None
+    source: Source,
+    to: str,
+    out: Path,
+    total_rank: int | None = None,
+    total_parameters: int | None = None,
+    requantize: bool = False,
 ) -> dict[str, Any]:
     """Writes `out`, whole or not at all, and says what is in it: what RECORD holds.
 
+    A model that is merged over a quantised base is written dequantised.
+
+    Args:
+        requantize: quantise the merged weights again instead; the record says what that cost.
+
     Raises:
-        ValueError: the adapter does not fit the model, or a budget cannot be met.
+        ValueError: the adapter does not fit the model, a budget cannot be met, or nothing was quantised that could be again.
         OSError: the base model could not be obtained, or the disk is full.
     """
     from rankwise import variants
     from rankwise.experiments import models
+    from rankwise.variants.adapter.kinds.quantised import scheme_of
 
     with models.quiet():
         model, processor = _load(source, whole=to == "merged")
@@ -142,13 +169,27 @@ def export(
             "sites": sum(rank > 0 for rank in ranks.values()) if ranks else None,
             "truncated": total_rank is not None or total_parameters is not None,
         }
+        scheme = scheme_of(model)
+        if scheme is not None:
+            record["quantization"] = str(scheme)
         with _replaced(out) as partial:
             if to == "lora":
                 variants.export_lora(adapter, partial)
             else:
-                variants.export_merged(adapter, partial, tokenizer=processor)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "a sum cannot be written into a quantised")  # the record says so
+                    cost = variants.export_merged(adapter, partial, tokenizer=processor, requantize=requantize)
+                if scheme is not None:
+                    record |= {"dequantised": cost is None, "requantised": None if cost is None else asdict(cost)}
             (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
+
+
+def costs(requantised: Mapping[str, Any]) -> str:
+    """A sentence of what RECORD says of weights that were quantised again."""
+    from rankwise.variants.adapter.merging import Requantisation
+
+    return str(Requantisation(**requantised))
 
 
 def _load(source: Source, whole: bool) -> tuple[Any, Any]:
@@ -164,11 +205,14 @@ def _load(source: Source, whole: bool) -> tuple[Any, Any]:
                 tasks.of_run(source.adapter.parent, source.run["task"]),
                 source.run.get("training", {}).get("image_size"),
             )
-            model, processor, _ = models.load(source.model, task, image_size=size)
+            model, processor, _ = models.load(
+                source.model, task, source.precision, image_size=size, quantization=source.scheme
+            )
             return model, processor
         folder = sources.fetch(source.model)
     except sources.Unavailable as error:
         raise ValueError(f"{error}; name a copy that is at hand with --model") from None
+    import torch
     import transformers
 
     options = {"trust_remote_code": False, "local_files_only": True}
@@ -182,6 +226,9 @@ def _load(source: Source, whole: bool) -> tuple[Any, Any]:
             classes = [name for name in dir(transformers) if "For" in name or name.endswith("Model")]
             raise ValueError(f"transformers has no model class {known}{nearest(known, classes)}: name one with --model-class")
         options |= {"dtype": "auto", "use_safetensors": True, "ignore_mismatched_sizes": True}
+        if source.scheme is not None and not hasattr(config, "quantization_config"):
+            dtype = getattr(torch, str(source.quantization.get("dtype")), torch.float32)
+            options |= {"dtype": dtype, **quantizing.options(source.scheme, None, "cpu", source.quantization.get("skipped"))}
         model, found = kind.from_pretrained(folder, config=config, output_loading_info=True, **options)
     except (ValueError, KeyError, ImportError, OSError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{source.model} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
@@ -220,15 +267,15 @@ def _config(adapter: Path) -> PeftConfig | None:
         raise ValueError(f"{adapter}: {error}") from None
 
 
-def _read(path: Path) -> tuple[dict[str, list[int]], str | None]:
-    """Shapes of the tensors in a file, and the method that our metadata names; of a faulty one nothing, as loading says why."""
+def _read(path: Path) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    """Shapes of the tensors in a file, and what our metadata says; of a faulty one nothing, as loading says why."""
     try:
         with safe_open(path, framework="numpy") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
             facts = json.loads((file.metadata() or {}).get("rankwise", "{}"))
     except (SafetensorError, OSError, ValueError):
-        return {}, None
-    return shapes, facts.get("method") if isinstance(facts, dict) else None
+        return {}, {}
+    return shapes, facts if isinstance(facts, dict) else {}
 
 
 def _object(path: Path) -> dict[str, Any] | None:

@@ -105,13 +105,13 @@ def generate(
     from rankwise.variants.adapter.step import CannotMerge
 
     where = measure.device(device)
-    precision = measure.precision("auto", where) if where.type == "cuda" else "fp32"
+    precision = measure.precision("auto", where) if where.type == "cuda" else source.precision
     task = SimpleNamespace(kind="generation", num_labels=0)
-    model, processor, _ = models.load(source.model, task, precision, str(where))
+    model, processor, info = models.load(source.model, task, precision, str(where), quantization=source.scheme)
     with models.quiet():
         adapter = variants.load_pretrained(model, source.adapter)
     adapter.begin(AT_REST, training=False)
-    if precision == "fp32" and adapter.mergeable:
+    if precision == "fp32" and adapter.mergeable and info.quantization is None:
         with contextlib.suppress(CannotMerge):
             adapter.merge()
     is_seq2seq = processor.is_encoder_decoder

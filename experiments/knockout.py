@@ -23,6 +23,7 @@ from rankwise.experiments.tasks import of_run as task_of_run
 from rankwise.experiments.training.evaluation import Evaluator
 from rankwise.experiments.training.outcomes import score
 from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.adapter.kinds.scheme import Scheme
 from rankwise.variants.adapter.step import CannotMerge
 
 SCHEMA = 1
@@ -111,13 +112,15 @@ def of_run(folder: Path, rows: int = ROWS) -> dict[str, Any]:
         )
     config, result = (records.read_json(folder / name) for name in (records.CONFIG, records.RESULT))
     task = task_of_run(folder, config["task"])
-    training = config["training"]
-    model, processor, _ = models.load(config["model"], task, "fp32", "cpu", training.get("image_size"))
+    training, scheme = config["training"], Scheme.of_fact(config.get("quantization"))
+    precision = "fp32" if scheme is None else config["precision"]  # that which the codes were made from
+    size = training.get("image_size")
+    model, processor, _ = models.load(config["model"], task, precision, "cpu", image_size=size, quantization=scheme)
     adapter = variants.load_pretrained(model, folder / "adapter")
     split = result["selection_split"]
     data = task.encode(processor, split, training["max_length"]).random_part(training.get("evaluation_examples"), SUBSET)
     part = data.random_part(rows, KNOCKOUT_ROWS)
-    (measured,) = knock_out(adapter, processor, task, split, part, training["evaluation_batch_size"])
+    (measured,) = knock_out(adapter, processor, task, split, part, training["evaluation_batch_size"], precision)
     records.write_knock_out(folder, measured)
     return measured
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.experiments import kinds, sources
+from rankwise.experiments import quantization as quantized
 from rankwise.experiments.config import Training
+from rankwise.variants.adapter.kinds.scheme import Scheme
 
 HEAD_SEED = 0  # of the head that the loader makes; adapters start their own heads
 POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")  # what transformers calls them
@@ -22,6 +24,7 @@ class ModelInfo:
     """What is known of a loaded model besides the model itself.
 
     heads: names of the modules made fresh for the task. attention: "sdpa" or "eager". content_hash: of its files.
+    num_parameters: a quantised weight counts as the matrix that it holds.
     """
 
     id: str
@@ -31,6 +34,7 @@ class ModelInfo:
     attention: str
     precision: str
     num_parameters: int
+    quantization: Scheme | None = None
 
 
 def content_hash(model_id: str) -> str:
@@ -39,7 +43,12 @@ def content_hash(model_id: str) -> str:
 
 
 def load(
-    model_id: str, task: Any, precision: str = "fp32", device: str = "cpu", image_size: int | None = None
+    model_id: str,
+    task: Any,
+    precision: str = "fp32",
+    device: str = "cpu",
+    image_size: int | None = None,
+    quantization: Scheme | None = None,
 ) -> tuple[Any, Any, ModelInfo]:
     """A pretrained model with a head for `task`, its processor (of text: the tokenizer), and what is known of it.
 
@@ -47,7 +56,9 @@ def load(
     go into the model's configuration, and with it wherever the model is saved.
     precision: "fp32" or "bf16", of every tensor, the head's included. The model comes in evaluation mode.
     image_size: `Training.image_size`, in pixels.
-    Raises: Unavailable: no source could give it. ValueError: unknown precision, no such device, another kind of model.
+    quantization: of the linears but for heads, poolers and output layers; None leaves the model as its files have it.
+    Raises: Unavailable: no source could give it. ValueError: unknown precision, no such device, another kind of model, or no
+    bitsandbytes for a quantised one.
     """
     if precision not in ("fp32", "bf16"):
         raise ValueError(f'precision "{precision}" is not known; it must be fp32 or bf16')
@@ -56,6 +67,7 @@ def load(
     import safetensors
     import torch
     import transformers
+    from rankwise.variants.adapter.kinds.quantised import scheme_of
 
     target = _device(device)
     kind = kinds.get(task.kind)
@@ -70,6 +82,9 @@ def load(
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **wanted)
             auto = getattr(transformers, kind.model_class(config))
             kind.fit(processor, config)
+            own = getattr(config, "quantization_config", None)
+            if own is not None and quantization is not None:
+                raise ValueError(f"its files are quantised already, and not to be quantised to {quantization}: leave that out")
             options = {
                 "config": config,
                 "dtype": torch.float32 if precision == "fp32" else torch.bfloat16,
@@ -79,6 +94,11 @@ def load(
                 "ignore_mismatched_sizes": True,  # a head of another width; anything else is refused below
                 "output_loading_info": True,
             }
+            if quantization is not None:
+                skipped = _unquantised(auto, config, kind)
+                options |= quantized.options(quantization, options["dtype"], target, skipped)
+            elif own is not None:
+                options["device_map"] = {"": str(target)}
             try:
                 model, loading = auto.from_pretrained(folder, attn_implementation="sdpa", **options)
             except (ValueError, ImportError) as error:
@@ -96,7 +116,10 @@ def load(
             "its files are of another model; nothing but a head or pooler is started at random"
         )
     model.config._name_or_path = model_id  # saved adapters name the model, not a folder of this machine's cache
-    model.to(target)
+    if own is None and quantization is None:
+        model.to(target)
+    else:
+        quantized.finish(model)
     info = ModelInfo(
         id=model_id,
         folder=folder,
@@ -104,9 +127,28 @@ def load(
         heads=tuple(heads),
         attention=model.config._attn_implementation,
         precision=precision,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=_num_parameters(model),
+        quantization=scheme_of(model),
     )
     return model, processor, info
+
+
+def _unquantised(auto: Any, config: Any, kind: Any) -> list[str]:
+    """Modules that stay in floating point: the heads, which are trained, poolers, output layers and what is tied to them."""
+    import torch
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    with torch.device("meta"):
+        skeleton = auto.from_config(config)
+    poolers = [name for name, _ in skeleton.named_modules() if name.rpartition(".")[2] == "pooler"]
+    return sorted({*get_keys_to_not_convert(skeleton), *kind.head_names(skeleton), *poolers})
+
+
+def _num_parameters(model: Any) -> int:
+    from rankwise.variants.adapter.kinds.quantised import bits
+
+    packed = {id(m.weight): m.out_features * m.in_features for m in model.modules() if bits(m) is not None}
+    return sum(packed.get(id(parameter), parameter.numel()) for parameter in model.parameters())
 
 
 def longest_input(model: Any) -> int | None:

@@ -19,7 +19,8 @@ from rankwise.experiments.files import write_file
 from rankwise.experiments.records import STUDY_FILE
 from rankwise.experiments.tasks import OwnTask
 from rankwise.experiments.tasks.own_tasks import row_lengths
-from rankwise.variants.settings import nearest
+from rankwise.variants.adapter.kinds.scheme import Scheme
+from rankwise.variants.settings import method, nearest
 
 METHODS: tuple[str, ...] = ("full", "lora", "adalora", "dora")  # where none are named
 STEPS = 200  # that a run should have: as many epochs as give them, but at most
@@ -62,14 +63,15 @@ def _by_factor(rates: Sequence[float]) -> list[float]:
     return [float(f"{centre * FACTOR ** (index - (len(rates) - 1) / 2):.1e}") for index in range(len(rates))]
 
 
-def check_methods(named: str | None, full_protocol: bool) -> list[str]:
-    """The methods of --methods.
+def check_methods(named: str | None, full_protocol: bool, quantization: Scheme | None = None) -> list[str]:
+    """The methods of --methods; over a quantised base full fine-tuning is not among those of a comparison that names none.
 
     Raises:
         ValueError: none, or one whose rates and ranks no shipped study has.
     """
     known = shipped_entries(full_protocol)
-    chosen = list(METHODS) if named is None else list(dict.fromkeys(n.strip() for n in named.split(",") if n.strip()))
+    usual = [name for name in METHODS if quantization is None or not method(name).trains_base]
+    chosen = usual if named is None else list(dict.fromkeys(n.strip() for n in named.split(",") if n.strip()))
     for name in chosen:
         if name not in known:
             raise ValueError(
@@ -94,14 +96,14 @@ class Extent:
     size: tuple[int, int] | None = None
 
 
-def extent_of(model: str, task: OwnTask) -> Extent:
+def extent_of(model: str, task: OwnTask, quantization: Scheme | None = None) -> Extent:
     """
     Raises:
         Unavailable: the model cannot be had.
     """
     from rankwise.experiments import kinds, models  # torch
 
-    loaded, tokenizer, _ = models.load(model, task)
+    loaded, tokenizer, _ = models.load(model, task, quantization=quantization)
     kind = kinds.get(task.kind)
     if kind.has_images:
         made = task.encode(tokenizer, task.train_split, 0).select_examples([0]).pixels
@@ -126,7 +128,14 @@ def training_for(rows: int) -> dict[str, int]:
 
 
 def compose(
-    data: OwnData, model: str, methods: Sequence[str], rows: int, max_length: int | None, folder: Path, full_protocol: bool
+    data: OwnData,
+    model: str,
+    methods: Sequence[str],
+    rows: int,
+    max_length: int | None,
+    folder: Path,
+    full_protocol: bool,
+    quantization: Scheme | None = None,
 ) -> str:
     """The text of a study's file that lies in `folder`; the data's paths are relative to it, a model's folder is absolute.
 
@@ -143,6 +152,10 @@ def compose(
     if not full_protocol:
         document["quick"] = True
     document["model"] = model
+    if quantization is not None:
+        document["quantization"] = quantization.name
+        if quantization.is_double:
+            document["double_quantization"] = True
     document["tasks"] = [data.name]
     document["seeds"] = 10 if full_protocol else 1
     if "lora" in methods and full_protocol:

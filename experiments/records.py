@@ -128,7 +128,7 @@ class Result(Stored):
 class Config(Stored):
     """config.json: what one run was asked to do, and where it ran."""
 
-    MAY_LACK = frozenset({"ranks_seed"})
+    MAY_LACK = frozenset({"ranks_seed", "quantization"})
     fingerprint: str
     numerics: int | None = None
     study: str
@@ -145,6 +145,7 @@ class Config(Stored):
     allocation: str | None = None  # what placed the ranks; None in runs from before it was written
     ranks_of: str | None = None  # label of the setting whose final ranks were taken
     ranks_seed: str | None = None  # "other": of the run of a partner, see `Entry.ranks_seed`; None: of the same seed
+    quantization: dict[str, Any] | None = None  # of the base: "name", "is_double", "bitsandbytes"; None where it has none
     training: dict[str, Any] = {}
     targets: Any = None
     targets_resolved: list[str] = []

@@ -13,6 +13,7 @@ from rankwise.experiments.cli.options import (
     check_device,
     check_least,
     check_output_folder,
+    check_quantization,
     names,
 )
 from rankwise.experiments.cli.own_options import own_entry
@@ -23,6 +24,7 @@ from rankwise.experiments.cli.start import start_torch
 if TYPE_CHECKING:
     from rankwise.experiments.config import Study
     from rankwise.experiments.data_entries import OwnData
+    from rankwise.variants.adapter.kinds.scheme import Scheme
 
 OWN = "Your own data"
 
@@ -37,6 +39,10 @@ def compare(
     pack: Pack = None,
     threads: Threads = None,
     accept_licence: Annotated[list[str] | None, typer.Option(help="Accept the terms of research-only data.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="Hold the base in nf4 or int8 (bitsandbytes).")] = None,
+    double_quantization: Annotated[
+        bool, typer.Option("--double-quantization", help="With nf4: quantise its scales too.")
+    ] = False,
     retry_failed: RetryFailed = False,
     as_json: Json = False,
     data: Annotated[
@@ -65,6 +71,7 @@ def compare(
 
     check_least("--threads", threads)
     check_device(device)
+    form = check_quantization(quantization, double_quantization)
     beside = {"--model": model, "--test": test, "--validation": validation, "--kind": kind, "--input": input}
     beside |= {"--target": target, "--full-protocol": full_protocol or None}
     if data is None:
@@ -82,9 +89,13 @@ def compare(
         entry = own_entry(data, test, validation, kind, input, target)
         out = out or Path("runs") / entry.name
         check_output_folder("--out", out)
-        source, methods = _written(entry, model, methods, out, full_protocol, threads), None
+        source, methods = _written(entry, model, methods, out, full_protocol, threads, form), None
     chosen = config.read(source)
     chosen = narrowed(chosen, methods, tasks, seeds, pack, accept_licence or [])
+    if form is not None and data is None:
+        chosen = config.quantized(chosen, form.name, form.is_double)
+        if faults := config.quantization_faults(chosen):
+            raise ValueError("\n".join(f"--quantization {form.name}: {fault}" for fault in faults))
     folder = out or Path("runs") / chosen.name
     check_output_folder("--out", folder)
     checks.check(chosen)
@@ -104,7 +115,15 @@ def compare(
         raise typer.Exit(1)
 
 
-def _written(data: "OwnData", model: str, methods: str | None, out: Path, full_protocol: bool, threads: int | None) -> Path:
+def _written(
+    data: "OwnData",
+    model: str,
+    methods: str | None,
+    out: Path,
+    full_protocol: bool,
+    threads: int | None,
+    form: "Scheme | None",
+) -> Path:
     """The file of a study of this data, made and written into the folder of its runs, and what was decided, said.
 
     Raises:
@@ -114,11 +133,11 @@ def _written(data: "OwnData", model: str, methods: str | None, out: Path, full_p
     from rankwise.experiments import own_study
     from rankwise.experiments.tasks import in_study
 
-    labels = own_study.check_methods(methods, full_protocol)
+    labels = own_study.check_methods(methods, full_protocol, form)
     task = in_study(data.name, [data])
     with Progress() as bar:
         start_torch(bar, threads)
-        extent, max_length = own_study.extent_of(model, task), None
+        extent, max_length = own_study.extent_of(model, task, form), None
         rows = task.sizes["train"]
         if data.kind is None and data.input is not None:  # its kind follows from its values, and the study will name it
             bar.warn(task.notes[0])
@@ -134,7 +153,7 @@ def _written(data: "OwnData", model: str, methods: str | None, out: Path, full_p
             )
         bar.warn(f"training: {plan['epochs']} epochs of {rows:,} rows, {plan['batch_size']} a step; {size}")
     read_as = data.model_copy(update={"kind": task.kind})
-    text = own_study.compose(read_as, model, labels, rows, max_length, out, full_protocol)
+    text = own_study.compose(read_as, model, labels, rows, max_length, out, full_protocol, form)
     path = own_study.write(out, text)
     bar.warn(f"the study is {path}")
     return path

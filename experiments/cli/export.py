@@ -18,6 +18,9 @@ def export(
     model_class: Annotated[str | None, typer.Option(help="Its class in transformers.  [default: the adapter's]")] = None,
     total_rank: Annotated[int | None, typer.Option(help="Truncate first, to this many ranks over all sites.")] = None,
     total_parameters: Annotated[int | None, typer.Option(help="The same, to this many parameters.")] = None,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Merged over a quantised base: quantise again, and say what that costs.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Take a trained adapter elsewhere: as a plain LoRA, truncated if wanted, or merged into its model."""
@@ -25,16 +28,24 @@ def export(
 
     if total_rank is not None and total_parameters is not None:
         raise ValueError("--total-rank and --total-parameters are two budgets: give one")
+    if requantize and to != "merged":
+        raise ValueError(f"--requantize has no effect with --to {to}: take it out, or give --to merged")
     check_least("--total-rank", total_rank)
     check_least("--total-parameters", total_parameters)
     check_output_folder("--out", out)
     source = exports.find(path, to, model, model_class)
     exports.check_out(out, source.adapter)
+    if requantize and source.scheme is None and source.run is not None:
+        raise ValueError(f"--requantize: the base of {path} was not quantised: take it out")
     with Progress() as bar, nothing_kept_if_interrupted():
         bar.say(f"{source.model}: loading torch and the model ...")
-        made = exports.export(source, to, out, total_rank, total_parameters)
+        made = exports.export(source, to, out, total_rank, total_parameters, requantize)
     if as_json:
         print(json.dumps(made | {"out": str(out)}, indent=1))
         return
     what = "" if made["total_rank"] is None else f", {made['total_rank']} ranks in {made['sites']} sites"
     print(f"{made['method']}{what}{', truncated' if made['truncated'] else ''}, as {to}: {out}")
+    if made.get("dequantised"):
+        print(f"the base was quantised ({made['quantization']}); the merged model is written dequantised, in full")
+    if made.get("requantised") is not None:
+        print(exports.costs(made["requantised"]))

@@ -4,10 +4,13 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rankwise.variants.settings import nearest
+
+if TYPE_CHECKING:
+    from rankwise.variants.adapter.kinds.scheme import Scheme
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")]
@@ -33,6 +36,23 @@ def check_device(name: str) -> None:
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise ValueError(f"--device {name}: no such device; give cpu, cuda, cuda:N, or auto")
+
+
+def check_quantization(name: str | None, is_double: bool) -> "Scheme | None":
+    """The form that --quantization and --double-quantization ask for; None of neither.
+
+    Raises:
+        ValueError: no known form, two that do not go together, or no bitsandbytes.
+    """
+    from rankwise.experiments import quantization
+
+    if name is not None and name not in quantization.NAMES:
+        raise ValueError(f"--quantization {name}: no such form{nearest(name, quantization.NAMES)}; give nf4 or int8")
+    if is_double and name != "nf4":
+        raise ValueError("--double-quantization has no effect without --quantization nf4: add that, or take it out")
+    if name is not None and (lacking := quantization.missing()) is not None:
+        raise ValueError(f"--quantization {name}: {lacking}")
+    return quantization.scheme(name, is_double)
 
 
 def check_output_folder(option: str, path: Path | None) -> None:

@@ -51,11 +51,13 @@ def prepare(study: Study, sources: Sequence[Entry], say: Callable[[str], None] =
     tasks = {}
     for name in study.tasks:
         task = in_study(name, study.data)
+        every = [*study.methods, *sources]
+        form = every[0].scheme
         training = study.training
         faults.extend(_without_effect(task, training))
         if faults:
             continue
-        model, processor, info = models.load(study.model, task, "fp32", "cpu", training.image_size)
+        model, processor, info = models.load(study.model, task, "fp32", "cpu", training.image_size, form)
         faults.extend(models.unfit(model, training))
         if faults:
             continue
@@ -66,7 +68,10 @@ def prepare(study: Study, sources: Sequence[Entry], say: Callable[[str], None] =
             encoded.make()
         total = training.total_steps(len(data["train"]))
         targets, shapes, entries = {}, {}, []
-        for entry in (*study.methods, *sources):
+        for entry in every:
+            if entry.scheme != form:
+                form = entry.scheme
+                model, _, info = models.load(study.model, task, "fp32", "cpu", training.image_size, form)
             with collecting(faults):
                 adapter = variants.create(entry.method, **_given(entry.resolved(total)))
                 adapter.attach(model, entry.targets, head=info.heads, fresh_head=True, calibration=variants.Uncalibrated())
@@ -82,6 +87,7 @@ def prepare(study: Study, sources: Sequence[Entry], say: Callable[[str], None] =
         faults.extend(_twins(study.methods, total, targets))
         check_phases(study, len(data["train"]), faults)
         captions = [*task.caption, *task.captions_by_model.get(study.model, ()), *_subset_captions(task, data, training)]
+        captions += _quantization_captions(study.methods)
         if isinstance(task, OwnTask):
             cut = [task.cut(parts[part], encoded, processor, training.max_length) for part, encoded in whole.items()]
             captions += [f"{name}: {line}." for line in cut if line]
@@ -120,7 +126,7 @@ def _twins(entries: Sequence[Entry], total: int, targets: Mapping[str, list[str]
         if entry.label not in targets:
             continue  # it has a fault of its own
         taken = entry.ranks_of, entry.permuted, entry.ranks_seed
-        same = entry.method, entry.resolved(total).model_dump_json(), tuple(targets[entry.label]), taken
+        same = entry.method, entry.resolved(total).model_dump_json(), tuple(targets[entry.label]), taken, entry.scheme
         for rate in entry.learning_rates:
             other = seen.setdefault((same, rate), entry.label)
             if other != entry.label:
@@ -135,6 +141,14 @@ def _given(settings: Settings) -> dict[str, Any]:
 def _subset(encoded: Dataset, split: str, training: Training) -> Dataset:
     """A fixed random part of a split, the same for every method and seed, where the study asks for one."""
     return encoded.random_part(training.train_examples if split == "train" else training.evaluation_examples, SUBSET)
+
+
+def _quantization_captions(entries: Sequence[Entry]) -> list[str]:
+    forms: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry.scheme is not None:
+            forms.setdefault(str(entry.scheme), []).append(entry.label)
+    return [f"The base is quantised to {form} for {', '.join(labels)}." for form, labels in forms.items()]
 
 
 def _subset_captions(task: Task, data: Mapping[str, Dataset], training: Training) -> list[str]:

@@ -61,6 +61,7 @@ def planned(
         "learning_rate": learning_rate,
         "training": {**training.identity(), "precision": context.precision},
         "device": context.device.type,
+        **({"quantization": form.as_fact()} if (form := plan.entry.scheme) is not None else {}),
     }
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:24]
@@ -83,5 +84,6 @@ def as_pack(context: Context, runs: Sequence[PlannedRun]) -> Pack:
         splits=splits.evaluated_in(context.study, first.phase, prepared.task),
         device=context.device,
         precision=context.precision,
+        quantization=first.entry.scheme,
         best_epoch=context.study.protocol == "best-dev-epoch",
     )

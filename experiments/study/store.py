@@ -1,6 +1,7 @@
 """The folders of a study's runs: what is finished, and what is written of a run that is made."""
 
 import datetime
+import importlib.metadata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,7 @@ class RunStore:
             "allocation": run.placed_by,
             "ranks_of": run.entry.ranks_of,
             **({"ranks_seed": run.entry.ranks_seed} if run.entry.ranks_seed != "same" else {}),
+            **_quantization(run),
             "training": run.training.model_dump(mode="json"),
             "targets": run.entry.targets if method(run.entry.method).takes_targets else None,
             "targets_resolved": prepared.targets[run.entry.label],
@@ -196,3 +198,11 @@ class RunStore:
             "learning_rate": run.learning_rate,
             "rung": run.rung,
         }
+
+
+def _quantization(run: PlannedRun) -> dict[str, Any]:
+    """How the base was quantised, and by which version."""
+    form = run.entry.scheme
+    if form is None:
+        return {}
+    return {"quantization": form.as_fact() | {"bitsandbytes": importlib.metadata.version("bitsandbytes")}}

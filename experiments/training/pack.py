@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from rankwise.experiments.config import Training
 from rankwise.experiments.tasks.task import Task
+from rankwise.variants.adapter.kinds.scheme import Scheme
 from rankwise.variants.settings import Settings
 
 
@@ -26,6 +27,7 @@ class Pack:
     splits: tuple[str, ...]  # evaluated at the end; the first is also evaluated along the way
     device: torch.device
     precision: str
+    quantization: Scheme | None = None  # of the base
     best_epoch: bool = False  # the first split's best evaluation is what counts, not the last
 
     @property
@@ -37,7 +39,8 @@ class Pack:
         settings = self.settings.model_dump(mode="json")
         training = {**self.training.identity(), "head_learning_rate": self.training.head_learning_rate}
         parts = [self.method, settings, self.targets, self.task.name, self.model, training, self.seeds, self.learning_rates]
-        return json.dumps([*parts, self.splits, self.device.type, self.precision, *(["best epoch"] if self.best_epoch else [])])
+        parts += [self.splits, self.device.type, self.precision, *(["best epoch"] if self.best_epoch else [])]
+        return json.dumps(parts if self.quantization is None else [*parts, self.quantization.as_fact()])
 
 
 @dataclass

@@ -67,7 +67,7 @@ class Trainer:
         # What trains the model's own weights starts from them in full precision.
         precision = "fp32" if method(pack.method).load().trains_base else pack.precision
         self.model, self.processor, self.info = models.load(
-            pack.model, pack.task, precision, str(pack.device), training.image_size
+            pack.model, pack.task, precision, str(pack.device), training.image_size, pack.quantization
         )
         settings = pack.settings.model_dump(exclude_unset=True)
         self.adapter: Adapter = variants.create(pack.method, members=pack.members, seeds=list(pack.seeds), **settings)

@@ -4,12 +4,14 @@ import warnings
 from pathlib import Path
 
 from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.adapter.kinds.quantised import scheme_of
+from rankwise.variants.adapter.kinds.scheme import Scheme
 from rankwise.variants.adapter.surgery import Adapted
 from rankwise.variants.files import folders, own
 from rankwise.variants.files.budget import excess
 from rankwise.variants.files.facts import Facts
 from rankwise.variants.files.peft import reading, writing
-from rankwise.variants.files.state import as_fact, check_member, has_peft_form
+from rankwise.variants.files.state import check_member, has_peft_form
 from torch import nn
 
 
@@ -68,7 +70,7 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> Adapter:
 
 def _warn_of_another_base(folder: Path, facts: Facts | None, model: nn.Module) -> None:
     """Warns where the adapter was trained over weights that were quantised otherwise: they are other weights."""
-    was, now = None if facts is None else facts.quantization, as_fact(model)
+    was, now = Scheme.of_fact(None if facts is None else facts.quantization), scheme_of(model)
     if facts is not None and was != now:
-        said = ["not quantised" if one is None else f"{one['name']} (double: {one['is_double']})" for one in (was, now)]
-        warnings.warn(f"{folder} was trained over a base that was {said[0]}, and this one is {said[1]}", stacklevel=3)
+        said = [str(one or "not quantised") for one in (was, now)]
+        warnings.warn(f"{folder} was trained over another base than this one: {said[0]}, and here {said[1]}", stacklevel=3)

@@ -3,7 +3,6 @@
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -29,9 +28,18 @@ def check_member(adapter: Adapter, member: int) -> None:
 
 
 def as_fact(model: nn.Module) -> dict[str, Any] | None:
-    """How the base is quantised, as the metadata of its adapter says it; None where it is not."""
+    """How the base is quantised, as the metadata of its adapter says it; None where it is not.
+
+    skipped: what transformers was told to leave in floating point; absent where it was told nothing.
+    """
     scheme = scheme_of(model)
-    return None if scheme is None else asdict(scheme)
+    if scheme is None:
+        return None
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    fact = scheme.as_fact() | {"dtype": str(dtype).removeprefix("torch.")}
+    asked = getattr(getattr(model, "config", None), "quantization_config", None)
+    skipped = getattr(asked, "llm_int8_skip_modules", None)
+    return fact if skipped is None else {**fact, "skipped": sorted(skipped)}
 
 
 def own_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

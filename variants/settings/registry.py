@@ -32,6 +32,7 @@ class Method:
     summary: str
     source: str
     allocation: str | None = None  # what places the ranks, where the settings do not say
+    trains_base: bool = False  # the model's own weights are what is trained, as its class says too
 
     def placed_by(self, settings: Settings) -> str:
         """What places the ranks of a run with these settings: see `Settings.allocation`."""
@@ -55,7 +56,14 @@ class Method:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("full", "rankwise.variants.subset:FullFineTuning", NoSettings, "every parameter is trained", "-"),
+        Method(
+            "full",
+            "rankwise.variants.subset:FullFineTuning",
+            NoSettings,
+            "every parameter is trained",
+            "-",
+            trains_base=True,
+        ),
         Method("head", "rankwise.variants.subset:HeadOnly", NoSettings, "only the task head is trained", "-"),
         Method("bitfit", "rankwise.variants.subset:BitFit", NoSettings, "only the biases are trained", "Zaken et al. 2022"),
         Method("lora", "rankwise.variants.lora:LoRA", LoRASettings, "low-rank update B A of each weight", "Hu et al. 2021"),

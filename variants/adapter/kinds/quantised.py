@@ -19,11 +19,11 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rankwise.variants.adapter.kinds.interface import Kind, trained_dtype
+from rankwise.variants.adapter.kinds.scheme import Scheme
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -258,17 +258,6 @@ class Dequantised(nn.Linear):
 
 
 # -- its form ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a model is quantised. name: "nf4", "fp4" or "int8". is_double: the scales of 4 bits are quantised too."""
-
-    name: str
-    is_double: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.name} with double quantization" if self.is_double else self.name
 
 
 def scheme_of(model: nn.Module) -> Scheme | None:
