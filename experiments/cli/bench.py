@@ -12,6 +12,7 @@ from rankwise.experiments.cli.progress import Progress
 from rankwise.experiments.cli.start import start_torch
 
 OUT = Path("runs/bench")
+READ = {"--quantised": ("--out", "--device")}  # by a measurement in the place of the usual one
 
 
 def bench(
@@ -27,16 +28,20 @@ def bench(
     ] = False,
     tried: Annotated[bool, typer.Option("--tried", help="Instead: attention kernels and packed weights, not kept.")] = False,
     planned: Annotated[bool, typer.Option("--planned", help="Instead: a plan's memory beside what a step takes.")] = False,
+    quantised: Annotated[
+        bool, typer.Option("--quantised", help="Instead: bases in 4 and 8 bits beside fp32 and bf16.")
+    ] = False,
 ) -> None:
     """Time our steps beside PEFT's and beside the frozen model's floor."""
     from rankwise.experiments.bench import cases as known
 
     _refuse_idle(
-        {"--ablation": ablation, "--tried": tried, "--planned": planned},
+        {"--ablation": ablation, "--tried": tried, "--planned": planned, "--quantised": quantised},
         idle={"--out": out, "--full": full or None, "--device": None if device == "auto" else device},
         also={
             "--tried": {"--json": json_file, "--cases": cases, "--repetitions": repetitions},
             "--planned": {"--cases": cases, "--repetitions": repetitions},
+            "--quantised": {"--cases": cases, "--repetitions": repetitions},
         },
     )
     check_least("--threads", threads)
@@ -48,6 +53,8 @@ def bench(
         return _tried(threads)
     if planned:
         return _planned(json_file, threads)
+    if quantised:
+        return _quantised(json_file, out or OUT, device, threads)
     chosen = known.select_ablated(cases) if ablation else known.select(cases, full)
     known.check_peft()
     if ablation:
@@ -120,15 +127,49 @@ def _planned(json_file: Path | None, threads: int | None) -> None:
             write_json(json_file, {"versions": planned.versions(), "rows": rows})
 
 
-def _start(bar: Progress, threads: int | None) -> None:
-    if start_torch(bar, threads):
+def _quantised(json_file: Path | None, out: Path, device: str, threads: int | None) -> None:
+    """Measures, prints the table, and writes it."""
+    from rankwise.experiments import quantization
+
+    if (lacking := quantization.missing()) is not None:
+        raise ValueError(f"--quantised: {lacking}")
+    with Progress() as bar, nothing_kept_if_interrupted():
+        bar.say("bench: loading torch and models ...")
+        is_shared = _start(bar, threads)
+        import importlib.metadata
+
+        from rankwise.experiments import measure
+        from rankwise.experiments.bench import quantised
+        from rankwise.experiments.bench.run import machine
+        from rankwise.experiments.files import write_json
+
+        where = measure.device(device)
+        bar.start(len(quantised.BASES) * sum(subject.steps for subject in quantised.SUBJECTS))
+        rows = quantised.run(where, progress=bar.advance)
+        place = machine(where, "fp32", ((1024, 1024, 1024),))
+        place["versions"]["bitsandbytes"] = importlib.metadata.version("bitsandbytes")
+        result = {"machine": {**place, "shared": is_shared}, "rows": rows}
+        if json_file is not None:
+            write_json(json_file, result)
+    from rankwise.reports import quantised as report
+
+    print(report.text(result, terminal_width()))
+    print(f"report: {report.write(result, out)}")
+
+
+def _start(bar: Progress, threads: int | None) -> bool:
+    """Whether another program is computing, which is said."""
+    is_shared = start_torch(bar, threads)
+    if is_shared:
         bar.warn("note: another program is computing on this machine; trust the ratios more than the times")
+    return is_shared
 
 
 def _refuse_idle(instead: dict[str, bool], idle: dict[str, Any], also: dict[str, dict[str, Any]]) -> None:
     """
     Args:
-        instead: measurements in the place of the usual one. idle: options that none of them reads; also: that one does not.
+        instead: measurements in the place of the usual one. idle: options that none of them reads, but for READ; also: that
+            one does not.
 
     Raises:
         ValueError: two measurements at once, or an option that the one asked for does not read.
@@ -137,7 +178,8 @@ def _refuse_idle(instead: dict[str, bool], idle: dict[str, Any], also: dict[str,
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(chosen)} are two measurements: give one")
     for measurement in chosen:
-        unread = idle | also.get(measurement, {})
+        unread = {option: value for option, value in idle.items() if option not in READ.get(measurement, ())}
+        unread |= also.get(measurement, {})
         option = next((option for option, value in unread.items() if value is not None), None)
         if option is not None:
             raise ValueError(f"{option} has no effect with {measurement}: leave it out")

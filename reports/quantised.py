@@ -1,0 +1,74 @@
+"""What bases in 4 and 8 bits save and cost: the table of what `rankwise bench --quantised` wrote.
+
+Only the JSON file is read here, nothing is measured.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rankwise.experiments.files import write_file
+from rankwise.reports.tables.cells import bytes_text
+from rankwise.reports.tables.table import Table, escape_markdown
+
+NAME = "quantised"  # of the files
+REFERENCE = "fp32"
+
+
+def table(found: dict[str, Any]) -> Table:
+    """A row for each model and base; what was lost is against fp32, after as many steps."""
+    rows = []
+    for row in found["rows"]:
+        whole = next(one for one in found["rows"] if (one["model"], one["base"]) == (row["model"], REFERENCE))
+        rows.append(
+            (
+                row["model"],
+                row["base"],
+                f"{row['weights_bytes'] / 1e6:,.1f}",
+                f"{row['linear_bits']:.3f}",
+                f"{1000 * row['step_seconds']:,.0f}",
+                f"{row['step_seconds'] / whole['step_seconds']:.2f}",
+                f"{row['loss_before']:.4f}",
+                f"{row['loss']:.4f}",
+                f"{row['loss'] - whole['loss']:+.4f}",
+                "-" if row["score"] is None else f"{row['score']:.2f}",
+                "-" if None in (row["score"], whole["score"]) else f"{row['score'] - whole['score']:+.2f}",
+            )
+        )
+    columns = ("model", "base", "weights, MB", "bits a weight", "step, ms", "of fp32", "loss before", "loss", "lost")
+    machine = found["machine"]
+    versions = machine["versions"]
+    caption = (
+        f"{machine['device_name']}, {machine['threads']} threads of {machine['cores']} cores, "
+        f"{bytes_text(machine['memory_bytes'])}, torch {versions['torch']}, bitsandbytes {versions['bitsandbytes']}"
+        + (f", commit {machine['commit'][:12]}" if machine["commit"] else "")
+        + ("; other programs were computing at the time, so that seconds are doubtful." if machine["shared"] else "."),
+        "weights: all tensors of the frozen model, embeddings in full precision among them; bits a weight: of the adapted "
+        "linears, scales and tables of levels counted.",
+        "LoRA of rank 8 on all linears; step: the median, all bases of a model taking theirs in turn; bf16 multiplies in bf16, "
+        "the quantised bases in fp32.",
+        *(_trained(found, model) for model in dict.fromkeys(row["model"] for row in found["rows"])),
+    )
+    return Table(NAME, "Bases in 4 and 8 bits", (*columns, "score", "gained"), tuple(rows), caption, text_columns=2)
+
+
+def _trained(found: dict[str, Any], model: str) -> str:
+    row = next(one for one in found["rows"] if one["model"] == model)
+    return (
+        f"{model}: {row['steps']} steps; loss and score ({row['metric']}) are of rows that are not trained on, so few that "
+        f"small differences say nothing."
+    )
+
+
+def text(found: dict[str, Any], width: int = 120) -> str:
+    return table(found).text(width)
+
+
+def write(found: dict[str, Any], folder: Path) -> Path:
+    """quantised.json and quantised.md; the path of the last."""
+    write_file(folder / f"{NAME}.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    made = table(found)
+    notes = "".join(f"- {escape_markdown(sentence)}\n" for sentence in made.caption)
+    path = folder / f"{NAME}.md"
+    write_file(path, f"# {made.title}\n\n{made.markdown()}\n{notes}")
+    return path
