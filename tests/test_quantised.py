@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tests.contract import SEEDS, attach, create, fingerprint, kind
 from tests.loop import Loop
 from tests.quantised_models import FORMS, by_bitsandbytes, in_full, loaded, needed, quantised_linears
+from tests.test_callback import METHODS, Watch, trainer
 from tests.tiny import packed_batch
 
 pytestmark = [needed, pytest.mark.filterwarnings("ignore")]
@@ -339,6 +340,29 @@ def test_a_quantised_head_is_trained_from_its_dequantised_weights():
     want = model.eval()(**inputs).logits
     adapter.merge()
     torch.testing.assert_close(model(**inputs).logits, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["nf4+dq", *some_slow([("int8",)], [])])
+def test_transformers_trainer_trains_over_a_quantised_base(form, tmp_path):
+    """With accumulation and its own door to checkpointing: to the bit what it does over the dequantised base."""
+    losses, states = [], []
+    for make in (lambda model: model, in_full):
+        settings = METHODS["adalora+dora"] | {"warmup_steps": 1, "final_steps": 1, "interval": 1}
+        adapter = variants.create("adalora+dora", **settings).attach(make(loaded("bert", form)))
+        watch = Watch(adapter)
+        made = trainer(
+            adapter,
+            tmp_path,
+            [variants.AdapterCallback(adapter), watch],
+            max_steps=4,
+            gradient_accumulation_steps=2,
+            gradient_checkpointing=True,
+        )
+        made.train()
+        losses.append(watch.losses)
+        states.append({name: value.clone() for name, value in adapter.state_dict().items()})
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 # -- merging -------------------------------------------------------------------------------------------------------------

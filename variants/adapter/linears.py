@@ -7,7 +7,7 @@ from rankwise.variants.adapter.kinds.convolution import Conv1d, Conv2d
 from rankwise.variants.adapter.kinds.embedding import Embedding
 from rankwise.variants.adapter.kinds.interface import Kind
 from rankwise.variants.adapter.kinds.linear import Conv1D, Linear
-from rankwise.variants.adapter.kinds.quantised import Quantised
+from rankwise.variants.adapter.kinds.quantised import Quantised, hide_from_trainer
 from rankwise.variants.adapter.step import CannotMerge
 from rankwise.variants.adapter.surgery import Adapted
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ def prepare(model: nn.Module) -> list[Callable[[], None]]:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     known = [(find_kind(module), module) for module in model.modules()]
     undoing = [kind.prepare(module, dtype) for kind, module in known if kind is not None]
+    undoing.append(hide_from_trainer(model))
     return [undo for undo in undoing if undo is not None]
 
 

@@ -257,6 +257,14 @@ class Dequantised(nn.Linear):
         return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
 
+def hide_from_trainer(model: nn.Module) -> Callable[[], None] | None:
+    """Has a model of transformers not say that it is quantised, which its Trainer refuses to train but with PEFT's adapters."""
+    if not vars(model).get("is_quantized"):
+        return None
+    model.is_quantized = False
+    return functools.partial(setattr, model, "is_quantized", True)
+
+
 # -- its form ----------------------------------------------------------------------------------------------------------
 
 
