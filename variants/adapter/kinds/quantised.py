@@ -76,8 +76,10 @@ class Quantised(Kind):
     def in_full(self, module: nn.Module) -> "Dequantised":
         return Dequantised(module)
 
-    def prepare(self, module: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
-        if bits(module) == 4 and quant_state(module) is not None:
+    def prepare(self, module: nn.Module, dtype: torch.dtype) -> Callable[[], None] | None:
+        if self.fault(module) is not None:  # it is no target, and stays as it is
+            return None
+        if bits(module) == 4:
             warn_if_misread(module)
         undo = compute_exactly(module)
         setattr(module, SHOWN_AS, dtype)
