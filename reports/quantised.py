@@ -20,22 +20,21 @@ def table(found: dict[str, Any]) -> Table:
     rows = []
     for row in found["rows"]:
         whole = next(one for one in found["rows"] if (one["model"], one["base"]) == (row["model"], REFERENCE))
-        rows.append(
-            (
-                row["model"],
-                row["base"],
-                f"{row['weights_bytes'] / 1e6:,.1f}",
-                f"{row['linear_bits']:.3f}",
-                f"{1000 * row['step_seconds']:,.0f}",
-                f"{row['step_seconds'] / whole['step_seconds']:.2f}",
-                f"{row['loss_before']:.4f}",
-                f"{row['loss']:.4f}",
-                f"{row['loss'] - whole['loss']:+.4f}",
-                "-" if row["score"] is None else f"{row['score']:.2f}",
-                "-" if None in (row["score"], whole["score"]) else f"{row['score'] - whole['score']:+.2f}",
-            )
-        )
-    columns = ("model", "base", "weights, MB", "bits a weight", "step, ms", "of fp32", "loss before", "loss", "lost")
+        cells = [row["model"], row["base"], f"{row['weights_bytes'] / 1e6:,.1f}", f"{row['linear_bits']:.3f}"]
+        cells += [f"{1000 * row['step_seconds']:,.0f}", f"{row['step_seconds'] / whole['step_seconds']:.2f}"]
+        cells += [f"{row['loss_before']:.4f}", *_beside(row["losses"], whole["losses"], 4)]
+        rows.append((*cells, *_beside(row["scores"], whole["scores"], 2)))
+    columns = (
+        "model",
+        "base",
+        "weights, MB",
+        "bits a weight",
+        "step, ms",
+        "of fp32",
+        "loss before",
+        "loss after",
+        "less fp32's",
+    )
     machine = found["machine"]
     versions = machine["versions"]
     caption = (
@@ -49,14 +48,25 @@ def table(found: dict[str, Any]) -> Table:
         "the quantised bases in fp32.",
         *(_trained(found, model) for model in dict.fromkeys(row["model"] for row in found["rows"])),
     )
-    return Table(NAME, "Bases in 4 and 8 bits", (*columns, "score", "gained"), tuple(rows), caption, text_columns=2)
+    return Table(NAME, "Bases in 4 and 8 bits", (*columns, "score", "less fp32's"), tuple(rows), caption, text_columns=2)
+
+
+def _beside(values: list[float | None], whole: list[float | None], digits: int) -> tuple[str, str]:
+    """The mean over the members, with its range where there are several, and how far it is above that over fp32."""
+    if None in values or None in whole:
+        return "-", "-"
+    mean = sum(values) / len(values)
+    spread = f" [{min(values):.{digits}f}, {max(values):.{digits}f}]" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{spread}", f"{mean - sum(whole) / len(whole):+.{digits}f}"
 
 
 def _trained(found: dict[str, Any], model: str) -> str:
     row = next(one for one in found["rows"] if one["model"] == model)
+    seeds = f" of {row['members']} seeds, mean and range" if row["members"] > 1 else ", one seed"
+    low = " (lower is better)" if row["metric"] == "perplexity" else ""
     return (
-        f"{model}: {row['steps']} steps; loss and score ({row['metric']}) are of rows that are not trained on, so few that "
-        f"small differences say nothing."
+        f"{model}: {row['steps']} steps{seeds}; loss and score ({row['metric']}{low}) are of rows that are not trained on.  So "
+        f"short a run says what the base costs at its start, not what it costs in the end."
     )
 
 

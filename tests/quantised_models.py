@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from rankwise.experiments.models import quiet
+from rankwise.experiments.models import quiet, tiny_tokenizer
 from torch import nn
 
 from tests.tiny import DROPOUT, LABELS, SIZES
@@ -68,6 +68,18 @@ def loaded(name: str, form: str, dtype: torch.dtype = torch.float32, skip: bool 
     config = t.BitsAndBytesConfig(**FORMS[form], **skipped, **options)
     with quiet():
         return auto.from_pretrained(folder(name), quantization_config=config, device_map={"": "cpu"}, dtype=dtype)
+
+
+def wide_folder(path: Path) -> str:
+    """The id (a folder) of a tiny model without a head, and its tokenizer, as small_world has one."""
+    import transformers as t
+
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 67, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "pad_token_id": 0}
+        t.BertModel(t.BertConfig(**sizes, num_attention_heads=4, max_position_embeddings=64)).save_pretrained(path)
+        tiny_tokenizer().save_pretrained(path)
+    return str(path)
 
 
 def by_bitsandbytes(module: nn.Module) -> torch.Tensor:

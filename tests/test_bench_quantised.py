@@ -8,24 +8,27 @@ from rankwise.reports import quantised as report
 
 from tests import small_world
 from tests.command import rankwise
-from tests.quantised_models import needed
-from tests.test_quantised_study import model  # noqa: F401 (a fixture)
+from tests.quantised_models import needed, wide_folder
 
-MACHINE = {
-    "device_name": "a CPU",
-    "threads": 1,
-    "cores": 2,
-    "memory_bytes": 2**34,
-    "commit": "0123456789abcdef",
-    "shared": True,
-}
-MACHINE |= {"versions": {"torch": "2.13.0", "bitsandbytes": "0.50.2"}}
+MACHINE = {"device_name": "a CPU", "threads": 1, "cores": 2, "memory_bytes": 2**34, "commit": "0123456789abcdef"}
+MACHINE |= {"shared": True, "versions": {"torch": "2.13.0", "bitsandbytes": "0.50.2"}}
 
 
 @needed
-def test_every_base_trains_on_the_same_rows_and_is_measured(model, monkeypatch, tmp_path):  # noqa: F811
+def test_every_base_trains_on_the_same_rows_and_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(quantised, "_task", lambda subject: small_world.task())
-    subject = Subject("tiny", model, "regression", rows=4, length=24, steps=3, evaluated=12, learning_rate=1e-2)
+    subject = Subject(
+        "tiny",
+        wide_folder(tmp_path / "model"),
+        "regression",
+        rows=4,
+        length=24,
+        steps=3,
+        evaluated=12,
+        learning_rate=1e-2,
+        members=2,
+    )
     told = []
     rows = quantised.run(torch.device("cpu"), (subject,), lambda what, steps: told.append(what))
     assert [row["base"] for row in rows] == [base.name for base in BASES] and len(told) == 15
@@ -38,8 +41,9 @@ def test_every_base_trains_on_the_same_rows_and_is_measured(model, monkeypatch, 
     assert 8 < by_base["int8"]["linear_bits"] < 8.6
     sizes = [row["weights_bytes"] for row in rows]
     assert sizes[0] > sizes[2] > sizes[3] and sizes[0] / 2 == pytest.approx(sizes[1], rel=0.01)
-    losses = [row["loss"] for row in rows]
-    assert all(row["loss"] != row["loss_before"] and row["step_seconds"] > 0 for row in rows)
+    losses = [sum(row["losses"]) / 2 for row in rows]
+    assert all(len(row["scores"]) == 2 and row["step_seconds"] > 0 for row in rows)
+    assert all(loss != row["loss_before"] for loss, row in zip(losses, rows, strict=True))
     assert len(set(losses)) == 5 and abs(losses[2] - losses[0]) < 0.2 * losses[0]
     path = report.write({"machine": MACHINE, "rows": rows}, tmp_path)
     text = path.read_text()

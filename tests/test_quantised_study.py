@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from tests import small_world
 from tests.command import rankwise
-from tests.quantised_models import folder, in_full, loaded, needed
+from tests.quantised_models import folder, in_full, loaded, needed, wide_folder
 from tests.tiny import packed_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -34,16 +34,7 @@ LORA = {"method": "lora", "rank": 2, "learning_rate": 1e-3}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     """A tiny model without a head, of a width that bitsandbytes takes on every processor."""
-    import transformers
-
-    path = tmp_path_factory.mktemp("wide")
-    with torch.random.fork_rng(devices=[]), models.quiet():
-        torch.manual_seed(0)
-        sizes = {"vocab_size": 67, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "pad_token_id": 0}
-        made = transformers.BertModel(transformers.BertConfig(**sizes, num_attention_heads=4, max_position_embeddings=64))
-        made.save_pretrained(path)
-        models.tiny_tokenizer().save_pretrained(path)
-    return str(path)
+    return wide_folder(tmp_path_factory.mktemp("wide"))
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,7 @@ from rankwise.experiments.data.dataset import Dataset
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.kinds import Undefined
 from rankwise.experiments.tasks import Task, text_metrics
+from rankwise.experiments.training import outcomes
 from rankwise.experiments.training.evaluation import Evaluator
 from rankwise.experiments.training.pack import Pack
 from rankwise.experiments.training.trainer import Trainer
@@ -57,7 +58,11 @@ BASES = (
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and how long it trains. rows, length: of a batch; evaluated: rows whose loss and score are taken."""
+    """A model and how long it trains.
+
+    rows, length: of one member's batch. evaluated: rows whose loss and score are taken. members: seeds, packed; loss and score
+    are their means.
+    """
 
     name: str
     model: str
@@ -67,11 +72,12 @@ class Subject:
     steps: int
     evaluated: int
     learning_rate: float
+    members: int = 1
 
 
 SUBJECTS = (
     Subject("SmolLM2-135M", SMOLLM2, "language-modelling", 4, 32, 8, 16, 1e-3),
-    Subject("all-MiniLM-L6-v2", MINILM, "regression", 16, 32, 24, 200, 3e-3),
+    Subject("all-MiniLM-L6-v2", MINILM, "regression", 16, 32, 30, 200, 1e-3, members=3),
 )
 
 
@@ -102,7 +108,7 @@ def measured(
     times = timing.interleave(steps, device, subject.steps - 1, warmup=1)
     for base in BASES:
         trainer, taken = trainers[base.name], times[base.name]
-        loss, score = _evaluated(trainer)
+        losses, scores = _evaluated(trainer)
         weights, held, size = weight_bytes(trainer)
         yield {
             "model": subject.name,
@@ -112,10 +118,11 @@ def measured(
             "step_seconds": statistics.median(taken),
             "step_spread": timing.quartiles(taken),
             "steps": subject.steps,
-            "loss_before": before[base.name][0],
-            "loss": loss,
+            "members": subject.members,
+            "loss_before": statistics.mean(before[base.name][0]),
+            "losses": losses,
             "metric": task.metric,
-            "score": score,
+            "scores": scores,
         }
 
 
@@ -150,18 +157,16 @@ def _step(trainer: Trainer, progress: Callable[[str, float], None], what: str) -
     return step
 
 
-def _evaluated(trainer: Trainer) -> tuple[float, float | None]:
-    """Loss and score on the rows that are not trained on."""
+def _evaluated(trainer: Trainer) -> tuple[list[float], list[float | None]]:
+    """Each member's loss and score on the rows that are not trained on."""
     pack = trainer.pack
     data = trainer.data["validation"]
     size = pack.training.evaluation_batch_size
     trainer.model.eval()
     evaluator = Evaluator(trainer.adapter, trainer.kind, trainer.processor, size, pack.precision)
-    (loss,), (predicted,) = evaluator.losses_and_predictions(data, 1)
-    if isinstance(predicted, Undefined):
-        return loss, None
-    found = trainer._score(predicted, *data.truth)
-    return loss, None if isinstance(found, Undefined) else found[pack.task.metric]
+    losses, predictions = evaluator.losses_and_predictions(data, pack.members)
+    found = [one if isinstance(one, Undefined) else outcomes.score(pack.task, one, *data.truth) for one in predictions]
+    return losses, [None if isinstance(one, Undefined) else one[pack.task.metric] for one in found]
 
 
 def _task(subject: Subject) -> Task:
@@ -222,11 +227,11 @@ def _trainer(
         task=task,
         model=subject.model,
         training=training,
-        seeds=(0,),
-        learning_rates=(subject.learning_rate,),
+        seeds=tuple(range(subject.members)),
+        learning_rates=(subject.learning_rate,) * subject.members,
         splits=("validation",),
         device=device,
         precision=base.precision,
         quantization=base.scheme,
     )
-    return Trainer(pack, data, scratch / "checkpoint.safetensors", [scratch])
+    return Trainer(pack, data, scratch / "checkpoint.safetensors", [scratch] * subject.members)
