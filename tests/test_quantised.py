@@ -4,8 +4,6 @@ import copy
 import importlib
 import itertools
 import warnings
-from collections.abc import Collection, Iterable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,16 +22,12 @@ from tests.contract import SEEDS, attach, create, fingerprint, kind
 from tests.loop import Loop
 from tests.quantised_models import FORMS, by_bitsandbytes, in_full, loaded, needed, quantised_linears
 from tests.test_callback import METHODS, Watch, trainer
+from tests.tiers import quick
 from tests.tiny import packed_batch
 
 pytestmark = [needed, pytest.mark.filterwarnings("ignore")]
 LOW_RANK = [name for name in variants.METHODS if issubclass(kind(name), LowRankAdapter)]
 TARGETS = ["query", "intermediate.dense", "layer.1.output.dense"]
-
-
-def some_slow(values: Iterable[Any], quick: Collection[Any]) -> list[Any]:
-    """Parameters of a test, all but a few of them in the slow tier."""
-    return [value if value in quick else pytest.param(*value, marks=pytest.mark.slow) for value in values]
 
 
 X = torch.randn(6, 64, generator=torch.Generator().manual_seed(2))
@@ -162,7 +156,7 @@ def passes(method: str, model: nn.Module, rows: dict[str, Tensor], **others: obj
 BOTH = list(itertools.product(LOW_RANK, FORMS))
 
 
-@pytest.mark.parametrize(("method", "form"), some_slow(BOTH, {("lora", "nf4"), ("dora", "int8"), ("adalora+dora", "nf4+dq")}))
+@pytest.mark.parametrize(("method", "form"), quick(BOTH, {("lora", "nf4"), ("dora", "int8"), ("adalora+dora", "nf4+dq")}))
 def test_outputs_and_gradients_are_those_over_the_dequantised_base(method, form):
     """Three members packed; the head and dropout among it."""
     model = loaded("bert", form)
@@ -174,7 +168,7 @@ def test_outputs_and_gradients_are_those_over_the_dequantised_base(method, form)
     assert all(torch.equal(a, b) for a, b in zip(got[1], want[1], strict=True))
 
 
-@pytest.mark.parametrize("method", ["adalora", *some_slow([("sora",), ("increlora",)], [])])
+@pytest.mark.parametrize("method", quick(["adalora", "sora", "increlora"], ["adalora"]))
 def test_training_allocates_shrinks_and_resumes_as_over_the_dequantised_base(method):
     model = loaded("bert", "nf4+dq")
     found = []
@@ -199,7 +193,7 @@ def test_training_allocates_shrinks_and_resumes_as_over_the_dequantised_base(met
 SIXTEEN = list(itertools.product(FORMS, (torch.bfloat16, torch.float16)))
 
 
-@pytest.mark.parametrize(("form", "dtype"), some_slow(SIXTEEN, {("nf4+dq", torch.bfloat16), ("int8", torch.bfloat16)}))
+@pytest.mark.parametrize(("form", "dtype"), quick(SIXTEEN, {("nf4+dq", torch.bfloat16), ("int8", torch.bfloat16)}))
 def test_a_sixteen_bit_model_computes_in_its_own_type(form, dtype):
     model = loaded("bert", form, dtype)
     rows = packed_batch(SEEDS)
@@ -342,7 +336,7 @@ def test_a_quantised_head_is_trained_from_its_dequantised_weights():
     torch.testing.assert_close(model(**inputs).logits, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["nf4+dq", *some_slow([("int8",)], [])])
+@pytest.mark.parametrize("form", quick(["nf4+dq", "int8"], ["nf4+dq"]))
 def test_transformers_trainer_trains_over_a_quantised_base(form, tmp_path):
     """With accumulation and its own door to checkpointing: to the bit what it does over the dequantised base."""
     losses, states = [], []
@@ -371,7 +365,7 @@ def test_transformers_trainer_trains_over_a_quantised_base(form, tmp_path):
 MERGED = list(itertools.product(("lora", "dora", "adalora", "adalora+dora"), FORMS))
 
 
-@pytest.mark.parametrize(("method", "form"), some_slow(MERGED, {("adalora", "nf4+dq"), ("dora", "int8")}))
+@pytest.mark.parametrize(("method", "form"), quick(MERGED, {("adalora", "nf4+dq"), ("dora", "int8")}))
 def test_a_merge_dequantises_and_says_so(method, form):
     model = loaded("bert", form)
     before = fingerprint(model.state_dict())
