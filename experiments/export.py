@@ -205,9 +205,7 @@ def _load(source: Source, whole: bool) -> tuple[Any, Any]:
                 tasks.of_run(source.adapter.parent, source.run["task"]),
                 source.run.get("training", {}).get("image_size"),
             )
-            model, processor, _ = models.load(
-                source.model, task, source.precision, image_size=size, quantization=source.scheme
-            )
+            model, processor, _ = models.load(source.model, task, source.precision, image_size=size, quantization=source.scheme)
             return model, processor
         folder = sources.fetch(source.model)
     except sources.Unavailable as error:
