@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from rankwise.experiments import kinds
+from rankwise.experiments import kinds, sources
 from rankwise.experiments.bench import planned
 from rankwise.experiments.cli.plan import in_bytes, readable
 from rankwise.experiments.plan import shapes, step
@@ -103,6 +103,13 @@ def test_shapes_that_travel_have_the_published_sizes(name, billions):
     model = shapes.build(name, kinds.get("generation"), 0, "bf16")
     assert all(p.is_meta for p in model.parameters())
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.001)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in sources.CATALOGUE.items() if entry.kind == "model"])
+def test_a_model_of_the_catalogue_is_planned_before_it_is_fetched(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path))
+    kind = "image-classification" if "dinov2" in name else "generation" if "LM" in name.partition("-")[0] else "classification"
+    assert step.cost(name, kinds.get(kind), 2, "lora", {"rank": 2}, step.Shape(1, 16)).trainable > 0
 
 
 # -- the command -------------------------------------------------------------------------------------------------------------

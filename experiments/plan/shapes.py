@@ -27,9 +27,11 @@ def configuration(model: str) -> dict[str, Any]:
     from rankwise.experiments import sources
     from rankwise.experiments.sources.hub import hub_snapshot
 
-    places = [Path(model).expanduser() / "config.json", FOLDER / f"{model.rpartition('/')[2]}.json"]
-    if model in sources.CATALOGUE:
-        places.append(sources.cached(sources.CATALOGUE[model]) / "config.json")
+    last = model.rpartition("/")[2]
+    places = [Path(model).expanduser() / "config.json", FOLDER / f"{last}.json"]
+    if model in sources.CATALOGUE:  # SmolLM2-135M-Instruct-Q4_1 is a SmolLM2-135M
+        places += [sources.cached(sources.CATALOGUE[model]) / "config.json"]
+        places += [FOLDER / f"{name}.json" for name in names() if last.startswith(name)]
     else:
         with contextlib.suppress(Exception):  # whatever the hub's client makes of a name that is no id
             snapshot, _ = hub_snapshot(model, local=True)
