@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from rankwise import variants
-from rankwise.experiments import config, export, generate, knockout, models, quantization
+from rankwise.experiments import config, export, generate, knockout, models, own_study, quantization
 from rankwise.experiments.cli.compare import narrowed
+from rankwise.experiments.data_entries import OwnData
 from rankwise.experiments.records import read_json
 from rankwise.experiments.study import Runner
 from rankwise.variants.adapter.kinds.quantised import bits, dequantised, scheme_of
@@ -124,6 +125,18 @@ def test_options_that_make_no_sense_are_refused(tmp_path, capsys):
         assert len(said.splitlines()) == 1
     assert rankwise("export", tmp_path, "--to", "lora", "--out", tmp_path / "out", "--requantize") == 2
     assert "--requantize has no effect with --to lora: take it out" in capsys.readouterr().err
+
+
+def test_a_comparison_in_one_line_writes_its_quantization_down(tmp_path):
+    data = OwnData(name="mine", train=str(tmp_path / "mine.csv"), kind="classification", input="text", target="label")
+    written = {}
+    for form in (None, INT8, DOUBLE):
+        methods = own_study.check_methods(None, False, form)
+        assert ("full" in methods) == (form is None) and "lora" in methods
+        text = own_study.compose(data, "m", methods, 800, 16, tmp_path, False, form)
+        written[form] = {k: v for k, v in tomllib.loads(text).items() if "quantization" in k}
+    assert written[None] == {} and written[INT8] == {"quantization": "int8"}
+    assert written[DOUBLE] == {"quantization": "nf4", "double_quantization": True}
 
 
 # -- loading, training, going on -------------------------------------------------------------------------------------------
