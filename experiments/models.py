@@ -95,7 +95,8 @@ def load(
                 "output_loading_info": True,
             }
             if quantization is not None:
-                skipped = _unquantised(auto, config, kind)
+                with torch.device("meta"):
+                    skipped = unquantised(auto.from_config(config), kind)
                 options |= quantized.options(quantization, options["dtype"], target, skipped)
             elif own is not None:
                 options["device_map"] = {"": str(target)}
@@ -133,13 +134,13 @@ def load(
     return model, processor, info
 
 
-def _unquantised(auto: Any, config: Any, kind: Any) -> list[str]:
-    """Modules that stay in floating point: the heads, which are trained, poolers, output layers and what is tied to them."""
-    import torch
+def unquantised(skeleton: Any, kind: Any) -> list[str]:
+    """Modules that stay in floating point: the heads, which are trained, poolers, output layers and what is tied to them.
+
+    skeleton: the model, of whatever values.
+    """
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    with torch.device("meta"):
-        skeleton = auto.from_config(config)
     poolers = [name for name, _ in skeleton.named_modules() if name.rpartition(".")[2] == "pooler"]
     return sorted({*get_keys_to_not_convert(skeleton), *kind.head_names(skeleton), *poolers})
 

@@ -9,6 +9,7 @@ from rankwise.experiments.bench import planned
 from rankwise.experiments.cli.plan import in_bytes, readable
 from rankwise.experiments.plan import shapes, step
 from rankwise.experiments.plan.live import Taken, unique_bytes
+from rankwise.variants.adapter.kinds.scheme import Scheme
 from rankwise.variants.settings import METHODS
 
 from tests import contract, small_world
@@ -80,6 +81,27 @@ def test_active_parameters_are_those_at_the_end(model):
     assert pruned.trainable == 3 * small.trainable and pruned.active == small.active == small.trainable
     budgeted = {"initial_rank": 6, "target_rank": 2, "cost": "parameters", "target_parameters": 1000}
     assert step.cost(model, kind, 3, "adalora", budgeted, step.Shape(2, 8)).active == 1000
+
+
+@pytest.mark.parametrize("form", [Scheme("nf4"), Scheme("nf4", True), Scheme("int8")], ids=str)
+def test_the_peak_over_a_quantised_base_is_that_of_a_real_step(model, form):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    shape = step.Shape(8, 24, precision="bf16", quantization=form)
+    row = planned.compared(model, "classification", "lora", settings("lora"), shape)
+    assert row["ratio"] == pytest.approx(1.0, abs=0.06), row
+
+
+def test_bits_of_a_quantised_weight_are_those_of_the_paper():
+    """Dettmers et al. 2023, sec. 3: 0.5 bits a weight for the scales of blocks of 64, 0.127 with double quantization."""
+    kind, plain = kinds.get("classification"), step.Shape(1, 8, precision="bf16")
+    dense = step.cost("all-MiniLM-L6-v2", kind, 3, "lora", {"rank": 8}, plain).weights
+    linears = 6 * (4 * 384**2 + 2 * 384 * 1536)
+    for form, bits in ((Scheme("nf4"), 4.5), (Scheme("nf4", True), 4.127), (Scheme("int8"), 8.067)):
+        shape = step.Shape(1, 8, precision="bf16", quantization=form)
+        packed = step.cost("all-MiniLM-L6-v2", kind, 3, "lora", {"rank": 8}, shape).weights
+        assert 8 * (packed - dense + 2 * linears) / linears == pytest.approx(bits, abs=0.01)
+    with pytest.raises(ValueError, match="trains the base's own weights"):
+        step.cost("all-MiniLM-L6-v2", kind, 3, "full", {}, step.Shape(1, 8, quantization=Scheme("nf4")))
 
 
 # -- the arithmetic that practitioners quote ---------------------------------------------------------------------------------
@@ -178,6 +200,8 @@ def test_no_terms_are_asked_for_where_no_data_is_read(capsys):
         (["placing", "--model", "llama-7b"], "--model llama-7b: a study, placing, is given too"),
         (["--model", "llama-7b", "--kind", "poetry"], 'kind = "poetry"'),
         (["--model", "llama-7b", "--methods", "lora,lorax"], '"lorax" is not in'),
+        (["--model", "llama-7b", "--quantization", "nf5"], "--quantization nf5: give nf4 or int8"),
+        (["--model", "llama-7b", "--double-quantization"], "has no effect with no quantization"),
         (["--precision", "fp8"], "--precision fp8: give fp32 or bf16"),
         (["--model", "all-MiniLM-L6-v2", "--no-time"], "it is an encoder, whose tokens see those after them"),
     ],

@@ -75,7 +75,8 @@ def measured_peak(
     """Bytes of all tensors at the fullest moment of the second step, with what kernels take from the allocator."""
     kind, trains_base = kinds.get(kind_name), known(name).load().trains_base
     task = SimpleNamespace(kind=kind_name, num_labels=labels)
-    model, _, info = models.load(model_id, task, "fp32" if trains_base else shape.precision)
+    precision = "fp32" if trains_base else shape.precision
+    model, _, info = models.load(model_id, task, precision, quantization=shape.quantization)
     adapter = variants.create(name, members=shape.members, **settings)
     first_token.only(model, adapter.draw)
     adapter.attach(model, head=info.heads, fresh_head=True)

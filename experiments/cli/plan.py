@@ -14,6 +14,7 @@ from rankwise.experiments.cli.start import start_torch
 if TYPE_CHECKING:
     from rankwise.experiments.config import Entry, Study
     from rankwise.experiments.plan.table import Asked, Row
+    from rankwise.variants.adapter.kinds.scheme import Scheme
 
 WITHOUT = "Without a study"
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -41,6 +42,10 @@ def plan(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of a step.  [default: 8]", rich_help_panel=WITHOUT)] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a row.  [default: 512]", rich_help_panel=WITHOUT)] = None,
+    quantization: Annotated[str | None, typer.Option(help="nf4 or int8: a quantised base.", rich_help_panel=WITHOUT)] = None,
+    double_quantization: Annotated[
+        bool, typer.Option("--double-quantization", help="With nf4: its scales too.", rich_help_panel=WITHOUT)
+    ] = False,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="With gradient checkpointing.", rich_help_panel=WITHOUT)
     ] = False,
@@ -54,7 +59,9 @@ def plan(
         raise ValueError(f"--precision {precision}: give fp32 or bf16")
     there = None if memory is None else in_bytes(memory)
     alone = {"--data": data, "--kind": kind, "--rank": rank, "--targets": targets, "--batch-size": batch_size}
-    alone |= {"--length": length, "--checkpointing": checkpointing or None}
+    alone |= {"--length": length, "--checkpointing": checkpointing or None, "--quantization": quantization}
+    alone |= {"--double-quantization": double_quantization or None}
+    form = _scheme(quantization, double_quantization)
     if model is None:
         for option, value in alone.items():
             if value is not None:
@@ -75,9 +82,9 @@ def plan(
         if chosen is not None:
             asked = table.of_study(chosen, taken, bar.warn)
         else:
-            entries = _entries(methods, rank, targets)
+            entries = _entries(methods, rank, targets, form is not None)
             shape = {"rows": batch_size or 8, "length": length or 512, "members": pack or 1}
-            shape |= {"checkpointing": checkpointing, "precision": taken}
+            shape |= {"checkpointing": checkpointing, "precision": taken, "quantization": form}
             asked = [_of_model(model, data, kind, entries, shape)]
         found: list[tuple[Asked, list[Row]]] = []
         for one in asked:
@@ -125,12 +132,23 @@ def _of_file(study: Path | None, methods: str | None, pack: int | None) -> "Stud
     return chosen
 
 
-def _entries(methods: str | None, rank: int | None, targets: str | None) -> "tuple[Entry, ...]":
-    """The methods of a quick look, each of one rank."""
+def _scheme(name: str | None, is_double: bool) -> "Scheme | None":
+    from rankwise.experiments import quantization
+
+    if name is not None and name not in quantization.NAMES:
+        raise ValueError(f"--quantization {name}: give {' or '.join(quantization.NAMES)}")
+    if (fault := quantization.fault(name, is_double)) is not None:
+        raise ValueError(f"--double-quantization: {fault}")
+    return quantization.scheme(name, is_double)
+
+
+def _entries(methods: str | None, rank: int | None, targets: str | None, is_quantised: bool) -> "tuple[Entry, ...]":
+    """The methods of a quick look, each of one rank; without full fine-tuning over a quantised base, unless it is named."""
     from rankwise.experiments import config, own_study
 
     known = own_study.shipped_entries(full_protocol=False)
-    chosen = list(own_study.METHODS) if methods is None else names("--methods", methods, known, "what a plan knows")
+    usual = [name for name in own_study.METHODS if name != "full" or not is_quantised]
+    chosen = usual if methods is None else names("--methods", methods, known, "what a plan knows")
     mean = rank or 8
     ranks = {"rank": mean, "alpha": 2.0 * mean}
     pruned = {"initial_rank": -(-3 * mean // 2), "target_rank": mean, "alpha": 2.0 * mean}
@@ -184,9 +202,11 @@ def _shown(asked: "Asked", rows: "list[Row]", memory: int | None) -> str:
         speed = (f"{cost.products / 1e12:.3g}", "-" if row.seconds is None else f"{row.seconds:.3g}")
         fit = () if memory is None else ("yes" if row.fits else "no", row.largest_batch, row.largest_pack or "-")
         cells.append((row.method, *counts, *sizes_before, file, *speed, *fit))
+    form = shape.precision if shape.quantization is None else f"{shape.precision} over {shape.quantization}"
+    form += ", gradient checkpointing" if shape.checkpointing else ""
     caption = (
-        f"{asked.kind} on {asked.model}: {shape.micro_rows} rows of {shape.length} tokens a member at a time, {shape.precision}"
-        f"{', gradient checkpointing' if shape.checkpointing else ''}. Nothing was trained or downloaded.",
+        f"{asked.kind} on {asked.model}: {shape.micro_rows} rows of {shape.length} tokens a member at a time, {form}. "
+        "Nothing was trained or downloaded.",
         "The peak is of tensors: what the process, a CUDA context or a kernel's own work space takes comes on top.",
         "Full fine-tuning keeps the model's own weights beside the trained copies (column adapter), to give them back.",
     )

@@ -7,16 +7,18 @@ packing and every method's own tensors are in them.  The optimizer's averages ar
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from rankwise import variants
+from rankwise.experiments import models
 from rankwise.experiments.plan import shapes
 from rankwise.experiments.plan.live import Taken, unique_bytes
 from rankwise.experiments.training import first_token
 from rankwise.experiments.training.evaluation import autocast
 from rankwise.variants import native
+from rankwise.variants.adapter.kinds.scheme import Scheme
 from rankwise.variants.adapter.step import Step
 from rankwise.variants.adapter.surgery import Surgery
 from rankwise.variants.settings import method
@@ -61,6 +63,7 @@ class Shape:
     accumulation: int = 1
     checkpointing: bool = False
     precision: str = "fp32"
+    quantization: Scheme | None = None
     targets: str | list[str] | tuple[str, ...] = "all-linear"
 
     @property
@@ -78,6 +81,11 @@ def cost(model_id: str, kind: Any, num_labels: int, name: str, settings: dict[st
     """
     trains_base = method(name).load().trains_base
     model = shapes.build(model_id, kind, num_labels, "fp32" if trains_base else shape.precision)
+    if trains_base and shape.quantization is not None:
+        raise ValueError(
+            f"{name} trains the base's own weights, and these are quantised ({shape.quantization}): plan without it"
+        )
+    packed = None if shape.quantization is None else _packed(model, kind, shape.quantization)
     adapter = variants.create(name, members=shape.members, **settings)
     last = first_token.last_layer(model)
     if last is not None:  # as a run does, where it gives the same logits
@@ -96,7 +104,45 @@ def cost(model_id: str, kind: Any, num_labels: int, name: str, settings: dict[st
             raise ValueError(f"{type(model).__name__} does not support gradient checkpointing: plan without it")
         keyed = {"use_reentrant": False, "context_fn": adapter.draw.recompute_contexts}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keyed)
-    return _on_fake_tensors(model, adapter, trains_base, kind, num_labels, shape, counts)
+    found = _on_fake_tensors(model, adapter, trains_base, kind, num_labels, shape, counts)
+    if packed is None:
+        return found
+    saved = packed.dense - packed.stored
+    return replace(found, weights=found.weights - saved, peak=found.peak - saved + packed.largest)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Bytes of the weights that are quantised: dense, as the model has them, and stored; of the largest one dense."""
+
+    dense: int
+    stored: int
+    largest: int
+
+
+BLOCK, OUTER_BLOCK = 64, 256  # elements of a 4-bit weight that share a scale, and scales that share one in turn
+
+
+def _packed(model: nn.Module, kind: Any, form: Scheme) -> Packed:
+    """What quantising a model's linears saves (variants/adapter/kinds/quantised.py has the layouts).
+
+    One weight at a time is dense again, for a product or its backward pass.
+    """
+    kept = models.unquantised(model, kind)
+    dense = stored = largest = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or any(name == one or name.startswith(f"{one}.") for one in kept):
+            continue
+        count, rows = module.weight.numel(), module.out_features
+        if form.name == "int8":
+            own = count + 4 * rows
+        else:
+            blocks = -(-count // BLOCK)
+            scales = 4 * blocks if not form.is_double else blocks + 4 * -(-blocks // OUTER_BLOCK) + 4
+            own = -(-count // 2) + scales
+        size = count * module.weight.element_size()
+        dense, stored, largest = dense + size, stored + own, max(largest, size)
+    return Packed(dense, stored, largest)
 
 
 def _active_at_the_end(adapter: Any, now: int) -> int:

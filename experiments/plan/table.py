@@ -124,7 +124,8 @@ def rows(asked: Asked, memory: int | None, rate: float | None) -> Iterator[Row]:
     for entry in asked.entries:
         kind = method(entry.method).load()
         members = asked.shape.members if kind.packable else 1
-        shape = dataclasses.replace(asked.shape, members=members, targets=entry.targets)
+        form = entry.scheme or asked.shape.quantization
+        shape = dataclasses.replace(asked.shape, members=members, targets=entry.targets, quantization=form)
         settings = entry.resolved(asked.total_steps).model_dump(exclude_unset=True)
 
         def count(shape: step.Shape = shape, entry: Entry = entry, settings: dict[str, Any] = settings) -> step.StepCost:
