@@ -115,6 +115,7 @@ def test_a_report_of_the_archive_is_that_of_the_folders(runs, tmp_path, drawn, r
         assert (tmp_path / "of-archive" / path).read_bytes() == (tmp_path / "of-folders" / path).read_bytes(), path
 
 
+@pytest.mark.slow
 def test_a_kill_while_archiving_leaves_the_old_state(runs, tmp_path):
     path = results.archive_finished(runs, tmp_path / "kept")
     old = path.read_bytes()
@@ -172,6 +173,7 @@ def test_a_file_of_a_run_in_the_archive_that_is_no_result_is_refused_by_name(run
         results.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_is_read_as_something_else(runs, tmp_path):
     """Of 200 bytes of the pages, and of every third of the footer, each bit in turn: Parquet does not check its footer."""
     path = results.archive_finished(runs, tmp_path / "kept")

@@ -94,6 +94,7 @@ def test_ratio_tax_and_memory_are_what_they_are_called(measured):
         assert (row["improved_floor_seconds"] is None) == row["case"].startswith("linear/")
 
 
+@pytest.mark.slow
 def test_seconds_are_per_member_and_batch(model, setup, monkeypatch):
     """A clock on which every step takes 6 seconds: of 3 members each took 2, of one member's 2 batches each took 3."""
     monkeypatch.setattr(timing, "interleave", lambda steps, *_: {key: [6.0, 6.0] for key in steps})

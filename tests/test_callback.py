@@ -364,6 +364,7 @@ def test_forgetting_to_drive_it_is_said_in_the_next_step_once(tmp_path, method):
         driven.ranks()
 
 
+@pytest.mark.slow
 def test_transformers_trainer_is_imported_by_nothing_else():
     code = (
         "import sys; from rankwise import variants; variants.create('lora', rank=2); assert 'transformers' not in sys.modules"

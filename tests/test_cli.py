@@ -178,6 +178,7 @@ def test_refusal_and_help_of_every_command_need_no_torch(tmp_path):
 
 
 @pytest.mark.parametrize("module", ["rankwise.experiments", "rankwise.experiments.cli"])
+@pytest.mark.slow
 def test_python_m_is_the_command(module):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-m", module, "compare", "smok"], capture_output=True, text=True, env=environment)
@@ -284,6 +285,7 @@ def test_ranks_of_an_adapter_folder(adapter_folder):
     assert {site["active"] for site in facts["sites"] if not site["site"].endswith("query")} == {3}
 
 
+@pytest.mark.slow
 def test_ranks_writes_csv_and_figures_and_warns_of_faults(adapter_folder, tmp_path):
     done = rankwise("ranks", adapter_folder, "--csv", tmp_path / "sites.csv", "--figures", tmp_path / "figures")
     assert done.returncode == 0 and "Warning: " in done.stdout and "dW is zero (B is all zero)" in done.stdout

@@ -187,6 +187,7 @@ def test_a_dinov2_comes_out_of_an_onnx_graph_with_every_weight_in_its_place(tmp_
 
 
 @pytest.mark.network
+@pytest.mark.slow
 def test_the_converted_dinov2_computes_what_its_graph_computes(monkeypatch):
     """At the last layer norm, by onnx's own slow evaluator."""
     onnx, torch = pytest.importorskip("onnx"), pytest.importorskip("torch")

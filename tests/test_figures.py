@@ -108,6 +108,7 @@ def test_seeds_are_compared_by_spearman_and_jaccard(tmp_path):
     assert stability.seed_pairs(arms["lora"]) == []
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_bytes(study, tmp_path):
     for function in (figures.budget, figures.rates):
         once = figures.save(function(study), tmp_path / "1")
@@ -116,6 +117,7 @@ def test_the_same_runs_give_the_same_bytes(study, tmp_path):
         assert not re.search(rb"<dc:date>|20\d\d-\d\d-\d\d|Matplotlib v", once[0].read_bytes())
 
 
+@pytest.mark.slow
 def test_main_figures_are_saved_for_papers_and_the_same_twice(drawings, tmp_path):
     assert drawings["rank-map"].is_main and not drawings["budget"].is_main
     made, study = [], results.load(write_study(tmp_path / "study", methods=("full", "lora"), sweep=False)).parts()[0]
@@ -131,6 +133,7 @@ def test_the_differences_show_every_verdict(drawings):
     assert texts & {"better", "worse", "undecided", "no claim", "equivalent"}
 
 
+@pytest.mark.slow
 def test_pngs_are_as_wide_as_a_readme_and_no_wider(drawings, tmp_path):
     for drawing in (drawings["rank-map"], drawings["learning-curves"]):
         _, png = figures.save(drawing, tmp_path)

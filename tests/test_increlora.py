@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tests.loop import BETA1, BETA2, EPSILON, Loop
 from tests.test_adalora import NAMES, Net, data, squared_error
+from tests.tiers import quick
 from tests.tiny import batch, packed_batch, tiny
 
 TOTAL, WARMUP, FINAL, INTERVAL, RISE = 24, 4, 5, 3, 4
@@ -197,7 +198,7 @@ def made(name: str, members: range = range(3)):
     ).attach(Net(), list(NAMES), head=[])
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", quick(CONFIGURATIONS, list(CONFIGURATIONS)[:2]))
 def test_every_step_of_training_is_the_plain_version_s(name):
     adapter = made(name)
     plain = []

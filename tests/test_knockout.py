@@ -59,6 +59,7 @@ def by_hand(adapter, tokenizer, task, encoded, member, taken):
 
 
 @pytest.mark.parametrize(("name", "members"), [("lora", 2), ("dora", 2), ("full", 1)])
+@pytest.mark.slow
 def test_taking_a_site_out_is_setting_its_weight_back(model_id, name, members, monkeypatch):
     adapter, tokenizer, task = trained(model_id, name, members)
     encoded = small_world.encoded(task)["validation"].random_part(9, KNOCKOUT_ROWS)

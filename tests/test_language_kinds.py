@@ -400,6 +400,7 @@ def test_text_is_cut_into_blocks_and_its_bytes_are_counted_once():
     assert text_metrics.resampled_compression(losses, data.truth[0], ones)[0] == pytest.approx(found["compression"])
 
 
+@pytest.mark.slow
 def test_the_knock_out_measures_the_loss_of_a_language_model(tmp_path):
     packed = pack(tmp_path, "generation", "llama", seeds=SEEDS[:2], rates=RATES[:2])
     trainer, outcomes = small_world.trained(packed, tmp_path / "run", data=data_of(packed))
@@ -435,7 +436,7 @@ def test_the_model_says_whether_it_is_a_decoder_or_reads_first(tmp_path):
         assert type(model).__name__ == expected and processor.is_encoder_decoder == (name == "t5") and info.heads == ()
 
 
-@pytest.mark.parametrize("kind", SCORED)
+@pytest.mark.parametrize("kind", quick(SCORED, ["generation"]))
 def test_a_study_over_a_language_model_ends_with_scores_and_predictions(kind, tmp_path, monkeypatch):
     monkeypatch.setitem(tasks._TASKS, f"small/{kind}", task(kind))
     methods = [{"method": name, "learning_rate": 1e-2, **small_world.settings(name)} for name in ("lora", "adalora")]

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.contract import SEEDS, of_member, settings
+from tests.tiers import quick
 from tests.tiny import tiny
 
 WORDS, PAD = 11, 2
@@ -183,7 +184,7 @@ def train(adapter: Any, model: nn.Module, ids: Tensor, pixels: Tensor) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:.*after_step was never called")  # fill() moves what is not trained yet
-@pytest.mark.parametrize("method", TAKE_ALL)
+@pytest.mark.parametrize("method", quick(TAKE_ALL))
 def test_members_train_together_as_alone(method):
     """With dropout, and ranks, scales and allocation of each member's own."""
     values = settings(method)

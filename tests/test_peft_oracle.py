@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from rankwise.variants.adapter.probe import fill
 from rankwise.variants.adapter.step import Step
 from torch import Tensor, nn
 
+from tests.tiers import diagonal, quick
 from tests.tiny import batch, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -136,8 +138,7 @@ def test_same_weights_give_the_same_output_and_gradients(kind, model):
         assert close(view(parameter.grad), other.grad, 1e-5), name
 
 
-@pytest.mark.parametrize("model", TARGETS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "model"), quick(product(KINDS, TARGETS), diagonal(KINDS, TARGETS)))
 def test_twenty_steps_of_training_stay_together(kind, model):
     """AdamW, PEFT's penalty included; AdaLoRA keeps the same triplets at every allocation."""
     adapter, oracle = ours(kind, model), peft(kind, model)

@@ -41,8 +41,8 @@ def test_storages_are_counted_from_their_first_use_to_their_end():
     assert taken.now == 0 and unique_bytes([before, before[2:]]) == 40
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", quick(METHODS, {*STAND_INS, "sora", "dylora"}))
+@pytest.mark.parametrize("checkpointing", quick([False, True], [True]))
+@pytest.mark.parametrize("method", quick(METHODS, {*STAND_INS, "dylora"}))
 def test_the_peak_is_that_of_a_real_step(model, method, checkpointing):
     """On tiny tensors nothing is large enough to hide a forgotten one."""
     members = 1 if method == "full" else 3
@@ -128,6 +128,7 @@ def test_shapes_that_travel_have_the_published_sizes(name, billions):
 
 
 @pytest.mark.parametrize("name", [name for name, entry in sources.CATALOGUE.items() if entry.kind == "model"])
+@pytest.mark.slow
 def test_a_model_of_the_catalogue_is_planned_before_it_is_fetched(name, tmp_path, monkeypatch):
     monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path))
     kind = "image-classification" if "dinov2" in name else "generation" if "LM" in name.partition("-")[0] else "classification"
@@ -173,15 +174,41 @@ def test_the_command_says_what_fits_and_what_a_rank_costs(model, capsys):
     assert "Nothing was trained or downloaded" in shown and "bf16" in shown and "adalora" not in shown
 
 
-PARTS = "adalora,within sites,svd-lora,lora,dora,random-rank,learned,permuted"  # who share a rate go together
+STUDY = """
+name = "x"
+model = "{model}"
+tasks = ["glue/stsb"]
+seeds = 12
+reference = "lora"
+pack = 4
+[training]
+max_length = 16
+[budget]
+equal = "parameters"
+parameters = 6000
+[defaults]
+learning_rates = [1e-3, 2e-3]
+[[methods]]
+method = "adalora"
+cost = "parameters"
+[[methods]]
+method = "lora"
+[[methods]]
+method = "lora"
+label = "learned"
+ranks_of = "adalora"
+"""
 
 
-def test_a_study_is_planned_with_the_ranks_of_its_budget(capsys):
-    assert rankwise("plan", "placing", "--no-time", "--json", "--methods", PARTS) == 0
+def test_a_study_is_planned_with_the_ranks_of_its_budget(model, tmp_path, capsys):
+    file = tmp_path / "x.toml"
+    file.write_text(STUDY.format(model=model))
+    assert rankwise("plan", file, "--no-time", "--json") == 0
     captured = capsys.readouterr()
     rows = {row["method"]: row for row in json.loads(captured.out)["rows"]}
-    assert rows["lora"]["trainable_parameters"] == 331_776 and rows["lora"]["members"] == 4
-    assert rows["adalora"]["active_parameters"] == 332_064 and rows["adalora"]["trainable_parameters"] == 498_096
+    assert 5000 < rows["lora"]["trainable_parameters"] <= 6000 and rows["lora"]["members"] == 4
+    assert rows["adalora"]["active_parameters"] == 6000 < rows["adalora"]["trainable_parameters"]
+    assert rows["learned"]["peak_bytes"] == rows["lora"]["peak_bytes"]
     assert "learned takes the ranks of adalora's run: planned with equal ones" in captured.err
 
 

@@ -162,6 +162,7 @@ def test_a_model_is_loaded_quantised_but_for_its_head(model, scheme, precision):
 
 
 @needed
+@pytest.mark.slow
 def test_a_run_over_a_quantised_base_goes_on_where_it_was(model, tmp_path):
     pack = dataclasses.replace(small_world.pack(model, "adalora+dora", seeds=(0, 1, 2)), quantization=DOUBLE)
     whole = small_world.trained(pack, tmp_path / "whole")

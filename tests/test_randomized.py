@@ -170,6 +170,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_page_says_what_was_planted_and_its_study_is_sound(folder, tmp_path):
     one = page.analysed(results.load(folder).parts()[0])
     worth = one.by["kind"]

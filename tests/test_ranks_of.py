@@ -16,6 +16,7 @@ from rankwise.variants.settings import check, together
 
 from tests.loop import Loop
 from tests.test_study import cache, contents, model, no_training, nothing_committed, ran, result, study  # noqa: F401
+from tests.tiers import quick
 from tests.tiny import batch, packed_batch, tiny
 
 SEEDS = [0, 1, 2]
@@ -128,7 +129,7 @@ def test_packed_and_alone_agree(whole, model, tmp_path):  # noqa: F811
             assert one["final_train_loss"] == pytest.approx(other["final_train_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("interrupted", ["lora", "dora"])
+@pytest.mark.parametrize("interrupted", quick(["lora", "dora"], ["dora"]))
 def test_an_interrupted_study_ends_with_the_same_files(whole, model, tmp_path, monkeypatch, interrupted):  # noqa: F811
     step = Trainer.train_step
 

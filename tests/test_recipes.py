@@ -873,6 +873,7 @@ def test_a_cell_runs_resumes_and_stands_beside_the_paper(small, capsys, figures_
     assert "standing in for owner/not-here" in (small["out"] / "report" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_column_names_its_cell_and_a_scaled_cell_says_so(small, capsys):
     cli.paper(**{**small, "cells": "letters_r"}, rows=["AdaLoRA"], seeds=1, scale=0.5)
     printed = " ".join(capsys.readouterr().out.split())

@@ -498,6 +498,7 @@ def test_every_family_has_a_head_for_spans(name):
     assert kinds.get("span").head_names(made)[-1] == "qa_outputs"
 
 
+@pytest.mark.slow
 def test_packed_members_train_as_alone_and_a_stopped_run_ends_the_same(model, tmp_path):
     seeds, rates = (3, 8), (1e-2, 3e-3)
     pack = small_world.pack(model, "adalora", seeds=seeds, learning_rates=rates, kind="span")

@@ -143,6 +143,7 @@ def test_stratified_interval_draws_seeds_within_each_task():
     assert statistics.stratified_interval([np.array([1.0]), np.array([1.0, 2.0])]) is None
 
 
+@pytest.mark.slow
 def test_what_seeds_could_have_seen_is_what_the_test_finds_four_times_in_five():
     for n, m in ((8, 5), (10, 5), (6, 1)):
         effect = statistics.detectable(n, m)

@@ -365,7 +365,7 @@ def test_in_bf16_the_base_is_bf16_and_what_is_trained_is_fp32_and_a_stopped_run_
 # -- the order of a step -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick(KINDS, ["regression", "token-classification"]))
 def test_accumulation_is_one_batch_in_pieces(tmp_path_factory, tmp_path, doubled, kind):
     without_dropout = small_world.model(tmp_path_factory.mktemp("model"), dropout=0.0)
     ends = []

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-# One of each machinery: the model's own tensors, two factors, triplets with magnitudes, growing, placed by gradients.
-STAND_INS = ("full", "lora", "adalora+dora", "increlora", "gora")
+# One of each machinery: the model's own tensors, triplets with magnitudes, growing, two factors placed by gradients.
+STAND_INS = ("full", "adalora+dora", "increlora", "gora")
 
 
 def quick(cases: Iterable[Any], stand_ins: Iterable[Any] = STAND_INS) -> list[Any]:
