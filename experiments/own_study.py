@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomlkit
 import tomlkit.items
-from rankwise.experiments import config, sources
+from rankwise.experiments import config, kinds, sources
 from rankwise.experiments.data_entries import OwnData, is_hub_id
 from rankwise.experiments.files import write_file
 from rankwise.experiments.records import STUDY_FILE
 from rankwise.experiments.tasks import OwnTask
-from rankwise.experiments.tasks.own_tasks import row_lengths
 from rankwise.variants.adapter.kinds.scheme import Scheme
 from rankwise.variants.settings import method, nearest
 
@@ -84,41 +84,49 @@ def check_methods(named: str | None, full_protocol: bool, quantization: Scheme |
 
 
 @dataclass(frozen=True)
-class Extent:
-    """How large the rows of a task are for a model.
+class Lengths:
+    """How long the rows of each part are for a model.
 
-    lengths: tokens of each row of every part, nothing cut; empty where rows have none. most: what the model takes; None where
-    it names no limit. size: height and width of an image, as the model's own processor makes it.
+    of: part -> (n,) tokens of each row, nothing cut. most: that the model takes; None where it names no limit.
     """
 
-    lengths: list[int]
-    most: int | None = None
-    size: tuple[int, int] | None = None
+    of: Mapping[str, np.ndarray]
+    most: int | None
+
+    @property
+    def longest(self) -> int:
+        return max(int(lengths.max()) for lengths in self.of.values())
+
+    @property
+    def max_length(self) -> int:
+        """The longest row, rounded up to a multiple of 8, at most what the model takes and 512 tokens."""
+        rounded = -(-self.longest // 8) * 8
+        return min(max(rounded, SHORTEST), LONGEST, *([self.most] if self.most is not None else []))
 
 
-def extent_of(model: str, task: OwnTask, quantization: Scheme | None = None) -> Extent:
-    """
+def lengths_of(model: Any, processor: Any, task: OwnTask) -> Lengths | None:
+    """How long the rows of a task are for a loaded model; None where they have no tokens.
+
     Raises:
-        Unavailable: the model cannot be had.
+        ValueError: the model cannot read such rows, as a chat where it has no template.
     """
-    from rankwise.experiments import kinds, models  # torch
+    from rankwise.experiments import models  # torch
 
-    loaded, tokenizer, _ = models.load(model, task, quantization=quantization)
-    kind = kinds.get(task.kind)
-    if kind.has_images:
-        made = task.encode(tokenizer, task.train_split, 0).select_examples([0]).pixels
-        return Extent([], size=made.shape[2:])
-    longest = models.longest_input(loaded)
-    most = tokenizer.model_max_length if longest is None else min(longest, tokenizer.model_max_length)
-    is_words = task.kind == "token-classification"
-    lengths = [row_lengths(task.examples(split), tokenizer, is_words) for split in task.splits]
-    return Extent([int(length) for one in lengths for length in one], most)
+    longest, kind = models.longest_input(model), kinds.get(task.kind)
+    found = {}
+    for split in task.splits:
+        lengths = kind.whole_lengths(task.examples(split), processor)
+        if lengths is None:
+            return None
+        found[split] = lengths
+    most = processor.model_max_length if longest is None else min(longest, processor.model_max_length)
+    return Lengths(found, most)
 
 
-def length_for(lengths: Sequence[int], most: int | None) -> int:
-    """max_length: the longest row, rounded up to a multiple of 8, at most what the model takes and 512 tokens."""
-    longest = -(-max(lengths) // 8) * 8
-    return min(max(longest, SHORTEST), LONGEST, *([most] if most is not None else []))
+def image_size_of(processor: Any, task: OwnTask) -> tuple[int, int]:
+    """Height and width in pixels of the images of a task, as the model's own processor makes them."""
+    _, _, height, width = task.encode(processor, task.train_split, 0).select_examples([0]).pixels.shape
+    return height, width
 
 
 def training_for(rows: int) -> dict[str, int]:

@@ -294,7 +294,7 @@ def test_a_chat_goes_through_the_tokenizers_template():
     ask.chat_template += "{% if add_generation_prompt %}{{ 's\n' }}{% endif %}"
     data = kind.encode(chats, ask, 24)
     prompt, scored = data.parts(0)
-    assert ask.decode(prompt) == "u a b s" and ask.decode(scored) == "x [SEP]" and data.num_cut == 0
+    assert ask.decode(prompt) == "u a b s" and ask.decode(scored) == "x [SEP]"
 
 
 def test_an_encoder_decoder_reads_the_prompt_and_is_trained_on_the_target():
@@ -327,7 +327,6 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_target_its_end():
     data = kind.encode(Examples([" ".join(letters), "a"], None, ["x", " ".join(letters)]), ask, 10)
     prompt, scored = data.parts(0)
     assert ask.decode(prompt).split() == letters[-8:] and scored.tolist()[-1] == 3 and len(scored) == 2
-    assert data.num_cut == 2
     prompt, scored = data.parts(1)
     assert ask.decode(prompt) == "a" and ask.decode(scored[:-1]).split() == letters[:8] and scored[-1] == 3
     assert data.max_new_tokens == 5  # half of max_length, so that the prompt has the rest

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rankwise.experiments import checks, config, knockout, own_study, tasks
+from rankwise.experiments import checks, config, kinds, knockout, own_study, tasks
 from rankwise.experiments.data_entries import OwnData, located
 from rankwise.experiments.study import Runner
 from rankwise.experiments.tasks import metrics, own_kinds, own_tasks
@@ -179,10 +179,13 @@ def test_epochs_and_batches_follow_from_the_rows(rows, epochs, batch):
 
 
 def test_the_length_is_that_of_the_longest_row_within_what_the_model_takes():
-    assert own_study.length_for([3, 41], 128) == 48
-    assert own_study.length_for([3, 9], 128) == 16
-    assert own_study.length_for([3, 400], 128) == 128
-    assert own_study.length_for([3, 4000], None) == 512
+    def length_for(longest: int, most: int | None) -> int:
+        return own_study.Lengths({"train": np.array([3, longest]), "test": np.array([2])}, most).max_length
+
+    assert length_for(41, 128) == 48
+    assert length_for(9, 128) == 16
+    assert length_for(400, 128) == 128
+    assert length_for(4000, None) == 512
 
 
 WRONG = {
@@ -405,7 +408,7 @@ def test_rows_that_are_cut_are_counted_to_the_token(tmp_path, model):
     tokenizer = models.tiny_tokenizer()
     rows = [{"text": " ".join("a" * (4 + i % 4)), "label": str(i % 2)} for i in range(40)]
     one = task(tmp_path, rows)
-    lengths = own_tasks.row_lengths(one.examples("train"), tokenizer, is_words=False)
+    lengths = kinds.get(one.kind).whole_lengths(one.examples("train"), tokenizer)
     assert set(lengths) == {6, 7, 8, 9} or set(np.diff(sorted(set(lengths)))) == {1}
     for most in (8, 9):
         said = one.cut("train", one.encode(tokenizer, "train", most), tokenizer, most)

@@ -130,27 +130,30 @@ def _written(
         ValueError: the data or the methods are at fault; or another study is there.
         Unavailable: the model cannot be had.
     """
-    from rankwise.experiments import own_study
+    from rankwise.experiments import kinds, own_study
     from rankwise.experiments.tasks import in_study
 
     labels = own_study.check_methods(methods, full_protocol, form)
     task = in_study(data.name, [data])
     with Progress() as bar:
         start_torch(bar, threads)
-        extent, max_length = own_study.extent_of(model, task, form), None
-        rows = task.sizes["train"]
-        if data.kind is None and data.input is not None:  # its kind follows from its values, and the study will name it
-            bar.warn(task.notes[0])
-        plan = own_study.training_for(rows)
-        if extent.lengths:
-            max_length = own_study.length_for(extent.lengths, extent.most)
-            size = f"max_length = {max_length} tokens (the longest row has {max(extent.lengths)})"
-        else:
-            height, width = extent.size
+        from rankwise.experiments import models
+
+        loaded, processor, _ = models.load(model, task, quantization=form)
+        lengths, rows = own_study.lengths_of(loaded, processor, task), task.sizes["train"]
+        if lengths is None:
+            max_length, (height, width) = None, own_study.image_size_of(processor, task)
             size = (
                 f"images of {width} x {height} pixels, as the model's processor makes them, none changed at random; image_size "
                 f"and augmentation of the study say otherwise"
             )
+        else:
+            max_length = lengths.max_length
+            rows = kinds.get(task.kind).num_rows(lengths.of["train"], max_length)
+            size = f"max_length = {max_length} tokens (the longest row has {lengths.longest})"
+        if data.kind is None and data.input is not None:  # its kind follows from its values, and the study will name it
+            bar.warn(task.notes[0])
+        plan = own_study.training_for(rows)
         bar.warn(f"training: {plan['epochs']} epochs of {rows:,} rows, {plan['batch_size']} a step; {size}")
     read_as = data.model_copy(update={"kind": task.kind})
     text = own_study.compose(read_as, model, labels, rows, max_length, out, full_protocol, form)

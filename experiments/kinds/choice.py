@@ -19,9 +19,10 @@ from rankwise.experiments.data import lengths
 from rankwise.experiments.data.dataset import Dataset
 from rankwise.experiments.data.encoded import IGNORED, Encoded
 from rankwise.experiments.data.examples import Examples
-from rankwise.experiments.kinds.interface import Planned
+from rankwise.experiments.kinds.interface import Planned, Seen
 from rankwise.experiments.kinds.language import LanguageModel, Prompted, continued, cut_left, flat, starts
 from rankwise.experiments.kinds.predictions import as_array
+from rankwise.experiments.kinds.text import ENDLESS
 from rankwise.experiments.kinds.token_losses import token_losses
 from torch import Tensor
 
@@ -121,6 +122,21 @@ class Choice(LanguageModel):
         )
         first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         return Options(rows, first, labels, np.array([len(option.encode()) for option in options], dtype=np.int64))
+
+    def whole_lengths(self, examples: Examples, processor: Any) -> np.ndarray:
+        """Of each question with its longest option."""
+        return self.encode(examples, processor, ENDLESS).lengths
+
+    def lost(self, processor: Any) -> str:
+        return "the beginning of a question, or the end of an option, is not read"
+
+    def seen(self, data: Options, row: int, processor: Any, labels: Sequence[str]) -> list[Seen]:
+        """The row-th question with each of its options."""
+        found = []
+        for option, at in enumerate(range(data.first[row], data.first[row + 1])):
+            name = f"option {option + 1}{', the right one' if option == data.labels[row] else ''}"
+            found += (replace(one, name=name) for one in super().seen(data.rows, at, processor, labels))
+        return found
 
     def plan(self, data: Options, batch_size: int, seed: int, epoch: int) -> list[Planned]:
         of_right = _RightOptions(data.rows.lengths[data.right], data.max_length)

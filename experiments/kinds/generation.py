@@ -4,7 +4,7 @@ Decoders (GPT-2, Llama, ...) see the prompt and go on; encoder-decoders (T5, BAR
 prompts as `first`, the targets (texts) as `labels`, and, where several answers are right, all of them as `answers`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,10 @@ from rankwise.experiments.data import lengths
 from rankwise.experiments.data.encoded import IGNORED
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.kinds.decoding import generated
-from rankwise.experiments.kinds.interface import Planned
+from rankwise.experiments.kinds.interface import Planned, Seen
 from rankwise.experiments.kinds.language import LanguageModel, Prompted, as_text, continued, cut_left, flat, padded, starts
 from rankwise.experiments.kinds.predictions import texts_as_bytes
+from rankwise.experiments.kinds.text import ENDLESS, texts_of
 from torch import Tensor
 
 ASKED = ("prompt_ids", "prompt_mask", "max_new_tokens", "end")  # of a batch of an evaluation, what the loss does not take
@@ -56,7 +57,7 @@ class Generation(LanguageModel):
         """
         is_apart = getattr(processor, "is_encoder_decoder", False)
         texts = [as_text(processor, prompt) for prompt in examples.first]
-        prompts, scored, num_cut = (_apart if is_apart else _in_one)(texts, list(examples.labels), processor, max_length)
+        prompts, scored = (_apart if is_apart else _in_one)(texts, list(examples.labels), processor, max_length)
         empty = next((row for row, prompt in enumerate(prompts) if not len(prompt)), None)
         if empty is not None:
             raise ValueError(f"example {empty + 1}: its prompt has no tokens; a model goes on from one at least")
@@ -69,8 +70,23 @@ class Generation(LanguageModel):
             references=tuple(tuple(texts) for texts in examples.answers or [(text,) for text in examples.labels]),
             max_new_tokens=longest if is_apart else min(longest, max_length // 2),
             is_apart=is_apart,
-            num_cut=num_cut,
         )
+
+    def whole_lengths(self, examples: Examples, processor: Any) -> np.ndarray:
+        """Of a decoder prompt, target and end of text together, of an encoder-decoder the longer of source and target."""
+        whole = self.encode(examples, processor, ENDLESS)
+        return np.maximum(whole.prompts, whole.lengths - whole.prompts) if whole.is_apart else whole.lengths
+
+    def lost(self, processor: Any) -> str:
+        if processor.is_encoder_decoder:
+            return "the end of a source, or of a target, is not read"
+        return "the beginning of a prompt, or the end of a target, is not read"
+
+    def seen(self, data: Prompted, row: int, processor: Any, labels: Sequence[str]) -> list[Seen]:
+        if not data.is_apart:
+            return super().seen(data, row, processor, labels)
+        source, target = (texts_of(processor, ids) for ids in data.parts(row))
+        return [Seen(source, (False,) * len(source), "source"), Seen(target, (True,) * len(target), "target")]
 
     def plan(self, data: Prompted, batch_size: int, seed: int, epoch: int) -> list[Planned]:
         return lengths.batches(_planned(data), batch_size, seed, epoch)
@@ -128,29 +144,21 @@ class Generation(LanguageModel):
         return texts_as_bytes(predictions)
 
 
-def _in_one(
-    prompts: list[str], targets: list[str], processor: Any, max_length: int
-) -> tuple[list[list[int]], list[list[int]], int]:
-    """For a decoder: prompt, then target and end of text, in max_length tokens together; and how many rows were cut."""
+def _in_one(prompts: list[str], targets: list[str], processor: Any, max_length: int) -> tuple[list[list[int]], list[list[int]]]:
+    """For a decoder: prompt, then target and end of text, in max_length tokens together."""
     before, after = continued(processor, prompts, targets)
-    num_cut = sum(len(prompt) + len(target) + 1 > max_length for prompt, target in zip(before, after, strict=True))
     after = [[*ids[: max_length - 2], processor.eos_token_id] for ids in after]
     first = starts(processor)
-    return [cut_left(p, max_length - len(t), first) for p, t in zip(before, after, strict=True)], after, num_cut
+    return [cut_left(p, max_length - len(t), first) for p, t in zip(before, after, strict=True)], after
 
 
-def _apart(
-    prompts: list[str], targets: list[str], processor: Any, max_length: int
-) -> tuple[list[list[int]], list[list[int]], int]:
-    """For an encoder-decoder: source and target with their own special tokens, max_length tokens each; how many were cut."""
-    plain = {"return_attention_mask": False, "verbose": False}
-    whole = zip(processor(prompts, **plain)["input_ids"], processor(text_target=targets, **plain)["input_ids"], strict=True)
-    num_cut = sum(max(len(source), len(target)) > max_length for source, target in whole)
-    options = {**plain, "truncation": True, "max_length": max_length}
+def _apart(prompts: list[str], targets: list[str], processor: Any, max_length: int) -> tuple[list[list[int]], list[list[int]]]:
+    """For an encoder-decoder: source and target with their own special tokens, max_length tokens each."""
+    options = {"return_attention_mask": False, "verbose": False, "truncation": True, "max_length": max_length}
     sources = processor(prompts, **options)["input_ids"]
     answers = processor(text_target=targets, **options)["input_ids"]
     end = processor.eos_token_id
-    return sources, [ids if ids[-1:] == [end] else [*ids[: max_length - 1], end] for ids in answers], num_cut
+    return sources, [ids if ids[-1:] == [end] else [*ids[: max_length - 1], end] for ids in answers]
 
 
 def _planned(data: Prompted) -> Any:

@@ -7,6 +7,7 @@ A kind holds no state: one instance serves every task and model.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +21,21 @@ if TYPE_CHECKING:
 
 # The rows of one batch, and the size to which they are brought (of text: tokens); None where all rows have one shape.
 Planned = tuple[np.ndarray, int | None]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A row as a model takes it, for people to look at.
+
+    name: what the row is of its example ("target", "window 2"), where it is not all of it.
+    tokens: the text of each. is_scored: of each, whether the loss is taken of it.
+    label: what the row as a whole should give, where it is not its tokens that are scored.
+    """
+
+    tokens: tuple[str, ...]
+    is_scored: tuple[bool, ...]
+    name: str = ""
+    label: str = ""
 
 
 class Undefined(ArithmeticError):
@@ -136,6 +152,22 @@ class Kind(ABC):
     def collate_evaluation(self, data: "Dataset", rows: np.ndarray, size: int | None, processor: Any) -> dict[str, np.ndarray]:
         """A batch to predict; differs where a model is asked otherwise than it is trained (padding on the left, say)."""
         return self.collate(data, rows, size, processor)
+
+    def whole_lengths(self, examples: "Examples", processor: Any) -> np.ndarray | None:
+        """(n,) how much of max_length each example would take with nothing cut, in tokens; None where rows have no length."""
+        return None
+
+    def lost(self, processor: Any) -> str | None:
+        """What becomes of an example that is longer than max_length; None where nothing of it is lost."""
+        return None
+
+    def num_rows(self, lengths: np.ndarray, max_length: int) -> int:
+        """How many rows examples of these (n,) whole lengths are trained on as."""
+        return len(lengths)
+
+    def seen(self, data: "Dataset", row: int, processor: Any, labels: Sequence[str]) -> list[Seen]:
+        """The row-th of a split, as the model takes it; nothing where rows are no tokens. labels: names of the classes."""
+        return []
 
     def num_tokens(self, batch: Mapping[str, "Tensor"]) -> int:
         """Tokens of a batch without its padding, for tokens_per_second; 0 where rows have none."""

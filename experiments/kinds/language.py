@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from rankwise.experiments.data import tokens
 from rankwise.experiments.data.encoded import IGNORED, Encoded
-from rankwise.experiments.kinds.text import Text
+from rankwise.experiments.kinds.interface import Seen
+from rankwise.experiments.kinds.text import Text, texts_of
 from rankwise.experiments.kinds.token_losses import all_token_losses, token_losses
 from torch import Tensor
 
@@ -47,6 +48,10 @@ class LanguageModel(Text):
         tokens.check_tokenizer(processor, max_length)
         return self.encode(task.examples(split), processor, max_length)
 
+    def seen(self, data: Encoded, row: int, processor: Any, labels: Sequence[str]) -> list[Seen]:
+        own = slice(data.offsets[row], data.offsets[row + 1])
+        return [Seen(texts_of(processor, data.ids[own]), tuple((data.labels[own] != IGNORED).tolist()))]
+
     def training_losses(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, members: int) -> Tensor:
         return self.losses(token_losses(model, inputs, labels), labels, members)
 
@@ -74,14 +79,12 @@ class Prompted(Encoded):
     prompts: (n,) tokens of each row's prompt. references: the texts that a row's prediction may be.
     max_new_tokens: so many a model may generate, the same for every row of the split.
     is_apart: an encoder-decoder's rows, which go into the model as a source and a target, and not one after the other.
-    num_cut: rows of the whole split that were too long, so that they lost the beginning of the prompt or the end of the target.
     """
 
     prompts: np.ndarray | None = None
     references: tuple[tuple[str, ...], ...] = ()
     max_new_tokens: int = 0
     is_apart: bool = False
-    num_cut: int = 0
 
     @property
     def truth(self) -> tuple[Any, None]:

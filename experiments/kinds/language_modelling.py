@@ -4,12 +4,14 @@ Examples have the texts as `first`; an end of text stands after each.  Bits per 
 perplexity does not.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from rankwise.experiments.data.encoded import IGNORED, Encoded
 from rankwise.experiments.data.examples import Examples
+from rankwise.experiments.kinds.interface import Seen
 from rankwise.experiments.kinds.language import LanguageModel, starts
 from rankwise.experiments.kinds.predictions import as_array
 from rankwise.experiments.kinds.token_losses import token_losses
@@ -65,6 +67,21 @@ class LanguageModelling(LanguageModel):
         labels[offsets[:-1]], sizes[offsets[:-1]] = IGNORED, 0
         counts = np.stack([np.diff(offsets) - 1, np.add.reduceat(sizes, offsets[:-1])], 1)
         return Blocks(ids, offsets, None, labels, max_length, is_by_token=True, counts=counts)
+
+    def whole_lengths(self, examples: Examples, processor: Any) -> np.ndarray:
+        """Of each text with what begins and ends it."""
+        batch = processor(list(examples.first), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return np.array([len(starts(processor)) + len(row) + 1 for row in batch["input_ids"]])
+
+    def lost(self, processor: Any) -> None:
+        """Nothing: texts stand one after the other, and what one block has no room for is in the next."""
+        return None
+
+    def num_rows(self, lengths: np.ndarray, max_length: int) -> int:
+        return max(1, -(-int(lengths.sum()) // max_length))
+
+    def seen(self, data: Blocks, row: int, processor: Any, labels: Sequence[str]) -> list[Seen]:
+        return [replace(one, name="a block of texts") for one in super().seen(data, row, processor, labels)]
 
     def outputs(self, model: Any, inputs: Any) -> Tensor:
         """(K*N, L): the loss of every token."""

@@ -1,14 +1,15 @@
 """Texts, or pairs of texts, with one label each: a number (regression) or a class (classification)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from rankwise.experiments.data import tokens
 from rankwise.experiments.data.encoded import Encoded
 from rankwise.experiments.data.examples import Examples
-from rankwise.experiments.kinds.interface import at_least_fp32
+from rankwise.experiments.kinds.interface import Seen, at_least_fp32
 from rankwise.experiments.kinds.predictions import as_array, as_classes, by_row
-from rankwise.experiments.kinds.text import Text
+from rankwise.experiments.kinds.text import Text, texts_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,6 +31,14 @@ class Rows(Text):
     def encode(self, examples: Examples, processor: Any, max_length: int) -> Encoded:
         _, ids, offsets, types = tokens.tokenized(examples, processor, max_length, words=False)
         return Encoded(ids, offsets, types, np.asarray(examples.labels, dtype=self.label_type), max_length)
+
+    def seen(self, data: Encoded, row: int, processor: Any, labels: Sequence[str]) -> list[Seen]:
+        texts = texts_of(processor, data.ids[data.offsets[row] : data.offsets[row + 1]])
+        return [Seen(texts, (False,) * len(texts), label=self.named(data.labels[row], labels))]
+
+    def named(self, label: Any, labels: Sequence[str]) -> str:
+        """A label for people to read."""
+        return f"{label:.6g}"
 
 
 class Regression(Rows):
@@ -54,6 +63,9 @@ class Classification(Rows):
 
     problem_type, label_type = "single_label_classification", np.int64
     predicted = (np.int64, ())
+
+    def named(self, label: Any, labels: Sequence[str]) -> str:
+        return labels[label] if labels else str(label)
 
     def losses(self, logits: Tensor, labels: Tensor, members: int) -> Tensor:
         return F.cross_entropy(at_least_fp32(logits), labels, reduction="none").view(members, -1).mean(1)

@@ -1,6 +1,6 @@
 """Questions whose answer is a run of words of a text: a start and an end score for each token (data/questions.py)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,9 +8,9 @@ import torch
 from rankwise.experiments.data.encoded import Encoded
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.data.questions import Questions, best, windows
-from rankwise.experiments.kinds.interface import Undefined, at_least_fp32
+from rankwise.experiments.kinds.interface import Seen, Undefined, at_least_fp32
 from rankwise.experiments.kinds.predictions import as_array
-from rankwise.experiments.kinds.text import ByToken
+from rankwise.experiments.kinds.text import ByToken, texts_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,6 +35,21 @@ class Spans(ByToken):
         )
         labels = np.array([row.labels for row in rows], dtype=np.int64)
         return Encoded(np.concatenate([row.ids for row in rows]), offsets, types, labels, max_length, questions=questions)
+
+    def lost(self, processor: Any) -> None:
+        """Nothing: a long context is cut into windows that overlap."""
+        return None
+
+    def seen(self, data: Encoded, row: int, processor: Any, labels: Sequence[str]) -> list[Seen]:
+        """The row-th question's windows; scored are the first and the last token of the answer."""
+        windows = np.flatnonzero(data.questions.rows == row)
+        found = []
+        for number, window in enumerate(windows, start=1):
+            texts = texts_of(processor, data.ids[data.offsets[window] : data.offsets[window + 1]])
+            ends = set(data.labels[window].tolist())
+            name = f"window {number}" if len(windows) > 1 else ""
+            found.append(Seen(texts, tuple(at in ends for at in range(len(texts))), name))
+        return found
 
     def logits(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """The start and the end score of each token.

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,8 +10,16 @@ import numpy as np
 from rankwise.experiments import sources
 from rankwise.experiments.data import draws, lengths, tokens
 from rankwise.experiments.data.encoded import Encoded
+from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.kinds.interface import Kind, Planned
 from torch import Tensor
+
+ENDLESS = 10**9  # tokens, to which no example is cut
+
+
+def texts_of(processor: Any, ids: Iterable[int]) -> tuple[str, ...]:
+    """Each token's own text, special ones and blanks included."""
+    return tuple(processor.decode([int(one)], clean_up_tokenization_spaces=False) for one in ids)
 
 
 class Text(Kind):
@@ -74,6 +82,12 @@ class Text(Kind):
         import torch
 
         return {"input_ids": torch.ones(rows, size, dtype=torch.int64), "labels": torch.zeros(rows, dtype=torch.int64)}
+
+    def whole_lengths(self, examples: Examples, processor: Any) -> np.ndarray:
+        return np.diff(tokens.tokenized(examples, processor, ENDLESS, words=self.of_words)[2])
+
+    def lost(self, processor: Any) -> str | None:
+        return "the end is not read"
 
     def num_tokens(self, batch: Mapping[str, Tensor]) -> int:
         return int(batch["attention_mask"].sum())

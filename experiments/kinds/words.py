@@ -12,9 +12,9 @@ from einops import reduce
 from rankwise.experiments.data import tokens
 from rankwise.experiments.data.encoded import IGNORED, Encoded
 from rankwise.experiments.data.examples import Examples
-from rankwise.experiments.kinds.interface import at_least_fp32
+from rankwise.experiments.kinds.interface import Seen, at_least_fp32
 from rankwise.experiments.kinds.predictions import as_array, as_classes
-from rankwise.experiments.kinds.text import ByToken
+from rankwise.experiments.kinds.text import ByToken, texts_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,6 +34,17 @@ class Words(ByToken):
     def example(self, config: Any, num_labels: int, rows: int, size: int) -> dict[str, Tensor]:
         batch = super().example(config, num_labels, rows, size)
         return {**batch, "labels": torch.zeros_like(batch["input_ids"])}
+
+    def lost(self, processor: Any) -> str:
+        return "the words behind are neither read nor scored"
+
+    def seen(self, data: Encoded, row: int, processor: Any, labels: Sequence[str]) -> list[Seen]:
+        """A scored token has its word's label behind it, "token=label"."""
+        own = slice(data.offsets[row], data.offsets[row + 1])
+        texts, numbers = texts_of(processor, data.ids[own]), data.labels[own].tolist()
+        names = {number: labels[number] if labels else str(number) for number in numbers if number != IGNORED}
+        shown = (f"{text}={names[n]}" if n != IGNORED else text for text, n in zip(texts, numbers, strict=True))
+        return [Seen(tuple(shown), tuple(number != IGNORED for number in numbers))]
 
     def losses(self, logits: Tensor, labels: Tensor, members: int) -> Tensor:
         flat, true = at_least_fp32(logits).flatten(0, 1), labels.flatten()

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rankwise.experiments.data import tokens
+from rankwise.experiments import kinds
 from rankwise.experiments.data.dataset import Dataset
-from rankwise.experiments.data.encoded import Encoded
-from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.data_entries import OwnData
 from rankwise.experiments.tasks import own, own_images
 from rankwise.experiments.tasks.own_kinds import KINDS, OwnKind, answers_of, by_entities
@@ -36,28 +34,19 @@ class OwnTask(Task):
 
     def cut(self, split: str, data: Dataset, processor: Any, max_length: int) -> str | None:
         """How many rows of an encoded split are longer than `max_length`, and what becomes of them; None where none is."""
-        if self.kind == "generation" and data.num_cut:
-            what = "the beginning of a prompt, or the end of a target, is not read"
-            return f"{split}: {data.num_cut} of {len(data)} rows are longer than max_length = {max_length} tokens: {what}"
-        if self.kind in ("span", "generation", "choice", "language-modelling") or not isinstance(data, Encoded):
-            return None  # a long context is cut into windows; what has no tokens has no length
-        full = np.flatnonzero(data.lengths == max_length)
-        if not len(full):
+        kind = kinds.get(self.kind)
+        lost = kind.lost(processor)
+        if lost is None:
             return None
-        lengths = row_lengths(self.examples(split).select(full), processor, is_words=self.kind == "token-classification")
+        full = np.flatnonzero(data.lengths >= max_length)  # what was cut fills its room
+        lengths = kind.whole_lengths(self.examples(split).select(full), processor) if len(full) else full
         longer = int((lengths > max_length).sum())
         if not longer:
             return None
-        what = {"token-classification": "the words behind are neither read nor scored"}.get(self.kind, "the end is not read")
         return (
-            f"{split}: {longer} of {len(data)} rows are longer than max_length = {max_length} tokens (the longest "
-            f"{int(lengths.max())}): {what}"
+            f"{split}: {longer} of {data.num_examples} rows are longer than max_length = {max_length} tokens (the longest "
+            f"{int(lengths.max())}): {lost}"
         )
-
-
-def row_lengths(examples: Examples, tokenizer: Any, is_words: bool) -> np.ndarray:
-    """(n,) tokens of each row, special ones included, nothing cut."""
-    return np.diff(tokens.tokenized(examples, tokenizer, 10**9, words=is_words)[2])
 
 
 def task(data: OwnData) -> OwnTask:
