@@ -19,12 +19,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rankwise.experiments.files import write_file
-from rankwise.experiments.records import CONFIG, FILES, PREDICTIONS, RESULT
+from rankwise.experiments.records import CONFIG, FILES, PREDICTIONS, RESULT, SAMPLES
 
 NAME = "runs.parquet"
 FACTS = ("fingerprint", "setting", "method", "task", "phase", "seed", "learning_rate", "status", "selection_score", "score")
 LEVEL = 19  # of zstd, with a window of 8 MB: half of what level 3 leaves, in seconds
 ONE_PAGE = 1 << 30  # bytes: a column is compressed as a whole
+ADDED = (SAMPLES,)  # files that runs did not always have: no column where no run has one, so that equal runs give equal bytes
 DIGEST = b"rankwise.sha256"  # of the runs, in the schema's metadata; older archives have none
 
 Files = Mapping[str, bytes]  # the files of one run by name
@@ -50,6 +51,8 @@ def write(path: Path, runs: Iterable[Files]) -> None:
     types = {"seed": pa.int64(), "learning_rate": pa.float64(), "selection_score": pa.float64(), "score": pa.float64()}
     columns = {name: pa.array([result.get(name) for result, _ in ordered], types.get(name, pa.string())) for name in FACTS}
     for name in FILES:
+        if name in ADDED and not any(name in files for _, files in ordered):
+            continue
         kind = pa.binary() if name == PREDICTIONS else pa.string()
         columns[name] = pa.array([_text(path, name, files.get(name)) for _, files in ordered], kind)
     sink = pa.BufferOutputStream()

@@ -7,6 +7,7 @@
         sites.json           final runs: what became of each weight (variants/weights/anatomy.py)
         knockout.json        where asked for: loss and score without each site
         predictions.safetensors  final runs: predictions of the scored split, one row for each of its rows
+        samples.json         final runs that generate texts: a few rows of the scored split, for people to read
         result.json          what the run came to; written last, at once
 
 A folder without result.json is an unfinished run, and a last line without its end is what a kill leaves: both are reported,
@@ -32,8 +33,17 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 CONFIG, METRICS, RANKS, SITES = "config.json", "metrics.jsonl", "ranks.jsonl", "sites.json"
-KNOCKOUT, PREDICTIONS, RESULT = "knockout.json", "predictions.safetensors", "result.json"
-FILES = (CONFIG, METRICS, RANKS, SITES, KNOCKOUT, PREDICTIONS, RESULT)  # all but weights; the result last: it makes a run whole
+KNOCKOUT, PREDICTIONS, SAMPLES, RESULT = "knockout.json", "predictions.safetensors", "samples.json", "result.json"
+FILES = (
+    CONFIG,
+    METRICS,
+    RANKS,
+    SITES,
+    KNOCKOUT,
+    PREDICTIONS,
+    SAMPLES,
+    RESULT,
+)  # all but weights; the result last: it makes a run whole
 STUDY = "study.json"  # beside the runs: the order and the names of a study's settings
 STUDY_FILE = "study.toml"  # beside the runs: a copy of the file that the study was read from
 REMEDY = "move that run's folder away and run `rankwise compare` again"
@@ -306,6 +316,23 @@ class KnockOut(Stored):
         return {name: one.loss - self.loss for name, one in self.sites.items() if one.loss is not None}
 
 
+class Sample(BaseModel):
+    """One row of the scored split (counted from 1): what the model read, what is right, what it wrote."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+    row: Count
+    prompt: str
+    target: str
+    text: str
+
+
+class SamplesFile(Stored):
+    """samples.json: what one run wrote for a few rows, the same for every run of a task."""
+
+    split: str
+    samples: list[Sample]
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """One run; its histories are read when they are first asked for."""
@@ -367,6 +394,12 @@ class Run:
         content, path = self.content(KNOCKOUT), self.folder / KNOCKOUT
         return None if content is None else checked(KnockOut, _object(content, path), path)
 
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """Empty where there is no samples.json: a run that generates no texts, an older one, a sweep's."""
+        content, path = self.content(SAMPLES), self.folder / SAMPLES
+        return [] if content is None else checked(SamplesFile, _object(content, path), path).samples
+
     @property
     def predictions(self) -> "np.ndarray | None":
         """(rows of the scored split, ...), one array of numbers; None where none is kept, or where they are texts."""
@@ -421,6 +454,11 @@ def write_sites(folder: Path, kept: int, intruders: Mapping[str, Any], sites: Ma
 
 def write_knock_out(folder: Path, measured: Mapping[str, Any]) -> None:
     write_json(folder / KNOCKOUT, measured, indent=None)
+
+
+def write_samples(folder: Path, split: str, samples: "list[dict[str, Any]]") -> None:
+    """samples: keys of `Sample`."""
+    write_json(folder / SAMPLES, {"schema": SCHEMA, "split": split, "samples": samples})
 
 
 def write_predictions(folder: Path, split: str, predictions: "np.ndarray | Mapping[str, np.ndarray]") -> None:

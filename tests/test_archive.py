@@ -57,6 +57,18 @@ def test_equal_runs_give_equal_bytes_in_whatever_order(runs, tmp_path):
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
 
 
+def test_an_archive_has_a_column_of_samples_only_where_a_run_has_some(runs, tmp_path):
+    """Those that were written before there were any keep their bytes."""
+    import pyarrow.parquet
+
+    found = [run.contents() for run in results.load(runs).runs if run.result is not None]
+    archive.write(tmp_path / "a.parquet", found)
+    assert records.SAMPLES not in pyarrow.parquet.read_schema(tmp_path / "a.parquet").names
+    some = [{**files, **({records.SAMPLES: b"{}"} if number == 0 else {})} for number, files in enumerate(found)]
+    archive.write(tmp_path / "b.parquet", some)
+    assert sum(records.SAMPLES in files for files in archive.read(tmp_path / "b.parquet").values()) == 1
+
+
 def test_it_opens_as_a_table_of_results(runs, tmp_path):
     import pyarrow.parquet
 

@@ -18,6 +18,8 @@ from rankwise.experiments.kinds.predictions import texts_from_bytes
 from rankwise.experiments.study import Runner
 from rankwise.experiments.tasks import Task, text_metrics
 from rankwise.experiments.training.evaluation import Evaluator
+from rankwise.reports import results
+from rankwise.reports.tables import samples
 from safetensors.numpy import load_file
 
 from tests import language_models, small_world
@@ -449,6 +451,17 @@ def test_a_study_over_a_language_model_ends_with_scores_and_predictions(kind, tm
     for run in runs:
         kept = load_file(run.folder / records.PREDICTIONS)
         assert math.isfinite(run.result.score) and run.result.head_parameters == 0 and run.result.tokens_per_second > 0
-        assert kind != "generation" or len(texts_from_bytes(kept)) == ROWS["test"]
+        if kind == "generation":
+            texts = texts_from_bytes(kept)
+            shown = {one.row: (one.prompt, one.target, one.text) for one in run.samples}
+            whole = examples(kind, "test")
+            assert list(shown) == [1, 3, 5, 8, 10] and len(texts) == ROWS["test"]
+            assert all(shown[row] == (whole.first[row - 1], whole.labels[row - 1], texts[row - 1]) for row in shown)
+        else:
+            assert not run.samples
         saved = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())
         assert saved["task_type"] == "CAUSAL_LM" and not saved.get("modules_to_save")
+    table = samples(results.load(tmp_path / "out"))
+    assert (table is None) == (kind != "generation")
+    if table is not None:
+        assert [of for _, of, _ in table.rows] == ["prompt", "target", "lora", "adalora"] * 5

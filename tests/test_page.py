@@ -1,5 +1,6 @@
 """The report: whole, honest about what failed, and without a word of a corpus."""
 
+import csv
 import json
 import re
 
@@ -92,3 +93,32 @@ def test_settings_that_differ_between_runs_are_all_listed(tmp_path):
     text = page.write(tmp_path, tmp_path / "out").read_text()
     assert "torch 2.11.0 (1 runs), 2.13.0 (1 runs)" in text
     assert "0123456789ab (1 runs), 0123456789ab with changes (1 runs)" in text
+
+
+HOSTILE = "a *b* <script>alert(1)</script> | `c` [d](http://e) ![f](http://g)\n-1 +-2 {{ 3 }} \U0001f600"
+
+
+def test_generated_samples_are_shown_as_they_are_and_cannot_change_the_page(tmp_path):
+    for seed, setting in ((0, "lora"), (1, "lora"), (0, "dora")):
+        run = write_run(tmp_path, method=setting, seed=seed)
+        text = {"lora": HOSTILE, "dora": " "}[setting] if seed == 0 else "of seed 1"
+        row = {"row": 3, "prompt": "what | is?", "target": "that", "text": text}
+        write_json(run / "samples.json", {"schema": 1, "split": "test", "samples": [row]})
+    write_run(tmp_path, method="full", seed=0)
+    text = page.write(tmp_path, tmp_path / "report").read_text()
+    part = text.partition("## Generated samples\n")[2].partition("\n#")[0]
+    rows = [line for line in part.splitlines() if line.startswith("| 3 |")]
+    assert rows[:2] == ["| 3 | prompt | what \\| is? |", "| 3 | target | that |"] and "of seed 1" not in text
+    lora, dora = sorted(rows[2:], reverse=True)
+    assert dora == "| 3 | dora | (nothing) |"
+    assert "<script" not in lora and "](" not in lora and "\\`c\\`" in lora and "\\| " in lora and " -1 +-2 " in lora
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert "a *b* &lt;script&gt;alert(1)&lt;/script&gt; | `c`" in html and "-1 +-2 {{ 3 }}" in html
+    assert "What seed 0 wrote, greedily, for rows of the test split" in text and "look at them before you pass it on" in html
+    assert HOSTILE in list(csv.DictReader((tmp_path / "report/tables/samples.csv").open(newline="")))[2]["text"]
+
+
+def test_a_study_without_texts_has_no_section_of_them(report):
+    assert "Generated samples" not in report.read_text()
+    assert "Generated samples" not in (report.parent / "report.html").read_text()
+    assert not (report.parent / "tables" / "samples.csv").exists()

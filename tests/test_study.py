@@ -284,7 +284,10 @@ def test_a_damaged_archive_stops_a_study_before_it_trains(model, tmp_path, monke
     assert path.name == archive.NAME
 
 
-@pytest.mark.parametrize("name", quick(records.FILES, ["result.json", "predictions.safetensors"]))
+WRITTEN = [name for name in records.FILES if name != records.SAMPLES]  # a regression writes no texts
+
+
+@pytest.mark.parametrize("name", quick(WRITTEN, ["result.json", "predictions.safetensors"]))
 def test_a_committed_result_that_was_half_copied_is_copied_again(model, tmp_path, monkeypatch, name):
     what = study(model, ["lora"], seeds=1, knock_out=True)
     (made,) = ran(what, tmp_path / "committed" / "small" / "runs")

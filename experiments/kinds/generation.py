@@ -19,6 +19,8 @@ from rankwise.experiments.kinds.predictions import texts_as_bytes
 from rankwise.experiments.kinds.text import ENDLESS, texts_of
 from torch import Tensor
 
+SAMPLES = 5  # rows of a split that a report shows
+LONGEST_SAMPLE = 1_000  # characters of a text in a report
 ASKED = ("prompt_ids", "prompt_mask", "max_new_tokens", "end")  # of a batch of an evaluation, what the loss does not take
 
 
@@ -140,6 +142,20 @@ class Generation(LanguageModel):
             raise ValueError(f"{len(predictions)} predictions for {len(labels)} targets")
         return (list(predictions), list(labels)), len(labels)
 
+    def samples(self, data: Prompted, predictions: np.ndarray, processor: Any) -> list[dict[str, Any]]:
+        """Rows at equal distances, the first and the last among them; prompts as the model reads them."""
+        rows = np.unique(np.linspace(0, len(data) - 1, SAMPLES).round().astype(int)).tolist()
+        prompts = processor.batch_decode([data.parts(row)[0] for row in rows], skip_special_tokens=True)
+        return [
+            {
+                "row": row + 1,
+                "prompt": _end(prompt.strip()),
+                "target": _beginning(data.references[row][0]),
+                "text": _beginning(predictions[row]),
+            }
+            for row, prompt in zip(rows, prompts, strict=True)
+        ]
+
     def stored(self, predictions: np.ndarray) -> dict[str, np.ndarray]:
         return texts_as_bytes(predictions)
 
@@ -159,6 +175,14 @@ def _apart(prompts: list[str], targets: list[str], processor: Any, max_length: i
     answers = processor(text_target=targets, **options)["input_ids"]
     end = processor.eos_token_id
     return sources, [ids if ids[-1:] == [end] else [*ids[: max_length - 1], end] for ids in answers]
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= LONGEST_SAMPLE else f"{text[:LONGEST_SAMPLE]} ..."
+
+
+def _end(text: str) -> str:
+    return text if len(text) <= LONGEST_SAMPLE else f"... {text[-LONGEST_SAMPLE:]}"
 
 
 def _planned(data: Prompted) -> Any:

@@ -249,6 +249,13 @@ class Kind(ABC):
         The arguments are those of `Task.metrics`; its standard error is that of so many examples.
         """
 
+    def samples(self, data: "Dataset", predictions: np.ndarray, processor: Any) -> list[dict[str, Any]]:
+        """A few rows of a split and what was predicted of them, for people to read: keys of `records.Sample`.
+
+        The same rows for every run. None but where predictions are texts.
+        """
+        return []
+
     def stored(self, predictions: np.ndarray) -> np.ndarray | dict[str, np.ndarray] | None:
         """One member's predictions of a split as a finished run keeps them, an array or several by name.
 

@@ -170,7 +170,7 @@ class PackRunner:
                 continue
             if run.phase == "final" and trainer is not None and outcome.error is None:
                 variants.save_pretrained(trainer.adapter, self.context.out / run.fingerprint / "adapter", member=member)
-                self.store.write_predictions(run, outcome)
+                self.store.write_predictions(run, outcome, trainer.processor)
             self.store.write_result(run, outcome, index, len(runs), note)
 
 

@@ -141,14 +141,23 @@ class RunStore:
         if not keep or read_object(folder / "config.json") is None:
             records.write_config(folder, config)
 
-    def write_predictions(self, run: PlannedRun, outcome: Outcome) -> None:
-        """Writes the predictions of the scored split, where the kind of task keeps them."""
-        task = self.context.tasks[run.task].task
-        split = splits.scored(self.context.study, task)
+    def write_predictions(self, run: PlannedRun, outcome: Outcome, processor: Any) -> None:
+        """Writes the predictions of the scored split, where the kind of task keeps them, and a few to be read.
+
+        Args:
+            processor: of the model's inputs.
+        """
+        prepared = self.context.tasks[run.task]
+        split, kind = splits.scored(self.context.study, prepared.task), kinds.get(prepared.task.kind)
         predictions = outcome.predictions.get(split)
-        stored = None if predictions is None else kinds.get(task.kind).stored(predictions)
+        if predictions is None:
+            return
+        folder = self.context.out / run.fingerprint
+        stored, samples = kind.stored(predictions), kind.samples(prepared.data[split], predictions, processor)
         if stored is not None:
-            records.write_predictions(self.context.out / run.fingerprint, split, stored)
+            records.write_predictions(folder, split, stored)
+        if samples:
+            records.write_samples(folder, split, samples)
 
     def write_result(self, run: PlannedRun, outcome: Outcome, index: int, size: int, note: str | None) -> None:
         """Writes result.json, which makes the run finished.

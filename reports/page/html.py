@@ -84,7 +84,7 @@ def shown(table: Table, colours: dict[str, str]) -> list[list[Shown]]:
     return [
         [
             Shown(
-                charts.words(text),
+                text if table.is_quoted else charts.words(text),
                 sort_key(cell) if numeric[i] else None,
                 not numeric[i],
                 colours.get(cell) if i == 0 and isinstance(cell, str) else None,

@@ -1,7 +1,8 @@
 """The report of a folder of runs: report.md with its figures (SVG, PNG) and tables (CSV, LaTeX) beside it, and report.html.
 
-It is made from numbers and settings alone: no text of a corpus and no traceback reaches it. Every file is written whole
-or not at all, report.md last, so that it never links to what is not there. The same runs give the same bytes.
+It is made from numbers and settings, and of runs that generate texts a few rows (tables/samples.py): no other text of a corpus
+and no traceback reaches it. Every file is written whole or not at all, report.md last, so that it never links to what is not
+there. The same runs give the same bytes.
 """
 
 from collections.abc import Mapping
@@ -77,6 +78,7 @@ def section(study: Study, command: str | None = None) -> dict:
         "rates": made(tables.rate_sweep(study)),
         "ranks": made(tables.ranks(study)),
         "allocation": [made(table) for table in tables.study_tables(study)],
+        "samples": made(tables.samples(study)),
         "troubles": facts.troubles(study),
         "places": facts.places(study),
         "settings": facts.settings(study),
@@ -89,7 +91,7 @@ def _named(entry: dict) -> list[tables.Table | None]:
     study = entry["study"]
     rows = entry["rows"] if entry["rows"] and entry["rows"].rows else None
     made = [entry["comparison"], tables.verdict_table(study), entry["statistics"], rows, entry["rates"], entry["ranks"]]
-    return [*made, *entry["allocation"], tables.every_run(study)]
+    return [*made, *entry["allocation"], entry["samples"], tables.every_run(study)]
 
 
 def _write_table(table: tables.Table, folder: Path, prefix: str = "") -> str:

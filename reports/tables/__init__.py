@@ -5,6 +5,7 @@ from rankwise.reports.tables.cells import Cost, Difference, Estimate, Rank, Swee
 from rankwise.reports.tables.comparisons import comparison, every_run, rate_sweep
 from rankwise.reports.tables.over_tasks import overall, verdicts_over_tasks
 from rankwise.reports.tables.rank_tables import rank_table, ranks
+from rankwise.reports.tables.samples import samples
 from rankwise.reports.tables.scores import rows_table, statistics_table, verdict_table
 from rankwise.reports.tables.site_tables import study_tables
 from rankwise.reports.tables.table import Table, escape_latex, escape_markdown
@@ -28,6 +29,7 @@ __all__ = [
     "rate_sweep",
     "rate_text",
     "rows_table",
+    "samples",
     "seconds_text",
     "statistics_table",
     "study_tables",

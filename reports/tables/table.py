@@ -23,6 +23,7 @@ class Table:
     caption: tuple[str, ...]
     text_columns: int = 1  # the first columns hold text, the others numbers; "status" is text too
     reproduce: str = ""  # how its numbers can be made again, in one line
+    is_quoted: bool = False  # its cells are texts of others, in which "+-" is no plus-minus and a hyphen no minus
 
     def cells(self) -> list[list[str]]:
         return [[cell_text(cell) for cell in row] for row in self.rows]
@@ -36,7 +37,8 @@ class Table:
 
         head = line(map(escape_markdown, self.columns))
         rule = line(":--" if self.is_text(i) else "--:" for i in range(len(self.columns)))
-        body = [line(escape_markdown(cell).replace("+-", "&plusmn;") for cell in row) for row in self.cells()]
+        cells = [[escape_markdown(cell) for cell in row] for row in self.cells()]
+        body = [line(row if self.is_quoted else (cell.replace("+-", "&plusmn;") for cell in row)) for row in cells]
         return "\n".join([head, rule, *body]) + "\n"
 
     def records(self) -> list[dict[str, str | int | float | None]]:
@@ -124,7 +126,16 @@ def _plain(value: object) -> object:
 
 
 def escape_markdown(text: str) -> str:
-    for char, code in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("*", "\\*"), ("_", "\\_"), ("\n", " ")):
+    for char, code in (
+        ("&", "&amp;"),
+        ("<", "&lt;"),
+        ("|", "\\|"),
+        ("*", "\\*"),
+        ("_", "\\_"),
+        ("`", "\\`"),
+        ("](", "]\\("),
+        ("\n", " "),
+    ):
         text = text.replace(char, code)
     return text
 
