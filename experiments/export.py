@@ -155,7 +155,7 @@ def export(
     from rankwise.variants.adapter.kinds.quantised import scheme_of
 
     with models.quiet():
-        model, processor = _load(source, whole=to == "merged")
+        model, processor = load(source, whole=to == "merged")
         adapter = variants.load_pretrained(model, source.adapter)
         if total_rank is not None or total_parameters is not None:
             variants.truncate(adapter, total_rank=total_rank, total_parameters=total_parameters)
@@ -192,7 +192,7 @@ def costs(requantised: Mapping[str, Any]) -> str:
     return str(Requantisation(**requantised))
 
 
-def _load(source: Source, whole: bool) -> tuple[Any, Any]:
+def load(source: Source, whole: bool) -> tuple[Any, Any]:
     """The base model with the head that the adapter was trained with, and its tokenizer or image processor where it has one.
 
     whole: refuse a base that lacks weights which the adapter does not hold either.
@@ -201,10 +201,8 @@ def _load(source: Source, whole: bool) -> tuple[Any, Any]:
 
     try:
         if source.run is not None:
-            task, size = (
-                tasks.of_run(source.adapter.parent, source.run["task"]),
-                source.run.get("training", {}).get("image_size"),
-            )
+            task = tasks.outputs_of_run(source.adapter.parent, source.run)
+            size = source.run.get("training", {}).get("image_size")
             model, processor, _ = models.load(source.model, task, source.precision, image_size=size, quantization=source.scheme)
             return model, processor
         folder = sources.fetch(source.model)

@@ -1,6 +1,7 @@
-"""Texts that a model with a trained adapter generates, of any adapter's folder, ours or PEFT's.
+"""What a model with a trained adapter gives, of any adapter's folder, ours or PEFT's: texts, or a classifier's labels.
 
-`find` and `read_prompts` look without torch, so that what cannot be done is refused early; `generate` does it.
+`find`, `kind_of` and `read_prompts` look without torch, so that what cannot be done is refused early; `generate` and `classify`
+do it.
 """
 
 import contextlib
@@ -10,10 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from rankwise.experiments import export
+from rankwise.experiments import export, tasks
 from rankwise.variants.settings import nearest
 
-FIELDS = ("prompt", "instruction", "question", "input", "text")  # the first of them that a file has is its prompt
+FIELDS = ("prompt", "instruction", "question", "input", "text", "sentence")  # the first of them that a file has is its prompt
+PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"))  # that a classifier reads together
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,24 @@ class Generated:
         return {"row": number, **asdict(self)}
 
 
+@dataclass(frozen=True)
+class Classified:
+    """One row's class with the probability of each, or of a regression its value, in the unit of the targets."""
+
+    prompt: str
+    label: str | None = None
+    scores: dict[str, float] | None = None
+    value: float | None = None
+    pair: str | None = None
+
+    def as_row(self, number: int) -> dict[str, Any]:
+        return {"row": number, **{key: value for key, value in asdict(self).items() if value is not None}}
+
+    @property
+    def text(self) -> str:
+        return f"{self.value:.6g}" if self.label is None else f"{self.label} ({self.scores[self.label]:.3f})"
+
+
 def find(path: Path, model: str | None = None) -> export.Source:
     """
     Args:
@@ -36,12 +56,44 @@ def find(path: Path, model: str | None = None) -> export.Source:
         model: name of the base, where another than the one that `path` names is wanted.
 
     Raises:
-        ValueError: no adapter there, no base model to be told, or an adapter of a model that generates no text.
+        ValueError: no adapter there, no base model to be told, or an adapter of a model that gives neither texts nor classes.
     """
     source = export.find(path, "merged", model)
-    if any(word in (source.model_class or "") for word in ("Classification", "QuestionAnswering")):
-        raise ValueError(f"{path} is an adapter of {source.model_class}, which generates no text: name one of a language model")
+    if kind_of(source) not in ("generation", "classification"):
+        what = source.model_class or f"a model for {kind_of(source)}"
+        raise ValueError(
+            f"{path} is an adapter of {what}, which gives neither texts nor the class of a text: name one of a language model, "
+            f"or of a classifier"
+        )
     return source
+
+
+def kind_of(source: export.Source) -> str:
+    """ "generation", of every language model; "classification", of whatever gives classes or a number for a text; or another.
+
+    Raises:
+        ValueError: a run whose task is not to be told.
+    """
+    if source.run is not None:
+        kind = tasks.outputs_of_run(source.adapter.parent, source.run).kind
+        return {"regression": "classification", "choice": "generation", "language-modelling": "generation"}.get(kind, kind)
+    known = source.model_class or ""
+    if "SequenceClassification" in known:
+        return "classification"
+    others = ("TokenClassification", "QuestionAnswering", "ImageClassification", "MultipleChoice")
+    return next((word for word in others if word in known), "generation")
+
+
+def read_pairs(where: str) -> tuple[list[str], list[str], str] | None:
+    """The pairs of texts in a file, and the names of their fields; None where it has none of the usual names."""
+    from rankwise.experiments.tasks import own
+
+    table = own.load(where)
+    pair = next((pair for pair in PAIRS if set(pair) <= set(table.column_names)), None)
+    if pair is None:
+        return None
+    first, second = (list(map(str, table[name])) for name in pair)
+    return first, second, " and ".join(pair)
 
 
 def read_prompts(where: str, field: str | None = None) -> tuple[list[str], str]:
@@ -134,6 +186,70 @@ def generate(
             texts[row] = Generated(prompts[int(row)], text, length, bool(len(ends)))
         progress(len(rows))
     return [texts[row] for row in range(len(prompts))]
+
+
+def classify(
+    source: export.Source,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None = None,
+    *,
+    batch_size: int = 8,
+    device: str = "auto",
+    progress: Callable[[int], None] = lambda rows: None,
+) -> tuple[list[Classified], int, int]:
+    """The class, or the number, that a classifier gives each text; how many texts were cut, and at how many tokens.
+
+    Classes have the names of the run's labels, or those that the base model's configuration has for them.  A run's texts are
+    cut where its training's were.
+
+    Raises:
+        ValueError: the adapter does not fit the model, or the model's classes do not exclude each other.
+        OSError: the base model could not be obtained.
+    """
+    import numpy as np
+    import torch
+    from rankwise import variants
+    from rankwise.experiments import kinds, measure, models
+    from rankwise.experiments.training.evaluation import AT_REST
+
+    model, processor = export.load(source, whole=False)
+    if processor is None:
+        raise ValueError(f"{source.model} has no tokenizer: name a copy that has one with --model")
+    if model.config.problem_type == "multi_label_classification":
+        raise ValueError(
+            f"{source.adapter} is of a classifier whose classes do not exclude each other: use transformers itself"
+        )
+    kinds.get("classification").fit(processor, model.config)
+    with models.quiet():
+        adapter = variants.load_pretrained(model, source.adapter)
+    where = measure.device(device)
+    model.to(where).eval()
+    adapter.begin(AT_REST, training=False)
+    mean, deviation = (0.0, 1.0) if source.run is None else tasks.outputs_of_run(source.adapter.parent, source.run).scale
+    trained = None if source.run is None else source.run.get("training", {}).get("max_length")
+    longest = min(one for one in (trained, models.longest_input(model), processor.model_max_length) if one is not None)
+    whole = processor(list(texts), None if pairs is None else list(pairs), verbose=False)["input_ids"]
+    lengths = np.array([len(ids) for ids in whole])
+    made: dict[int, Classified] = {}
+    order = np.argsort(lengths, kind="stable")
+    for at in range(0, len(order), batch_size):
+        rows = order[at : at + batch_size].tolist()
+        second = None if pairs is None else [pairs[row] for row in rows]
+        batch = processor(
+            [texts[row] for row in rows], second, truncation=True, max_length=longest, padding=True, return_tensors="pt"
+        )
+        with torch.no_grad():
+            logits = model(**batch.to(where)).logits.double().cpu()
+        for row, values in zip(rows, logits, strict=True):
+            pair = None if pairs is None else pairs[row]
+            if len(values) == 1:
+                made[row] = Classified(texts[row], value=values.item() * deviation + mean, pair=pair)
+                continue
+            shares = values.softmax(-1).tolist()
+            scores = {model.config.id2label[index]: share for index, share in enumerate(shares)}
+            made[row] = Classified(texts[row], max(scores, key=scores.__getitem__), scores, pair=pair)
+        progress(len(rows))
+    return [made[row] for row in range(len(texts))], int((lengths > longest).sum()), longest
 
 
 def _check_lengths(ids: Sequence[Sequence[int]], longest: int | None, new: int) -> None:

@@ -111,7 +111,7 @@ def of_run(folder: Path, rows: int = ROWS) -> dict[str, Any]:
             f"{folder} has no adapter/ (a committed run holds no weights), so nothing can be taken out: make it again"
         )
     config, result = (records.read_json(folder / name) for name in (records.CONFIG, records.RESULT))
-    task = task_of_run(folder, config["task"])
+    task = task_of_run(folder, config)
     training, scheme = config["training"], Scheme.of_fact(config.get("quantization"))
     precision = "fp32" if scheme is None else config["precision"]  # that which the codes were made from
     size = training.get("image_size")

@@ -138,7 +138,7 @@ class Result(Stored):
 class Config(Stored):
     """config.json: what one run was asked to do, and where it ran."""
 
-    MAY_LACK = frozenset({"ranks_seed", "quantization"})
+    MAY_LACK = frozenset({"ranks_seed", "quantization", "own_data"})
     fingerprint: str
     numerics: int | None = None
     study: str
@@ -172,6 +172,7 @@ class Config(Stored):
     dirty: bool | None = None
     pack: dict[str, Any] = {}
     started: str | None = None
+    own_data: dict[str, Any] | None = None  # of a user's own data what its runs are about: see `OwnTask.record`
 
     def settings(self) -> Settings:
         """The method's settings.

@@ -7,7 +7,7 @@ import torch
 from rankwise import variants
 from rankwise.experiments import models
 
-from tests import language_models
+from tests import language_models, small_world
 from tests.test_export import rankwise, refused
 
 PROMPTS = ["a b", "c d e f g", "b a a"]
@@ -115,5 +115,32 @@ def test_what_cannot_be_generated_is_one_line_with_a_remedy(base, tmp_path, monk
     assert "'other' is no field" in line(adapter, "--data", tmp_path / "rows.jsonl", "--input", "{other}")
     assert "60 tokens, with 128 to generate this is above the 64" in line(adapter, "--prompt", "a " * 60)
     config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"task_type": "TOKEN_CLS"}))
+    assert "which gives neither texts nor the class of a text" in line(adapter, "--prompt", "a")
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"task_type": "SEQ_CLS"}))
-    assert "which generates no text" in line(adapter, "--prompt", "a")
+    assert "--max-new-tokens is about texts to generate" in line(adapter, "--prompt", "a", "--max-new-tokens", 3)
+
+
+def test_a_classifier_of_peft_gives_the_labels_that_its_model_names(tmp_path, monkeypatch, capsys):
+    import peft
+    from transformers import AutoModelForSequenceClassification
+
+    base = small_world.model(tmp_path / "base", "gpt2")  # which has no padding token
+    names = {0: "high", 1: "low", 2: "mid"}
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, pad_token_id=0)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["c_attn"], task_type="SEQ_CLS"))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.data.normal_(0, 0.5)
+    wrapped.save_pretrained(tmp_path / "peft")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    named = {"id2label": names, "label2id": {v: k for k, v in names.items()}}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | named))
+    assert rankwise(monkeypatch, "generate", tmp_path / "peft", "--prompt", "a b", "--prompt", "c", "--json") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    ask = models.tiny_tokenizer()
+    for row in rows:
+        logits = wrapped.eval()(**ask(row["prompt"], return_tensors="pt")).logits[0]
+        assert row["label"] == names[int(logits.argmax())]
+        assert list(row["scores"].values()) == pytest.approx(logits.softmax(-1).tolist(), abs=1e-5)
+        assert list(row["scores"]) == list(names.values())

@@ -15,6 +15,7 @@ from rankwise.experiments.study import Runner
 from rankwise.experiments.tasks import metrics, own_kinds, own_tasks
 from safetensors import safe_open
 from sklearn import metrics as sklearn_metrics
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests import small_world
 from tests.command import rankwise
@@ -336,9 +337,48 @@ def test_an_adapter_of_own_data_has_a_head_for_its_labels(tmp_path, model):
     for path in (tmp_path / "runs").glob("*/adapter/*.safetensors"):
         with safe_open(path, framework="numpy") as opened:
             heads = [opened.get_slice(name).get_shape()[0] for name in opened.keys() if "classifier.weight" in name]  # noqa: SIM118
-            rows[tasks.of_run(path.parent.parent, "glue/stsb").name] = None
+            rows[tasks.of_run(path.parent.parent, {"task": "glue/stsb"}).name] = None
             rows[path.parent.parent.name] = heads
     assert sorted(heads for name, heads in rows.items() if heads) == [[1], [3]]
+
+
+def test_a_finished_run_needs_its_data_for_the_knock_out_alone(tmp_path, model, capsys, monkeypatch):
+    """Its labels are in its configuration, in exported models and in what it says of new texts."""
+    text = STUDY.partition('[[data]]\nname = "stars"')[0] + STUDY[STUDY.index("[[methods]]") :]
+    file = written(tmp_path / "study", model, text)
+    assert rankwise("compare", file, "--out", tmp_path / "runs") == 0
+    (run,) = (path.parent for path in (tmp_path / "runs").glob("*/result.json"))
+    csv(tmp_path / "study/data/support.csv", 41)
+    with pytest.raises(ValueError, match=r"support.csv: the data of \"support\" is no longer what .* was trained on"):
+        knockout.of_run(run)
+    (tmp_path / "study/data/support.csv").rename(tmp_path / "moved.csv")
+    with pytest.raises(
+        ValueError, match=r"support.csv: no such file.*say in .*study\.toml, under .*\"support\", where it is now"
+    ):
+        knockout.of_run(run)
+    csv(tmp_path / "moved.csv")
+    study = (tmp_path / "runs/study.toml").read_text()
+    (tmp_path / "runs/study.toml").write_text(re.sub(r'train = ".*"', 'train = "../moved.csv"', study))
+    assert knockout.of_run(run, rows=4)["rows"] == 4
+    (tmp_path / "runs/study.toml").unlink()
+    with pytest.raises(ValueError, match=r"run on a user's own data, .*no .*study\.toml says where that is"):
+        knockout.of_run(run)
+    assert rankwise("export", run, "--to", "merged", "--out", tmp_path / "merged") == 0
+    exported = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert exported["id2label"] == {"0": "high", "1": "low", "2": "mid"}
+    assert exported["label2id"] == {"high": 0, "low": 1, "mid": 2}
+    capsys.readouterr()
+    assert rankwise("generate", run, "--prompt", "a b c", "--prompt", "x y " * 9, "--json") == 0
+    said = capsys.readouterr()
+    first, second = (json.loads(line) for line in said.out.splitlines())
+    assert "1 of 2 texts are longer than 8 tokens: the end is not read" in said.err
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    for row in (first, second):
+        given = tokenizer(row["prompt"], truncation=True, max_length=8, return_tensors="pt")
+        shares = merged(**given).logits[0].softmax(-1).tolist()
+        assert list(row["scores"].values()) == pytest.approx(shares, abs=1e-6) and list(row["scores"]) == ["high", "low", "mid"]
+        assert row["label"] == max(row["scores"], key=row["scores"].get)
 
 
 # -- tasks -----------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`rankwise generate`: texts of a model with a trained adapter."""
+"""`rankwise generate`: what a model with a trained adapter gives: texts, or a classifier's labels."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="What to go on from; may be given several times.")] = None,
     data: Annotated[str | None, typer.Option(help="File with a prompt in every row (JSONL, CSV, TSV, Parquet).")] = None,
     input: Annotated[str | None, typer.Option(help="Field of the file, or a template of fields.  [default: said]")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a text.")] = 128,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens of a text.  [default: 128]")] = None,
     temperature: Annotated[float | None, typer.Option(help="Draw tokens, at this temperature.  [default: greedy]")] = None,
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this probability together.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
@@ -25,31 +25,54 @@ def generate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Print what a model with a trained adapter generates after a prompt, or after every prompt of a file."""
+    """Print what a model with a trained adapter generates after a prompt, or after every prompt of a file.
+
+    Of a classifier: the label of each text, by name, and its probability (with --json that of every label).
+    """
     from rankwise.experiments import generate as generating
 
     _check(prompt, data, input, max_new_tokens, temperature, top_p, seed, batch_size)
     check_device(device)
     check_output_file("--out", out)
     source = generating.find(adapter, model)
+    is_classifier = generating.kind_of(source) == "classification"
+    if is_classifier and (max_new_tokens is not None or temperature is not None):
+        option = "--temperature" if max_new_tokens is None else "--max-new-tokens"
+        raise ValueError(f"{option} is about texts to generate, and {adapter} is of a classifier: take it out")
     with Progress() as bar, nothing_kept_if_interrupted():
-        prompts = list(prompt or [])
+        prompts, pairs = list(prompt or []), None
         if data is not None:
-            prompts, field = generating.read_prompts(data, input)
-            bar.warn(f"{data}: {len(prompts)} prompts, read from {field}")
+            both = generating.read_pairs(data) if is_classifier and input is None else None
+            if both is not None:
+                prompts, pairs, field = both
+            else:
+                prompts, field = generating.read_prompts(data, input)
+            bar.warn(f"{data}: {len(prompts)} {'texts' if is_classifier else 'prompts'}, read from {field}")
         bar.say(f"{source.model}: loading torch and the model ...")
         bar.start(len(prompts))
-        texts = generating.generate(
-            source,
-            prompts,
-            max_new_tokens,
-            batch_size=batch_size,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            device=device,
-            progress=lambda rows: bar.advance("generating", rows),
-        )
+        if is_classifier:
+            texts, num_cut, longest = generating.classify(
+                source,
+                prompts,
+                pairs,
+                batch_size=batch_size,
+                device=device,
+                progress=lambda rows: bar.advance("reading", rows),
+            )
+            if num_cut:
+                bar.warn(f"{num_cut} of {len(prompts)} texts are longer than {longest} tokens: the end is not read")
+        else:
+            texts = generating.generate(
+                source,
+                prompts,
+                max_new_tokens or 128,
+                batch_size=batch_size,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                device=device,
+                progress=lambda rows: bar.advance("generating", rows),
+            )
     rows = [json.dumps(text.as_row(number), ensure_ascii=False) for number, text in enumerate(texts, start=1)]
     if out is not None:
         from rankwise.experiments.files import write_file
@@ -67,7 +90,7 @@ def _check(
     prompt: list[str] | None,
     data: str | None,
     input: str | None,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     temperature: float | None,
     top_p: float,
     seed: int,

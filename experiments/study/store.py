@@ -137,6 +137,7 @@ class RunStore:
             **context.commit,
             "pack": {"index": index, "size": len(pack), "member": member, "members": [one.fingerprint for one in pack]},
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **({"own_data": record} if (record := prepared.task.record()) else {}),
         }
         if not keep or read_object(folder / "config.json") is None:
             records.write_config(folder, config)

@@ -1,10 +1,12 @@
 """The tasks by name, one file a family."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rankwise.experiments import config
+from rankwise.experiments.config import read as config_of_study
 from rankwise.experiments.data_entries import OwnData
 from rankwise.experiments.records import STUDY_FILE
 from rankwise.experiments.tasks import conll2003, fashion_mnist, glue, own_tasks, reuters, sarcasm, squad
@@ -12,7 +14,7 @@ from rankwise.experiments.tasks.own_tasks import OwnTask
 from rankwise.experiments.tasks.task import Task
 from rankwise.variants.settings import quoted
 
-__all__ = ["OwnTask", "Task", "get", "in_study", "names", "of_run"]
+__all__ = ["Outputs", "OwnTask", "Task", "get", "in_study", "names", "of_run", "outputs_of_run"]
 
 _TASKS: dict[str, Task] = {
     task.name: task for family in (glue, reuters, sarcasm, conll2003, squad, fashion_mnist) for task in family.TASKS
@@ -48,11 +50,60 @@ def in_study(name: str, data: Sequence[OwnData]) -> Task:
     return own_tasks.task(entry)
 
 
-def of_run(folder: Path, name: str) -> Task:
-    """The task of a run, by its folder; of a user's own data by the study's file that lies beside the runs.
+@dataclass(frozen=True)
+class Outputs:
+    """What the models of a task give, which is all that is needed to load one: no data.
+
+    scale: mean and deviation of a regression's targets, where these were standardised.
+    """
+
+    kind: str
+    num_labels: int
+    label_names: tuple[str, ...] = ()
+    scale: tuple[float, float] = (0.0, 1.0)
+
+
+def outputs_of_run(folder: Path, config: Mapping[str, Any]) -> Outputs:
+    """What the model of a run gives; of a user's own data as the run wrote it down, wherever the data is now.
+
+    config: what config.json holds.
 
     Raises:
-        ValueError: there is no such task, or its data is gone.
+        ValueError: there is no such task; or an older run's own data is gone.
     """
-    beside = folder.parent / STUDY_FILE
-    return in_study(name, config.read(beside).data if name not in _TASKS and beside.is_file() else ())
+    own = config.get("own_data")
+    if own is not None:
+        return Outputs(own["kind"], max(1, len(own["labels"])), tuple(own["labels"]), tuple(own["scale"]))
+    task = of_run(folder, config)
+    return Outputs(task.kind, task.num_labels, task.label_names)
+
+
+def of_run(folder: Path, config: Mapping[str, Any]) -> Task:
+    """The task of a run, with its data; of a user's own data by the study's file that lies beside the runs.
+
+    config: what config.json holds.
+
+    Raises:
+        ValueError: there is no such task; or its data is gone, or no longer what the run was trained on.
+    """
+    name, own, beside = config["task"], config.get("own_data"), folder.parent / STUDY_FILE
+    data = config_of_study(beside).data if name not in _TASKS and beside.is_file() else ()
+    entry = next((one for one in data if one.name == name), None)
+    if entry is None:
+        if own is not None:
+            raise ValueError(
+                f"{folder} is a run on a user's own data, \"{name}\", and no {beside} says where that is: put the study's file "
+                f"there, with its [[data]]"
+            )
+        return get(name)
+    remedy = f'say in {beside}, under [[data]] name = "{name}", where it is now'
+    try:
+        task = in_study(name, data)
+    except ValueError as error:
+        raise ValueError(f"{str(error).splitlines()[0]} ({remedy})") from None
+    if own is not None and own["content"] != task.data_hash():
+        raise ValueError(
+            f'{entry.train}: the data of "{name}" is no longer what {folder.name} was trained on: put the old file back, '
+            f"or {remedy}"
+        )
+    return task

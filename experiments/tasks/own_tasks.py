@@ -24,13 +24,19 @@ class OwnTask(Task):
 
     notes: how the files were read and what a reader should know of their rows; `caption` has them too.
     chosen: the metrics of its report, the first the primary one.
+    scale: mean and deviation by which the targets of a regression were standardised.
     """
 
     notes: tuple[str, ...]
     chosen: tuple[str, ...]
+    scale: tuple[float, float] = (0.0, 1.0)
 
     def facts(self) -> Mapping[str, Any]:
         return {"kind": self.kind, "labels": list(self.label_names), "metrics": list(self.chosen)}
+
+    def record(self) -> Mapping[str, Any]:
+        """kind, labels and metrics; scale; content: a hash of every row of every part."""
+        return {**self.facts(), "scale": list(self.scale), "content": self.data_hash()}
 
     def cut(self, split: str, data: Dataset, processor: Any, max_length: int) -> str | None:
         """How many rows of an encoded split are longer than `max_length`, and what becomes of them; None where none is."""
@@ -99,6 +105,7 @@ def _made(dumped: str, stamps: tuple[tuple[str, int, int], ...]) -> OwnTask:
         caption=tuple(f"{data.name}: {note}." for note in notes),
         notes=tuple(notes),
         chosen=chosen,
+        scale=scale,
     )
 
 

@@ -72,6 +72,10 @@ class Task:
         """What tells its runs from others beside its name and its encoded rows: of a user's own data how it is read."""
         return {}
 
+    def record(self) -> Mapping[str, Any]:
+        """What a run writes down of its task, so that it can be understood where its data is no longer at hand."""
+        return {}
+
     def encode(self, processor: Any, split: str, max_length: int) -> Dataset:
         """The rows of a split as a model takes them (of text: tokens, made once and kept in the user's cache).
 
