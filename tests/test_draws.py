@@ -30,6 +30,7 @@ def test_no_purpose_changes_its_number():
         "SQUAD_ARTICLES": 5,
         "EPOCH_ROWS": 6,
         "AUGMENTATION": 7,
+        "SOCIALIQA_SPLIT": 8,
     }
 
 

@@ -17,7 +17,7 @@ from rankwise.experiments.data import lengths as plan
 from rankwise.experiments.data.encoded import Encoded
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.kinds import Undefined
-from rankwise.experiments.tasks import conll2003, glue, metrics, reuters, sarcasm
+from rankwise.experiments.tasks import conll2003, glue, metrics, reuters, sarcasm, socialiqa
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
@@ -64,6 +64,28 @@ def test_conll_sentences_end_at_empty_lines_and_documents(tmp_path):
 
 
 PARSERS = {"stsb": (glue.parse_stsb, STSB), "r8": (reuters.parse, R8), "conll": (conll2003.parse, CONLL)}
+
+
+def question(text, ideal):
+    return json.dumps({"input": [{"role": "user", "content": text}], "ideal": ideal})
+
+
+def test_social_iqa_has_three_options_and_drops_repeats_and_equal_options(tmp_path):
+    lines = [question("Al ran. Why? A: to flee; B: for fun: yes; C: no.", "B"), question("Al ran. Why? A: a; B: b; C: c.", "A")]
+    lines += [question("Bo sat. Why? A: x; B: x; C: y.", "C"), question("Cy ate. Then? A: 1; B: 2; C: 3.", "C")]
+    examples = socialiqa.parse(write(tmp_path, "s.jsonl", "\n".join(lines) + "\n"))
+    assert examples.first == ["Al ran. Why?", "Cy ate. Then?"] and examples.labels.tolist() == [1, 2]
+    assert examples.answers == [("to flee", "for fun: yes", "no"), ("1", "2", "3")]
+
+
+def test_social_iqa_parts_are_disjoint_and_whole():
+    cut = socialiqa.parts(socialiqa.DISTINCT)
+    assert {split: len(rows) for split, rows in cut.items()} == dict(tasks.get("socialiqa").sizes)
+    assert sorted(np.concatenate(list(cut.values())).tolist()) == [*range(socialiqa.DISTINCT)]
+    assert socialiqa.parts(30)["test"].tolist() == [4, 6, 13, 17, 19, 21]
+
+
+PARSERS["socialiqa"] = (socialiqa.parse, question(f"{SECRET} A: a; B: b; C: c.", "B") + "\n")
 PARSERS["sarcasm"] = (sarcasm.parse, headline(SECRET, "1") + "\n" + headline("b", "0") + "\n")
 BROKEN = [
     ("stsb", f"a\tb\tc\t1\t2.5\t{SECRET}\n", "line 1: expected 7 to 9 columns, found 6"),
@@ -84,6 +106,9 @@ BROKEN = [
     ("sarcasm", headline(SECRET, "2"), "line 1: the label"),
     ("sarcasm", headline(SECRET, ["1"]), "line 1: the label"),
     ("sarcasm", headline(" ", "1"), "line 1: the headline is empty"),
+    ("socialiqa", question(SECRET, "A"), "line 1: expected a question and"),
+    ("socialiqa", question("q A: a; B: b; C: c.", SECRET), "line 1: the right answer"),
+    ("socialiqa", json.dumps({"input": SECRET}), "line 1: expected a JSON object"),
 ]
 
 

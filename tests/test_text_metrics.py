@@ -1,5 +1,7 @@
 """Metrics of generated texts, against the libraries' own numbers and values by hand."""
 
+import math
+
 import numpy as np
 import pytest
 import sacrebleu
@@ -44,6 +46,22 @@ def test_corpus_metrics_are_sacrebleus(name):
     ]
     found = text_metrics.of_texts([name])(TEXTS, RIGHT)[name]
     assert found == pytest.approx(scorer(TEXTS, streams).score) and 0 < found < 100
+
+
+def test_nist_is_doddingtons_in_words_of_lower_case():
+    """Eq. 3 of Doddington (2002) by hand: two texts, one right text each, so that every count is plain to see."""
+    texts, right = ["A cat sat.", "the dog"], [("a cat ran.",), ("the dog",)]
+    # 6 words in the right texts, each once; 2 words as a pair after 1 of that word: information log2(6 / 1) and log2(1 / 1).
+    matched, pairs = 5 * math.log2(6) / 6, 0.0  # "a", "cat", ".", "the", "dog" of the 6 words of the texts
+    found = text_metrics.of_texts(["nist"])(texts, right)["nist"]
+    assert found == pytest.approx(matched + pairs)
+    # Half as long as its right text: exp(b log(1/2)^2), where b makes a text of 2 / 3 the length count half.
+    b = math.log(0.5) / math.log(2 / 3) ** 2
+    short = text_metrics.of_texts(["nist"])(["a b"], [("a b c d",)])["nist"]
+    assert short == pytest.approx(math.log2(4) * math.exp(b * math.log(0.5) ** 2))
+    assert text_metrics.of_texts(["nist"])(["", " "], [("a",), ("b",)]) == {"nist": 0.0}
+    with pytest.raises(ValueError, match="is not known"):
+        text_metrics.resampled("nists")
 
 
 @pytest.mark.parametrize("name", text_metrics.NAMES)

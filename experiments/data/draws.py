@@ -26,6 +26,7 @@ KNOCKOUT_ROWS = Purpose(4)  # (0, 4): the rows of a knock-out
 SQUAD_ARTICLES = Purpose(5)  # (0, 5): which articles of SQuAD are kept out of training
 EPOCH_ROWS = Purpose(6)  # (seed, 6, epoch): the order of all rows, where no lengths are planned (kinds/interface.py)
 AUGMENTATION = Purpose(7)  # (seed, 7, step, row): how a row's inputs are changed at a step (Kind.augment)
+SOCIALIQA_SPLIT = Purpose(8)  # (0, 8): the splits of Social IQa
 
 SHARED = {3, 4}  # the numbers that stand twice above, and must stay so: data hashes and committed results depend on them
 

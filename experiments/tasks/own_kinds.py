@@ -215,6 +215,7 @@ OF_ANSWERS = {
     "exact_match": Metric(metrics.exact_match_and_f1),
 }
 OF_TEXTS = {name: Metric(text_metrics.of_texts([name]), text_metrics.resampled(name)) for name in text_metrics.NAMES}
+OF_TEXTS |= {name: Metric(text_metrics.of_texts([name]), leads=False) for name in text_metrics.BESIDE}
 OF_CHOICES = {
     "accuracy": Metric(text_metrics.choice_accuracy),
     "accuracy_per_token": Metric(text_metrics.choice_accuracy, leads=False),

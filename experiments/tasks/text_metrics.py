@@ -1,8 +1,16 @@
 """Metrics of generated texts, of choices and of modelled texts, in points; higher is better.
 
-ROUGE is rouge-score's, BLEU and chrF are sacrebleu's, with their defaults.  Exact match and the numeric answer are
-written here: a comparison of two strings needs no library.
+ROUGE is rouge-score's, BLEU and chrF are sacrebleu's, NIST is nltk's, with their defaults.  Exact match and the numeric answer
+are written here: a comparison of two strings needs no library.
 `of_texts(names)` gives what a task of kind = generation measures by.
+
+Of the official five of E2E NLG (BLEU, NIST, METEOR, ROUGE-L, CIDEr) two are missing, and others differ from the official script,
+most where a row has several right texts:
+    BLEU     sacrebleu's, the same counts; the script lowers the case of all texts first
+    NIST     nltk's takes for each order the right text that fits best, the script (mteval-v13a) all of them together
+    ROUGE-L  rouge-score's F of precision and recall alike; the script's (coco-caption's) weighs recall by 1.2
+    METEOR   missing: the script's needs Java and tables of paraphrases, nltk's the files of WordNet, which no package carries
+    CIDEr    missing: pycocoevalcap 1.2, 104 MB, has not been kept up since 2020, and its words are split by a Java program
 """
 
 import functools
@@ -64,6 +72,18 @@ def corpus_score(name: str, texts: Sequence[str], references: References) -> flo
     return _corpus_metric(name).corpus_score(list(texts), _streams(references)).score
 
 
+def nist(texts: Sequence[str], references: References) -> float:
+    """NIST of all texts together, of runs of up to 5 words, split as mteval-v13a does, in lower case; 0 and up, no points."""
+    from nltk.translate.nist_score import corpus_nist
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    split = Tokenizer13a()
+    words = [split(text.lower()).split() for text in texts]
+    right = [[split(text.lower()).split() for text in some] for some in references]
+    longest = min(5, max(map(len, words), default=0))  # of longer runs there are none, and nltk would divide by their number
+    return float(corpus_nist(right, words, longest)) if longest else 0.0
+
+
 def _streams(references: References) -> list[list[str | None]]:
     """As sacrebleu takes them: the first right text of every row, then the second ones, None where a row has fewer."""
     return [[right[i] if i < len(right) else None for right in references] for i in range(max(map(len, references)))]
@@ -75,29 +95,31 @@ BY_TEXT: dict[str, Callable[[Sequence[str], References], np.ndarray]] = {
     **{name: functools.partial(rouge, name) for name in ("rouge1", "rouge2", "rougeL")},
 }
 OF_CORPUS = ("bleu", "chrf")
-NAMES = (*BY_TEXT, *OF_CORPUS)
+NAMES = (*BY_TEXT, *OF_CORPUS)  # by which methods can be compared
+BESIDE = ("nist",)  # shown beside these: no points, and without an end
 
 
 def check(names: Sequence[str]) -> None:
     """Raises: ValueError: no name, or one that is not known; says which there are."""
     if not names:
         raise ValueError(f"metrics = []: name at least one of {', '.join(NAMES)}")
+    known = (*NAMES, *BESIDE)
     for name in names:
-        if name not in NAMES:
-            raise ValueError(f'metrics: "{name}" is not known{nearest(name, NAMES)}; there are: {", ".join(NAMES)}')
+        if name not in known:
+            raise ValueError(f'metrics: "{name}" is not known{nearest(name, known)}; there are: {", ".join(known)}')
 
 
 def of_texts(names: Sequence[str]) -> Callable[[Sequence[str], References], dict[str, float]]:
     """What `Task.measure` is for these metrics."""
     check(names)
 
+    def one(name: str, texts: Sequence[str], references: References) -> float:
+        if name in BY_TEXT:
+            return 100 * float(BY_TEXT[name](texts, references).mean())
+        return nist(texts, references) if name in BESIDE else corpus_score(name, texts, references)
+
     def measure(texts: Sequence[str], references: References) -> dict[str, float]:
-        return {
-            name: corpus_score(name, texts, references)
-            if name in OF_CORPUS
-            else 100 * float(BY_TEXT[name](texts, references).mean())
-            for name in names
-        }
+        return {name: one(name, texts, references) for name in names}
 
     return measure
 
