@@ -42,6 +42,7 @@ def test_every_published_table_has_a_recipe_and_every_recipe_a_table():
     assert [name for name, table in of.items() if name != table] == [
         "adalora-4-miniature",
         "adalora-5-miniature",
+        "dora-1-miniature",
         "lora-18-miniature",
     ]
 
@@ -75,24 +76,30 @@ def test_what_can_run_is_what_the_methods_and_tasks_allow():
         "adalora-5-miniature": 2 * 18,
         "lora-2": 2 * 4 * 8,
         "lora-18-miniature": 7,
+        "dora-1-miniature": 3,
     } | ({"adalora-2": 2 * 9 * 2} if "squad/v1" in tasks.names() else {})
 
 
 def test_what_waits_says_for_what():
     lora = recipes.load("lora-2")
     assert recipes.waits(lora, "RoBERTa-base BitFit, 0.1M", "rte", "paper").startswith("a recipe: the paper copied the row")
-    for name in (
-        "lora-3",
-        "lora-6",
-        "lora-18",
-        "dora-1",
-        "dora-15",
-        "qlora-3",
-        "qlora-4",
-        "eva-commonsense",
-        "peft-metamathqa",
+    of_data = {"lora-3": "E2E NLG", "dora-1": "the eight commonsense tasks", "adalora-3": "XSum", "peft-metamathqa": "GSM8K"}
+    for name, data in of_data.items():
+        assert data in recipes.load(name).waits and "read from a hub" in recipes.load(name).waits
+    assert recipes.load("lora-6").waits == "weights that were never released"
+    assert not any("decoder tasks" in recipes.load(name).waits for name in recipes.names())  # these kinds are there
+
+
+def test_a_miniature_of_a_decoder_adapts_the_modules_that_the_paper_names():
+    recipe = recipes.load("dora-1-miniature")
+    for row, (method, rank, rate) in zip(
+        recipe.rows, (("lora", 32, 3e-4), ("dora", 16, 2e-4), ("dora", 32, 1e-4)), strict=True
     ):
-        assert "the decoder tasks" in recipes.load(name).waits
+        (entry,) = recipes.plan(recipe, row, "siqa").study.methods
+        assert (entry.method, entry.settings["rank"], entry.settings["alpha"]) == (method, rank, 2 * rank)
+        assert entry.targets == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"] and entry.learning_rates == [rate]
+    with pytest.raises(ValueError, match=r'a bert has no module for the role "up"; it has: query'):
+        recipes.plan(recipe, row, "siqa", model=recipes.STAND_IN)
 
 
 # -- LoRA's appendix D, column by column ----------------------------------------------------------------------------------
@@ -403,7 +410,7 @@ def test_unknown_names_get_the_nearest():
 
 
 def test_what_waits_is_not_run_and_says_why():
-    with pytest.raises(ValueError, match="dora-1 waits for the decoder tasks"):
+    with pytest.raises(ValueError, match="dora-1 waits for the eight commonsense tasks, read from a hub"):
         recipes.choose(recipes.load("dora-1"), ["all"], [], "paper")
     with pytest.raises(ValueError, match=r'"HAdapter, 1\.22M" waits for a method: Houlsby'):
         recipes.choose(recipes.load("adalora-1"), ["stsb"], ["HAdapter, 1.22M"], "paper")
@@ -532,7 +539,7 @@ def test_the_list_says_what_runs_here(offline, monkeypatch):
     assert shown["lora-18-miniature"][1:5] == ("yes: stsb", "7 of 7", "package: all-MiniLM-L6-v2", "package: stsb")
     assert shown["adalora-1"][1:4] == ("with --model: stsb", "48 of 96", "hub: deberta-v3-base")
     assert shown["adalora-4"][1] == "no"
-    assert "dora-1" not in shown and "dora-1 waits for the decoder tasks." in table.caption
+    assert "dora-1" not in shown and any("dora-1 waits for the eight" in line for line in table.caption)
     assert any("out of reach: not asked" in line for line in table.caption)
     cells = {(one["row"], one["cell"]): one for one in found["tables"][recipes.names().index("adalora-1")]["cells"]}
     assert cells["AdaLoRA, 1.27M", "stsb"]["lacking"] == ["model", "memory"]
@@ -557,7 +564,9 @@ def test_the_detail_of_a_table_stands_beside_the_appendix(offline):
     assert any("All cells: model microsoft/deberta-v3-base, batch_size 32, schedule linear" in line for line in table.caption)
     assert any(line.startswith("Waits for a method: Houlsby's adapters: HAdapter, 1.22M; ") for line in table.caption)
     waiting = listing.detail(recipes.here([recipes.load("lora-3")], "paper"), papers.load("lora-3"))
-    assert waiting.rows == () and any("Waits for the decoder tasks: GPT-2 M full" in line for line in waiting.caption)
+    assert waiting.rows == () and any(
+        "Waits for E2E NLG as a task" in line and "GPT-2 M full" in line for line in waiting.caption
+    )
 
 
 # -- the verdict ----------------------------------------------------------------------------------------------------------

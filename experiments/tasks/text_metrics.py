@@ -4,8 +4,8 @@ ROUGE is rouge-score's, BLEU and chrF are sacrebleu's, NIST is nltk's, with thei
 are written here: a comparison of two strings needs no library.
 `of_texts(names)` gives what a task of kind = generation measures by.
 
-Of the official five of E2E NLG (BLEU, NIST, METEOR, ROUGE-L, CIDEr) two are missing, and others differ from the official script,
-most where a row has several right texts:
+Of the official five of E2E NLG (BLEU, NIST, METEOR, ROUGE-L, CIDEr) two are missing, and others differ from the official
+script, most where a row has several right texts:
     BLEU     sacrebleu's, the same counts; the script lowers the case of all texts first
     NIST     nltk's takes for each order the right text that fits best, the script (mteval-v13a) all of them together
     ROUGE-L  rouge-score's F of precision and recall alike; the script's (coco-caption's) weighs recall by 1.2
