@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
-from tests import contract
+from tests import contract, language_models
 from tests.loop import Loop
 from tests.tiers import quick
 from tests.tiny import SIZES, batch, tiny
@@ -200,6 +200,36 @@ def test_a_model_that_divides_by_all_items_gets_one_penalty_a_step(tmp_path):
         for parameter in plain.parameters():
             parameter.grad = None
     assert_same_tensors(adapter, plain, rtol=1e-4, atol=1e-7)  # transformers takes its loss in fp32
+
+
+@pytest.mark.parametrize("name", quick(language_models.NAMES, ["gpt2", "t5"]))
+def test_a_language_model_trains_as_in_the_slow_loop_and_resumes_bit_for_bit(tmp_path, name):
+    """On the tokens of a target alone; of an encoder-decoder on those that it is to write."""
+    steps = 8
+    phases = {"initial_rank": 3, "target_rank": 2, "alpha": 7.0, "warmup_steps": 1, "final_steps": 2, "interval": 1}
+
+    def made() -> variants.Adapter:
+        model = language_models.made(name).double().train()
+        return variants.create("adalora", seeds=[3], **phases).attach(model, "all-linear", head=[])
+
+    ids = torch.randint(5, 60, (4 * steps, 9), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    data = [{"input_ids": row, "labels": target} for row, target in zip(ids, labels, strict=True)]
+    plain, uncut, again = made(), made(), made()
+    loop = Loop(
+        plain, RATE, steps, None, DECAY, lambda one, some: one.model(input_ids=ids[some], labels=labels[some]).loss[None]
+    )
+    losses = [float(loop.step(slice(4 * step, 4 * step + 4))) for step in range(steps)]
+    watch = Watch(uncut)
+    arguments = {"max_steps": steps, "max_grad_norm": 0.0, "save_strategy": "steps", "save_steps": 3, "data": data}
+    trainer(uncut, tmp_path, [variants.AdapterCallback(uncut), watch], **arguments).train()
+    assert watch.losses == pytest.approx(losses, rel=1e-5)
+    assert_same_tensors(uncut, plain, rtol=1e-3, atol=1e-6)  # transformers takes its loss in fp32
+    assert sum(watch.ranks[-1]) == 2 * len(watch.ranks[-1]) < sum(watch.ranks[0])
+    trainer(again, tmp_path / "again", **arguments).train(str(tmp_path / "checkpoint-3"))
+    theirs = uncut.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in again.state_dict().items())
 
 
 @pytest.mark.parametrize("method", quick(["adalora", "adalora+dora"], ["adalora+dora"]))

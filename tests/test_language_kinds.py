@@ -3,13 +3,14 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from rankwise import variants
-from rankwise.experiments import kinds, knockout, models, records, tasks
+from rankwise.experiments import config, kinds, knockout, models, records, tasks
 from rankwise.experiments.data.encoded import IGNORED
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.kinds.decoding import Sampling, generated
@@ -178,11 +179,15 @@ def test_members_generate_together_what_transformers_generates_of_each_exported_
     assert len({tuple(row) for row in together.flatten(0, 1).tolist()}) >= 3
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_peft_generates_what_its_member_generated_in_the_pack(method, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("llama", "lora"), ("llama", "dora")]
+    + [pytest.param(name, "lora", marks=pytest.mark.slow) for name in ("gpt2", "t5", "bloom", "gpt_neox", "mistral", "gemma")],
+)
+def test_peft_generates_what_its_member_generated_in_the_pack(name, method, tmp_path):
     import peft
 
-    model, ask = language_models.made("llama"), language_models.tokenizer()
+    model, ask = language_models.made(name), language_models.tokenizer()
     adapter = variants.create(method, members=3, seeds=[1, 2, 3], rank=2, alpha=5).attach(model, "all-linear", head=[])
     language_models.fill(adapter, 0.3)
     for member in range(3):
@@ -192,11 +197,11 @@ def test_peft_generates_what_its_member_generated_in_the_pack(method, tmp_path):
     adapter.begin(variants.Step(1, 2), training=False)
     together = generated(model, ids.repeat(3, 1), mask.repeat(3, 1), 6, [ask.eos_token_id]).view(3, 2, 6)
     for member in range(3):
-        theirs = peft.PeftModel.from_pretrained(language_models.made("llama"), tmp_path / str(member))
+        theirs = peft.PeftModel.from_pretrained(language_models.made(name), tmp_path / str(member))
+        first = 1 if model.config.is_encoder_decoder else None  # the token that a decoder of its own begins with
         for row, prompt in enumerate(prompts):
-            alone = theirs.generate(input_ids=torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[
-                0, len(prompt) :
-            ].tolist()
+            alone = theirs.generate(input_ids=torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
+            alone = alone[0, first or len(prompt) :].tolist()
             assert together[member, row].tolist() == alone + [0] * (6 - len(alone))
     assert len({tuple(row) for row in together.flatten(0, 1).tolist()}) > 2
 
@@ -465,3 +470,39 @@ def test_a_study_over_a_language_model_ends_with_scores_and_predictions(kind, tm
     assert (table is None) == (kind != "generation")
     if table is not None:
         assert [of for _, of, _ in table.rows] == ["prompt", "target", "lora", "adalora"] * 5
+
+
+def own_study(folder: Path) -> config.Study:
+    """One study on a file of every kind of language data, with a template, beside a model in the same folder."""
+    random = np.random.default_rng(0)
+    prompts = [" ".join(random.choice(list("abc"), random.integers(2, 9))) for _ in range(30)]
+    rows = {
+        "generation": [{"prompt": p, "completion": f"{p[-1]} x"} for p in prompts],
+        "choice": [{"question": p, "choices": ["a x", "b", "c x x"], "answer": "abc".index(p[-1])} for p in prompts],
+        "language-modelling": [{"text": f"{p} {p[-1]}"} for p in prompts],
+    }
+    text = f'model = "{language_models.saved("llama", folder / "llama")}"\nquick = true\ncheckpoint_seconds = 1e-6\n'
+    text += '[training]\nepochs = 1\nmax_steps = 3\nbatch_size = 6\nmax_length = 16\nprecision = "fp32"\n'
+    for kind, of_kind in rows.items():
+        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_kind))
+        text += f'[[data]]\nname = "{kind}"\ntrain = "{kind}.jsonl"\n'
+    (folder / "mine.toml").write_text(text + '[[methods]]\nmethod = "lora"\nrank = 2\nlearning_rate = 1e-2\n')
+    return config.read(folder / "mine.toml")
+
+
+@pytest.mark.slow
+def test_killed_and_begun_again_a_study_of_own_texts_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    from tests.test_study import child, contents
+
+    study, cache = own_study(tmp_path), str(tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    for out, kills in (("whole", []), ("cut", [(4, True), (9, False), (14, True)])):
+        for kill in [*kills, ()]:
+            process = child(study, tmp_path / out, cache, *kill)
+            process.join()
+            assert (process.exitcode < 0) == bool(kill)
+    whole = contents(tmp_path / "whole")
+    assert whole == contents(tmp_path / "cut")
+    assert (
+        sum(name.endswith("result.json") for name in whole) == 3 and sum(name.endswith("samples.json") for name in whole) == 1
+    )
