@@ -152,6 +152,12 @@ def _notes(bench: dict[str, Any]) -> list[str]:
     ]
     if merged:
         notes.append("PEFT merged by hand, and the ratio to ours then: " + "; ".join(merged) + ".")
+    if any(row["case"].startswith("language/") for row in rows):
+        notes.append(
+            "A language model: half of each row is a prompt, the other half is scored, or generated (greedily, with a cache). "
+            "Ours trains, or generates for, all members at once, nothing merged; PEFT one run at a time, with the loss that "
+            "transformers computes. The ratio of a step is that of runs a minute."
+        )
     if any("train/dora" in row["case"] for row in rows):
         notes.append(
             "PEFT's DoRA multiplies by the frozen weight twice in a training step with dropout, as here, and once without; "

@@ -1,5 +1,6 @@
 """`rankwise bench` at a size of milliseconds: what is timed is what it says, and the numbers fit each other."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,9 +9,10 @@ import sys
 import pytest
 import torch
 from rankwise.experiments import cli
-from rankwise.experiments.bench import ablation, cases, run, throughput, timing
+from rankwise.experiments.bench import ablation, cases, run, throughput, timing, workloads
 from rankwise.experiments.bench.arms import Floor, Ours, Setup
 from rankwise.experiments.bench.cases import PEFT_METHODS, ImageSize, LlamaSize, Plan, Shape, StudySize
+from rankwise.experiments.bench.language import LanguageArms
 from rankwise.experiments.bench.workloads import EncoderArms, LinearArms, plain
 from rankwise.variants.adapter.probe import fill
 
@@ -42,6 +44,8 @@ def tiny_plan(model_id: str) -> Plan:
         llama_shape=Shape("k1", 1, 2, 12, repetitions=1, warmup=0),
         images=ImageSize(hidden=32, layers=2, heads=4, patch=4, side=8),
         images_shape=Shape("k1", 1, 2, 5, repetitions=1, warmup=0),
+        language=LlamaSize(hidden=32, layers=2, heads=4, kv_heads=2, feed_forward=48, vocabulary=67),
+        language_shape=Shape("k8", 8, 2, 12, repetitions=1, warmup=0),
         throughput=Shape("run", 1, 4, 8, repetitions=1),
         packs=(1, 4, 16, 64),
         steps_per_run=10,
@@ -90,8 +94,8 @@ def test_ratio_tax_and_memory_are_what_they_are_called(measured):
         assert row["ratio"] == pytest.approx(row["peft_seconds"] / row["seconds"])
         assert row["peft_peak_memory_bytes"] > 0 and row["peft_precision"] in ("fp32", "bf16 weights", "bf16 autocast")
         cached = row["peft_cached_seconds"]
-        assert (cached is not None) == ("eval/dora" in row["case"])
-        assert (row["improved_floor_seconds"] is None) == row["case"].startswith("linear/")
+        assert (cached is not None) == ("eval/dora" in row["case"] or "generate/dora" in row["case"])
+        assert (row["improved_floor_seconds"] is None) == row["case"].startswith(("linear/", "language/"))
 
 
 @pytest.mark.slow
@@ -105,6 +109,31 @@ def test_seconds_are_per_member_and_batch(model, setup, monkeypatch):
         assert (row["ratio"], row["tax"]) == (peft / ours, 1.0)
 
 
+def test_every_arm_of_a_language_model_generates_the_same_tokens_and_steps_on_the_same_loss(setup, tmp_path):
+    """At the start, where no adapter changes the model: ours in one batch, PEFT's and the floor's member by member."""
+    plan = tiny_plan("")
+    with workloads.llama(plan.language, tmp_path, "fp32", 24, "tiny", head=True) as folder:
+        arms = LanguageArms(setup, folder, dataclasses.replace(plan.language_shape, members=3))
+        together = arms.ours("lora").evaluate().view(3, 2, 6)
+        assert len(set(map(tuple, together.flatten(0, 1).tolist()))) > 1
+        first = arms.peft("lora", "fp32").evaluate()
+        assert torch.equal(together[0], first)
+        assert torch.equal(arms.floor.evaluate(), together.flatten(0, 1))
+        theirs = arms.peft("lora", "fp32")
+        theirs.model.eval()
+        batch = arms.tensors()
+        assert (batch["labels"][:, :6] == -100).all() and (batch["labels"][:, 6:] == batch["input_ids"][:, 6:]).all()
+        trainer = arms.ours("lora").trainer
+        labels = batch.pop("labels")
+        losses = trainer.kind.training_losses(
+            trainer.model, {k: v.repeat(3, 1) for k, v in batch.items()}, labels.repeat(3, 1), 3
+        )
+        assert losses.tolist() == pytest.approx([theirs.model(**batch, labels=labels).loss.item()] * 3, rel=1e-5)
+        for method in ("lora", "adalora", "dora"):
+            arms.ours(method).train()
+            arms.peft(method, "fp32").train()
+
+
 @pytest.mark.slow
 def test_json_is_strict_and_names_the_machine(measured):
     found = measured[0]
@@ -112,7 +141,8 @@ def test_json_is_strict_and_names_the_machine(measured):
     machine = found["machine"]
     assert found["schema"] == 1 and machine["cores"] == os.cpu_count() and machine["threads"] == torch.get_num_threads()
     assert machine["versions"]["peft"] == "0.21.2" and machine["matrix_product_gflops"]["fp32"] > 0
-    assert set(found["peft_precisions"]) == {"model 4 x 8", "linear 24 x 24", "Llama shape 2 x 12"}
+    names = {"model 4 x 8", "linear 24 x 24", "Llama shape 2 x 12", "DINOv2 shape 2 x 5", "SmolLM2 shape 2 x 12"}
+    assert set(found["peft_precisions"]) == names
     assert all(set(tried) == {"fp32", "bf16 weights", "bf16 autocast"} for tried in found["peft_precisions"].values())
 
 

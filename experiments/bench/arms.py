@@ -21,6 +21,7 @@ from rankwise.experiments.bench import timing
 from rankwise.experiments.bench.cases import FIRST_STEP, RECIPE, TOTAL_STEPS, Shape, settings
 from rankwise.experiments.config import Training
 from rankwise.experiments.data.dataset import Dataset
+from rankwise.experiments.tasks import Task
 from rankwise.experiments.training.evaluation import autocast
 from rankwise.experiments.training.optim import MemberAdamW
 from rankwise.experiments.training.pack import Pack
@@ -30,7 +31,7 @@ from rankwise.variants.adapter.step import Step
 from rankwise.variants.settings import check
 from torch import Tensor, nn
 
-TASK = "glue/stsb"  # whose kind and labels random rows are of, if nothing else is said
+TASK = tasks.get("glue/stsb")  # whose kind and labels random rows are of, if nothing else is said
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Setup:
 class Ours:
     """A study's own step and evaluation: `Trainer.train_step` and `Trainer.evaluate`, the data path included."""
 
-    def __init__(self, method: str, setup: Setup, model: str, shape: Shape, rows: Dataset, task: str = TASK):
+    def __init__(self, method: str, setup: Setup, model: str, shape: Shape, rows: Dataset, task: Task = TASK):
         self.device, self.batches = setup.device, shape.evaluation_batches
         self.trainer = trainer(method, setup, model, shape, rows, task)
 
@@ -67,7 +68,7 @@ class Ours:
         return timing.tensors_in(self.trainer.model, self.trainer.adapter, vars(self.trainer.optimizer))
 
 
-def trainer(method: str, setup: Setup, model: str, shape: Shape, rows: Dataset, task: str = TASK) -> Trainer:
+def trainer(method: str, setup: Setup, model: str, shape: Shape, rows: Dataset, task: Task = TASK) -> Trainer:
     """A trainer of random rows, at a step in the middle of its run.
 
     task: whose kind and labels they are of.
@@ -89,7 +90,7 @@ def trainer(method: str, setup: Setup, model: str, shape: Shape, rows: Dataset, 
         method=method,
         settings=check(method, settings(method) if method != "head" else {}),
         targets=RECIPE["targets"],
-        task=dataclasses.replace(tasks.get(task), name="bench/random", sizes=None),
+        task=dataclasses.replace(task, name="bench/random", sizes=None),
         model=model,
         training=training,
         seeds=tuple(range(shape.members)),

@@ -62,7 +62,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class LlamaSize:
-    """Of a random LlamaForSequenceClassification."""
+    """Of a random Llama, with a classifier or as a language model."""
 
     hidden: int
     layers: int
@@ -109,6 +109,8 @@ class Plan:
     llama_shape: Shape
     images: ImageSize
     images_shape: Shape  # its length is that of patches and the first token
+    language: LlamaSize
+    language_shape: Shape  # members are runs that train, or generate, together
     throughput: Shape  # of one run; members are those of `packs`
     packs: tuple[int, ...]
     steps_per_run: int  # one epoch of STS-B
@@ -126,6 +128,7 @@ LLAMA = {
     "cuda": LlamaSize(hidden=2048, layers=16, heads=32, kv_heads=8, feed_forward=8192),
 }
 DINOV2 = ImageSize(hidden=384, layers=12, heads=6, patch=14, side=98)  # DINOv2-small at 7 x 7 patches
+SMOLLM2 = LlamaSize(hidden=576, layers=30, heads=9, kv_heads=3, feed_forward=1536, vocabulary=49_152)  # its 135M
 STUDY = {
     "cpu": StudySize((3e-4, 1e-3, 3e-3, 1e-2), sweep_seeds=4, seeds=16, pack=16, peft_runs=16),
     "cuda": StudySize((3e-4, 1e-3, 3e-3, 1e-2), sweep_seeds=16, seeds=64, pack=64, peft_runs=16),
@@ -148,6 +151,8 @@ def plan(device: str) -> Plan:
         llama_shape=Shape("k1", 1, 8, 128, repetitions=5, warmup=2, evaluation_batches=8, evaluation_repetitions=3),
         images=DINOV2,
         images_shape=Shape("k1", 1, 16, 50, repetitions=5, warmup=2, evaluation_batches=4, evaluation_repetitions=3),
+        language=SMOLLM2,
+        language_shape=Shape("k8", 8, 2, 64, repetitions=2),
         throughput=Shape("run", 1, 32, 16, repetitions=2, peft_repeat=3),
         packs=(1, 4, 16, 64),
         steps_per_run=180,
@@ -176,9 +181,14 @@ TARGETS: dict[str, dict[str, dict[str, float]]] = {
             "images/train/lora/k1": 1.3,
             "images/train/adalora/k1": 1.3,
             "images/train/dora/k1": 1.3,
+            "llama/train/lora/k1": 1.5,
+            "llama/train/adalora/k1": 1.5,
+            "llama/train/dora/k1": 2.0,
+            **{f"language/train/{m}/k8": 1.5 for m in PEFT_METHODS},
+            **{f"language/generate/{m}/k8": 2.0 for m in PEFT_METHODS},
         },
         "tax": {f"train/{m}/k1": 1.35 for m in METHODS} | {f"train/{m}/k16": 1.15 for m in METHODS},
-        "memory": {},
+        "memory": {f"{c}/{m}/{k}": 1.0 for c, k in (("llama/train", "k1"), ("language/train", "k8")) for m in PEFT_METHODS},
         "allocator": {f"allocator/{m}/{k}": 0.03 for m in ("adalora", "adalora+dora") for k in ("k1", "k16")},
         "study": {},
     },
@@ -197,7 +207,7 @@ class Case:
     """One line of the result. group: what is timed together; member count or shape is in `shape`."""
 
     name: str
-    group: str  # "encoder", "linear", "llama", "images", "allocator", "throughput" or "study"
+    group: str  # "encoder", "linear", "llama", "images", "language", "allocator", "throughput" or "study"
     phase: str  # "train", "eval" or ""
     method: str
     shape: str
@@ -214,6 +224,11 @@ def cases() -> list[Case]:
     ]
     found += [Case(f"llama/{p}/{m}/k1", "llama", p, m, "k1", True) for p in ("train", "eval") for m in METHODS]
     found += [Case(f"images/{p}/{m}/k1", "images", p, m, "k1", True) for p in ("train", "eval") for m in PEFT_METHODS]
+    found += [
+        Case(f"language/{word}/{m}/k8", "language", p, m, "k8", True)
+        for word, p in (("train", "train"), ("generate", "eval"))
+        for m in PEFT_METHODS
+    ]
     found += [Case(f"throughput/{m}/k{k}", "throughput", "", m, f"k{k}", True) for m in METHODS for k in (1, 4, 16, 64)]
     return [*found, Case("study/lora", "study", "", "lora", "", True)]
 

@@ -14,6 +14,7 @@ from rankwise.experiments import measure
 from rankwise.experiments.bench import throughput, timing
 from rankwise.experiments.bench.arms import Setup
 from rankwise.experiments.bench.cases import PEFT_METHODS, RECIPE, TARGETS, Case, Plan, of_group
+from rankwise.experiments.bench.language import LanguageArms
 from rankwise.experiments.bench.workloads import PRECISIONS, Arms, EncoderArms, ImageArms, LinearArms, dinov2, llama
 
 SCHEMA = 1
@@ -68,6 +69,11 @@ class Bench:
                 shape, size = self.plan.images_shape, self.plan.images
                 with self._going_on(rows), dinov2(size, Path(scratch)) as model:
                     self._measure(ImageArms(self.setup, model, shape, size.side), rows)
+            if rows := of_group(self.chosen, "language"):
+                shape = self.plan.language_shape
+                made = llama(self.plan.language, Path(scratch), self.precision, 2 * shape.length, "SmolLM2 shape", head=True)
+                with self._going_on(rows), made as model:
+                    self._measure(LanguageArms(self.setup, model, shape), rows)
             self._clean()
             for case in of_group(self.chosen, "throughput"):
                 with self._going_on([case]):

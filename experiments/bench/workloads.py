@@ -17,6 +17,7 @@ from rankwise.experiments.bench.arms import TASK, Floor, ImprovedFloor, Ours, Ou
 from rankwise.experiments.bench.cases import LINEAR_SIZES, RECIPE, TOTAL_STEPS, ImageSize, LlamaSize, Shape, settings
 from rankwise.experiments.data.encoded import Encoded
 from rankwise.experiments.data.images import Images
+from rankwise.experiments.tasks import Task
 from rankwise.experiments.tasks import get as get_task
 from rankwise.variants.adapter.targets import resolve
 from torch import Tensor, nn
@@ -135,7 +136,7 @@ class RandomImages(Images):
 class ImageArms(EncoderArms):
     """The arms over a classifier of images, of random bytes."""
 
-    task, task_type = "fashion-mnist", None
+    task, task_type = get_task("fashion-mnist"), None
 
     def __init__(self, setup: Setup, model: str, shape: Shape, side: int):
         self.side = side
@@ -144,7 +145,7 @@ class ImageArms(EncoderArms):
     def random_rows(self, count: int) -> RandomImages:
         random = np.random.default_rng(0)
         pixels = random.integers(0, 256, (count, 3, self.side, self.side), dtype=np.uint8)
-        return RandomImages(pixels, random.integers(0, get_task(self.task).num_labels, count))
+        return RandomImages(pixels, random.integers(0, self.task.num_labels, count))
 
     def tensors(self, dtype: torch.dtype, members: int = 1, batch: int = 0) -> dict[str, Tensor]:
         n = self.shape.rows * members
@@ -154,9 +155,9 @@ class ImageArms(EncoderArms):
         return {name: tensor.to(self.setup.device) for name, tensor in found.items()}
 
 
-def plain(model_id: str, precision: str, device: torch.device, task: str = TASK) -> tuple[nn.Module, list[str], list[str]]:
+def plain(model_id: str, precision: str, device: torch.device, task: Task = TASK) -> tuple[nn.Module, list[str], list[str]]:
     """The model as the hub gives it, without attention dropout; names of its heads, names of the linears to adapt."""
-    model, _, info = models.load(model_id, get_task(task), precision, str(device))
+    model, _, info = models.load(model_id, task, precision, str(device))
     model.config.attention_probs_dropout_prob = model.config.attention_dropout = 0.0
     for name, module in model.named_modules():
         if isinstance(getattr(module, "attention_dropout", None), float):
@@ -188,18 +189,29 @@ def peft_config(method: str, targets: list[str], sizes: dict[str, Any], **furthe
 
 def random_rows(model_id: str, rows: int, length: int) -> Encoded:
     """Rows of exactly `length` random tokens, none of them special, with random scores."""
-    config = json.loads((sources.fetch(model_id) / "config.json").read_text(encoding="utf-8"))
-    size = config["vocab_size"]
     random = np.random.default_rng(0)
-    ids = random.integers(min(1000, size // 8), size, rows * length, dtype=np.int32)
-    types = np.zeros(rows * length, np.int8) if config.get("type_vocab_size") else None
+    ids = random_ids(model_id, rows, length, random)
+    types = np.zeros(rows * length, np.int8) if _config(model_id).get("type_vocab_size") else None
     labels = random.random(rows, dtype=np.float32)
     return Encoded(ids, np.arange(0, rows * length + 1, length, dtype=np.int64), types, labels, max(length, 8))
 
 
+def random_ids(model_id: str, rows: int, length: int, random: np.random.Generator | None = None) -> np.ndarray:
+    """(rows * length,) int32, none of them a special token."""
+    size = _config(model_id)["vocab_size"]
+    random = np.random.default_rng(0) if random is None else random
+    return random.integers(min(1000, size // 8), size, rows * length, dtype=np.int32)
+
+
+def _config(model_id: str) -> dict[str, Any]:
+    return json.loads((sources.fetch(model_id) / "config.json").read_text(encoding="utf-8"))
+
+
 @contextlib.contextmanager
-def llama(size: LlamaSize, scratch: Path, precision: str, positions: int) -> Iterator[str]:
-    """The id (a folder) of a random model of that size; gone afterwards."""
+def llama(
+    size: LlamaSize, scratch: Path, precision: str, positions: int, name: str = "Llama shape", head: bool = False
+) -> Iterator[str]:
+    """The id (a folder) of a random model of that size; gone afterwards. head: with an output layer, tied to its embeddings."""
     import transformers
 
     config = transformers.LlamaConfig(
@@ -213,14 +225,18 @@ def llama(size: LlamaSize, scratch: Path, precision: str, positions: int) -> Ite
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=1,
+        tie_word_embeddings=head,
     )
+    auto = transformers.AutoModelForCausalLM if head else transformers.AutoModel
     with tempfile.TemporaryDirectory(dir=scratch) as parent:
-        folder = str(Path(parent) / "Llama shape")
+        folder = str(Path(parent) / name)
         with models.quiet(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            model = transformers.AutoModel.from_config(config, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+            model = auto.from_config(config, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
             model.save_pretrained(folder)
-            models.tiny_tokenizer().save_pretrained(folder)
+            tokenizer = models.tiny_tokenizer()
+            tokenizer.eos_token = tokenizer.sep_token  # which language models must have
+            tokenizer.save_pretrained(folder)
             del model
         yield folder
 

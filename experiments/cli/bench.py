@@ -18,7 +18,7 @@ READ = {"--quantised": ("--out", "--device")}  # by a measurement in the place o
 def bench(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON to FILE.")] = None,
     out: Annotated[Path | None, typer.Option(help=f"Folder for bench.json, bench.md and figures.  [default: {OUT}]")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Packed throughput, a study, and a Llama shape too.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Packed throughput, a study, Llama and DINOv2 shapes.")] = False,
     device: Device = "auto",
     threads: Threads = None,
     cases: Annotated[str | None, typer.Option(help="Only these, as in 'train/dora/*'.")] = None,
