@@ -33,7 +33,10 @@ class Generated:
 
 @dataclass(frozen=True)
 class Classified:
-    """One row's class with the probability of each, or of a regression its value, in the unit of the targets."""
+    """One row's class with the probability of each, or of a regression its value, in the unit of the targets.
+
+    label: where classes do not exclude each other all of a probability above a half, with commas between.
+    """
 
     prompt: str
     label: str | None = None
@@ -46,7 +49,9 @@ class Classified:
 
     @property
     def text(self) -> str:
-        return f"{self.value:.6g}" if self.label is None else f"{self.label} ({self.scores[self.label]:.3f})"
+        if self.label is None:
+            return f"{self.value:.6g}"
+        return f"{self.label} ({self.scores[self.label]:.3f})" if self.label in self.scores else self.label or "(no label)"
 
 
 def find(path: Path, model: str | None = None) -> export.Source:
@@ -76,7 +81,9 @@ def kind_of(source: export.Source) -> str:
     """
     if source.run is not None:
         kind = tasks.outputs_of_run(source.adapter.parent, source.run).kind
-        return {"regression": "classification", "choice": "generation", "language-modelling": "generation"}.get(kind, kind)
+        if kind in ("regression", "multi-label"):
+            return "classification"
+        return "generation" if kind in ("choice", "language-modelling") else kind
     known = source.model_class or ""
     if "SequenceClassification" in known:
         return "classification"
@@ -203,7 +210,7 @@ def classify(
     cut where its training's were.
 
     Raises:
-        ValueError: the adapter does not fit the model, or the model's classes do not exclude each other.
+        ValueError: the adapter does not fit the model, or this has no tokenizer.
         OSError: the base model could not be obtained.
     """
     import numpy as np
@@ -242,12 +249,15 @@ def classify(
             logits = model(**batch.to(where)).logits.double().cpu()
         for row, values in zip(rows, logits, strict=True):
             pair = None if pairs is None else pairs[row]
-            if len(values) == 1:
+            if len(values) == 1 and is_exclusive:
                 made[row] = Classified(texts[row], value=values.item() * deviation + mean, pair=pair)
                 continue
-            shares = values.softmax(-1).tolist()
+            shares = (values.softmax(-1) if is_exclusive else values.sigmoid()).tolist()
             scores = {model.config.id2label[index]: share for index, share in enumerate(shares)}
-            made[row] = Classified(texts[row], max(scores, key=scores.__getitem__), scores, pair=pair)
+            likely = (
+                [max(scores, key=scores.__getitem__)] if is_exclusive else [n for n, share in scores.items() if share > 0.5]
+            )
+            made[row] = Classified(texts[row], ", ".join(likely), scores, pair=pair)
         progress(len(rows))
     return [made[row] for row in range(len(texts))], int((lengths > longest).sum()), longest
 

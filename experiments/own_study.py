@@ -115,17 +115,18 @@ def lengths_of(model: Any, processor: Any, task: OwnTask) -> Lengths | None:
     longest, kind = models.longest_input(model), kinds.get(task.kind)
     found = {}
     for split in task.splits:
-        lengths = kind.whole_lengths(task.examples(split), processor)
-        if lengths is None:
+        lengths = [kind.whole_lengths(piece, processor) for piece in task.pieces(split)]
+        if any(piece is None for piece in lengths):
             return None
-        found[split] = lengths
+        found[split] = np.concatenate(lengths)
     most = processor.model_max_length if longest is None else min(longest, processor.model_max_length)
     return Lengths(found, most)
 
 
 def image_size_of(processor: Any, task: OwnTask) -> tuple[int, int]:
     """Height and width in pixels of the images of a task, as the model's own processor makes them."""
-    _, _, height, width = task.encode(processor, task.train_split, 0).select_examples([0]).pixels.shape
+    first = task.made(task.rows[task.train_split][:1])
+    _, _, height, width = kinds.get(task.kind).encode(first, processor, 0).pixels.shape
     return height, width
 
 

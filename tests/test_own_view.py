@@ -37,6 +37,7 @@ ROWS = {
     "choice": [{"question": p, "choices": ["x", "y z z"], "answer": i % 2} for i, p in enumerate(PROMPTS)],
     "language-modelling": [{"text": p} for p in PROMPTS],
     "classification": [{"text": p, "label": "even" if i % 2 else "odd"} for i, p in enumerate(PROMPTS)],
+    "multi-label": [{"text": p, "labels": [["one"], [], ["one", "two"]][i % 3]} for i, p in enumerate(PROMPTS)],
     "token-classification": [{"tokens": p.split(), "tags": ["B-X", "O"] * 4} for p in PROMPTS],
     "span": [{"question": "z", "context": p, "answers": {"text": ["b"], "answer_start": [2]}} for p in PROMPTS],
 }
@@ -58,6 +59,7 @@ def viewed(tmp_path, kind, model, max_length=None):
         ("generation", "t5", ["[CLS]|{p}|[SEP]", ">>[CLS]|x|y|[SEP]<<"]),
         ("choice", "llama", ["{p}|>>x<<", "{p}|>>y|z|z<<"]),
         ("classification", "bert", ["[CLS]|{p}|[SEP]"]),
+        ("multi-label", "bert", ["[CLS]|{p}|[SEP]"]),
         ("token-classification", "bert", None),
         ("span", "bert", None),
     ],
@@ -74,6 +76,8 @@ def test_the_first_rows_are_shown_as_tokens_with_what_is_scored(tmp_path, folder
     assert [own_view.as_line(one) for one in found.rows[0]] == [line.format(p="|".join(letters)) for line in expected]
     if kind == "classification":
         assert {row[0].label for row in found.rows} <= {"even", "odd"} and len(found.rows) == 3
+    if kind == "multi-label":
+        assert {row[0].label for row in found.rows} <= {"one", "(no label)", "one, two"}
 
 
 def test_texts_to_model_are_shown_as_blocks_and_counted_as_such(tmp_path, folders):

@@ -1,7 +1,13 @@
-"""One split of texts, tokenised: tokens are made once and kept flat, row i is ids[offsets[i]:offsets[i + 1]]."""
+"""One split of texts, tokenised: tokens are made once and kept flat, row i is ids[offsets[i]:offsets[i + 1]].
 
+A split that is tokenised in pieces (`joined`) is kept in a file without a name once its arrays are large (`Growing`), so that
+it takes the machine's memory only while there is some to spare.
+"""
+
+import itertools
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +15,38 @@ from rankwise.experiments.data.dataset import Dataset
 from rankwise.experiments.data.questions import Questions
 
 IGNORED = -100  # the label of a token that is not scored (torch's cross-entropy default)
+IN_MEMORY = 1 << 26  # bytes to which an array grows before it goes to disk
+BLOCK = 1 << 22  # entries of an array that are hashed at once
+
+
+class Growing:
+    """An array that grows at its end: in memory while it is small, then in a file that is gone when nobody reads it."""
+
+    def __init__(self):
+        self._parts: list[np.ndarray] = []
+        self._size, self._file = 0, None
+
+    def add(self, part: np.ndarray) -> None:
+        """part: (n, ...), of one type and of the same further axes as those before it."""
+        self._dtype, self._shape = part.dtype, part.shape[1:]
+        self._size += len(part)
+        self._parts.append(np.ascontiguousarray(part))
+        if self._file is None and sum(one.nbytes for one in self._parts) > IN_MEMORY:
+            from rankwise.experiments import sources
+
+            folder = sources.cache_folder()
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (the array outlives this object)
+        if self._file is not None:
+            for one in self._parts:
+                one.tofile(self._file)
+            self._parts = []
+
+    def array(self) -> np.ndarray:
+        if self._file is None:
+            return np.concatenate(self._parts)
+        self._file.flush()
+        return np.memmap(self._file, self._dtype, mode="r", shape=(self._size, *self._shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +94,10 @@ class Encoded(Dataset):
     def content(self) -> Iterator[bytes]:
         """All that a run's results can depend on, for a hash."""
         for array in (self.ids, self.offsets, self.labels, self.token_type_ids):
-            yield b"-" if array is None else np.ascontiguousarray(array).tobytes()
+            if array is None:
+                yield b"-"
+                continue
+            yield from (array[at : at + BLOCK].tobytes() for at in range(0, len(array), BLOCK))
         if self.questions is not None:
             yield from (array.tobytes() for array in self.questions.arrays().values())
 
@@ -70,3 +111,32 @@ class Encoded(Dataset):
         labels = self.labels[flat] if self.is_by_token else self.labels[rows]
         questions = None if self.questions is None else self.questions.select(rows, flat)
         return Encoded(self.ids[flat], offsets, types, labels, self.max_length, self.is_by_token, questions)
+
+
+def joined(parts: Iterator[Encoded]) -> Encoded:
+    """Pieces of one split, one after the other: those of all kinds that make each row of one example alone.
+
+    Of further fields of a kind the arrays and tuples are put one after the other as well; of numbers the largest counts.
+    """
+    first = next(parts)
+    second = next(parts, None)
+    if second is None:
+        return first
+    flat = {name: Growing() for name in ("ids", "labels", "token_type_ids") if getattr(first, name) is not None}
+    own = {one.name: [] for one in fields(first)[len(fields(Encoded)) :]}
+    lengths = []
+    for part in itertools.chain((first, second), parts):
+        for name, growing in flat.items():
+            growing.add(getattr(part, name))
+        lengths.append(part.lengths)
+        for name, values in own.items():
+            values.append(getattr(part, name))
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+    further = {name: _merged(values) for name, values in own.items()}
+    return replace(first, offsets=offsets, **{name: growing.array() for name, growing in flat.items()}, **further)
+
+
+def _merged(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], np.ndarray):
+        return np.concatenate(values)
+    return tuple(itertools.chain.from_iterable(values)) if isinstance(values[0], tuple) else max(values)

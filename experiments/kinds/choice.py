@@ -123,6 +123,10 @@ class Choice(LanguageModel):
         first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         return Options(rows, first, labels, np.array([len(option.encode()) for option in options], dtype=np.int64))
 
+    def pieces(self, task: Any, split: str) -> Iterator[Examples]:
+        """All at once: the options of every question are kept to choose among."""
+        yield task.examples(split)
+
     def whole_lengths(self, examples: Examples, processor: Any) -> np.ndarray:
         """Of each question with its longest option."""
         return self.encode(examples, processor, ENDLESS).lengths

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from rankwise.experiments.data import tokens
-from rankwise.experiments.data.encoded import IGNORED, Encoded
+from rankwise.experiments.data.encoded import IGNORED, Encoded, joined
 from rankwise.experiments.kinds.interface import Seen
 from rankwise.experiments.kinds.text import Text, texts_of
 from rankwise.experiments.kinds.token_losses import all_token_losses, token_losses
@@ -46,7 +46,7 @@ class LanguageModel(Text):
     def encode_split(self, task: Any, split: str, processor: Any, max_length: int) -> Encoded:
         """The tokens of a split, made at each start: texts to score against have to be read for it anyway."""
         tokens.check_tokenizer(processor, max_length)
-        return self.encode(task.examples(split), processor, max_length)
+        return joined(self.encode(piece, processor, max_length) for piece in self.pieces(task, split))
 
     def seen(self, data: Encoded, row: int, processor: Any, labels: Sequence[str]) -> list[Seen]:
         own = slice(data.offsets[row], data.offsets[row + 1])

@@ -4,12 +4,13 @@ Examples have the texts as `first`; an end of text stands after each.  Bits per 
 perplexity does not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from rankwise.experiments.data.encoded import IGNORED, Encoded
+from rankwise.experiments.data import tokens
+from rankwise.experiments.data.encoded import BLOCK, IGNORED, Encoded, Growing
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.kinds.interface import Seen
 from rankwise.experiments.kinds.language import LanguageModel, starts
@@ -43,30 +44,35 @@ class LanguageModelling(LanguageModel):
         Raises:
             ValueError: less text than two tokens.
         """
-        batch = processor(
-            list(examples.first),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
-        first, end = starts(processor), [processor.eos_token_id]
-        ids = np.concatenate([[*first, *row, *end] for row in batch["input_ids"]]).astype(np.int32)
-        sizes = np.concatenate(
-            [
-                [0] * len(first) + _bytes_of_tokens(text, spans) + [0]
-                for text, spans in zip(examples.first, batch["offset_mapping"], strict=True)
-            ]
-        )
+        return self._blocks(iter([examples]), processor, max_length)
+
+    def encode_split(self, task: Any, split: str, processor: Any, max_length: int) -> Blocks:
+        tokens.check_tokenizer(processor, max_length)
+        return self._blocks(self.pieces(task, split), processor, max_length)
+
+    def _blocks(self, pieces: Iterator[Examples], processor: Any, max_length: int) -> Blocks:
+        """Of pieces of a split, whose texts stand one after the other across their borders."""
+        flat, bytes_of = Growing(), Growing()
+        for examples in pieces:
+            ids, sizes = _flat(examples, processor)
+            flat.add(ids)
+            bytes_of.add(sizes)
+        ids, sizes = flat.array(), bytes_of.array()
         offsets = np.append(np.arange(0, len(ids), max_length), len(ids))
         if offsets[-1] - offsets[-2] < 2:  # a last block of one token has nothing to score
             offsets, ids, sizes = offsets[:-1], ids[:-1], sizes[:-1]
         if len(offsets) < 2:
             raise ValueError("the texts have less than two tokens together, so that there is nothing to predict")
-        labels = ids.astype(np.int64)
-        labels[offsets[:-1]], sizes[offsets[:-1]] = IGNORED, 0
-        counts = np.stack([np.diff(offsets) - 1, np.add.reduceat(sizes, offsets[:-1])], 1)
-        return Blocks(ids, offsets, None, labels, max_length, is_by_token=True, counts=counts)
+        labels, counts = Growing(), []
+        step = max_length * max(1, BLOCK // max_length)  # whole blocks
+        for at in range(0, len(ids), step):
+            some, of_some = ids[at : at + step].astype(np.int64), np.array(sizes[at : at + step], np.int64)
+            starting = np.arange(0, len(some), max_length)
+            some[starting], of_some[starting] = IGNORED, 0
+            labels.add(some)
+            counts.append(np.add.reduceat(of_some, starting))
+        both = np.stack([np.diff(offsets) - 1, np.concatenate(counts)], 1)
+        return Blocks(ids, offsets, None, labels.array(), max_length, is_by_token=True, counts=both)
 
     def whole_lengths(self, examples: Examples, processor: Any) -> np.ndarray:
         """Of each text with what begins and ends it."""
@@ -100,6 +106,26 @@ class LanguageModelling(LanguageModel):
         if losses.shape != counts.shape[:1]:
             raise ValueError(f"{len(losses)} predictions for {len(counts)} blocks")
         return (losses, counts), len(losses)
+
+
+def _flat(examples: Examples, processor: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of texts one after the other, each between what begins and ends one; and the bytes that each stands for."""
+    batch = processor(
+        list(examples.first),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    first, end = starts(processor), [processor.eos_token_id]
+    ids = np.concatenate([[*first, *row, *end] for row in batch["input_ids"]]).astype(np.int32)
+    sizes = np.concatenate(
+        [
+            [0] * len(first) + _bytes_of_tokens(text, spans) + [0]
+            for text, spans in zip(examples.first, batch["offset_mapping"], strict=True)
+        ]
+    )
+    return ids, sizes.astype(np.int32)
 
 
 def _bytes_of_tokens(text: str, spans: list[tuple[int, int]]) -> list[int]:

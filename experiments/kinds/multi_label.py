@@ -5,6 +5,7 @@
 A label is predicted where p > 1/2.  Examples have as `labels` an array (n, L) of 0 and 1.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,10 @@ class MultiLabel(Rows):
     def example(self, config: Any, num_labels: int, rows: int, size: int) -> dict[str, Tensor]:
         batch = super().example(config, num_labels, rows, size)
         return {**batch, "labels": batch["labels"][:, None].expand(-1, num_labels)}
+
+    def named(self, label: Any, labels: Sequence[str]) -> str:
+        found = np.flatnonzero(label)
+        return ", ".join(labels[one] if labels else str(one) for one in found) or "(no label)"
 
     def losses(self, logits: Tensor, labels: Tensor, members: int) -> Tensor:
         logits = at_least_fp32(logits)

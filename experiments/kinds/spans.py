@@ -1,6 +1,6 @@
 """Questions whose answer is a run of words of a text: a start and an end score for each token (data/questions.py)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,10 @@ class Spans(ByToken):
         )
         labels = np.array([row.labels for row in rows], dtype=np.int64)
         return Encoded(np.concatenate([row.ids for row in rows]), offsets, types, labels, max_length, questions=questions)
+
+    def pieces(self, task: Any, split: str) -> Iterator[Examples]:
+        """All at once: contexts are kept whole to find answers in."""
+        yield task.examples(split)
 
     def lost(self, processor: Any) -> None:
         """Nothing: a long context is cut into windows that overlap."""

@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from rankwise.experiments import sources
 from rankwise.experiments.data import draws, lengths, tokens
-from rankwise.experiments.data.encoded import Encoded
+from rankwise.experiments.data.encoded import Encoded, joined
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.kinds.interface import Kind, Planned
 from torch import Tensor
@@ -61,9 +61,14 @@ class Text(Kind):
         kept = tokens.read(path, max_length, is_by_token=self.of_words)
         if kept is not None:
             return kept
-        encoded = self.encode(task.examples(split), processor, max_length)
-        tokens.write(path, encoded)
+        encoded = joined(self.encode(piece, processor, max_length) for piece in self.pieces(task, split))
+        if not isinstance(encoded.ids, np.memmap):  # what memory has no room for is made again at each start
+            tokens.write(path, encoded)
         return encoded
+
+    def pieces(self, task: Any, split: str) -> Iterator[Examples]:
+        """The examples of a split as they are tokenised, one piece after the other."""
+        return task.pieces(split)
 
     def plan(self, data: Encoded, batch_size: int, seed: int, epoch: int) -> list[Planned]:
         return lengths.batches(data, batch_size, seed, epoch)

@@ -8,6 +8,9 @@ A file is JSON lines, JSON, CSV, TSV or Parquet, a glob of such files, a folder 
 ("owner/name" or "owner/name:configuration").  Where no test or validation part is given, a fixed, seeded part of the training
 rows becomes it, and this is said.  Nothing is guessed silently: fields that fit no known form, or more than one, are refused
 with the names that there are.
+
+Rows stay on disk, in the Arrow file that `datasets` makes of a file once, and are made one by one as they are asked for, so
+that a file may be larger than memory.  What is kept of every row is its place in its part, and a hash of its input.
 """
 
 import csv
@@ -18,7 +21,7 @@ import math
 import os
 import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ from rankwise.variants.settings import nearest, quoted
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 HELD_OUT = 0.1  # share of the training rows that becomes a part that is not given
 SPLIT_SEED = 0
+BATCH = 256  # rows that are read from the disk at once
 MOST_CLASSES = 20  # whole numbers, or texts, of which there are more may as well be no classes: the kind is asked for
 
 
@@ -60,6 +64,91 @@ class Row:
     target: Any
     pair: str | None = None
     choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A field of images beside a table. of: for each row of the table its image, or what is wrong with it."""
+
+    field: str
+    of: Sequence[own_images.OwnPicture | str]
+
+
+class Rows(Sequence[Row]):
+    """Rows of a table on disk, each made when it is asked for.
+
+    places: (n,) which rows of the table, in this order; all where None is given. has_numbers: targets are made numbers.
+    pictures: a field that is not in the table.
+    """
+
+    def __init__(
+        self,
+        table: Any,
+        reading: Reading,
+        places: np.ndarray | None = None,
+        has_numbers: bool = False,
+        pictures: Pictures | None = None,
+    ):
+        self.table, self.reading, self.has_numbers, self.pictures = table, reading, has_numbers, pictures
+        self.places = np.arange(len(table)) if places is None else places
+        self._names, self._of_lists = {}, {}  # column -> names of its classes
+        for column, feature in table.features.items():
+            inner = getattr(feature, "feature", None)
+            self._names |= {column: feature.names} if hasattr(feature, "int2str") else {}
+            self._of_lists |= {column: inner.names} if hasattr(inner, "int2str") else {}
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, which: Any) -> Any:
+        if isinstance(which, slice):
+            return list(self.select(self.places[which]))
+        return next(iter(self.select(self.places[[which]])))
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(self._row, self.records())
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """What the table has for each row, in batches from the disk, and its picture."""
+        for at in range(0, len(self), BATCH):
+            places = self.places[at : at + BATCH]
+            columns = dict(self.table[places])
+            if self.pictures is not None:
+                columns[self.pictures.field] = [self.pictures.of[place] for place in places]
+            for values in zip(*columns.values(), strict=True):
+                yield dict(zip(columns, values, strict=True))
+
+    def select(self, places: np.ndarray) -> "Rows":
+        """Those at these places of the table."""
+        return Rows(self.table, self.reading, places, self.has_numbers, self.pictures)
+
+    def with_numbers(self, reading: Reading) -> "Rows":
+        return Rows(self.table, reading, self.places, has_numbers=True)
+
+    def checked(self) -> Iterator[Row | ValueError]:
+        """Each row, or what is wrong with it."""
+        for record in self.records():
+            try:
+                yield self._row(record)
+            except ValueError as error:
+                yield error
+
+    def said(self, number: int, where: str, fault: ValueError) -> str:
+        """What is wrong with the row of this number, from 1, and where it is: of images by the file's name."""
+        picture = None if self.pictures is None else self.pictures.of[self.places[number - 1]]
+        if isinstance(picture, str):
+            return picture
+        return f"{where}, row {number}: {fault}" if picture is None else f"{picture.name}: {fault}"
+
+    def _row(self, record: dict[str, Any]) -> Row:
+        if self.pictures is not None and isinstance(fault := record[self.pictures.field], str):
+            raise ValueError(fault)
+        for column, classes in self._names.items():  # a class's number becomes its name; -1 is the hub's word for no label
+            record[column] = classes[record[column]] if record[column] is not None and record[column] >= 0 else None
+        for column, classes in self._of_lists.items():
+            record[column] = [classes[one] for one in record[column] or []]
+        row = _row(record, self.reading)
+        return replace(row, target=_number(row.target)) if self.has_numbers else row
 
 
 @dataclass(frozen=True)
@@ -131,13 +220,17 @@ def read(data: OwnData, sample: int | None = None) -> Parts:
     rows = {part: _rows(table, reading, given[part], faults) for part, table in tables.items()}
     _refuse(faults)
     notes = [reading.said]
-    if reading.kind == "classification" and data.kind is None and _are_numbers([row.target for row in rows["train"]]):
-        reading = replace(reading, kind="regression")
-        rows = {part: _numbers(found, given[part], faults) for part, found in rows.items()}
-        _refuse(faults)
-        notes.append("its targets are numbers, some of which are no whole ones: kind = regression")
-    elif reading.kind == "classification" and data.kind is None:
-        _check_classes(rows["train"], given["train"])
+    if reading.kind == "classification" and data.kind is None:
+        values = {str(row.target) for row in rows["train"]}
+        if _are_numbers(values):
+            reading = replace(reading, kind="regression")
+            rows = {part: found.with_numbers(reading) for part, found in rows.items()}
+            for part, found in rows.items():
+                _check_numbers(found, given[part], faults)
+            _refuse(faults)
+            notes.append("its targets are numbers, some of which are no whole ones: kind = regression")
+        else:
+            _check_classes(values, len(rows["train"]), given["train"])
     rows = _split(rows, given["train"], reading.kind, notes)
     labels = _labels(reading, rows, given, faults)
     _refuse(faults)
@@ -368,12 +461,14 @@ def _kind_of(table: Any, given: str, target: str) -> tuple[Kind, str]:
     return "generation", f"its {distinct} values in {len(values)} rows are texts to generate (kind = generation)"
 
 
-def _check_classes(rows: Sequence[Row], where: str) -> None:
+def _check_classes(values: Set[str], rows: int, where: str) -> None:
     """
+    Args:
+        values: the distinct targets of so many rows.
+
     Raises:
         ValueError: targets that may as well be no classes.
     """
-    values = {str(row.target) for row in rows}
     if len(values) <= MOST_CLASSES:
         return
     if all(value.lstrip("-").isdecimal() for value in values):
@@ -381,9 +476,9 @@ def _check_classes(rows: Sequence[Row], where: str) -> None:
             f"{where}: the targets are {len(values)} distinct whole numbers, which may be classes or amounts: "
             f'give the kind (--kind): "classification" or "regression"'
         )
-    if len(values) > len(rows) / 2:
+    if len(values) > rows / 2:
         raise ValueError(
-            f"{where}: the targets are {len(values)} distinct texts in {len(rows)} rows, which may be no classes: "
+            f"{where}: the targets are {len(values)} distinct texts in {rows} rows, which may be no classes: "
             f'give the kind (--kind): "classification" or "generation"'
         )
 
@@ -428,39 +523,24 @@ def _filled(template: str, row: Mapping[str, Any]) -> Any:
 # -- rows ----------------------------------------------------------------------------------------------------------------
 
 
-def _rows(table: Any, reading: Reading, where: str, faults: list[str], most_faults: int = 5) -> list[Row]:
+def _rows(table: Any, reading: Reading, where: str, faults: list[str], most_faults: int = 5) -> Rows:
     """The rows of a table; a fault for each of the first rows that cannot be one."""
-    rows, bad, pictures = [], 0, None
+    pictures = None
     if reading.kind == "image-classification":
         fields = _fields(reading.input)
         try:
             table = own_images.undecoded(table, fields[0] if fields else reading.input)
         except ValueError as error:
             faults.append(f"{where}: {error}")
-            return []
-        pictures = own_images.look(table, fields[0], where)
-    names, of_lists = {}, {}  # column -> names of its classes
-    for column, feature in table.features.items():
-        inner = getattr(feature, "feature", None)
-        names |= {column: feature.names} if hasattr(feature, "int2str") else {}
-        of_lists |= {column: inner.names} if hasattr(inner, "int2str") else {}
-    for number, row in enumerate(table, start=1):
-        for column, classes in names.items():  # a class's number becomes its name; -1 is the hub's word for no label
-            row[column] = classes[row[column]] if row[column] is not None and row[column] >= 0 else None
-        for column, classes in of_lists.items():
-            row[column] = [classes[one] for one in row[column] or []]
-        place = f"{where}, row {number}: "
-        if pictures is not None:
-            row[fields[0]] = pictures[number - 1]
-            place = getattr(pictures[number - 1], "name", "") and f"{pictures[number - 1].name}: "
-        try:
-            if pictures is not None and isinstance(pictures[number - 1], str):
-                raise ValueError(pictures[number - 1])
-            rows.append(_row(row, reading))
-        except ValueError as error:
+            return Rows(table, reading)
+        pictures = Pictures(fields[0], own_images.look(table, fields[0], where))
+        table = table.remove_columns(fields[0])  # whose bytes are read where they are decoded, and nowhere else
+    rows, bad = Rows(table, reading, pictures=pictures), 0
+    for number, found in enumerate(rows.checked(), start=1):
+        if isinstance(found, ValueError):
             bad += 1
             if bad <= most_faults:
-                faults.append(f"{place}{error}")
+                faults.append(rows.said(number, where, found))
     if bad > most_faults:
         faults.append(f"{where}: {bad - most_faults} more rows have faults of this kind: mend them, or take them out")
     if not len(table):
@@ -559,23 +639,19 @@ def _number(value: Any) -> float:
     return number
 
 
-def _numbers(rows: Sequence[Row], where: str, faults: list[str]) -> list[Row]:
-    """The same rows with numbers as targets; a fault for the first that is none."""
-    made = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            made.append(replace(row, target=_number(row.target)))
-        except ValueError as error:
-            faults.append(f"{where}, row {number}: {error}")
-            break
-    return made
+def _check_numbers(rows: Rows, where: str, faults: list[str]) -> None:
+    """A fault for the first target that is no number."""
+    for number, found in enumerate(rows.checked(), start=1):
+        if isinstance(found, ValueError):
+            faults.append(f"{where}, row {number}: {found}")
+            return
 
 
 def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and math.isnan(value))
 
 
-def _are_numbers(values: Sequence[Any]) -> bool:
+def _are_numbers(values: Collection[Any]) -> bool:
     """Whether these are numbers some of which are no whole ones."""
     try:
         numbers = [float(value) for value in values]
@@ -587,36 +663,38 @@ def _are_numbers(values: Sequence[Any]) -> bool:
 # -- parts ---------------------------------------------------------------------------------------------------------------
 
 
-def _split(rows: Mapping[str, list[Row]], where: str, kind: Kind, notes: list[str]) -> dict[str, list[Row]]:
+def _split(rows: Mapping[str, Rows], where: str, kind: Kind, notes: list[str]) -> dict[str, Rows]:
     """Train, validation and test: what is not given is a fixed, seeded tenth of the training rows (each class by its share).
 
     Raises:
         ValueError: too few training rows for that.
     """
     missing = [part for part in ("test", "validation") if part not in rows]
-    train, made = list(rows["train"]), dict(rows)
+    train, made = rows["train"], dict(rows)
     size = max(1, round(HELD_OUT * len(train)))
     if missing and len(train) < 10:
         raise ValueError(
             f"{where}: {len(train)} rows are too few to set {' and '.join(missing)} aside: give at least 10, or a file for each"
         )
     order = np.random.default_rng([SPLIT_SEED, *b"own data"]).permutation(len(train))
+    by_class = missing and kind in ("classification", "image-classification", "multi-label")
+    targets = [row.target for row in train] if by_class else None  # labels alone, which are short
     for part in missing:
-        if kind in ("classification", "image-classification", "multi-label"):
-            is_taken = carve(np.array(_classes_of([train[i] for i in order])), size)
+        if targets is not None:
+            is_taken = carve(np.array(_classes_of([targets[i] for i in order])), size)
             taken, order = order[is_taken], order[~is_taken]
         else:
             taken, order = order[:size], order[size:]
-        made[part] = [train[i] for i in sorted(taken)]
+        made[part] = train.select(np.sort(taken))
         notes.append(f"{part}: {size} of the {len(train)} training rows, drawn by a fixed seed, because none is given")
     if missing:
-        made["train"] = [train[i] for i in sorted(order)]
+        made["train"] = train.select(np.sort(order))
     return {part: made[part] for part in PLACES}
 
 
-def _classes_of(rows: Sequence[Row]) -> list[str]:
-    """Of each row the class by whose share a part is set aside: of several labels the rarest, so that training keeps some."""
-    several = [[str(label) for label in row.target] if isinstance(row.target, list) else [str(row.target)] for row in rows]
+def _classes_of(targets: Sequence[Any]) -> list[str]:
+    """Of each target the class by whose share a part is set aside: of several labels the rarest, to leave training some."""
+    several = [[str(label) for label in target] if isinstance(target, list) else [str(target)] for target in targets]
     counts = Counter(label for labels in several for label in labels)
     return [min(labels, key=lambda label: (counts[label], label), default="") for labels in several]
 
@@ -642,15 +720,19 @@ def _labels(
     return tuple(sorted(known, key=lambda label: (0, int(label), "") if label.lstrip("-").isdecimal() else (1, 0, label)))
 
 
-def _overlap(rows: Mapping[str, Sequence[Row]]) -> list[str]:
+def _overlap(rows: Mapping[str, Rows]) -> list[str]:
     """A note for each part that shares inputs with the training rows; of images the first that is there twice."""
     notes = []
-    seen = {_digest(row): row for row in reversed(rows["train"])}
+    digests = {part: np.fromiter(map(_digest, found), dtype=np.uint64, count=len(found)) for part, found in rows.items()}
+    seen, first_seen = np.unique(digests["train"], return_index=True)
     for part in ("validation", "test"):
-        twice = [row for row in rows[part] if _digest(row) in seen]
-        if twice:
-            first = getattr(twice[0].input, "name", None)
-            named = f" ({first} is {seen[_digest(twice[0])].input.name})" if first else ""
+        twice = np.flatnonzero(np.isin(digests[part], seen))
+        if len(twice):
+            first = rows[part][int(twice[0])].input
+            named = ""
+            if isinstance(first, own_images.OwnPicture):
+                other = first_seen[np.searchsorted(seen, digests[part][twice[0]])]
+                named = f" ({first.name} is {rows['train'][int(other)].input.name})"
             notes.append(
                 f"{len(twice)} of the {len(rows[part])} rows of the {part} part have the input of a training row{named}"
             )
@@ -660,11 +742,10 @@ def _overlap(rows: Mapping[str, Sequence[Row]]) -> list[str]:
     return notes
 
 
-def _digest(row: Row) -> bytes:
-    if isinstance(row.input, own_images.OwnPicture):
-        return row.input.digest
-    content = repr((row.input, row.pair)).encode()
-    return hashlib.blake2b(content, digest_size=16).digest()
+def _digest(row: Row) -> int:
+    is_image = isinstance(row.input, own_images.OwnPicture)
+    content = row.input.digest if is_image else repr((row.input, row.pair)).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def _refuse(faults: Sequence[str]) -> None:

@@ -4,18 +4,21 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from rankwise.experiments import kinds
 from rankwise.experiments.data.dataset import Dataset
+from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.data_entries import OwnData
 from rankwise.experiments.tasks import own, own_images
 from rankwise.experiments.tasks.own_kinds import KINDS, OwnKind, answers_of, by_entities
 from rankwise.experiments.tasks.task import Task
 from rankwise.variants.settings import nearest, quoted
+
+PIECE = 2_000  # rows that are made into examples, and tokenised, at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +28,20 @@ class OwnTask(Task):
     notes: how the files were read and what a reader should know of their rows; `caption` has them too.
     chosen: the metrics of its report, the first the primary one.
     scale: mean and deviation by which the targets of a regression were standardised.
+    rows: of each split, on disk. made: (rows) -> Examples.
     """
 
     notes: tuple[str, ...]
     chosen: tuple[str, ...]
     scale: tuple[float, float] = (0.0, 1.0)
+    rows: Mapping[str, Sequence[own.Row]]
+    made: Callable[[Sequence[own.Row]], Examples]
+
+    def pieces(self, split: str) -> Iterator[Examples]:
+        self._check_split(split)
+        rows = self.rows[split]
+        for at in range(0, len(rows), PIECE):
+            yield self.made(rows[at : at + PIECE])
 
     def facts(self) -> Mapping[str, Any]:
         return {"kind": self.kind, "labels": list(self.label_names), "metrics": list(self.chosen)}
@@ -45,13 +57,15 @@ class OwnTask(Task):
         if lost is None:
             return None
         full = np.flatnonzero(data.lengths >= max_length)  # what was cut fills its room
-        lengths = kind.whole_lengths(self.examples(split).select(full), processor) if len(full) else full
-        longer = int((lengths > max_length).sum())
+        rows, longer, longest = self.rows[split], 0, 0
+        for at in range(0, len(full), PIECE):
+            lengths = kind.whole_lengths(self.made([rows[place] for place in full[at : at + PIECE]]), processor)
+            longer, longest = longer + int((lengths > max_length).sum()), max(longest, int(lengths.max()))
         if not longer:
             return None
         return (
             f"{split}: {longer} of {data.num_examples} rows are longer than max_length = {max_length} tokens (the longest "
-            f"{int(lengths.max())}): {lost}"
+            f"{longest}): {lost}"
         )
 
 
@@ -88,7 +102,7 @@ def _made(dumped: str, stamps: tuple[tuple[str, int, int], ...]) -> OwnTask:
             f"targets are standardised by the training rows' mean {scale[0]:.6g} and deviation {scale[1]:.6g}: what a model "
             f"gives, times the deviation, plus the mean, is the target"
         )
-    examples = {split: kind.examples(rows, labels, scale) for split, rows in parts.rows.items()}
+    made = functools.partial(kind.examples, labels=labels, scale=scale)
     content = _content_hash(parts)
     return OwnTask(
         name=data.name,
@@ -98,7 +112,7 @@ def _made(dumped: str, stamps: tuple[tuple[str, int, int], ...]) -> OwnTask:
         metric=chosen[0],
         licence="the user's own data",
         sizes={split: len(rows) for split, rows in parts.rows.items()},
-        read=examples.__getitem__,
+        read=lambda split: made(parts.rows[split][:]),
         measure=functools.partial(_measure, kind, chosen, scale[1]),
         resampled=kind.metrics[chosen[0]].resampled,
         identity=lambda: content,
@@ -106,6 +120,8 @@ def _made(dumped: str, stamps: tuple[tuple[str, int, int], ...]) -> OwnTask:
         notes=tuple(notes),
         chosen=chosen,
         scale=scale,
+        rows=parts.rows,
+        made=made,
     )
 
 

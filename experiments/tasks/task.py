@@ -1,7 +1,7 @@
 """What a task is: how its splits are read, how predictions are scored.  How its rows are encoded is its kind's business."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,10 @@ class Task:
         for split in chosen:
             self._check_split(split)
         return {split: self.examples(split) for split in chosen}
+
+    def pieces(self, split: str) -> Iterator[Examples]:
+        """The examples of a split one after the other, in pieces that fit in memory."""
+        yield self.examples(split)
 
     def data_hash(self) -> str:
         """The identity of the raw data; for a task of the catalogue known before any download."""
