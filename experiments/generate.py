@@ -222,10 +222,7 @@ def classify(
     model, processor = export.load(source, whole=False)
     if processor is None:
         raise ValueError(f"{source.model} has no tokenizer: name a copy that has one with --model")
-    if model.config.problem_type == "multi_label_classification":
-        raise ValueError(
-            f"{source.adapter} is of a classifier whose classes do not exclude each other: use transformers itself"
-        )
+    is_exclusive = model.config.problem_type != "multi_label_classification"
     kinds.get("classification").fit(processor, model.config)
     with models.quiet():
         adapter = variants.load_pretrained(model, source.adapter)

@@ -144,3 +144,11 @@ def test_a_classifier_of_peft_gives_the_labels_that_its_model_names(tmp_path, mo
         assert row["label"] == names[int(logits.argmax())]
         assert list(row["scores"].values()) == pytest.approx(logits.softmax(-1).tolist(), abs=1e-5)
         assert list(row["scores"]) == list(names.values())
+    several = json.loads((tmp_path / "base" / "config.json").read_text()) | {"problem_type": "multi_label_classification"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(several))
+    assert rankwise(monkeypatch, "generate", tmp_path / "peft", "--prompt", "a b", "--prompt", "c", "--json") == 0
+    for line in capsys.readouterr().out.splitlines():
+        row = json.loads(line)
+        shares = wrapped(**ask(row["prompt"], return_tensors="pt")).logits[0].sigmoid().tolist()
+        assert list(row["scores"].values()) == pytest.approx(shares, abs=1e-5)
+        assert row["label"] == ", ".join(names[i] for i, share in enumerate(shares) if share > 0.5)

@@ -5,6 +5,8 @@ GGUF    read by transformers.  Files of releases are quantised; what comes out a
 ONNX    a DINOv2 among the parts of another network, whose other parts are left out.
 """
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -68,7 +70,8 @@ def converted(entry: Entry, folder: Path) -> Path:
         except OSError as error:
             raise Unavailable(entry.id, [f"the cache cannot be written: {error.strerror}; set RANKWISE_CACHE"]) from None
         try:
-            form.convert(folder, form.file, temporary)
+            with contextlib.redirect_stderr(io.StringIO()):  # progress bars of transformers' own
+                form.convert(folder, form.file, temporary)
             os.replace(temporary, ready)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
