@@ -124,6 +124,19 @@ def test_the_command_shows_classes_counts_and_sizes(capsys):
     assert json.loads(capsys.readouterr().out)["counts"]["test"] == {"bottom": 6, "middle": 5, "top": 5}
 
 
+def test_the_command_shows_the_size_that_a_model_reads(capsys):
+    model, where = image_models.saved(Path("dinov2"), "dinov2"), folder()
+    recipe = Path(model) / "preprocessor_config.json"
+    recipe.write_text(json.dumps(json.loads(recipe.read_text()) | {"crop_size": {"height": 16, "width": 20}}))
+    assert rankwise("data", where, "--model", model) == 0
+    assert "as dinov2 sees them: images of 20 x 16 pixels, 32 rows to train on" in capsys.readouterr().out
+    assert rankwise("data", where, "--model", model, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["image_size"] == [16, 20] and facts["trained_rows"] == 32 and facts["sizes"] == "30 x 24 pixels"
+    refused(capsys, "--max-length 8: rows of kind = image-classification have no tokens: leave it out",
+            given=("photos", "--model", model, "--max-length", "8"))  # fmt: skip
+
+
 def test_images_that_cannot_be_read_are_named(capsys):
     where = folder()
     cut = next((where / "top").iterdir())

@@ -12,7 +12,7 @@ from rankwise.experiments.plan.live import Taken, unique_bytes
 from rankwise.variants.adapter.kinds.scheme import Scheme
 from rankwise.variants.settings import METHODS
 
-from tests import contract, small_world
+from tests import contract, image_models, language_models, small_world
 from tests.command import rankwise
 from tests.tiers import STAND_INS, quick
 
@@ -54,12 +54,31 @@ def test_the_peak_is_that_of_a_real_step(model, method, checkpointing):
     assert row["ratio"] == pytest.approx(1.0, abs=0.06), row
 
 
-@pytest.mark.parametrize("kind", [name for name in kinds.names() if name not in ("generation", "choice", "language-modelling")])
-def test_every_kind_on_an_encoder_has_an_example_of_its_shapes(model, kind):
-    if kind == "image-classification":
-        pytest.skip("an encoder of text takes no images")
+DECODED = ("generation", "choice", "language-modelling")  # kinds of language models
+
+
+@pytest.mark.parametrize("kind", kinds.names())
+def test_every_kind_has_an_example_of_its_shapes(tmp_path, model, kind):
+    """A new kind is tried on an encoder of text, where nothing else is said of it."""
+    if kinds.get(kind).has_images:
+        model = image_models.saved(tmp_path / "vit")
+    elif kind in DECODED:
+        model = language_models.saved("llama", tmp_path / "llama")
     row = planned.compared(model, kind, "lora", settings("lora"), step.Shape(4, 16))
     assert row["ratio"] == pytest.approx(1.0, abs=0.06), row
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_images_are_as_large_as_a_study_says(tmp_path, name):
+    model = image_models.saved(tmp_path / name, name)
+    rows = {
+        size: planned.compared(model, "image-classification", "lora", settings("lora"), step.Shape(4, 16, image_size=size))
+        for size in (None, image_models.SIDE, 2 * image_models.SIDE)
+    }
+    for row in rows.values():
+        assert row["ratio"] == pytest.approx(1.0, abs=0.06), row
+    assert rows[None]["planned_bytes"] == rows[image_models.SIDE]["planned_bytes"]
+    assert rows[2 * image_models.SIDE]["planned_bytes"] > 2 * rows[None]["planned_bytes"]
 
 
 def test_what_a_step_takes_is_the_sum_of_its_parts(model):
@@ -215,6 +234,17 @@ def test_a_study_is_planned_with_the_ranks_of_its_budget(model, tmp_path, capsys
 def test_no_terms_are_asked_for_where_no_data_is_read(capsys):
     assert rankwise("plan", "fair", "--no-time", "--json", "--methods", "head") == 0
     assert len(json.loads(capsys.readouterr().out)["rows"]) == 4
+
+
+def test_a_study_of_images_is_planned_with_their_size(tmp_path, capsys):
+    assert rankwise("plan", "dinov2", "--no-time", "--methods", "lora,head") == 0
+    assert "16 images of 56 x 56 pixels a member at a time" in " ".join(capsys.readouterr().out.split())
+    model = image_models.saved(tmp_path / "vit")
+    words = ("plan", "--model", model, "--kind", "image-classification", "--methods", "lora")
+    assert rankwise(*words) == 0
+    assert "8 images as large as its configuration says" in " ".join(capsys.readouterr().out.split())
+    assert rankwise(*words, "--length", 16) == 2
+    assert "--length 16: rows of kind = image-classification have no tokens: take it out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

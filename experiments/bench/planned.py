@@ -89,7 +89,7 @@ def measured_peak(
     def step(index: int) -> None:
         now = Step(index, 10**6, learning_rates=rates)
         model.train()
-        batch = kind.example(model.config, labels, shape.members * shape.micro_rows, shape.length)
+        batch = kind.example(model.config, labels, shape.members * shape.micro_rows, shape.size(kind))
         targets = batch.pop("labels")
         adapter.begin(now, 0, training=True)
         with autocast(CPU, shape.precision):

@@ -86,11 +86,13 @@ def plan(
             shape = {"rows": batch_size or 8, "length": length or 512, "members": pack or 1}
             shape |= {"checkpointing": checkpointing, "precision": taken, "quantization": form}
             asked = [_of_model(model, data, kind, entries, shape)]
+            if length is not None and asked[0].of_kind.has_images:
+                raise ValueError(f"--length {length}: rows of kind = {asked[0].kind} have no tokens: take it out")
         found: list[tuple[Asked, list[Row]]] = []
         for one in asked:
             rate = None
             if not no_time:
-                rate = products_per_second(one.model, one.of_kind, one.num_labels, taken, one.shape.length, where)
+                rate = products_per_second(one.model, one.of_kind, one.num_labels, one.shape, where)
             found.append((one, list(table.rows(one, there, rate))))
         curves = [(one, table.rank_curve(one, _named(curve, one.entries))) for one in asked] if curve is not None else []
     if as_json:
@@ -202,11 +204,14 @@ def _shown(asked: "Asked", rows: "list[Row]", memory: int | None) -> str:
         speed = (f"{cost.products / 1e12:.3g}", "-" if row.seconds is None else f"{row.seconds:.3g}")
         fit = () if memory is None else ("yes" if row.fits else "no", row.largest_batch, row.largest_pack or "-")
         cells.append((row.method, *counts, *sizes_before, file, *speed, *fit))
+    size = f"rows of {shape.length} tokens"
+    if asked.of_kind.has_images:
+        side = shape.image_size
+        size = "images as large as its configuration says" if side is None else f"images of {side} x {side} pixels"
     form = shape.precision if shape.quantization is None else f"{shape.precision} over {shape.quantization}"
     form += ", gradient checkpointing" if shape.checkpointing else ""
     caption = (
-        f"{asked.kind} on {asked.model}: {shape.micro_rows} rows of {shape.length} tokens a member at a time, {form}. "
-        "Nothing was trained or downloaded.",
+        f"{asked.kind} on {asked.model}: {shape.micro_rows} {size} a member at a time, {form}. Nothing was trained or downloaded.",
         "The peak is of tensors: what the process, a CUDA context or a kernel's own work space takes comes on top.",
         "Full fine-tuning keeps the model's own weights beside the trained copies (column adapter), to give them back.",
     )

@@ -183,14 +183,15 @@ class Kind(ABC):
         """(K,): each member's loss on a batch; a kind whose logits would take too much memory gets there without them."""
         return self.losses(self.logits(model(**inputs), inputs), labels, members)
 
-    def example(self, config: Any, num_labels: int, rows: int, size: int) -> "dict[str, Tensor]":
+    def example(self, config: Any, num_labels: int, rows: int, size: int | None) -> "dict[str, Tensor]":
         """A batch of the shapes that training has, without meaning: what `rankwise plan` counts a step's bytes with.
 
-        Here that of images, with a class each. size: of text the tokens of each row.
+        Here that of images, with a class each. size: of text the tokens of each row; of images the pixels of a side, None where
+        it is that of the model's configuration.
         """
         import torch
 
-        side = config.image_size
+        side = size or config.image_size
         height, width = side if isinstance(side, (list, tuple)) else (side, side)
         pixels = torch.zeros(rows, config.num_channels, height, width)
         return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.int64)}
@@ -199,7 +200,7 @@ class Kind(ABC):
         self, model: Any, inputs: "Mapping[str, Tensor]", labels: "Tensor", members: int
     ) -> "tuple[Tensor, int]":
         """(K,) losses of an `example`, and the bytes of the logits that they read."""
-        logits = self.logits(model(**inputs), inputs)
+        logits = self.outputs(model, inputs)
         return self.losses(logits, labels, members), logits.numel() * logits.element_size()
 
     @abstractmethod

@@ -8,6 +8,7 @@ import torch
 from rankwise import variants
 from rankwise.experiments.plan import shapes
 from rankwise.experiments.plan.live import Taken
+from rankwise.experiments.plan.step import Shape
 from rankwise.experiments.training.evaluation import autocast
 from rankwise.variants.adapter.step import Step
 
@@ -17,10 +18,10 @@ VOCABULARY = 1000  # embeddings are looked up, not multiplied
 MOST_WEIGHTS = 4 << 30  # bytes; of a wider layer the rate is that of a plain product
 
 
-def products_per_second(model: str, kind: Any, num_labels: int, precision: str, length: int, device: torch.device) -> float:
+def products_per_second(model: str, kind: Any, num_labels: int, shape: Shape, device: torch.device) -> float:
     """Products a second of a training step, on a model of one layer of this width whose values are random.
 
-    length: tokens of a row.
+    shape: whose rows are as large, and whose precision counts.
 
     Raises:
         ValueError: the model's configuration is not at hand.
@@ -28,6 +29,7 @@ def products_per_second(model: str, kind: Any, num_labels: int, precision: str, 
     given = {**shapes.configuration(model), "num_hidden_layers": 1}
     given |= {"vocab_size": VOCABULARY} if "vocab_size" in given else {}
     given |= {key: 0 for key in ("bos_token_id", "eos_token_id", "pad_token_id") if isinstance(given.get(key), int)}
+    precision = shape.precision
     made = shapes.from_configuration(model, given, kind, num_labels, precision)
     if sum(p.numel() * p.element_size() for p in made.parameters()) > MOST_WEIGHTS:
         return _of_a_product(precision, device)
@@ -40,10 +42,10 @@ def products_per_second(model: str, kind: Any, num_labels: int, precision: str, 
                 tensor.zero_()
     adapter = variants.create("lora", rank=8)
     adapter.attach(made, head=kind.head_names(made))
-    rows = max(1, TOKENS // length)
+    rows, size = max(1, TOKENS // shape.length), shape.size(kind)
     seconds, products = [], 0
     for repetition in range(REPETITIONS + 1):
-        batch = {name: tensor.to(device) for name, tensor in kind.example(made.config, num_labels, rows, length).items()}
+        batch = {name: tensor.to(device) for name, tensor in kind.example(made.config, num_labels, rows, size).items()}
         labels = batch.pop("labels")
         made.train()
         adapter.begin(Step(repetition + 1, 10**6))

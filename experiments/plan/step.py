@@ -55,7 +55,10 @@ class StepCost:
 
 @dataclass(frozen=True)
 class Shape:
-    """The rows of a step: of one member, cut into micro-batches, each of so many tokens (no meaning for images)."""
+    """The rows of a step: of one member, cut into micro-batches, each of so many tokens, or pixels a side.
+
+    image_size: None where it is that of the model's configuration.
+    """
 
     rows: int
     length: int
@@ -65,10 +68,15 @@ class Shape:
     precision: str = "fp32"
     quantization: Scheme | None = None
     targets: str | list[str] | tuple[str, ...] = "all-linear"
+    image_size: int | None = None
 
     @property
     def micro_rows(self) -> int:
         return -(-self.rows // self.accumulation)
+
+    def size(self, kind: Any) -> int | None:
+        """Of a row, as `Kind.example` takes it."""
+        return self.image_size if kind.has_images else self.length
 
 
 def cost(model_id: str, kind: Any, num_labels: int, name: str, settings: dict[str, Any], shape: Shape) -> StepCost:
@@ -174,7 +182,7 @@ def _on_fake_tensors(
         own = [tensor for module in own_modules.values() for tensor in tensors_of(module)]
         frozen = [tensor for key, module in modules.items() if key not in own_modules for tensor in tensors_of(module)]
         trained = [tensor for tensor in (*own, *frozen) if tensor.requires_grad]
-        batch = kind.example(model.config, num_labels, shape.members * shape.micro_rows, shape.length)
+        batch = kind.example(model.config, num_labels, shape.members * shape.micro_rows, shape.size(kind))
         labels = batch.pop("labels")
         model.train()
         with unset_fake_temporarily():  # what is drawn for a step has values

@@ -109,6 +109,7 @@ def _of_task(study: Study, task: Task, precision: str, say: Callable[[str], None
         accumulation=training.accumulation,
         checkpointing=training.gradient_checkpointing,
         precision=precision,
+        image_size=training.image_size,
     )
     return Asked(task.name, study.model, task.kind, task.num_labels, tuple(entries), shape, total)
 
