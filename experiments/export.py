@@ -192,10 +192,11 @@ def costs(requantised: Mapping[str, Any]) -> str:
     return str(Requantisation(**requantised))
 
 
-def load(source: Source, whole: bool) -> tuple[Any, Any]:
+def load(source: Source, whole: bool, device: str = "cpu") -> tuple[Any, Any]:
     """The base model with the head that the adapter was trained with, and its tokenizer or image processor where it has one.
 
-    whole: refuse a base that lacks weights which the adapter does not hold either.
+    whole: refuse a base that lacks weights which the adapter does not hold either. device: where a base that is quantised as it
+    is read stays; others come on the CPU.
     """
     from rankwise.experiments import models, sources, tasks
 
@@ -203,7 +204,8 @@ def load(source: Source, whole: bool) -> tuple[Any, Any]:
         if source.run is not None:
             task = tasks.outputs_of_run(source.adapter.parent, source.run)
             size = source.run.get("training", {}).get("image_size")
-            model, processor, _ = models.load(source.model, task, source.precision, image_size=size, quantization=source.scheme)
+            at, form = "cpu" if source.scheme is None else device, source.scheme
+            model, processor, _ = models.load(source.model, task, source.precision, at, size, quantization=form)
             return model, processor
         folder = sources.fetch(source.model)
     except sources.Unavailable as error:
@@ -224,7 +226,7 @@ def load(source: Source, whole: bool) -> tuple[Any, Any]:
         options |= {"dtype": "auto", "use_safetensors": True, "ignore_mismatched_sizes": True}
         if source.scheme is not None and not hasattr(config, "quantization_config"):
             dtype = getattr(torch, str(source.quantization.get("dtype")), torch.float32)
-            options |= {"dtype": dtype, **quantizing.options(source.scheme, None, "cpu", source.quantization.get("skipped"))}
+            options |= {"dtype": dtype, **quantizing.options(source.scheme, None, device, source.quantization.get("skipped"))}
         model, found = kind.from_pretrained(folder, config=config, output_loading_info=True, **options)
     except (ValueError, KeyError, ImportError, OSError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{source.model} cannot be loaded: {' '.join(str(error).split())[:300]}") from None

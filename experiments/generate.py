@@ -51,7 +51,8 @@ class Classified:
     def text(self) -> str:
         if self.label is None:
             return f"{self.value:.6g}"
-        return f"{self.label} ({self.scores[self.label]:.3f})" if self.label in self.scores else self.label or "(no label)"
+        scores = self.scores or {}
+        return f"{self.label} ({scores[self.label]:.3f})" if self.label in scores else self.label or "(no label)"
 
 
 def find(path: Path, model: str | None = None) -> export.Source:
@@ -217,17 +218,20 @@ def classify(
     import torch
     from rankwise import variants
     from rankwise.experiments import kinds, measure, models
-    from rankwise.experiments.training.evaluation import AT_REST
+    from rankwise.experiments.training.evaluation import AT_REST, autocast
+    from rankwise.variants.adapter.kinds.quantised import scheme_of
 
-    model, processor = export.load(source, whole=False)
+    where = measure.device(device)
+    model, processor = export.load(source, whole=False, device=str(where))
     if processor is None:
         raise ValueError(f"{source.model} has no tokenizer: name a copy that has one with --model")
     is_exclusive = model.config.problem_type != "multi_label_classification"
     kinds.get("classification").fit(processor, model.config)
     with models.quiet():
         adapter = variants.load_pretrained(model, source.adapter)
-    where = measure.device(device)
-    model.to(where).eval()
+    if scheme_of(model) is None:  # a quantised one stays where it was read
+        model.to(where)
+    model.eval()
     adapter.begin(AT_REST, training=False)
     mean, deviation = (0.0, 1.0) if source.run is None else tasks.outputs_of_run(source.adapter.parent, source.run).scale
     trained = None if source.run is None else source.run.get("training", {}).get("max_length")
@@ -237,13 +241,13 @@ def classify(
     made: dict[int, Classified] = {}
     order = np.argsort(lengths, kind="stable")
     for at in range(0, len(order), batch_size):
-        rows = order[at : at + batch_size].tolist()
+        rows = [int(row) for row in order[at : at + batch_size]]
         second = None if pairs is None else [pairs[row] for row in rows]
         batch = processor(
             [texts[row] for row in rows], second, truncation=True, max_length=longest, padding=True, return_tensors="pt"
         )
-        with torch.no_grad():
-            logits = model(**batch.to(where)).logits.double().cpu()
+        with torch.no_grad(), autocast(model.device, source.precision):
+            logits = model(**batch.to(model.device)).logits.double().cpu()
         for row, values in zip(rows, logits, strict=True):
             pair = None if pairs is None else pairs[row]
             if len(values) == 1 and is_exclusive:

@@ -237,10 +237,10 @@ def test_no_terms_are_asked_for_where_no_data_is_read(capsys):
 
 
 def test_a_study_of_images_is_planned_with_their_size(tmp_path, capsys):
-    assert rankwise("plan", "dinov2", "--no-time", "--methods", "lora,head") == 0
+    assert rankwise("plan", "dinov2", "--no-time", "--methods", "head") == 0
     assert "16 images of 56 x 56 pixels a member at a time" in " ".join(capsys.readouterr().out.split())
     model = image_models.saved(tmp_path / "vit")
-    words = ("plan", "--model", model, "--kind", "image-classification", "--methods", "lora")
+    words = ("plan", "--model", model, "--kind", "image-classification", "--methods", "head", "--no-time")
     assert rankwise(*words) == 0
     assert "8 images as large as its configuration says" in " ".join(capsys.readouterr().out.split())
     assert rankwise(*words, "--length", 16) == 2

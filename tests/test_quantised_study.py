@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from rankwise import variants
 from rankwise.experiments import config, export, generate, knockout, models, own_study, quantization
 from rankwise.experiments.cli.compare import narrowed
@@ -225,6 +226,12 @@ def test_a_study_compares_bases_and_its_adapters_know_theirs(model, tmp_path):
     assert source.scheme == NF4
     record = export.export(source, "merged", tmp_path / "merged")
     assert record["quantization"] == "nf4" and record["dequantised"] and record["requantised"] is None
+    found, _, _ = generate.classify(source, ["a b c", "d"], device="cpu")
+    with models.quiet():
+        merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+        ask = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    want = merged(**ask(["a b c", "d"], padding=True, return_tensors="pt")).logits.flatten().tolist()
+    assert [one.value for one in found] == pytest.approx(want, abs=1e-4)
     record = export.export(source, "merged", tmp_path / "again", requantize=True)
     assert not record["dequantised"] and 0.05 < record["requantised"]["error"] < 0.11
     assert "merged weights, quantised again to nf4, are off by" in export.costs(record["requantised"])
@@ -300,8 +307,6 @@ def test_an_adapter_made_in_python_is_exported_over_the_base_that_its_file_names
     source = export.find(tmp_path / "adapter", "merged", None)
     assert source.scheme == NF4 and source.quantization["skipped"] == ["lm_head"]
     record = export.export(source, "merged", tmp_path / "merged")
-    import transformers
-
     with models.quiet():
         merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert record["dequantised"]

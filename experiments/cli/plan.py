@@ -211,7 +211,8 @@ def _shown(asked: "Asked", rows: "list[Row]", memory: int | None) -> str:
     form = shape.precision if shape.quantization is None else f"{shape.precision} over {shape.quantization}"
     form += ", gradient checkpointing" if shape.checkpointing else ""
     caption = (
-        f"{asked.kind} on {asked.model}: {shape.micro_rows} {size} a member at a time, {form}. Nothing was trained or downloaded.",
+        f"{asked.kind} on {asked.model}: {shape.micro_rows} {size} a member at a time, {form}. "
+        "Nothing was trained or downloaded.",
         "The peak is of tensors: what the process, a CUDA context or a kernel's own work space takes comes on top.",
         "Full fine-tuning keeps the model's own weights beside the trained copies (column adapter), to give them back.",
     )
