@@ -197,8 +197,7 @@ STUDY = """
 name = "x"
 model = "{model}"
 tasks = ["glue/stsb"]
-seeds = 12
-reference = "lora"
+quick = true
 pack = 4
 [training]
 max_length = 16
@@ -206,7 +205,7 @@ max_length = 16
 equal = "parameters"
 parameters = 6000
 [defaults]
-learning_rates = [1e-3, 2e-3]
+learning_rate = 1e-3
 [[methods]]
 method = "adalora"
 cost = "parameters"

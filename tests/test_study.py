@@ -448,7 +448,12 @@ def test_fingerprints_change_with_each_setting_that_changes_results_and_with_no_
         **{"evaluation_batch_size": 9, "train_examples": 23, "evaluation_examples": 11, "max_skipped_steps": 1},
         "head_learning_rate": 2e-2,
     }
-    assert {*others, "precision", "log_every"} == set(config.Training.model_fields)  # a new one must be sorted in here
+    of_images = {"image_size": 24, "augmentation": ["flip"]}  # refused for texts
+    assert {*others, *of_images, "precision", "log_every"} == set(
+        config.Training.model_fields
+    )  # a new one must be sorted in here
+    plain = config.Training().identity()
+    assert all(config.Training(**{name: value}).identity() != plain for name, value in of_images.items())
     different |= {name: changed(training_changes={name: value}) for name, value in others.items()}
     assert base not in different.values(), [k for k, v in different.items() if v == base]
     assert len(set(different.values())) == len(different)
