@@ -118,17 +118,17 @@ def find(path: Path, to: str, model: str | None, model_class: str | None = None)
     return Source(adapter, named, None, known, heads, _labels(shapes, heads, known), quantization)
 
 
-def check_out(out: Path, adapter: Path) -> None:
+def check_out(out: Path, adapter: Path, option: str = "--out") -> None:
     """
     Raises:
         ValueError: a folder that holds anything but an earlier export, or the adapter itself.
     """
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: this is a file; name a folder")
+        raise ValueError(f"{option} {out}: this is a file; name a folder")
     if out.resolve() in (adapter.resolve(), *adapter.resolve().parents):
-        raise ValueError(f"--out {out}: the adapter itself is in there; name another folder")
+        raise ValueError(f"{option} {out}: the adapter itself is in there; name another folder")
     if out.is_dir() and any(out.iterdir()) and _object(out / RECORD) is None:
-        raise ValueError(f"--out {out}: this folder holds something that is no earlier export; name a new or an empty one")
+        raise ValueError(f"{option} {out}: this folder holds something that is no earlier export; name a new or an empty one")
 
 
 def export(
@@ -172,7 +172,7 @@ def export(
         scheme = scheme_of(model)
         if scheme is not None:
             record["quantization"] = str(scheme)
-        with _replaced(out) as partial:
+        with replaced(out) as partial:
             if to == "lora":
                 variants.export_lora(adapter, partial)
             else:
@@ -285,7 +285,7 @@ def _object(path: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _replaced(out: Path) -> Iterator[Path]:
+def replaced(out: Path) -> Iterator[Path]:
     """A folder to write to that takes the place of `out`, an earlier export or nothing, when all went well."""
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -145,7 +145,19 @@ for words in json.loads(sys.argv.pop(1)):
 
 def test_refusal_and_help_of_every_command_need_no_torch(tmp_path):
     wrong = study(tmp_path, ("rank = 4", "rank = -4"))
-    commands = ["compare", "report", "paper", "ranks", "export", "generate", "bench", "list", "analysis", "calibration"]
+    commands = [
+        "compare",
+        "report",
+        "paper",
+        "ranks",
+        "doctor",
+        "export",
+        "generate",
+        "bench",
+        "list",
+        "analysis",
+        "calibration",
+    ]
     helped = [["--help"], *([command, "--help"] for command in commands), ["list"]]
     helped += [["analysis", command, "--help"] for command in ("subspace", "magnitude", "report", "peft-comparison")]
     refused = [
@@ -153,6 +165,7 @@ def test_refusal_and_help_of_every_command_need_no_torch(tmp_path):
         ["compare", "smoke", "--device", "gpu"],
         ["report", str(tmp_path)],
         ["ranks", str(tmp_path)],
+        ["doctor", str(tmp_path)],
         ["paper", "adalora-1", "--variant", "papre"],
         ["export", str(tmp_path), "--to", "lora", "--out", str(tmp_path / "out")],
         ["generate", str(tmp_path), "--prompt", "once"],

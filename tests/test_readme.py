@@ -1,5 +1,6 @@
 """README's commands, run as they stand: the smoke study takes the default study's place, collection that of the tests."""
 
+import json
 import os
 import re
 import shlex
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,6 +16,7 @@ from rankwise.experiments import checks, cli, config
 from rankwise.experiments.sources import Unavailable, fetch
 from rankwise.reports import tables
 from rankwise.reports.results import load
+from safetensors.numpy import save_file
 
 from tests import small_world
 from tests.tiny import tiny
@@ -98,6 +101,16 @@ def write_own_data(folder: Path) -> None:
     (folder / "my-texts.csv").write_text("text,label\n" + "".join(rows), encoding="utf-8")
 
 
+def write_own_adapter(folder: Path) -> None:
+    """That of the command on a reader's own adapter."""
+    (folder / "my-adapter").mkdir()
+    factors = {"A": np.ones((1, 3), np.float32), "B": np.ones((2, 1), np.float32)}
+    tensors = {f"base_model.model.q.lora_{factor}.weight": values for factor, values in factors.items()}
+    save_file(tensors, folder / "my-adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["q"]}
+    (folder / "my-adapter" / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
 def check_comparison(output: str, where: Path) -> None:
     assert "adalora+dora" in output and "no fair comparison" in output
     assert (where / Path(re.search(r"report: (\S+)", output)[1])).is_file()
@@ -119,6 +132,7 @@ def test_the_commands_end_with_a_table_and_a_report_in_the_small_world(tmp_path,
     text = re.sub(r"^tasks = .*$", 'tasks = ["small/regression"]', text, flags=re.M)
     (tmp_path / "smoke.toml").write_text(text, encoding="utf-8")
     write_own_data(tmp_path)
+    write_own_adapter(tmp_path)
     smoke = "smoke.toml --threads 1 --methods lora,adalora+dora"
     for command in filter(None, (shortened(c, smoke, model) for c in SHIPPED_COMMANDS)):
         monkeypatch.setattr(sys, "argv", shlex.split(command))
@@ -139,6 +153,7 @@ def test_the_commands_end_with_a_table_and_a_report_on_the_real_model(tmp_path):
     except Unavailable as error:
         pytest.skip(str(error))
     write_own_data(tmp_path)
+    write_own_adapter(tmp_path)
     for command in filter(None, (shortened(c, "smoke") for c in SHIPPED_COMMANDS)):
         done = run(command, tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"

@@ -19,6 +19,7 @@ from rankwise.experiments.cli.bench import bench
 from rankwise.experiments.cli.calibration import calibration
 from rankwise.experiments.cli.compare import compare
 from rankwise.experiments.cli.data import data
+from rankwise.experiments.cli.doctor import doctor
 from rankwise.experiments.cli.export import export
 from rankwise.experiments.cli.generate import generate
 from rankwise.experiments.cli.listing import list_
@@ -28,7 +29,7 @@ from rankwise.experiments.cli.ranks import ranks
 from rankwise.experiments.cli.report import report
 
 # In the order of `rankwise --help`.
-for command in (compare, plan, report, data, paper, ranks, export, generate, bench, calibration):
+for command in (compare, plan, report, data, paper, ranks, doctor, export, generate, bench, calibration):
     app.command()(command)
 app.add_typer(analysis, name="analysis")
 app.command(name="list")(list_)

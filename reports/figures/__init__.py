@@ -2,6 +2,7 @@
 
 from rankwise.reports.figures.curves import learning_curves, rates
 from rankwise.reports.figures.differences import differences
+from rankwise.reports.figures.of_adapter import of_adapter
 from rankwise.reports.figures.of_study import DRAWN, draw_all
 from rankwise.reports.figures.rank_histories import budget, ranks_over_time
 from rankwise.reports.figures.rank_maps import allocation_pair, one_map, rank_map, side_by_side, worth_map
@@ -22,6 +23,7 @@ __all__ = [
     "importance",
     "knock_out",
     "learning_curves",
+    "of_adapter",
     "one_map",
     "one_spectrum",
     "panels",

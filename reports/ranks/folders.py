@@ -13,10 +13,16 @@ from pathlib import Path
 
 import numpy as np
 from rankwise.experiments.records import is_run, load_run, read_json
-from rankwise.reports.ranks import faults
 from rankwise.reports.ranks.maps import RankMap, SiteRank, bare_site, of_run
 from rankwise.reports.ranks.sites import site_order
-from rankwise.variants.files.peft.names import CONFIG, PICKLE, PREFIX, WEIGHTS, is_meant, part
+from rankwise.variants.doctor import faults
+from rankwise.variants.doctor.findings import Finding
+from rankwise.variants.doctor.reading import matches, number, value_of
+from rankwise.variants.doctor.stored import Stored
+from rankwise.variants.files.peft.config import RANK_EPSILON
+from rankwise.variants.files.peft.names import CONFIG, PICKLE, PREFIX, WEIGHTS, part
+
+TOP = 16  # singular values that are shown
 
 
 def read(path: str | Path) -> RankMap:
@@ -82,23 +88,25 @@ def _read_adapter(folder: Path) -> RankMap:
         method,
         _ended_early(facts.get("unfinished")),
         tuple(by_name[name] for name in site_order(by_name)),
-        tuple(found_faults),
+        tuple(fault.sentence for fault in found_faults),
     )
 
 
-def _measured(folder: Path, sites: list[SiteRank], shapes: dict[str, tuple[int, ...]]) -> tuple[list[SiteRank], list[str]]:
+def _measured(folder: Path, sites: list[SiteRank], shapes: dict[str, tuple[int, ...]]) -> tuple[list[SiteRank], list[Finding]]:
     """The sites with what was measured of their tensors, and the faults of the tensors."""
-    stored = faults.tensors(folder / WEIGHTS)
+    stored = Stored(folder / WEIGHTS)
     parts: dict[str, dict[str, tuple]] = {}
     wrong = []
     for name in shapes:
         tensor = part(name.removeprefix(PREFIX))
         if name not in stored:
-            wrong.append(f"{name} is stored in a type that is not read here: only its shape is known")
+            wrong.append(
+                Finding("unreadable-type", f"{name} is stored in a type that is not read here: only its shape is known")
+            )
         elif tensor is not None and tensor.factor is not None:
             parts.setdefault(tensor.site, {})[tensor.factor] = stored[name]
         elif bad := int((~np.isfinite(stored[name][0])).sum()):
-            wrong.append(f"{name} holds {bad:,} numbers that are not finite")
+            wrong.append(Finding("not-finite", f"{name} holds {bad:,} numbers that are not finite"))
     updates = {}
     for site in sites:
         if {"A", "B"} <= set(of := parts.get(site.site, {})):
@@ -117,17 +125,17 @@ def _measured(folder: Path, sites: list[SiteRank], shapes: dict[str, tuple[int, 
                 effective_rank=update.effective_rank,
                 stable_rank=update.stable_rank,
                 energy_rank=update.energy_rank,
-                singular_values=update.singular_values,
+                singular_values=update.singular_values[:TOP],
             )
         measured.append(site)
     return measured, wrong
 
 
-def _lora_faults(config: dict, ranks: dict[str, int]) -> list[str]:
-    return faults.of_lora_patterns(config, ranks, _matches)
+def _lora_faults(config: dict, ranks: dict[str, int]) -> list[Finding]:
+    return faults.of_lora_patterns(config, ranks, matches)
 
 
-def _adalora_faults(config: dict, ranks: dict[str, int]) -> list[str]:
+def _adalora_faults(config: dict, ranks: dict[str, int]) -> list[Finding]:
     return faults.of_adalora_patterns(config, ranks, _kept_triplets(config))
 
 
@@ -213,7 +221,7 @@ def _refuse_stacked(folder: Path, config: dict, ranks: dict[str, int]) -> None:
     for site, rows in ranks.items():
         module = re.sub(r"(\.base_layer)+$", "", site)
         named = any(not m or module == m or module.endswith(f".{m}") for m in modules)
-        nominal = _pattern(config.get("rank_pattern") or {}, module, config.get("r", 8))  # 8: PEFT's default
+        nominal = value_of(config.get("rank_pattern") or {}, module, config.get("r", 8))  # 8: PEFT's default
         if named and rows != nominal:
             raise ValueError(
                 f"{folder}: {module} has factors of {rows} rows where r is {nominal}: target_parameters "
@@ -238,42 +246,26 @@ def _factor_ranks(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str,
 
 
 def _lora_sites(folder: Path, config: dict, ranks: dict[str, int]) -> list[SiteRank]:
-    rank, alpha = _number(folder, config, "r"), _number(folder, config, "lora_alpha")
+    rank, alpha = number(f"{folder}/{CONFIG}", config, "r"), number(f"{folder}/{CONFIG}", config, "lora_alpha")
     rank_pattern, alpha_pattern = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     sites = []
     for name, active in ranks.items():
-        ours = float(_pattern(alpha_pattern, name, alpha))
+        ours = float(value_of(alpha_pattern, name, alpha))
         root = sqrt(active) if config.get("use_rslora") else active
-        sites.append(bare_site(name, active, int(_pattern(rank_pattern, name, rank)), ours, ours / root if active else None))
+        sites.append(bare_site(name, active, int(value_of(rank_pattern, name, rank)), ours, ours / root if active else None))
     # A site at rank 0 has no tensors in a LoRA file; if the pattern names it, it is shown.
-    missing = [key for key, value in rank_pattern.items() if value == 0 and not any(_matches(key, n) for n in ranks)]
+    missing = [key for key, value in rank_pattern.items() if value == 0 and not any(matches(key, n) for n in ranks)]
     return sites + [bare_site(key.removeprefix("^").removesuffix("$").replace("\\.", "."), 0, 0, None, None) for key in missing]
 
 
 def _adalora_sites(folder: Path, config: dict, ranks: dict[str, int]) -> list[SiteRank]:
-    initial, alpha = int(_number(folder, config, "init_r")), float(_number(folder, config, "lora_alpha"))
+    initial, alpha = (
+        int(number(f"{folder}/{CONFIG}", config, "init_r")),
+        float(number(f"{folder}/{CONFIG}", config, "lora_alpha")),
+    )
     pattern = _kept_triplets(config)
-    scale = (alpha if alpha > 0 else float(config.get("r", 8))) / (initial + 1e-5)  # peft adalora/layer.py
+    scale = (alpha if alpha > 0 else float(config.get("r", 8))) / (initial + RANK_EPSILON)
     return [
         bare_site(name, ranks.get(name, 0), len(pattern[name]) if name in pattern else initial, alpha, scale)
         for name in dict.fromkeys([*pattern, *ranks])
     ]
-
-
-def _number(folder: Path, config: dict, key: str) -> float:
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{folder}/adapter_config.json: {key} is {value!r}, not a number: a foreign file")
-    return value
-
-
-def _matches(key: str, site: str) -> bool:
-    """PEFT's rule: the key is a regular expression for the end of the path."""
-    try:
-        return is_meant(key, site)
-    except re.error:
-        return site == key or site.endswith("." + key)
-
-
-def _pattern(pattern: dict, site: str, default: float) -> float:
-    return next((value for key, value in pattern.items() if _matches(key, site)), default)

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from rankwise.variants.files.peft.names import CONFIG, is_meant
 
+RANK_EPSILON = 1e-5  # peft adalora/layer.py divides by ranknum + 1e-5
 # Starts that leave the base weight alone; the others (pissa, olora, corda, loftq, lora_ga, ...) change it.
 HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 UNSUPPORTED = {

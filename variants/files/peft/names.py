@@ -1,6 +1,7 @@
 """The names in PEFT's files: of the files, of the tensors, and of the modules that a pattern means.  Without torch."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -57,3 +58,9 @@ def is_meant(pattern: str, name: str) -> bool:
         re.error: no regular expression.
     """
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def exact_pattern(name: str, names: Iterable[str]) -> str:
+    """A pattern that means this module and no other of `names`: its name, or else an anchored expression."""
+    is_plain = all(other == name or not is_meant(name, other) for other in names)
+    return name if is_plain else f"^{re.escape(name)}"

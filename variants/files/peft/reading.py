@@ -15,7 +15,7 @@ from rankwise.variants.files.facts import Facts
 from rankwise.variants.files.folders import Contents
 from rankwise.variants.files.peft.base import put_base, take_base
 from rankwise.variants.files.peft.checks import Sites, as_matrices, check_heads, check_sites, check_targets, heads_of
-from rankwise.variants.files.peft.config import PeftConfig
+from rankwise.variants.files.peft.config import RANK_EPSILON, PeftConfig
 from rankwise.variants.files.peft.names import (
     COEFFICIENTS,
     CONFIG,
@@ -27,7 +27,6 @@ from rankwise.variants.files.peft.names import (
     head_tensor,
     part,
 )
-from rankwise.variants.files.peft.writing import RANK_EPSILON
 from rankwise.variants.files.state import copy, detached_if_it_fails, first_rank, pattern_of, trained
 from rankwise.variants.lowrank.site import first_slots
 from rankwise.variants.settings import BY_PATTERN, method

@@ -16,12 +16,11 @@ from rankwise.variants.allocation.sites import Triplets
 from rankwise.variants.files.budget import excess
 from rankwise.variants.files.facts import Facts
 from rankwise.variants.files.folders import Contents
+from rankwise.variants.files.peft.config import RANK_EPSILON
 from rankwise.variants.files.peft.names import BASE_LAYER, COEFFICIENTS, FACTORS, MAGNITUDE, NO_TARGETS, PREFIX
 from rankwise.variants.files.state import as_fact, first_rank, pattern_of, trained
 from rankwise.variants.lowrank.site import LowRank
 from torch import Tensor, nn
-
-RANK_EPSILON = 1e-5  # peft adalora/layer.py divides by ranknum + 1e-5
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""What `rankwise doctor` prints of an examined adapter: its findings, its sites, and the criteria side by side."""
+
+from collections import Counter
+from math import isfinite
+
+from rankwise.reports.ranks.sites import site_order
+from rankwise.reports.tables.table import Table
+from rankwise.variants.doctor.examining import Examination, Examined
+from rankwise.variants.doctor.findings import Finding
+from rankwise.variants.doctor.writing import Cut
+
+SITES = (
+    "dW is s B A; |dW| in the Frobenius norm, share of the energy |dW|^2 of all sites. Effective is exp of the entropy of the "
+    "singular values' shares (Roy & Vetterli 2007), stable |dW|_F^2/|dW|_2^2, 95 % how many hold that share of |dW|^2, first "
+    "how much of it the greatest one holds, spikes how many stand above the Marchenko-Pastur edge of noise of the same size."
+)
+CRITERIA = (
+    "Error is |dW - dW'|/|dW| over all sites, exact (Eckart & Young 1936); worst that of the worst site. It is an error of the "
+    "weights, not of the task: measure the loss before you keep a smaller adapter."
+)
+MOST_ALIKE = 5  # findings of one rule that are printed; --json and --sarif have all
+
+
+def tables(one: Examination) -> list[Table]:
+    return [table for table in (site_table(one), criteria_table(one)) if table.rows]
+
+
+def site_table(one: Examination) -> Table:
+    by_name = {site.site.name: site for site in one.sites}
+    rows = [_row(by_name[name]) for name in site_order(by_name)]
+    total = sum(site.site.rank for site in one.sites)
+    columns = ("site", "rank", "live", "scale", "|dW|", "share", "effective", "stable", "95 %", "first", "spikes")
+    more = [name for name, field in (("|dW|/|W|", "relative"), ("drift", "drift")) if _has(one, field)]
+    rows = [(*row, *_more(by_name[row[0]], more)) for row in rows]
+    title = f"{one.adapter.path.resolve().name}: {one.adapter.method}, {one.adapter.form}'s format, "
+    title += f"{len(rows)} sites of {total:,} ranks"
+    drift = ["Drift is the mean of |m/|W| - 1| over the rows, m DoRA's magnitude."] if "drift" in more else []
+    return Table("doctor", title, (*columns, *more), tuple(rows), (SITES, *drift))
+
+
+def _has(one: Examination, field: str) -> bool:
+    return any(getattr(site, field) is not None for site in one.sites)
+
+
+def _more(site: Examined, names: list[str]) -> list[str]:
+    shown = {"|dW|/|W|": site.relative, "drift": None if site.drift is None else site.drift[0]}
+    return ["" if shown[name] is None else f"{shown[name]:.4f}" for name in names]
+
+
+def _row(one: Examined) -> tuple:
+    update = one.update
+    is_known = update.update_norm is not None
+    energies = one.energies
+    return (
+        one.site.name,
+        one.site.rank if one.site.rank == one.site.nominal else f"{one.site.rank}/{one.site.nominal}",
+        update.live if is_known else "?",
+        f"{one.site.scale:.4g}" if isfinite(one.site.scale) else str(one.site.scale),
+        f"{update.update_norm:.4g}" if is_known else "",
+        f"{one.share:.4f}" if is_known else "",
+        f"{update.effective_rank:.2f}" if is_known else "",
+        f"{update.stable_rank:.2f}" if is_known else "",
+        update.energy_rank if is_known else "",
+        f"{energies[0]:.3f}" if energies else "",
+        one.spikes if is_known else "",
+    )
+
+
+def criteria_table(one: Examination) -> Table:
+    sizes = {site.site.name: sum(site.shape) for site in one.sites}
+    now = sum(site.update.parameters for site in one.sites)
+    rows = []
+    for name, made in one.suggestions.items():
+        ranks = list(made.ranks.values())
+        spread = f"{min(ranks)} to {max(ranks)}" if ranks else ""
+        least = sum(rank * sizes[site] for site, rank in made.ranks.items())
+        share = f"{least / now:.0%}" if now else ""
+        worst = max(made.errors.values(), default=0.0)
+        rows.append((name, made.setting, made.total, spread, f"{least:,}", share, f"{made.error:.2%}", f"{worst:.2%}"))
+    columns = ("criterion", "keeps", "ranks", "a site", "parameters", "of now", "error", "worst")
+    return Table("criteria", "Ranks that would be kept, and the error", columns, tuple(rows), (CRITERIA,), text_columns=2)
+
+
+def finding_lines(findings: list[Finding]) -> list[str]:
+    """One line a finding, the gravest first; of many alike the first few, and how many more."""
+    if not findings:
+        return ["No finding: nothing is wrong as far as the file tells."]
+    lines = []
+    counts = Counter(finding.rule for finding in findings)
+    seen: Counter[str] = Counter()
+    for finding in findings:
+        seen[finding.rule] += 1
+        if seen[finding.rule] <= MOST_ALIKE:
+            remedy = f" -> {finding.remedy}" if finding.remedy and seen[finding.rule] == 1 else ""
+            lines.append(f"{finding.level}: {finding.sentence} [{finding.rule}]{remedy}")
+        elif seen[finding.rule] == MOST_ALIKE + 1:
+            lines.append(f"{finding.level}: {counts[finding.rule] - MOST_ALIKE} more of [{finding.rule}]; --json lists all")
+    return lines
+
+
+def text(one: Examination, width: int) -> str:
+    shown = [table.text(width).rstrip("\n") for table in tables(one)]
+    return "\n\n".join([*shown, "\n".join(finding_lines(one.findings))])
+
+
+def cut_line(cut: Cut, criterion: str) -> str:
+    size = f"{cut.bytes_before:,} to {cut.bytes_after:,} bytes"
+    return (
+        f"{cut.file}: {sum(cut.ranks.values()):,} ranks by {criterion}, {size}; relative error of dW at most {cut.bound:.3e}, "
+        f"measured {cut.measured:.3e}"
+    )
