@@ -73,7 +73,7 @@ def find(path: Path, to: str, model: str | None, model_class: str | None = None)
         ValueError: no adapter there, one without the form that is asked for, or no base model to be told.
     """
     if to not in KINDS:
-        raise ValueError(f"--to {to}: give {' or '.join(KINDS)}")
+        raise ValueError(f"--to {to}: give {' or '.join(KINDS)}, or kohya")
     adapter = path / "adapter" if (path / "adapter").is_dir() else path
     if not (adapter / WEIGHTS).is_file() and not (adapter / PICKLE).is_file():
         if (path / "config.json").is_file() and (path / "result.json").is_file():
@@ -116,6 +116,36 @@ def find(path: Path, to: str, model: str | None, model_class: str | None = None)
         )
     heads = config.modules_to_save
     return Source(adapter, named, None, known, heads, _labels(shapes, heads, known), quantization)
+
+
+def export_kohya(path: Path, out: Path, prefix: str) -> dict[str, Any]:
+    """Writes `out`/adapter.safetensors in Kohya's names, whole or not at all, from the adapter's file alone.
+
+    Raises:
+        ValueError: no adapter there, or one that Kohya's format cannot hold exactly.
+    """
+    from rankwise.variants.doctor import reading, stored, writing
+
+    adapter = reading.read(path)
+    if adapter.form != "PEFT":
+        raise ValueError(f"{path} is in {adapter.form}'s format already: rankwise doctor --fix writes it at other ranks")
+    check_out(out, adapter.stored.path.parent)
+    tensors = writing.as_kohya(adapter, prefix)
+    ranks = [site.rank for site in adapter.sites]
+    record = {
+        "exported": "kohya",
+        "of": str(path),
+        "method": adapter.method,
+        "model": (adapter.config or {}).get("base_model_name_or_path"),
+        "total_rank": sum(ranks),
+        "sites": sum(rank > 0 for rank in ranks),
+        "truncated": False,
+    }
+    with replaced(out) as partial:
+        partial.mkdir(parents=True, exist_ok=True)
+        stored.write(partial / writing.KOHYA_FILE, tensors, {"format": "pt"})
+        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
 
 
 def check_out(out: Path, adapter: Path, option: str = "--out") -> None:

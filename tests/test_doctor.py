@@ -509,3 +509,28 @@ def test_numbers_are_rounded_as_torch_does_and_read_back(kind, tmp_path):
 
 def test_every_rule_says_what_helps():
     assert all(rule.level in ("error", "warning", "note") and rule.meaning and rule.remedy for rule in findings.RULES.values())
+
+
+# -- rankwise export --to kohya --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["rslora", "adalora", "patterns", "conv", "bf16"])
+def test_export_to_kohya_has_the_same_updates(form, tmp_path, capsys):
+    folder = made(form, tmp_path / "adapter")
+    assert rankwise("export", folder, "--to", "kohya", "--prefix", "lora_te", "--out", tmp_path / "out") == 0
+    tensors = load_file(tmp_path / "out" / "adapter.safetensors")
+    expected = dense(form, folder)
+    assert {name.split(".")[0] for name in tensors} == {"lora_te_" + name.replace(".", "_") for name in expected}
+    for name, delta in expected.items():
+        flat = "lora_te_" + name.replace(".", "_")
+        A, B, alpha = (tensors[f"{flat}.{end}"].double() for end in ("lora_down.weight", "lora_up.weight", "alpha"))
+        np.testing.assert_allclose((alpha / len(A) * B.flatten(1) @ A.flatten(1)).numpy(), delta, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["lora", "dora", "embedding", "experts", "bias"])
+def test_export_to_kohya_refuses_what_has_no_place_there(form, tmp_path, capsys):
+    folder = made(form, tmp_path / "adapter")
+    assert rankwise("export", folder, "--to", "kohya", "--prefix", "lora_te", "--out", tmp_path / "out") == 2
+    assert "no exact form in Kohya's format" in capsys.readouterr().err
+    assert rankwise("export", folder, "--to", "kohya", "--out", tmp_path / "out") == 2
+    assert "--prefix" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ from rankwise.experiments.cli.progress import Progress
 
 def export(
     path: Annotated[Path, typer.Argument(help="A run's folder, or any adapter's, ours or PEFT's.")],
-    to: Annotated[str, typer.Option(help="lora: a plain LoRA; merged: a whole model, the adapter merged into it.")],
+    to: Annotated[str, typer.Option(help="lora: a plain LoRA; kohya: the same in Kohya's names; merged: a whole model.")],
     out: Annotated[Path, typer.Option(help="Folder to write: a new or an empty one, or an earlier export.")],
     model: Annotated[str | None, typer.Option(help="Base model.  [default: the one that PATH names]")] = None,
     model_class: Annotated[str | None, typer.Option(help="Its class in transformers.  [default: the adapter's]")] = None,
@@ -21,6 +21,7 @@ def export(
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Merged over a quantised base: quantise again, and say what that costs.")
     ] = False,
+    prefix: Annotated[str | None, typer.Option(help="Of the names, for kohya: lora_unet, lora_te, lora_te1 ...")] = None,
     as_json: Json = False,
 ) -> None:
     """Take a trained adapter elsewhere: as a plain LoRA, truncated if wanted, or merged into its model."""
@@ -33,13 +34,25 @@ def export(
     check_least("--total-rank", total_rank)
     check_least("--total-parameters", total_parameters)
     check_output_folder("--out", out)
-    source = exports.find(path, to, model, model_class)
-    exports.check_out(out, source.adapter)
-    if requantize and source.scheme is None and source.run is not None:
-        raise ValueError(f"--requantize: the base of {path} was not quantised: take it out")
-    with Progress() as bar, nothing_kept_if_interrupted():
-        bar.say(f"{source.model}: loading torch and the model ...")
-        made = exports.export(source, to, out, total_rank, total_parameters, requantize)
+    if prefix is not None and to != "kohya":
+        raise ValueError(f"--prefix {prefix} has no effect without --to kohya")
+    if to == "kohya":
+        if prefix is None:
+            raise ValueError("--to kohya: name what stands before the modules' names with --prefix: lora_unet, lora_te ...")
+        given = {"--model": model, "--model-class": model_class}
+        given |= {"--total-rank": total_rank, "--total-parameters": total_parameters}
+        for option in (option for option, value in given.items() if value is not None):
+            raise ValueError(f"{option} has no effect with --to kohya, which needs no model; rankwise doctor --fix truncates")
+        with nothing_kept_if_interrupted():
+            made = exports.export_kohya(path, out, prefix)
+    else:
+        source = exports.find(path, to, model, model_class)
+        exports.check_out(out, source.adapter)
+        if requantize and source.scheme is None and source.run is not None:
+            raise ValueError(f"--requantize: the base of {path} was not quantised: take it out")
+        with Progress() as bar, nothing_kept_if_interrupted():
+            bar.say(f"{source.model}: loading torch and the model ...")
+            made = exports.export(source, to, out, total_rank, total_parameters, requantize)
     if as_json:
         print(json.dumps(made | {"out": str(out)}, indent=1))
         return

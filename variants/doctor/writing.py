@@ -27,6 +27,8 @@ from rankwise.variants.files.peft.names import CONFIG, FACTORS, PREFIX, WEIGHTS,
 from rankwise.variants.files.peft.names import part as peft_part
 
 KOHYA_FILE = "adapter.safetensors"
+# Findings with which there is no other form of the adapter: it is not s B A on its base, or not whole.
+NOT_WRITTEN = ("base-changed", "acts-otherwise", "factors-do-not-fit", "missing-factor", "unreadable-type")
 ADALORA_KEYS = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
 
 
@@ -63,8 +65,7 @@ def truncated(adapter: ThinAdapter, ranks: Mapping[str, int], folder: Path) -> C
         ValueError: an adapter of which no other rank can be written, or nothing is left.
         OSError: the file could not be written.
     """
-    reason = next((f.sentence for f in adapter.findings if f.rule in ("base-changed", "acts-otherwise", "factors-do-not-fit",
-                                                                      "missing-factor", "unreadable-type")), None)  # fmt: skip
+    reason = next((f.sentence for f in adapter.findings if f.rule in NOT_WRITTEN), None)
     if reason is not None:
         raise ValueError(f"{adapter.path} cannot be written at other ranks: {reason}")
     if not any(ranks.values()):
@@ -81,6 +82,46 @@ def truncated(adapter: ThinAdapter, ranks: Mapping[str, int], folder: Path) -> C
     bound, measured = (float(np.linalg.norm(list(v.values()))) / whole if whole else 0.0 for v in (bounds, errors))
     before, after = adapter.stored.path.stat().st_size, file.stat().st_size
     return Cut(file, dict(ranks), bound, measured, relative, before, after)
+
+
+def as_kohya(adapter: ThinAdapter, prefix: str) -> dict[str, Raw]:
+    """The tensors of a Kohya file with the same updates, each site's scale in its alpha; AdaLoRA's coefficients go into A.
+
+    prefix: what stands before the modules' names: "lora_unet", "lora_te", "lora_te1", ...
+
+    Raises:
+        ValueError: what a Kohya file has no place for, and two modules of one name there.
+    """
+    reason = next((f.sentence for f in adapter.findings if f.rule in NOT_WRITTEN), None)
+    if adapter.heads:
+        reason = f"it holds a head, {adapter.heads[0].removeprefix(PREFIX)}"
+    tensors: dict[str, Raw] = {}
+    modules: dict[str, str] = {}
+    for site in adapter.sites:
+        name = kohya.flat(site.name, prefix)
+        shape_A, shape_B = (adapter.stored.shapes[site.keys[key]] for key in "AB")
+        if {"magnitude", "bias"} & site.keys.keys():
+            reason = f"{site.name} has {'a magnitude (DoRA)' if 'magnitude' in site.keys else 'a bias'}"
+        if site.expert is not None or "embedding" in site.keys["A"]:
+            reason = f"{site.name} is {'an embedding' if site.expert is None else 'a bare parameter'}"
+        if name in modules:
+            reason = f"{site.name} and {modules[name]} both become {name}"
+        if reason is not None:
+            break
+        modules[name] = site.name
+        if not site.rank:
+            continue
+        A, B, E = adapter.parts(site)
+        if E is None:
+            down, up = (adapter.stored.raw(site.keys[key]) for key in "AB")
+        else:
+            down = rounded((A * E[:, None]).reshape(shape_A), adapter.kind(site))
+            up = rounded(B.reshape(shape_B), adapter.kind(site))
+        tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = down, up
+        tensors[f"{name}.alpha"] = rounded(np.asarray(site.scale * site.rank), "F32")
+    if reason is not None:
+        raise ValueError(f"{adapter.path} has no exact form in Kohya's format: {reason}")
+    return tensors
 
 
 def best(B: np.ndarray, A: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
