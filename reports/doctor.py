@@ -34,7 +34,15 @@ def site_table(one: Examination) -> Table:
     rows = [(*row, *_more(by_name[row[0]], more)) for row in rows]
     title = f"{one.adapter.path.resolve().name}: {one.adapter.method}, {one.adapter.form}'s format, "
     title += f"{len(rows)} sites of {total:,} ranks"
-    drift = ["Drift is the mean of |m/|W| - 1| over the rows, m DoRA's magnitude."] if "drift" in more else []
+    is_dora = any("magnitude" in site.site.keys for site in one.sites)
+    unknown = ["How far DoRA's magnitudes are from |W| cannot be told from the file: give the base with --base."]
+    drift = (
+        ["Drift is the mean of |m/|W| - 1| over the rows, m DoRA's magnitude."]
+        if "drift" in more
+        else unknown
+        if is_dora
+        else []
+    )
     return Table("doctor", title, (*columns, *more), tuple(rows), (SITES, *drift))
 
 

@@ -454,6 +454,40 @@ def test_figures_are_drawn(healthy, tmp_path):
     assert (tmp_path / "doctor.svg").stat().st_size > 5000 and (tmp_path / "doctor.png").is_file()
 
 
+# -- beside the base's weights ---------------------------------------------------------------------------------------------
+
+
+def test_drift_and_relative_norm_are_those_of_the_base(tmp_path, capsys):
+    folder = made("dora", tmp_path / "adapter")
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[f"{KEY}magnitude_vector"] *= torch.linspace(0.5, 1.1, 9)
+    save_file(tensors, path)
+    base = fresh("dora")
+    weights = {name.replace("layers.", "outer.layers."): value for name, value in base.state_dict().items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    assert rankwise("doctor", folder, "--base", tmp_path, "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    expected = dense("dora", folder)
+    for site in said["sites"]:
+        W = base.get_submodule(site["site"]).weight.detach().double()
+        assert site["relative_norm"] == pytest.approx(np.linalg.norm(expected[site["site"]]) / float(W.norm()), rel=1e-5)
+        greatest = 0.5 if site["site"] == SITE else 0.0
+        assert site["magnitude_drift"]["greatest"] == pytest.approx(greatest, abs=1e-5)
+    mean = float((torch.linspace(0.5, 1.1, 9) - 1).abs().mean())
+    assert [s["magnitude_drift"]["mean"] for s in said["sites"] if s["site"] == SITE] == pytest.approx([mean], rel=1e-4)
+    assert not [f for f in said["findings"] if f["rule"] == "magnitude-drift"] or mean > 0.25
+    tensors[f"{KEY}magnitude_vector"] *= 2
+    save_file(tensors, path)
+    del weights["outer.layers.0.q.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    assert rankwise("doctor", folder, "--base", tmp_path) == 0
+    out = capsys.readouterr().out
+    assert f"{SITE}: magnitudes are " in out and "layers.0.q: no weight of this site" in out and "drift" in out
+    assert rankwise("doctor", folder, "--base", folder) == 2
+    assert rankwise("doctor", folder) == 0 and "give the base with --base" in " ".join(capsys.readouterr().out.split())
+
+
 # -- the criteria ----------------------------------------------------------------------------------------------------------
 
 

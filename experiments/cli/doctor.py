@@ -15,6 +15,7 @@ def doctor(
     as_json: Json = False,
     sarif: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the findings to FILE as SARIF 2.1.0.")] = None,
     figures: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for figures of spectra and criteria.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Base model's folder: adds |dW|/|W| and the drift of DoRA's m.")] = None,
     fix: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a plain LoRA of the ranks that --by keeps.")] = None,
     by: Annotated[str | None, typer.Option(help="exact, energy, sv_fro, sv_ratio, mp or total, for --fix.")] = None,
     energy: Annotated[float | None, typer.Option(help="energy: share of |dW|^2 to keep.  [default: 0.95]")] = None,
@@ -24,12 +25,13 @@ def doctor(
 ) -> None:
     """Say what is wrong with an adapter, how much of its rank is used, and how small it can be at which error.
 
-    Needs no base model.  Exit code 1 where a finding is an error.
+    Needs no base model; with --base its weights are read, not the model.  Exit code 1 where a finding is an error.
     """
     from rankwise.experiments import export as exports
     from rankwise.experiments.files import write_file
     from rankwise.reports import doctor as shown
     from rankwise.variants.doctor import examining, findings, reading, writing
+    from rankwise.variants.doctor.base import Base
 
     given = {"energy": energy, "sv_fro": sv_fro, "sv_ratio": sv_ratio, "total": total}
     settings = {name: value for name, value in given.items() if value is not None}
@@ -42,7 +44,7 @@ def doctor(
     adapter = reading.read(path)
     if fix is not None:
         exports.check_out(fix, adapter.stored.path.parent, "--fix")
-    one = examining.examine(adapter, **settings)
+    one = examining.examine(adapter, None if base is None else Base(base), **settings)
     if by is not None and by not in one.suggestions:
         raise ValueError(f"--by {by}: no such criterion{nearest(by, one.suggestions)}; give {', '.join(one.suggestions)}")
     cut = None

@@ -5,6 +5,7 @@
     stored.py     a safetensors file, read a tensor at a time and written, with numpy (bfloat16 too)
     kohya.py      the names of Kohya's and diffusers' tensors
     reading.py    any adapter as a list of sites with their factors and scales
+    base.py       |W| of a base model's weights, where they are given
     faults.py     what is wrong with the tensors of a site, and its spectrum
     findings.py   the rules, by name: level, meaning, remedy
     examining.py  all that can be said of an adapter

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from rankwise.variants.doctor import criteria, faults
+from rankwise.variants.doctor.base import Base
 from rankwise.variants.doctor.criteria import Spectrum, Suggestion
 from rankwise.variants.doctor.findings import Finding
 from rankwise.variants.doctor.reading import Site, ThinAdapter, matches
@@ -15,7 +16,8 @@ from rankwise.variants.doctor.stored import STEPS
 from rankwise.variants.files.peft.names import PREFIX
 from rankwise.variants.weights.spectrum import energy_rank
 
-LARGE_SCALE = 16.0  # alpha/r of published recipes is 0.25 to 4; Kohya's strongest, alpha = 1 on dim 1, is 1
+LARGE_SCALE = 16.0  # a choice: alpha/r is 1 or 2 in most recipes
+LARGE_DRIFT = 0.25  # a choice: at a quarter the file is probably of another base, or its rate was far too high
 OVERSIZED = 0.5  # of the live ranks: where 99 % of the energy is in fewer, much of the rank is not used
 RULES_ALL = 0.5  # of the energy of all updates in one site
 ENOUGH_SITES = 4  # below this one site may well hold most
@@ -79,12 +81,10 @@ class Examination:
         }  # fmt: skip
 
 
-def examine(
-    adapter: ThinAdapter, base: "Mapping[str, np.ndarray] | None" = None, **settings: float | int | None
-) -> Examination:
+def examine(adapter: ThinAdapter, base: Base | None = None, **settings: float | int | None) -> Examination:
     """
     Args:
-        base: site -> |W| of each row (O,), where it is known; and see `criteria.suggestions` for the settings.
+        base: the weights that it is an update of, where they are at hand.  See `criteria.suggestions` for the settings.
 
     Raises:
         ValueError: a setting out of its range.
@@ -104,6 +104,8 @@ def examine(
         found += _of_magnitude(adapter, site, shape[0])
         if "bias" in site.keys and not np.isfinite(adapter.stored[site.keys["bias"]][0]).all():
             found.append(Finding("not-finite", "the bias of B holds numbers that are not finite", site.name))
+        drift, relative, more = _beside(base, adapter, site, update, shape)
+        found += more
         # Ranks that are dependent up to the rounding of their type are no ranks of the update.
         real = _rank_up_to_rounding(sigma, wrong, update.live, kind)
         examined.append(
@@ -115,6 +117,8 @@ def examine(
                 criteria.mp_edge(sigma, shape),
                 0.0,
                 tuple(float(np.linalg.norm(factor)) for factor in (A, B)),
+                drift,
+                relative,
             )
         )
         spectra.append(Spectrum(site.name, sigma[:real], shape))
@@ -195,6 +199,31 @@ def _of_magnitude(adapter: ThinAdapter, site: Site, rows: int) -> list[Finding]:
         message = f"{bad} of {m.size} magnitudes are zero or negative, the least is {m.min():.3g}"
         found.append(Finding("magnitude-not-positive", message, site.name))
     return found
+
+
+def _beside(
+    base: Base | None, adapter: ThinAdapter, site: Site, update: faults.Update, shape: tuple[int, int]
+) -> tuple[tuple[float, float] | None, float | None, list[Finding]]:
+    """DoRA's drift and |dW|/|W|, where the base's weight is known."""
+    is_transposed = "embedding" in site.keys["A"] or bool((adapter.config or {}).get("fan_in_fan_out"))
+    norms = None if base is None or site.expert is not None else base.row_norms(site.name, shape, is_transposed)
+    if norms is None or not norms.any():
+        message = "no weight of this site is in the base that was given" if base is not None and site.expert is None else None
+        return None, None, [Finding("base-unknown", message, site.name)] if message else []
+    whole = float(np.linalg.norm(norms))
+    relative = None if update.update_norm is None else update.update_norm / whole
+    if "magnitude" not in site.keys:
+        return None, relative, []
+    m = adapter.stored[site.keys["magnitude"]][0].reshape(-1)
+    if m.shape != norms.shape or not np.isfinite(m).all():
+        return None, relative, []
+    moved = np.abs(m[norms > 0] / norms[norms > 0] - 1)
+    drift = float(moved.mean()), float(moved.max())
+    found = []
+    if drift[0] > LARGE_DRIFT:
+        message = f"magnitudes are {drift[0]:.0%} off |W| in the mean, {drift[1]:.0%} at most"
+        found.append(Finding("magnitude-drift", message, site.name))
+    return drift, relative, found
 
 
 def _of_rest(adapter: ThinAdapter) -> list[Finding]:
