@@ -439,6 +439,13 @@ def test_dead_and_dependent_ranks_go_by_exact_and_a_broken_site_is_not_cut(healt
     assert not (tmp_path / "cut-nan").exists()
 
 
+def test_a_negative_scale_stays_negative(healthy, tmp_path):
+    folder = changed(healthy, tmp_path / "adapter", lora_alpha=-6)
+    adapter = reading.read(folder)
+    cut = writing.truncated(adapter, {site.name: 4 for site in adapter.sites}, tmp_path / "cut")
+    assert cut.measured < 1e-6 and {site.scale for site in reading.read(tmp_path / "cut").sites} == {-1.5}
+
+
 def test_a_fix_takes_the_place_of_a_fix_only(healthy, tmp_path, capsys):
     assert rankwise("doctor", healthy, "--fix", tmp_path / "cut", "--by", "energy") == 0
     assert rankwise("doctor", healthy, "--fix", tmp_path / "cut", "--by", "total", "--total", 3) == 0
@@ -525,6 +532,7 @@ def test_noise_stays_below_the_edge_and_a_planted_direction_stands_out():
 def test_numbers_are_rounded_as_torch_does_and_read_back(kind, tmp_path):
     random = np.random.default_rng(1)
     values = random.normal(size=(7, 5)) * 10.0 ** random.integers(-3, 3, (7, 5))
+    values[0, :2] = 1 + 2.0**-8, 1 + 3 * 2.0**-8  # halfway between two numbers of bfloat16: one goes down, one up
     types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     bits = torch.tensor([1, 2, 3], dtype=torch.int8)
     raw = stored.Raw("I8", (3,), bits.numpy().tobytes())

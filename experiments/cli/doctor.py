@@ -18,10 +18,10 @@ def doctor(
     base: Annotated[Path | None, typer.Option(help="Base model's folder: adds |dW|/|W| and the drift of DoRA's m.")] = None,
     fix: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a plain LoRA of the ranks that --by keeps.")] = None,
     by: Annotated[str | None, typer.Option(help="exact, energy, sv_fro, sv_ratio, mp or total, for --fix.")] = None,
-    energy: Annotated[float | None, typer.Option(help="energy: share of |dW|^2 to keep.  [default: 0.95]")] = None,
-    sv_fro: Annotated[float | None, typer.Option(help="sv_fro: share of |dW| to keep.  [default: 0.9]")] = None,
-    sv_ratio: Annotated[float | None, typer.Option(help="sv_ratio: keep sigma > sigma_1/RATIO.  [default: 10]")] = None,
-    total: Annotated[int | None, typer.Option(help="total: ranks over all sites.  [default: half of them]")] = None,
+    energy: Annotated[float | None, typer.Option(help="energy: share of |dW|^2 to keep; 0.95 if not given.")] = None,
+    sv_fro: Annotated[float | None, typer.Option(help="sv_fro: share of |dW| to keep; 0.9 if not given.")] = None,
+    sv_ratio: Annotated[float | None, typer.Option(help="sv_ratio: keep sigma > sigma_1/RATIO; 10 if not given.")] = None,
+    total: Annotated[int | None, typer.Option(help="total: ranks over all sites; half of them if not given.")] = None,
 ) -> None:
     """Say what is wrong with an adapter, how much of its rank is used, and how small it can be at which error.
 

@@ -33,7 +33,7 @@ def spectra_and_criteria(one: Examination) -> Drawing:
         lost = np.sqrt(np.append(np.cumsum(pool[::-1] ** 2)[::-1], 0.0) / (pool**2).sum())  # error at 0, 1, ... ranks
         right.plot(range(len(lost)), 100 * lost, color=INK, linewidth=1.4, label="best of that total rank")
         for i, (name, made) in enumerate(one.suggestions.items()):
-            right.plot([made.total], [100 * made.error], linestyle="", marker="osD^vP"[i % 6], markersize=7,
+            right.plot([made.total], [100 * made.error], linestyle="", marker="osD^vP"[i % 6], markersize=7, clip_on=False,
                        color=KIND_COLOURS[i % len(KIND_COLOURS)], label=f"{name}: {made.setting}")  # fmt: skip
         right.set_xlabel("ranks over all sites")
         right.set_ylabel("relative error of dW [%]")
