@@ -32,6 +32,7 @@ _PLACES = {method.location.partition(":")[2]: method.location.partition(":")[0] 
     "export_merged": "rankwise.variants.files.export",
     "truncate": "rankwise.variants.weights.truncation",
     "follow": "rankwise.variants.lowrank.slots",
+    "Bank": "rankwise.variants.bank.bank",
     "AdapterCallback": "rankwise.variants.callback",
 }
 

@@ -274,6 +274,11 @@ class Adapter(nn.Module):
         for key, site in self.sites.items():
             yield name_of(key), site
 
+    def named_heads(self) -> Iterator[tuple[str, Site]]:
+        """(module name, site) of the task head's modules."""
+        for key, site in self.heads.items():
+            yield name_of(key), site
+
     def site(self, name: str) -> Site:
         """The site at that module.
 

@@ -10,6 +10,7 @@ All are plain reshapes, which cost 4 microseconds of a call where einops takes 2
 forward pass.  What folds the member axis once a step says it with einops (products.squared_row_norms, adalora.Orthogonality).
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -78,9 +79,14 @@ class Rows:
         ]
 
     def _before(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        main = [kwargs[k] for k in ("input_ids", "inputs_embeds", "pixel_values") if kwargs.get(k) is not None]
-        first = next((t for t in [*main, *args, *kwargs.values()] if isinstance(t, Tensor) and t.dim()), None)
-        self.total = None if first is None else first.shape[0]
+        self.total = count_rows(args, kwargs)
 
     def _after(self, *_: Any) -> None:
         self.total = None
+
+
+def count_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """Rows of what a model is called with; None where it is called with no tensor."""
+    main = [kwargs[k] for k in ("input_ids", "inputs_embeds", "pixel_values") if kwargs.get(k) is not None]
+    first = next((t for t in [*main, *args, *kwargs.values()] if isinstance(t, Tensor) and t.dim()), None)
+    return None if first is None else first.shape[0]

@@ -1,0 +1,121 @@
+"""The adapters at one module, and what each of them does to its own rows.
+
+At a linear module one product with the frozen weight serves every row.  Then each adapter's rows get its update, a product of
+two thin matrices, so that a batch of mixed rows costs what a batch of one adapter costs, whatever the counts: no row is padded.
+
+    y = base(x);   y_n += (x_n A^T) (c B)^T;   y_n = g (y_n - b) + b where the adapter has magnitudes (variants/dora.py)
+
+At any other module (a task head, an embedding, a convolution) an adapter's own forward pass computes its rows.
+"""
+
+from typing import Protocol
+
+import torch
+from rankwise.variants.adapter.linears import base_output, is_linear
+from rankwise.variants.adapter.site import Site
+from rankwise.variants.bank.owners import Index, Owners
+from torch import Tensor, nn
+
+
+class Part(Protocol):
+    """What one adapter does at one module."""
+
+    def alone(self, base: nn.Module, x: Tensor) -> Tensor:
+        """(rows, ..., O): the module's output for x (rows, ..., I), all of this adapter."""
+        ...
+
+
+class Own(nn.Module):
+    """The forward pass of the adapter's own site."""
+
+    def __init__(self, site: Site):
+        super().__init__()
+        self.site = site
+
+    def alone(self, base: nn.Module, x: Tensor) -> Tensor:
+        return self.site(base, x)
+
+
+class Thin(nn.Module):
+    """The update of a linear by the slots that act: A (r, I), B (r, O) with all scales in it, gain (O,) or None."""
+
+    A: Tensor
+    B: Tensor
+    gain: Tensor | None
+
+    @torch.no_grad()
+    def __init__(self, site: Site, base: nn.Module):
+        super().__init__()
+        A, B, c = (t[0].detach() for t in site.low_rank.operands())
+        acts = c != 0
+        A = A if acts.all() else A[acts]
+        self.register_buffer("A", A, persistent=False)
+        self.register_buffer("B", (B * c)[:, acts].mT.contiguous(), persistent=False)
+        self.register_buffer("gain", site.gain(base)[0] if site.has_magnitude else None, persistent=False)
+
+    def alone(self, base: nn.Module, x: Tensor) -> Tensor:
+        y = base_output(base, x)
+        return self.changed(y, x, base.bias).view(y.shape).to(y.dtype)
+
+    def changed(self, y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """(rows, O): the output y (..., O) of x (..., I) with this update in it; y may be overwritten."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.A.dtype
+        with torch.autocast(device, enabled=False):
+            y, x = y.reshape(-1, y.shape[-1]).to(dtype), x.reshape(-1, x.shape[-1]).to(dtype)
+            if len(self.A):
+                y = y.addmm_(x @ self.A.to(dtype).mT, self.B.to(dtype))
+            if self.gain is None:
+                return y
+            # In the gain's own precision: it lies near 1, where bf16 knows steps of 1/128.
+            wide = y.to(self.gain.dtype)
+            return wide.mul_(self.gain) if bias is None else torch.addcmul((1 - self.gain) * bias.to(wide), wide, self.gain)
+
+
+def part_of(site: Site, base: nn.Module) -> Thin | Own:
+    """What a loaded adapter's site does at its module."""
+    return Thin(site, base) if site.low_rank is not None and is_linear(base) else Own(site)
+
+
+class BankSite(nn.Module):
+    """The adapters of a bank at one module, in the place of an adapter's site (adapter/surgery.py)."""
+
+    def __init__(self, name: str, owners: Owners, parts: dict[str, Thin | Own]):
+        super().__init__()
+        self.name, self.owners = name, owners
+        self.parts = nn.ModuleList(parts.values())  # so that they move with the model
+        self._places = {adapter: place for place, adapter in enumerate(parts)}
+
+    def part(self, adapter: str | None) -> Thin | Own | None:
+        place = self._places.get(adapter)
+        return None if place is None else self.parts[place]
+
+    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        is_single, owner = self.owners.single()
+        if is_single:
+            part = self.part(owner)
+            return base(x) if part is None else part.alone(base, x)
+        groups = self.owners.groups(self.name, x)
+        y = base_output(base, x)
+        for adapter, rows in groups.items():
+            part = self.part(adapter)
+            if isinstance(part, Thin):
+                self._thin(part, y, x, rows, base.bias)
+            elif part is not None:
+                y = _with_rows(y, rows, part.alone(base, x[rows]))
+        return y
+
+    @staticmethod
+    def _thin(part: Thin, y: Tensor, x: Tensor, rows: Index, bias: Tensor | None) -> None:
+        own = y[rows]  # a view of a slice, a copy of rows that lie apart
+        new = part.changed(own, x[rows], bias)
+        if isinstance(rows, Tensor) or new.data_ptr() != own.data_ptr():  # else it was changed in place
+            y[rows] = new.view(own.shape).to(y.dtype)
+
+
+def _with_rows(y: Tensor, rows: Index, new: Tensor) -> Tensor:
+    """y with other values in these rows, in the wider of the two types: a head computes in full precision."""
+    dtype = torch.promote_types(y.dtype, new.dtype)
+    y = y if y.dtype == dtype else y.to(dtype)
+    y[rows] = new.to(dtype)
+    return y
