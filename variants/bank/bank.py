@@ -13,6 +13,7 @@ threads wait for one another.
 """
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from rankwise.variants.bank.combine import How, combined
 from rankwise.variants.bank.owners import Owners
 from rankwise.variants.bank.saving import Combination
 from rankwise.variants.bank.site import BankSite, part_of
+from rankwise.variants.files.doors import close_door
 from rankwise.variants.files.pretrained import load_pretrained
 from rankwise.variants.settings import nearest
 from torch import Tensor, nn
@@ -135,6 +137,9 @@ class Bank:
                 base = self.model.get_submodule(name)
                 parts = {adapter: part_of(site, base) for adapter, site in here.items()}
                 surgery.replace(name, Adapted(base, BankSite(name, self._owners, parts).eval()).train(base.training))
+            if hasattr(self.model, "save_pretrained"):
+                self.model.save_pretrained = _refuse_to_save
+                surgery.undo_too(functools.partial(close_door, self.model))
         except BaseException:
             surgery.undo()
             raise
@@ -238,6 +243,14 @@ class Bank:
             if name is not None and name not in self._adapters:
                 there = ", ".join(self._adapters) or "none"
                 raise ValueError(f'no adapter "{name}" in this bank{nearest(str(name), self.names)}; loaded: {there}')
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    """In the place of the model's save_pretrained, which would write the names of wrapped modules."""
+    raise ValueError(
+        "this model holds a bank of adapters: remove them first to save the model itself, or write several adapters as one "
+        "with bank.combine(...).save(folder)"
+    )
 
 
 def _sites_of(adapter: Adapter) -> Iterator[tuple[str, Site]]:

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 
 import torch
 from rankwise.variants.adapter.interface import Adapter
-from rankwise.variants.adapter.linears import is_linear
+from rankwise.variants.adapter.linears import is_linear, trained_dtype, weight_of
 from rankwise.variants.bank import merging
 from rankwise.variants.bank.updates import Update, cut, of_dense, update_of, weighted_sum, with_direction
 from torch import Tensor, nn
@@ -101,20 +101,27 @@ def _merged(
 ) -> dict[str, tuple[Update, Tensor]]:
     """Of each site the update that is written, and the merged change that it stands for."""
     values, thresholds = list(weights.values()), []
-    if how == "ties":  # over all weights of an adapter together, one adapter at a time
+    if how == "ties":  # over all weights that an adapter changes together, one adapter at a time
         for place in range(len(values)):
-            sizes = [here[place].dense(model.get_submodule(name)).float().abs().flatten() for name, here in updates.items()]
-            thresholds.append(merging.trim_threshold(torch.cat(sizes), density))
+            own = [(name, here[place]) for name, here in updates.items() if not here[place].is_nothing]
+            sizes = [_dense(model, name, update).abs().flatten() for name, update in own]
+            thresholds.append(merging.trim_threshold(torch.cat(sizes), density) if sizes else 0.0)
     results = {}
     for name, here in updates.items():
-        changes = [update.dense(model.get_submodule(name)) for update in here]
+        changes = [_dense(model, name, update) for update in here]
         if how == "ties":
-            goal = merging.ties([change.float() for change in changes], values, thresholds).double()
+            goal = merging.ties(changes, values, thresholds)
         else:
             dropped = [merging.dare(change, density, seed, of, name) for of, change in zip(weights, changes, strict=True)]
             goal = sum(w * change for w, change in zip(values, dropped, strict=True))
-        results[name] = of_dense(goal, rank or max(max(u.rank for u in here), 1)), goal
+        results[name] = of_dense(goal, rank or max(max(u.rank for u in here), 1)), goal.double()
     return results
+
+
+def _dense(model: nn.Module, name: str, update: Update) -> Tensor:
+    """(O, I): dW, in the type that the model's weight is trained in."""
+    base = model.get_submodule(name)
+    return update.dense(base).to(trained_dtype(weight_of(base)))
 
 
 def _updates(model: nn.Module, adapters: Mapping[str, Adapter], heads: Mapping[str, object]) -> Updates:

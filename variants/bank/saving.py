@@ -5,7 +5,6 @@ alpha is the rank at every site, by patterns where ranks differ: a program that 
 
 import contextlib
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +13,9 @@ from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.linears import find_kind, weight_of
 from rankwise.variants.bank.combine import Combined
 from rankwise.variants.bank.updates import Update
+from rankwise.variants.files.peft.reading import unscaled
 from rankwise.variants.files.pretrained import save_pretrained
 from rankwise.variants.files.state import detached_if_it_fails, pattern_of
-from rankwise.variants.settings import method
 from torch import Tensor, nn
 
 
@@ -81,16 +80,8 @@ def _share(squares: list[tuple[float, float]]) -> float:
 def _attached(model: nn.Module, combined: Combined) -> Adapter:
     """The combination as an adapter in the model."""
     updates = combined.updates
-    if not updates:
-        adapter = method("head").load()()
-    else:
-        ranks = {name: max(update.rank, 1) for name, update in updates.items()}  # PEFT knows no rank 0
-        usual = Counter(ranks.values()).most_common(1)[0][0]
-        known = [name for name, module in model.named_modules() if find_kind(module) is not None]
-        pattern = {pattern_of(name, known): rank for name, rank in ranks.items() if rank != usual}
-        kind = "dora" if any(update.gain is not None for update in updates.values()) else "lora"
-        settings = {"rank": usual, "alpha": float(usual), "rank_pattern": pattern}
-        adapter = method(kind).load()(**settings, alpha_pattern={name: float(rank) for name, rank in pattern.items()})
+    ranks = {name: max(update.rank, 1) for name, update in updates.items()}  # PEFT knows no rank 0
+    adapter = unscaled(ranks, any(update.gain is not None for update in updates.values()))
     with detached_if_it_fails(adapter):
         known = [name for name, module in model.named_modules() if find_kind(module) is not None]
         adapter.attach(model, [pattern_of(name, known) for name in updates] or "all-linear", head=combined.head_names)

@@ -28,6 +28,11 @@ class Update:
     def rank(self) -> int:
         return len(self.A)
 
+    @property
+    def is_nothing(self) -> bool:
+        """Whether there is no slot and no gain."""
+        return not self.rank and self.gain is None
+
     def dense(self, base: nn.Module) -> Tensor:
         """(O, I): dW."""
         change = self.B @ self.A

@@ -1,6 +1,7 @@
 """An adapter out of PEFT's tensors and configuration."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -188,6 +189,18 @@ def _as_configured(ranks: Mapping[str, int], config: PeftConfig, facts: Facts | 
         settings["lr_ratio"] = facts.settings["lr_ratio"]
     seed = facts.seed if facts is not None else 0
     return method("dora" if config.has_magnitude else "lora").load()(seeds=[seed], **settings)
+
+
+def unscaled(ranks: Mapping[str, int], has_magnitude: bool) -> Adapter:
+    """An adapter, not attached, of sites of these ranks and of scale 1: LoRA or DoRA; of no site the task head alone."""
+    if not ranks:
+        return method("head").load()(seeds=[0])
+    names = list(ranks)
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = {pattern_of(name, names): rank for name, rank in ranks.items() if rank != usual}
+    alphas = {name: float(rank) for name, rank in pattern.items()}
+    settings = {"rank": usual, "alpha": float(usual), "rank_pattern": pattern, "alpha_pattern": alphas}
+    return method("dora" if has_magnitude else "lora").load()(seeds=[0], **settings)
 
 
 def _adalora(sites: Sites, config: PeftConfig, facts: Facts | None) -> tuple[Adapter, dict[str, _Slots]]:
