@@ -55,6 +55,11 @@ class Owners(Rows):
             }
         return self._groups[key]
 
+    def of_rows(self, count: int) -> list[str | None]:
+        """The owner of each of so many rows."""
+        times = count // len(self.names)
+        return [name for name in self.names for _ in range(times)]
+
     def _places(self, name: str, times: int, device: torch.device) -> Index:
         rows = [row for row, owner in enumerate(self.names) if owner == name]
         if rows[-1] - rows[0] == len(rows) - 1:

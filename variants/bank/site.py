@@ -2,6 +2,8 @@
 
 At a linear module one product with the frozen weight serves every row.  Then each adapter's rows get its update, a product of
 two thin matrices, so that a batch of mixed rows costs what a batch of one adapter costs, whatever the counts: no row is padded.
+Rows of several tokens that lie apart are multiplied row by row, each with a copy of its adapter's factors, which are smaller
+than the rows; others adapter by adapter.
 
     y = base(x);   y_n += (x_n A^T) (c B)^T;   y_n = g (y_n - b) + b where the adapter has magnitudes (variants/dora.py)
 
@@ -11,6 +13,7 @@ At any other module (a task head, an embedding, a convolution) an adapter's own 
 from typing import Protocol
 
 import torch
+from rankwise.variants import native
 from rankwise.variants.adapter.linears import base_output, is_linear
 from rankwise.variants.adapter.site import Site
 from rankwise.variants.bank.owners import Index, Owners
@@ -97,13 +100,27 @@ class BankSite(nn.Module):
             return base(x) if part is None else part.alone(base, x)
         groups = self.owners.groups(self.name, x)
         y = base_output(base, x)
+        by_row = self._by_row(groups, x)
+        if by_row is not None:
+            y = _changed_by_row(by_row, y, x, base.bias)
         for adapter, rows in groups.items():
             part = self.part(adapter)
             if isinstance(part, Thin):
-                self._thin(part, y, x, rows, base.bias)
+                if by_row is None:
+                    self._thin(part, y, x, rows, base.bias)
             elif part is not None:
                 y = _with_rows(y, rows, part.alone(base, x[rows]))
         return y
+
+    def _by_row(self, groups: dict[str, Index], x: Tensor) -> list[Thin | None] | None:
+        """Of each row its update, where row by row is the faster way: gathering factors moves less than gathering rows."""
+        if all(isinstance(rows, slice) for rows in groups.values()):
+            return None
+        parts = [part if isinstance(part, Thin) else None for part in map(self.part, self.owners.of_rows(len(x)))]
+        ranks = [len(part.A) for part in parts if part is not None]
+        if not ranks or not 0 < max(ranks) <= min(x[0].numel() // x.shape[-1], 2 * sum(ranks) / len(parts)):
+            return None
+        return parts
 
     @staticmethod
     def _thin(part: Thin, y: Tensor, x: Tensor, rows: Index, bias: Tensor | None) -> None:
@@ -111,6 +128,34 @@ class BankSite(nn.Module):
         new = part.changed(own, x[rows], bias)
         if isinstance(rows, Tensor) or new.data_ptr() != own.data_ptr():  # else it was changed in place
             y[rows] = new.view(own.shape).to(y.dtype)
+
+
+def _changed_by_row(parts: list[Thin | None], y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """The output y (rows, ..., O) of x (rows, ..., I) with each row's update in it; y may be overwritten."""
+    device, one = x.device.type, next(part for part in parts if part is not None)
+    rank = max(len(part.A) for part in parts if part is not None)
+    A, B = (torch.stack(factors) for factors in zip(*(_padded(part, one, rank) for part in parts), strict=True))
+    rows, into = x.reshape(len(x), -1, x.shape[-1]), y.reshape(len(y), -1, y.shape[-1])
+    recorded = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    if not recorded and into.is_contiguous() and native.usable(rows, into, wide=(A, B)):
+        native.update_(into, native.dots(rows, A, None), B)
+    else:
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else A.dtype
+        with torch.autocast(device, enabled=False):
+            into = torch.baddbmm(into.to(dtype), torch.bmm(rows.to(dtype), A.to(dtype).mT), B.to(dtype))
+    gains = [None if part is None else part.gain for part in parts]
+    kept = next((gain for gain in gains if gain is not None), None)
+    if kept is not None:
+        gain = torch.stack([torch.ones_like(kept) if gain is None else gain for gain in gains])[:, None]  # (rows, 1, O)
+        into = into.to(gain.dtype)
+        into = into * gain if bias is None else torch.addcmul((1 - gain) * bias.to(gain.dtype), into, gain)
+    return into.reshape(y.shape).to(y.dtype)
+
+
+def _padded(part: Thin | None, like: Thin, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B with so many slots, those that are missing zero."""
+    factors = (like.A[:0], like.B[:0]) if part is None else (part.A, part.B)
+    return tuple(t if len(t) == rank else nn.functional.pad(t, (0, 0, 0, rank - len(t))) for t in factors)
 
 
 def _with_rows(y: Tensor, rows: Index, new: Tensor) -> Tensor:
