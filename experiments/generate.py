@@ -5,7 +5,7 @@ do it.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,15 +20,19 @@ PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"))  # that a classi
 
 @dataclass(frozen=True)
 class Generated:
-    """One text. tokens: generated, the end of text not counted. is_finished: the model ended it, and not the limit."""
+    """One text. tokens: generated, the end of text not counted. is_finished: the model ended it, and not the limit.
+
+    adapter: its name, where several stand side by side.
+    """
 
     prompt: str
     text: str
     tokens: int
     is_finished: bool
+    adapter: str | None = None
 
     def as_row(self, number: int) -> dict[str, Any]:
-        return {"row": number, **asdict(self)}
+        return {"row": number, **{key: value for key, value in asdict(self).items() if key != "adapter" or value is not None}}
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,31 @@ def read_pairs(where: str) -> tuple[list[str], list[str], str] | None:
     return first, second, " and ".join(pair)
 
 
+def find_several(named: Sequence[str], model: str | None = None) -> dict[str, export.Source]:
+    """The adapters of "NAME=FOLDER" words, by name.
+
+    Raises:
+        ValueError: as `find`; a word of another form, a name that comes twice, or adapters of several base models.
+    """
+    sources: dict[str, export.Source] = {}
+    for word in named:
+        name, equals, folder = word.partition("=")
+        if not (name and equals and folder):
+            raise ValueError(f"--adapter {word}: give NAME=FOLDER")
+        if name in sources:
+            raise ValueError(f"--adapter {word}: {name} is given twice; give each adapter a name of its own")
+        sources[name] = find(Path(folder), model)
+        if kind_of(sources[name]) != "generation":
+            raise ValueError(f"--adapter {word}: it generates no text: give classifiers one at a time, without --adapter")
+    bases = {source.model: name for name, source in sources.items()}
+    if len(bases) > 1:
+        (one, first), (other, second), *_ = bases.items()
+        raise ValueError(
+            f"{first} is an adapter of {one} and {second} of {other}: side by side they need one base; or give --model"
+        )
+    return sources
+
+
 def read_prompts(where: str, field: str | None = None) -> tuple[list[str], str]:
     """The prompts in a file, and the name of the field that they are read from.
 
@@ -136,7 +165,7 @@ def read_prompts(where: str, field: str | None = None) -> tuple[list[str], str]:
 
 
 def generate(
-    source: export.Source,
+    source: export.Source | Mapping[str, export.Source],
     prompts: Sequence[str],
     max_new_tokens: int,
     *,
@@ -149,6 +178,7 @@ def generate(
 ) -> list[Generated]:
     """What follows each prompt: greedily, or drawn where a temperature is given, each row by (seed, its number) alone.
 
+    source: or several by name, of one base: every prompt is gone on with by each, in mixed batches.
     progress: called with the rows done since the last call.
 
     Raises:
@@ -164,36 +194,48 @@ def generate(
     from rankwise.experiments.training.evaluation import AT_REST, autocast
     from rankwise.variants.adapter.step import CannotMerge
 
+    sources = {None: source} if isinstance(source, export.Source) else dict(source)
+    base = next(iter(sources.values()))
     where = measure.device(device)
-    precision = measure.precision("auto", where) if where.type == "cuda" else source.precision
+    precision = measure.precision("auto", where) if where.type == "cuda" else base.precision
     task = SimpleNamespace(kind="generation", num_labels=0)
-    model, processor, info = models.load(source.model, task, precision, str(where), quantization=source.scheme)
+    model, processor, info = models.load(base.model, task, precision, str(where), quantization=base.scheme)
+    bank = None
     with models.quiet():
-        adapter = variants.load_pretrained(model, source.adapter)
-    adapter.begin(AT_REST, training=False)
-    if precision == "fp32" and adapter.mergeable and info.quantization is None:
-        with contextlib.suppress(CannotMerge):
-            adapter.merge()
+        if isinstance(source, export.Source):
+            adapter = variants.load_pretrained(model, source.adapter)
+            adapter.begin(AT_REST, training=False)
+            if precision == "fp32" and adapter.mergeable and info.quantization is None:
+                with contextlib.suppress(CannotMerge):
+                    adapter.merge()
+        else:
+            bank = variants.Bank(model)
+            for name, one in source.items():
+                bank.load(name, one.adapter)
     is_seq2seq = processor.is_encoder_decoder
     ids = processor(list(prompts))["input_ids"] if is_seq2seq else prompt_tokens(processor, prompts)
     _check_lengths(ids, models.longest_input(model), 0 if is_seq2seq else max_new_tokens)
+    asked = [(row, name) for row in range(len(prompts)) for name in sources]
     texts: dict[int, Generated] = {}
-    order = np.argsort([len(row) for row in ids], kind="stable")
+    order = np.argsort([len(ids[row]) for row, _ in asked], kind="stable")
     kind, end = kinds.get("generation"), processor.eos_token_id
     for at in range(0, len(order), batch_size):
-        rows = order[at : at + batch_size].tolist()
+        places = order[at : at + batch_size].tolist()
+        rows, names = ([asked[place][part] for place in places] for part in (0, 1))
         batch = [np.array(ids[row]) for row in rows]
         arrays = padded(batch, max(map(len, batch)), processor.pad_token_id, on_left=not is_seq2seq)
         inputs, mask = (torch.from_numpy(array).to(where) for array in arrays)
         sampling = None if temperature is None else Sampling([(seed, row) for row in rows], temperature, top_p)
-        with torch.no_grad(), autocast(where, precision):
+        rows_of = contextlib.nullcontext() if bank is None else bank.mixed(names)
+        with torch.no_grad(), autocast(where, precision), rows_of:
             tokens = generated(model, inputs, mask, max_new_tokens, [end], sampling).cpu().numpy()
-        for row, text, made in zip(rows, kind.decoded(tokens, processor), tokens, strict=True):
+        for place, text, made in zip(places, kind.decoded(tokens, processor), tokens, strict=True):
+            row, name = asked[place]
             ends = np.flatnonzero(np.isin(made, [end, processor.pad_token_id]))
             length = int(ends[0]) if len(ends) else len(made)
-            texts[row] = Generated(prompts[int(row)], text, length, bool(len(ends)))
+            texts[place] = Generated(prompts[row], text, length, bool(len(ends)), name)
         progress(len(rows))
-    return [texts[row] for row in range(len(prompts))]
+    return [texts[place] for place in range(len(asked))]
 
 
 def classify(

@@ -1,7 +1,12 @@
 """Many adapters on one model: mixed rows equal each adapter alone, in any order; adapters come and go; sums are right."""
 
+import json
+import re
 import threading
+import urllib.error
+import urllib.request
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -212,6 +217,46 @@ def test_an_adapter_of_pefts_stands_beside_ours(folders, tmp_path):
     torch.testing.assert_close(logits[0], expected[0], rtol=0, atol=1e-9)
 
 
+def test_the_server_of_the_page_answers_each_row_with_its_adapter(tmp_path, monkeypatch):
+    base = language_models.saved("gpt2", tmp_path / "base")
+    model = language_models.made("gpt2")
+    for seed, name in enumerate(("a", "b")):
+        adapter = variants.create("lora", rank=2, alpha=40.0).attach(model, "all-linear", head=[])
+        fill(adapter, 0.2, seed)
+        variants.save_pretrained(adapter, tmp_path / name)
+        adapter.detach()
+    page = Path(variants.__file__).with_name("bank").joinpath("bank.md").read_text(encoding="utf-8")
+    script = next(block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "HTTPServer" in block)
+    assert len([line for line in script.splitlines() if line.strip()]) <= 40
+    monkeypatch.setattr("sys.argv", ["serve.py", base, f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}"])
+    served: dict = {"__name__": "served"}
+    exec(script.replace("max_new_tokens=64", "max_new_tokens=6"), served)
+    server = served["ThreadingHTTPServer"](("127.0.0.1", 0), served["Handler"])
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+
+    def post(asked):
+        request = urllib.request.Request(f"http://127.0.0.1:{server.server_port}", data=json.dumps(asked).encode())
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)["error"]
+
+    try:
+        prompts = ["a b", "c d e f g", "b a a"]
+        mixed = post({"prompts": prompts, "adapters": ["a", None, "b"]})["answers"]
+        alone = {name: post({"prompts": prompts, "adapters": [name] * 3})["answers"] for name in ("a", None, "b")}
+        code, error = post({"prompts": prompts, "adapters": ["a", "x", "b"]})
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert mixed == [alone["a"][0], alone[None][1], alone["b"][2]]
+    assert len({str(answers) for answers in alone.values()}) == 3
+    assert code == 400 and error.startswith('no adapter "x" in this bank')
+
+
 # -- combining -----------------------------------------------------------------------------------------------------------
 
 
@@ -268,8 +313,6 @@ def test_a_linear_sum_takes_the_least_rank_and_a_concatenation_all(folders):
 
 
 def test_a_file_of_a_sum_has_scale_one_at_every_site_for_readers_without_patterns(folders, tmp_path):
-    import json
-
     _, bank = filled_bank(folders, torch.float32, ["lora", "rooted"])
     bank.combine({"lora": 0.7, "rooted": 0.3}, how="concatenate").save(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())

@@ -66,6 +66,31 @@ def test_pefts_own_adapter_generates_what_peft_generates(base, tmp_path, monkeyp
     assert capsys.readouterr().out == expected + "\n"
 
 
+def test_several_adapters_each_go_on_from_every_prompt(base, tmp_path, monkeypatch, capsys):
+    ours(base, tmp_path / "one")
+    ours(base, tmp_path / "two", "dora", alpha=20)
+    words = ["--max-new-tokens", 5, "--json", *(word for prompt in PROMPTS[:2] for word in ("--prompt", prompt))]
+
+    def texts(*adapters):
+        assert rankwise(monkeypatch, "generate", *adapters, *words) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    one, two = texts(tmp_path / "one"), texts(tmp_path / "two")
+    assert "adapter" not in one[0]
+    rows = texts("--adapter", f"one={tmp_path / 'one'}", "--adapter", f"two={tmp_path / 'two'}", "--batch-size", 3)
+    assert [(row["row"], row["adapter"]) for row in rows] == [(1, "one"), (2, "two"), (3, "one"), (4, "two")]
+    for row, alone in zip(rows, [one[0], two[0], one[1], two[1]], strict=True):
+        assert {**row, "row": 0, "adapter": 0} == {**alone, "row": 0, "adapter": 0}
+    assert one[0]["text"] != two[0]["text"]
+    for fault, *given in (
+        ("give NAME=FOLDER", "--adapter", "one"),
+        ("is given twice", "--adapter", f"a={tmp_path / 'one'}", "--adapter", f"a={tmp_path / 'two'}"),
+        ("and not both", tmp_path / "one", "--adapter", f"a={tmp_path / 'two'}"),
+        ("and not both",),
+    ):
+        assert fault in refused(monkeypatch, capsys, "generate", *given, *words)
+
+
 def test_a_file_of_prompts_is_answered_in_its_order(base, tmp_path, monkeypatch, capsys):
     model = ours(base, tmp_path / "adapter", "dora")
     rows = [{"instruction": "a b", "input": "c"}, {"instruction": "g f e d c b a", "input": "d"}]

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rankwise.experiments.cli.app import nothing_kept_if_interrupted
@@ -11,7 +11,11 @@ from rankwise.experiments.cli.progress import Progress
 
 
 def generate(
-    adapter: Annotated[Path, typer.Argument(help="A run's folder, or any adapter's, ours or PEFT's.")],
+    adapter: Annotated[Path | None, typer.Argument(help="A run's folder, or any adapter's, ours or PEFT's.")] = None,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="NAME=FOLDER", help="Instead, and several times: each goes on from every prompt."),
+    ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="What to go on from; may be given several times.")] = None,
     data: Annotated[str | None, typer.Option(help="File with a prompt in every row (JSONL, CSV, TSV, Parquet).")] = None,
     input: Annotated[str | None, typer.Option(help="Field of the file, or a template of fields.  [default: said]")] = None,
@@ -31,11 +35,15 @@ def generate(
     """
     from rankwise.experiments import generate as generating
 
+    if (adapter is None) == (not adapters):
+        raise ValueError("give an adapter's folder, or several as --adapter NAME=FOLDER, and not both")
     _check(prompt, data, input, max_new_tokens, temperature, top_p, seed, batch_size)
     check_device(device)
     check_output_file("--out", out)
-    source = generating.find(adapter, model)
-    is_classifier = generating.kind_of(source) == "classification"
+    source = generating.find(adapter, model) if adapter is not None else generating.find_several(adapters or [], model)
+    several = {} if adapter is not None else source
+    base = next(iter(several.values())) if several else source
+    is_classifier = not several and generating.kind_of(source) == "classification"
     if is_classifier and (max_new_tokens is not None or temperature is not None):
         option = "--temperature" if max_new_tokens is None else "--max-new-tokens"
         raise ValueError(f"{option} is about texts to generate, and {adapter} is of a classifier: take it out")
@@ -48,8 +56,8 @@ def generate(
             else:
                 prompts, field = generating.read_prompts(data, input)
             bar.warn(f"{data}: {len(prompts)} {'texts' if is_classifier else 'prompts'}, read from {field}")
-        bar.say(f"{source.model}: loading torch and the model ...")
-        bar.start(len(prompts))
+        bar.say(f"{base.model}: loading torch and the model ...")
+        bar.start(len(prompts) * max(len(several), 1))
         if is_classifier:
             texts, num_cut, longest = generating.classify(
                 source,
@@ -83,7 +91,12 @@ def generate(
     elif out is not None:
         print(f"{len(rows)} texts: {out}")
     else:
-        print("\n\n".join(text.text if len(texts) == 1 else f"[{n}] {text.text}" for n, text in enumerate(texts, start=1)))
+        print("\n\n".join(_shown(text, number, len(texts)) for number, text in enumerate(texts, start=1)))
+
+
+def _shown(text: Any, number: int, of: int) -> str:
+    named = f"[{number}] {text.adapter}: " if text.adapter is not None else f"[{number}] "
+    return text.text if of == 1 and text.adapter is None else named + text.text
 
 
 def _check(

@@ -159,7 +159,7 @@ class Bank:
             ValueError: a name that is not loaded, as many names as there are no rows, or an adapted module whose input is not
                 the batch's rows.
         """
-        with self._mixed(batch, adapters):
+        with self._rows_of(batch, adapters):
             if isinstance(batch, Mapping):
                 return self.model(**batch, **arguments)
             return self.model(*(batch if isinstance(batch, tuple | list) else (batch,)), **arguments)
@@ -172,32 +172,45 @@ class Bank:
         """
         if not hasattr(self.model, "generate"):
             raise ValueError(f"{type(self.model).__name__} has no generate: give a language model of transformers")
-        with self._mixed(batch, adapters):
+        with self._rows_of(batch, adapters):
             return self.model.generate(**({**batch} if isinstance(batch, Mapping) else {"inputs": batch}), **arguments)
 
     @contextlib.contextmanager
-    def _mixed(self, batch: Any, adapters: Sequence[str | None] | None) -> Iterator[None]:
+    def mixed(self, adapters: Sequence[str | None] | None) -> Iterator[None]:
+        """While it is open, the rows of what `bank.model` is called with have these adapters; None: all have the one in use.
+
+        For loops of one's own around the model.  Others wait that long.
+
+        Raises:
+            ValueError: a name that is not loaded.
+        """
         with self._lock:
             if adapters is None:
                 yield
                 return
             if isinstance(adapters, str):
                 raise ValueError(
-                    f'adapters = "{adapters}": give a list, one name or None for each row; or bank.use("{adapters}")'
+                    f'adapters = "{adapters}": give a list, a name or None for each row; or bank.use("{adapters}")'
                 )
-            names = list(adapters)
-            self._check(names)
-            is_named, is_one = isinstance(batch, Mapping), isinstance(batch, Tensor)
-            rows = count_rows(() if is_named else (batch,) if is_one else tuple(batch), batch if is_named else {})
-            if rows is None or len(names) != rows:
-                raise ValueError(
-                    f"adapters has {len(names)} names, and the batch {rows} rows: give one name or None for each row"
-                )
-            self._owners.mix(names)
+            self._check(list(adapters))
+            self._owners.mix(adapters)
             try:
                 yield
             finally:
                 self._owners.mix(None)
+
+    @contextlib.contextmanager
+    def _rows_of(self, batch: Any, adapters: Sequence[str | None] | None) -> Iterator[None]:
+        with self.mixed(adapters):
+            if adapters is not None:
+                is_named = isinstance(batch, Mapping)
+                positions = () if is_named else (batch,) if isinstance(batch, Tensor) else tuple(batch)
+                rows = count_rows(positions, batch if is_named else {})
+                if rows is None or len(adapters) != rows:
+                    raise ValueError(
+                        f"adapters has {len(adapters)} names, and the batch {rows} rows: give one for each, or None"
+                    )
+            yield
 
     # -- combining ---------------------------------------------------------------------------------------------------
 

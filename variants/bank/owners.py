@@ -32,7 +32,7 @@ class Owners(Rows):
         """Whether all rows have one owner, and which."""
         if self.names is None:
             return True, self.active
-        first = self.names[0]
+        first = next(iter(self.names), None)
         return all(name == first for name in self.names), first
 
     def groups(self, site: str, x: Tensor) -> dict[str, Index]:
