@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rankwise import variants
+from rankwise.experiments.bench import mixed
 from rankwise.variants.adapter.linears import weight_of
 from rankwise.variants.adapter.probe import fill
 from rankwise.variants.bank import merging
@@ -78,6 +79,17 @@ def test_mixed_rows_equal_each_adapter_alone(folders, dtype):
         torch.testing.assert_close(model(**rows).logits, expected[name], rtol=0, atol=TOLERANCE[dtype])
         assert bank.active == name
     assert torch.equal(bank(rows, adapters=[None] * len(OWNERS)).logits, expected[None])
+
+
+@torch.no_grad()
+def test_a_16_bit_base_is_rounded_once_as_with_an_adapter_alone(folders):
+    model = tiny("bert", torch.bfloat16).eval()
+    expected = alone(model, folders(torch.float32, "dora"))
+    bank = variants.Bank(model)
+    bank.load("dora", folders(torch.float32, "dora"))
+    apart = ["dora", None, *["dora"] * 9]  # row by row
+    assert (bank(rows, adapters=apart).logits[0] - expected[0]).abs().max() < 1e-5
+    assert (bank(rows, adapters=["dora", *[None] * 10]).logits[0] - expected[0]).abs().max() < 1e-5
 
 
 def test_a_model_whose_adapters_are_gone_is_itself_to_the_bit(folders):
@@ -255,6 +267,16 @@ def test_the_server_of_the_page_answers_each_row_with_its_adapter(tmp_path, monk
     assert mixed == [alone["a"][0], alone[None][1], alone["b"][2]]
     assert len({str(answers) for answers in alone.values()}) == 3
     assert code == 400 and error.startswith('no adapter "x" in this bank')
+
+
+def test_the_bench_measures_mixed_rows_that_equal_pefts(monkeypatch):
+    size = mixed.Size(adapters=3, rows_each=2, tokens=(5,), hidden=32, layers=1, heads=4, rank=2, rounds=1)
+    head, lora, dora = mixed.lines(size)
+    assert head.startswith("3 adapters x 2 rows") and re.search(r"mixed / one \d+\.\d\d .* PEFT / mixed \d", lora)
+    assert dora.startswith("dora") and "peft" not in dora
+    monkeypatch.setattr(variants.Bank, "__call__", lambda bank, batch, adapters: bank.model(**batch))  # mixes nothing
+    with pytest.raises(RuntimeError, match="mixed rows differ from PEFT's"):
+        list(mixed.lines(size))
 
 
 # -- combining -----------------------------------------------------------------------------------------------------------

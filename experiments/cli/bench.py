@@ -27,6 +27,7 @@ def bench(
         bool, typer.Option("--ablation", help="Instead: our own steps on the CPU without each change.")
     ] = False,
     tried: Annotated[bool, typer.Option("--tried", help="Instead: attention kernels and packed weights, not kept.")] = False,
+    mixed: Annotated[bool, typer.Option("--mixed", help="Instead: a bank's mixed batch beside PEFT's.")] = False,
     planned: Annotated[bool, typer.Option("--planned", help="Instead: a plan's memory beside what a step takes.")] = False,
     quantised: Annotated[
         bool, typer.Option("--quantised", help="Instead: bases in 4 and 8 bits beside fp32 and bf16.")
@@ -36,10 +37,11 @@ def bench(
     from rankwise.experiments.bench import cases as known
 
     _refuse_idle(
-        {"--ablation": ablation, "--tried": tried, "--planned": planned, "--quantised": quantised},
+        {"--ablation": ablation, "--tried": tried, "--mixed": mixed, "--planned": planned, "--quantised": quantised},
         idle={"--out": out, "--full": full or None, "--device": None if device == "auto" else device},
         also={
             "--tried": {"--json": json_file, "--cases": cases, "--repetitions": repetitions},
+            "--mixed": {"--json": json_file, "--cases": cases, "--repetitions": repetitions},
             "--planned": {"--cases": cases, "--repetitions": repetitions},
             "--quantised": {"--cases": cases, "--repetitions": repetitions},
         },
@@ -55,6 +57,9 @@ def bench(
         return _planned(json_file, threads)
     if quantised:
         return _quantised(json_file, out or OUT, device, threads)
+    if mixed:
+        known.check_peft()
+        return _mixed(threads)
     chosen = known.select_ablated(cases) if ablation else known.select(cases, full)
     known.check_peft()
     if ablation:
@@ -107,6 +112,17 @@ def _tried(threads: int | None) -> None:
         from rankwise.experiments.bench import tried
 
         for line in tried.lines():
+            print(line, flush=True)
+
+
+def _mixed(threads: int | None) -> None:
+    """Prints a line for each method and length as it is measured."""
+    with Progress() as bar, nothing_kept_if_interrupted():
+        bar.say("bench: loading torch ...")
+        _start(bar, threads)
+        from rankwise.experiments.bench import mixed
+
+        for line in mixed.lines():
             print(line, flush=True)
 
 

@@ -136,6 +136,10 @@ def _changed_by_row(parts: list[Thin | None], y: Tensor, x: Tensor, bias: Tensor
     rank = max(len(part.A) for part in parts if part is not None)
     A, B = (torch.stack(factors) for factors in zip(*(_padded(part, one, rank) for part in parts), strict=True))
     rows, into = x.reshape(len(x), -1, x.shape[-1]), y.reshape(len(y), -1, y.shape[-1])
+    gains = [None if part is None else part.gain for part in parts]
+    kept = next((gain for gain in gains if gain is not None), None)
+    if kept is not None and not torch.is_autocast_enabled(device):  # rounded once, after the gain
+        rows, into = rows.to(kept.dtype), into.to(kept.dtype)
     recorded = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
     if not recorded and into.is_contiguous() and native.usable(rows, into, wide=(A, B)):
         native.update_(into, native.dots(rows, A, None), B)
@@ -143,8 +147,6 @@ def _changed_by_row(parts: list[Thin | None], y: Tensor, x: Tensor, bias: Tensor
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else A.dtype
         with torch.autocast(device, enabled=False):
             into = torch.baddbmm(into.to(dtype), torch.bmm(rows.to(dtype), A.to(dtype).mT), B.to(dtype))
-    gains = [None if part is None else part.gain for part in parts]
-    kept = next((gain for gain in gains if gain is not None), None)
     if kept is not None:
         gain = torch.stack([torch.ones_like(kept) if gain is None else gain for gain in gains])[:, None]  # (rows, 1, O)
         into = into.to(gain.dtype)

@@ -1,0 +1,130 @@
+"""A bank's mixed batch beside a batch of one adapter, and beside PEFT's mixed batch, in evaluation.
+
+rankwise bench --mixed
+
+An encoder of MiniLM's shape with random weights; adapters of rank 8 at every linear of its layers.  The rows of a mixed batch have
+their adapters in turn, so that no two neighbours share one; "sorted" is the same batch with the rows of an adapter together.
+"""
+
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rankwise import variants
+from rankwise.experiments.bench import timing
+from rankwise.variants.adapter.probe import fill
+from torch import Tensor, nn
+
+CPU = torch.device("cpu")
+TARGETS = {"beside_one": 1.25, "beside_peft": 1.5}  # ours over one adapter's, at most; PEFT's over ours, at least
+
+
+@dataclass(frozen=True)
+class Size:
+    """adapters x rows_each rows of so many tokens, in each of `tokens`; hidden, layers, heads: of the encoder."""
+
+    adapters: int = 8
+    rows_each: int = 4
+    tokens: tuple[int, ...] = (1, 16, 64)
+    hidden: int = 384
+    layers: int = 6
+    heads: int = 12
+    rank: int = 8
+    rounds: int = 15
+
+
+def lines(size: Size | None = None) -> Iterator[str]:
+    """A line for each method and number of tokens, as soon as it is measured.
+
+    Raises:
+        RuntimeError: our mixed rows differ from PEFT's.
+    """
+    size = size or Size()
+    yield f"{size.adapters} adapters x {size.rows_each} rows, {torch.get_num_threads()} threads; milliseconds, medians"
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for method in ("lora", "dora"):
+            folders = _saved(size, method, Path(scratch))
+            for tokens in size.tokens:
+                yield _line(method, tokens, _measured(size, method, folders, tokens))
+
+
+def _encoder(size: Size) -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        intermediate_size=4 * size.hidden,
+        vocab_size=1000,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return BertModel(config, add_pooling_layer=False).eval()
+
+
+def _saved(size: Size, method: str, scratch: Path) -> list[Path]:
+    model, folders = _encoder(size), []
+    for seed in range(size.adapters):
+        adapter = variants.create(method, rank=size.rank, alpha=2 * size.rank).attach(model, "all-linear", head=[])
+        fill(adapter, 0.05, seed)
+        folders.append(scratch / f"{method}-{seed}")
+        variants.save_pretrained(adapter, folders[-1])
+        adapter.detach()
+    return folders
+
+
+@torch.no_grad()
+def _measured(size: Size, method: str, folders: list[Path], tokens: int) -> dict[str, list[float]]:
+    """Seconds of each arm, in turn, round by round."""
+    from peft import PeftModel
+
+    names = [str(row % size.adapters) for row in range(size.adapters * size.rows_each)]
+    ids = torch.randint(1000, (len(names), tokens), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    frozen, one, many = (_encoder(size) for _ in range(3))
+    variants.load_pretrained(one, folders[0]).eval()
+    bank = variants.Bank(many)
+    for name, folder in enumerate(folders):
+        bank.load(str(name), folder)
+    arms: dict[str, Callable[[], Any]] = {
+        "frozen": lambda: frozen(**batch),
+        "one": lambda: one(**batch),
+        "mixed": lambda: bank(batch, adapters=names),
+        "sorted": lambda: bank(batch, adapters=sorted(names)),
+    }
+    if method == "lora":  # PEFT refuses the others in a mixed batch
+        theirs = PeftModel.from_pretrained(_encoder(size), folders[0], adapter_name="0")
+        for name, folder in enumerate(folders[1:], start=1):
+            theirs.load_adapter(folder, adapter_name=str(name))
+        theirs.eval()
+        arms["peft"] = lambda: theirs(**batch, adapter_names=names)
+        ours, expected = (arms[arm]().last_hidden_state for arm in ("mixed", "peft"))
+        _check(ours, expected)
+    return timing.interleave(arms, CPU, size.rounds, warmup=2)
+
+
+def _check(ours: Tensor, expected: Tensor) -> None:
+    worst = (ours - expected).abs().max().item()
+    if worst > 1e-3:
+        raise RuntimeError(f"mixed rows differ from PEFT's by {worst:.1e}")
+
+
+def _line(method: str, tokens: int, seconds: dict[str, list[float]]) -> str:
+    """The medians, and the median over the rounds of each ratio within a round."""
+    medians = "  ".join(f"{arm} {1000 * statistics.median(values):.1f}" for arm, values in seconds.items())
+
+    def ratio(over: str, under: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
+
+    found = f"mixed / one {ratio('mixed', 'one'):.2f} (at most {TARGETS['beside_one']})"
+    if "peft" in seconds:
+        found += f", PEFT / mixed {ratio('peft', 'mixed'):.2f} (at least {TARGETS['beside_peft']})"
+        found += f", PEFT / frozen {ratio('peft', 'frozen'):.2f}"
+    return f"{method:5} {tokens:4} tokens   {medians}   {found}"
