@@ -2,8 +2,9 @@
 
 rankwise bench --mixed
 
-An encoder of MiniLM's shape with random weights; adapters of rank 8 at every linear of its layers.  The rows of a mixed batch have
-their adapters in turn, so that no two neighbours share one; "sorted" is the same batch with the rows of an adapter together.
+An encoder of MiniLM's shape with random weights; adapters of rank 8 at every linear of its layers.  The rows of a mixed batch
+have their adapters in turn, so that no two neighbours share one; "sorted" is the same batch with an adapter's rows together.
+One token is what a generation computes at a time: there 16 forward passes follow each other.
 """
 
 import statistics
@@ -93,18 +94,27 @@ def _measured(size: Size, method: str, folders: list[Path], tokens: int) -> dict
     bank = variants.Bank(many)
     for name, folder in enumerate(folders):
         bank.load(str(name), folder)
+    passes = 16 if tokens == 1 else 1
+
+    def run(model: Any, **also: Any) -> Any:
+        return [model(**batch, **also) for _ in range(passes)][-1]
+
+    def run_mixed(owners: list[str]) -> Any:
+        with bank.mixed(owners):
+            return run(bank.model)
+
     arms: dict[str, Callable[[], Any]] = {
-        "frozen": lambda: frozen(**batch),
-        "one": lambda: one(**batch),
-        "mixed": lambda: bank(batch, adapters=names),
-        "sorted": lambda: bank(batch, adapters=sorted(names)),
+        "frozen": lambda: run(frozen),
+        "one": lambda: run(one),
+        "mixed": lambda: run_mixed(names),
+        "sorted": lambda: run_mixed(sorted(names)),
     }
     if method == "lora":  # PEFT refuses the others in a mixed batch
         theirs = PeftModel.from_pretrained(_encoder(size), folders[0], adapter_name="0")
         for name, folder in enumerate(folders[1:], start=1):
             theirs.load_adapter(folder, adapter_name=str(name))
         theirs.eval()
-        arms["peft"] = lambda: theirs(**batch, adapter_names=names)
+        arms["peft"] = lambda: run(theirs, adapter_names=names)
         ours, expected = (arms[arm]().last_hidden_state for arm in ("mixed", "peft"))
         _check(ours, expected)
     return timing.interleave(arms, CPU, size.rounds, warmup=2)

@@ -1,6 +1,7 @@
 """Which adapter owns each row of a batch, in any order; a row of None is the frozen model's own."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from rankwise.variants.adapter.rows import Rows
@@ -21,12 +22,16 @@ class Owners(Rows):
         super().__init__(1)
         self.active: str | None = None
         self.names: list[str | None] | None = None
+        self.stacked: dict[tuple[str, int], Any] = {}  # (site, rows) -> what the site keeps for these owners (site.py)
+        self.stacked_bytes = 0
         self._groups: dict[tuple[int, torch.device], dict[str, Index]] = {}
 
     def mix(self, names: Sequence[str | None] | None) -> None:
         """From now on rows have these owners; None: all have the active one."""
         self.names = None if names is None else list(names)
         self._groups.clear()
+        self.stacked.clear()
+        self.stacked_bytes = 0
 
     def single(self) -> tuple[bool, str | None]:
         """Whether all rows have one owner, and which."""

@@ -2,14 +2,15 @@
 
 At a linear module one product with the frozen weight serves every row.  Then each adapter's rows get its update, a product of
 two thin matrices, so that a batch of mixed rows costs what a batch of one adapter costs, whatever the counts: no row is padded.
-Rows of several tokens that lie apart are multiplied row by row, each with a copy of its adapter's factors, which are smaller
-than the rows; others adapter by adapter.
+Rows that stand together are multiplied adapter by adapter; rows that lie apart, and those of a single token, row by row, each
+with a copy of its adapter's factors: to gather these moves less than to gather the rows.
 
     y = base(x);   y_n += (x_n A^T) (c B)^T;   y_n = g (y_n - b) + b where the adapter has magnitudes (variants/dora.py)
 
 At any other module (a task head, an embedding, a convolution) an adapter's own forward pass computes its rows.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,6 +19,8 @@ from rankwise.variants.adapter.linears import base_output, is_linear
 from rankwise.variants.adapter.site import Site
 from rankwise.variants.bank.owners import Index, Owners
 from torch import Tensor, nn
+
+STACKED_BYTES = 256 * 2**20  # of factors that are kept during a generation; beyond it rows go adapter by adapter
 
 
 class Part(Protocol):
@@ -102,7 +105,7 @@ class BankSite(nn.Module):
         y = base_output(base, x)
         by_row = self._by_row(groups, x)
         if by_row is not None:
-            y = _changed_by_row(by_row, y, x, base.bias)
+            y = by_row.changed(y, x, base.bias)
         for adapter, rows in groups.items():
             part = self.part(adapter)
             if isinstance(part, Thin):
@@ -112,15 +115,30 @@ class BankSite(nn.Module):
                 y = _with_rows(y, rows, part.alone(base, x[rows]))
         return y
 
-    def _by_row(self, groups: dict[str, Index], x: Tensor) -> list[Thin | None] | None:
-        """Of each row its update, where row by row is the faster way: gathering factors moves less than gathering rows."""
-        if all(isinstance(rows, slice) for rows in groups.values()):
-            return None
+    def _by_row(self, groups: dict[str, Index], x: Tensor) -> "Stacked | None":
+        """The rows' factors, where row by row is the faster way: None where ranks differ much, or long rows stand together.
+
+        Rows of fewer tokens than ranks are smaller than their factors: those are then kept for the next tokens, within a limit.
+        """
+        key = self.name, len(x)
+        if key in self.owners.stacked:
+            return self.owners.stacked[key]
         parts = [part if isinstance(part, Thin) else None for part in map(self.part, self.owners.of_rows(len(x)))]
         ranks = [len(part.A) for part in parts if part is not None]
-        if not ranks or not 0 < max(ranks) <= min(x[0].numel() // x.shape[-1], 2 * sum(ranks) / len(parts)):
+        if not ranks or not 0 < max(ranks) <= 2 * sum(ranks) / len(parts):
             return None
-        return parts
+        few = x[0].numel() // x.shape[-1] < max(ranks)
+        if not few and all(isinstance(rows, slice) for rows in groups.values()):
+            return None
+        one = next(part for part in parts if part is not None)
+        size = len(parts) * max(ranks) * (one.A.shape[1] + one.B.shape[1]) * one.A.element_size()
+        if few and self.owners.stacked_bytes + size > STACKED_BYTES:
+            return None
+        stacked = Stacked.of(parts, one, max(ranks))
+        if few:
+            self.owners.stacked[key] = stacked
+            self.owners.stacked_bytes += size
+        return stacked
 
     @staticmethod
     def _thin(part: Thin, y: Tensor, x: Tensor, rows: Index, bias: Tensor | None) -> None:
@@ -130,34 +148,50 @@ class BankSite(nn.Module):
             y[rows] = new.view(own.shape).to(y.dtype)
 
 
-def _changed_by_row(parts: list[Thin | None], y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """The output y (rows, ..., O) of x (rows, ..., I) with each row's update in it; y may be overwritten."""
-    device, one = x.device.type, next(part for part in parts if part is not None)
-    rank = max(len(part.A) for part in parts if part is not None)
-    A, B = (torch.stack(factors) for factors in zip(*(_padded(part, one, rank) for part in parts), strict=True))
-    rows, into = x.reshape(len(x), -1, x.shape[-1]), y.reshape(len(y), -1, y.shape[-1])
-    gains = [None if part is None else part.gain for part in parts]
-    kept = next((gain for gain in gains if gain is not None), None)
-    if kept is not None and not torch.is_autocast_enabled(device):  # rounded once, after the gain
-        rows, into = rows.to(kept.dtype), into.to(kept.dtype)
-    recorded = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    if not recorded and into.is_contiguous() and native.usable(rows, into, wide=(A, B)):
-        native.update_(into, native.dots(rows, A, None), B)
-    else:
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else A.dtype
-        with torch.autocast(device, enabled=False):
-            into = torch.baddbmm(into.to(dtype), torch.bmm(rows.to(dtype), A.to(dtype).mT), B.to(dtype))
-    if kept is not None:
-        gain = torch.stack([torch.ones_like(kept) if gain is None else gain for gain in gains])[:, None]  # (rows, 1, O)
-        into = into.to(gain.dtype)
-        into = into * gain if bias is None else torch.addcmul((1 - gain) * bias.to(gain.dtype), into, gain)
-    return into.reshape(y.shape).to(y.dtype)
+@dataclass(frozen=True)
+class Stacked:
+    """Each row's own factors: A (rows, R, I), B (rows, R, O), gain (rows, 1, O) or None; R is that of the row with most."""
+
+    A: Tensor
+    B: Tensor
+    gain: Tensor | None
+
+    @classmethod
+    def of(cls, parts: list[Thin | None], like: Thin, rank: int) -> "Stacked":
+        """Of each row's update; None leaves a row as it is."""
+        A, B = (torch.stack(factors) for factors in zip(*(_padded(part, like, rank) for part in parts), strict=True))
+        gains = [None if part is None else part.gain for part in parts]
+        kept = next((gain for gain in gains if gain is not None), None)
+        if kept is None:
+            return cls(A, B, None)
+        return cls(A, B, torch.stack([torch.ones_like(kept) if gain is None else gain for gain in gains])[:, None])
+
+    def changed(self, y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The output y (rows, ..., O) of x (rows, ..., I) with each row's update in it; y may be overwritten."""
+        device, gain = x.device.type, self.gain
+        is_autocast = torch.is_autocast_enabled(device)
+        rows, into = x.reshape(len(x), -1, x.shape[-1]), y.reshape(len(y), -1, y.shape[-1])
+        if gain is not None and not is_autocast:  # rounded once, after the gain
+            rows, into = rows.to(gain.dtype), into.to(gain.dtype)
+        is_recorded = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+        if not is_recorded and into.is_contiguous() and native.usable(rows, into, wide=(self.A, self.B)):
+            native.update_(into, native.dots(rows, self.A, None), self.B)
+        else:
+            dtype = torch.get_autocast_dtype(device) if is_autocast else self.A.dtype
+            with torch.autocast(device, enabled=False):
+                z = torch.bmm(rows.to(dtype), self.A.to(dtype).mT)
+                into = torch.baddbmm(into.to(dtype), z, self.B.to(dtype))
+        if gain is not None:
+            into = into.to(gain.dtype)
+            into = into * gain if bias is None else torch.addcmul((1 - gain) * bias.to(gain.dtype), into, gain)
+        return into.reshape(y.shape).to(y.dtype)
 
 
 def _padded(part: Thin | None, like: Thin, rank: int) -> tuple[Tensor, Tensor]:
     """A and B with so many slots, those that are missing zero."""
     factors = (like.A[:0], like.B[:0]) if part is None else (part.A, part.B)
-    return tuple(t if len(t) == rank else nn.functional.pad(t, (0, 0, 0, rank - len(t))) for t in factors)
+    A, B = (t if len(t) == rank else nn.functional.pad(t, (0, 0, 0, rank - len(t))) for t in factors)
+    return A, B
 
 
 def _with_rows(y: Tensor, rows: Index, new: Tensor) -> Tensor:
