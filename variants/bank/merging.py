@@ -29,7 +29,7 @@ def ties(changes: Sequence[Tensor], weights: Sequence[float], thresholds: Sequen
     """(O, I): the merged change of one weight, for changes (O, I) that are trimmed at these sizes."""
     trimmed = torch.stack([torch.where(t.abs() >= least, t, 0.0) for t, least in zip(changes, thresholds, strict=True)])
     elected = trimmed.sum(0).sign()
-    agrees = (trimmed.sign() == elected) & (trimmed != 0)
+    agrees = trimmed.sign() == elected  # where nothing is elected, what agrees is 0 itself
     scaled = trimmed * trimmed.new_tensor(weights)[:, None, None]
     return (scaled * agrees).sum(0) / agrees.sum(0).clamp_min(1)
 
