@@ -124,9 +124,13 @@ def find_several(named: Sequence[str], model: str | None = None) -> dict[str, ex
         sources[name] = find(Path(folder), model)
         if kind_of(sources[name]) != "generation":
             raise ValueError(f"--adapter {word}: it generates no text: give classifiers one at a time, without --adapter")
-    bases = {source.model: name for name, source in sources.items()}
+    bases = {(source.model, str(source.scheme)): name for name, source in sources.items()}
     if len(bases) > 1:
-        (one, first), (other, second), *_ = bases.items()
+        ((one, scheme), first), ((other, another), second), *_ = bases.items()
+        if one == other:
+            raise ValueError(
+                f"{first} was trained on {one} quantised as {scheme}, and {second} as {another}: give one at a time"
+            )
         raise ValueError(
             f"{first} is an adapter of {one} and {second} of {other}: side by side they need one base; or give --model"
         )

@@ -199,6 +199,9 @@ def test_mixed_rows_generate_what_each_adapter_alone_generates(name, tmp_path):
             own = slice(row * times, (row + 1) * times)
             assert torch.equal(made[own], expected[owner][number][own])
     assert not torch.equal(expected["a"][0], expected["b"][0])
+    turned = bank.generate(inputs, adapters=owners[::-1], **always)  # nothing is left of the owners before
+    for row, owner in enumerate(owners[::-1]):
+        assert torch.equal(turned[row], expected[owner][0][row])
 
 
 def test_the_rows_of_beams_stand_behind_each_other():

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.variants.adapter.interface import Adapter
+from rankwise.variants.adapter.linears import prepare
 from rankwise.variants.adapter.rows import count_rows
 from rankwise.variants.adapter.site import Site
 from rankwise.variants.adapter.surgery import Adapted, Surgery
@@ -132,6 +133,8 @@ class Bank:
         try:
             surgery.freeze()
             surgery.keep_from_fusing()
+            for undo in prepare(self.model):
+                surgery.undo_too(undo)
             surgery.watch_rows(self._owners)
             for name, here in sites.items():
                 base = self.model.get_submodule(name)

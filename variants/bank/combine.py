@@ -18,7 +18,8 @@ from typing import Literal, get_args
 
 import torch
 from rankwise.variants.adapter.interface import Adapter
-from rankwise.variants.adapter.linears import is_linear, trained_dtype, weight_of
+from rankwise.variants.adapter.kinds.interface import trained_dtype
+from rankwise.variants.adapter.linears import dtype_of, is_linear
 from rankwise.variants.bank import merging
 from rankwise.variants.bank.updates import Update, cut, of_dense, update_of, weighted_sum, with_direction
 from torch import Tensor, nn
@@ -121,7 +122,7 @@ def _merged(
 def _dense(model: nn.Module, name: str, update: Update) -> Tensor:
     """(O, I): dW, in the type that the model's weight is trained in."""
     base = model.get_submodule(name)
-    return update.dense(base).to(trained_dtype(weight_of(base)))
+    return update.dense(base).to(trained_dtype(dtype_of(base)))
 
 
 def _updates(model: nn.Module, adapters: Mapping[str, Adapter], heads: Mapping[str, object]) -> Updates:

@@ -15,7 +15,8 @@ from typing import Protocol
 
 import torch
 from rankwise.variants import native
-from rankwise.variants.adapter.linears import base_output, is_linear
+from rankwise.variants.adapter.kinds.interface import base_output
+from rankwise.variants.adapter.linears import is_linear
 from rankwise.variants.adapter.site import Site
 from rankwise.variants.bank.owners import Index, Owners
 from torch import Tensor, nn
