@@ -128,9 +128,7 @@ def find_several(named: Sequence[str], model: str | None = None) -> dict[str, ex
     if len(bases) > 1:
         ((one, scheme), first), ((other, another), second), *_ = bases.items()
         if one == other:
-            raise ValueError(
-                f"{first} was trained on {one} as {scheme}, and {second} as {another}: give one at a time"
-            )
+            raise ValueError(f"{first} was trained on {one} as {scheme}, and {second} as {another}: give one at a time")
         raise ValueError(
             f"{first} is an adapter of {one} and {second} of {other}: side by side they need one base; or give --model"
         )

@@ -449,9 +449,7 @@ def test_fingerprints_change_with_each_setting_that_changes_results_and_with_no_
         "head_learning_rate": 2e-2,
     }
     of_images = {"image_size": 24, "augmentation": ["flip"]}  # refused for texts
-    assert {*others, *of_images, "precision", "log_every"} == set(
-        config.Training.model_fields
-    )  # a new one must be sorted in here
+    assert {*others, *of_images, "precision", "log_every"} == set(config.Training.model_fields)  # sort in a new one
     plain = config.Training().identity()
     assert all(config.Training(**{name: value}).identity() != plain for name, value in of_images.items())
     different |= {name: changed(training_changes={name: value}) for name, value in others.items()}
