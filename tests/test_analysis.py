@@ -245,6 +245,7 @@ def strict(path):
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
+@pytest.mark.slow
 def test_the_subspaces_are_those_of_ordinary_runs(world, tmp_path):
     model, out = world
     found, grids = strict(out / "subspace.json"), np.load(out / "subspace.npz")

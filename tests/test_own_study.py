@@ -342,6 +342,7 @@ def test_an_adapter_of_own_data_has_a_head_for_its_labels(tmp_path, model):
     assert sorted(heads for name, heads in rows.items() if heads) == [[1], [3]]
 
 
+@pytest.mark.slow
 def test_a_finished_run_needs_its_data_for_the_knock_out_alone(tmp_path, model, capsys, monkeypatch):
     """Its labels are in its configuration, in exported models and in what it says of new texts."""
     text = STUDY.partition('[[data]]\nname = "stars"')[0] + STUDY[STUDY.index("[[methods]]") :]

@@ -102,7 +102,7 @@ def assert_near(mine: list[dict], theirs: list[dict], rel: float) -> None:
 # -- resume ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", quick(ALL_METHODS))
+@pytest.mark.parametrize("method", quick(ALL_METHODS, ["full", "adalora+dora"]))
 def test_stopped_anywhere_a_run_ends_bit_for_bit_the_same(model, tmp_path, method):
     seeds, rates = ((3, 8), (1e-2, 3e-3)) if method in PACKABLE else ((3,), (3e-3,))
     pack = small_world.pack(model, method, seeds=seeds, learning_rates=rates, evaluation_batch_size=24)
@@ -257,7 +257,7 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_last_checkpoint(model, tmp_pa
 # -- packed = alone ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", quick(PACKABLE))
+@pytest.mark.parametrize("method", quick(PACKABLE, ["adalora+dora", "gora"]))
 def test_packed_is_alone(model, tmp_path, doubled, method):
     seeds, rates = (5, 0, 9), (2e-2, 1e-3, 7e-3)
     together, found = small_world.trained(
