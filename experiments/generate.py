@@ -47,6 +47,7 @@ class Classified:
     scores: dict[str, float] | None = None
     value: float | None = None
     pair: str | None = None
+    adapter: str | None = None
 
     def as_row(self, number: int) -> dict[str, Any]:
         return {"row": number, **{key: value for key, value in asdict(self).items() if value is not None}}
@@ -217,13 +218,13 @@ def generate(
     is_seq2seq = processor.is_encoder_decoder
     ids = processor(list(prompts))["input_ids"] if is_seq2seq else prompt_tokens(processor, prompts)
     _check_lengths(ids, models.longest_input(model), 0 if is_seq2seq else max_new_tokens)
-    asked = [(row, name) for row in range(len(prompts)) for name in sources]
+    asked: list[tuple[int, str | None]] = [(row, name) for row in range(len(prompts)) for name in sources]
     texts: dict[int, Generated] = {}
     order = np.argsort([len(ids[row]) for row, _ in asked], kind="stable")
     kind, end = kinds.get("generation"), processor.eos_token_id
     for at in range(0, len(order), batch_size):
-        places = order[at : at + batch_size].tolist()
-        rows, names = ([asked[place][part] for place in places] for part in (0, 1))
+        places: list[int] = order[at : at + batch_size].tolist()
+        rows, names = [asked[place][0] for place in places], [asked[place][1] for place in places]
         batch = [np.array(ids[row]) for row in rows]
         arrays = padded(batch, max(map(len, batch)), processor.pad_token_id, on_left=not is_seq2seq)
         inputs, mask = (torch.from_numpy(array).to(where) for array in arrays)

@@ -169,6 +169,10 @@ def test_a_classifier_of_peft_gives_the_labels_that_its_model_names(tmp_path, mo
         assert row["label"] == names[int(logits.argmax())]
         assert list(row["scores"].values()) == pytest.approx(logits.softmax(-1).tolist(), abs=1e-5)
         assert list(row["scores"]) == list(names.values())
+    assert rankwise(monkeypatch, "generate", tmp_path / "peft", "--prompt", "a b", "--prompt", "c") == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    expected = [f"[{row['row']}] {row['label']} ({max(row['scores'].values()):.3f})" for row in rows]
+    assert shown == expected
     several = json.loads((tmp_path / "base" / "config.json").read_text()) | {"problem_type": "multi_label_classification"}
     (tmp_path / "base" / "config.json").write_text(json.dumps(several))
     assert rankwise(monkeypatch, "generate", tmp_path / "peft", "--prompt", "a b", "--prompt", "c", "--json") == 0

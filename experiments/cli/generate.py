@@ -1,6 +1,7 @@
 """`rankwise generate`: what a model with a trained adapter gives: texts, or a classifier's labels."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,10 +41,9 @@ def generate(
     _check(prompt, data, input, max_new_tokens, temperature, top_p, seed, batch_size)
     check_device(device)
     check_output_file("--out", out)
-    source = generating.find(adapter, model) if adapter is not None else generating.find_several(adapters or [], model)
-    several = {} if adapter is not None else source
-    base = next(iter(several.values())) if several else source
-    is_classifier = not several and generating.kind_of(source) == "classification"
+    several = generating.find_several(adapters or [], model) if adapter is None else {}
+    source = generating.find(adapter, model) if adapter is not None else next(iter(several.values()))
+    is_classifier = generating.kind_of(source) == "classification"  # of several none is
     if is_classifier and (max_new_tokens is not None or temperature is not None):
         option = "--temperature" if max_new_tokens is None else "--max-new-tokens"
         raise ValueError(f"{option} is about texts to generate, and {adapter} is of a classifier: take it out")
@@ -56,8 +56,9 @@ def generate(
             else:
                 prompts, field = generating.read_prompts(data, input)
             bar.warn(f"{data}: {len(prompts)} {'texts' if is_classifier else 'prompts'}, read from {field}")
-        bar.say(f"{base.model}: loading torch and the model ...")
+        bar.say(f"{source.model}: loading torch and the model ...")
         bar.start(len(prompts) * max(len(several), 1))
+        texts: Sequence[generating.Generated | generating.Classified]
         if is_classifier:
             texts, num_cut, longest = generating.classify(
                 source,
@@ -71,7 +72,7 @@ def generate(
                 bar.warn(f"{num_cut} of {len(prompts)} texts are longer than {longest} tokens: the end is not read")
         else:
             texts = generating.generate(
-                source,
+                several or source,
                 prompts,
                 max_new_tokens or 128,
                 batch_size=batch_size,
