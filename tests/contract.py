@@ -218,8 +218,8 @@ def a_checkpoint_gives_the_same_next_steps(method: str) -> None:
     assert {n: r.tolist() for n, r in again.ranks().items()} == {n: r.tolist() for n, r in adapter.ranks().items()}
 
 
-def packed_equals_alone(method: str, model: str = "bert", targets: Any = "all-linear", total: int = 14, alone: int = 2) -> None:
-    values = settings(method, warmup_steps=3, final_steps=4, interval=3, rank_pattern={"value|value_proj|c_fc|v_proj": 3})
+def packed_equals_alone(method: str, model: str = "bert", targets: Any = "all-linear", total: int = 20, alone: int = 3) -> None:
+    values = settings(method, warmup_steps=4, final_steps=5, interval=3, rank_pattern={"value|value_proj|c_fc|v_proj": 3})
     members = members_of(method)
 
     def run(adapter: Adapter, seeds: list[int], rates: list[float]) -> tuple[Tensor, dict[str, Tensor]]:
