@@ -10,15 +10,14 @@ import numpy as np
 from rankwise.experiments.data import draws
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.data.images import Images
-from rankwise.experiments.kinds.interface import Kind, at_least_fp32
-from rankwise.experiments.kinds.predictions import as_array, as_classes, by_row
+from rankwise.experiments.kinds.interface import Kind
+from rankwise.experiments.kinds.one_class import OneClass
 from torch import Tensor
-from torch.nn import functional as F
 
 MARGIN = 8  # a crop lies at most an eighth of the side away from the middle: 4 pixels of 32, as He et al. 2016 for CIFAR
 
 
-class ImageClassification(Kind):
+class ImageClassification(OneClass, Kind):
     """Labels (K*N,), logits (K*N, C); pixel_values (K*N, 3, H, W), as the model's own image processor makes them."""
 
     auto_class = "AutoModelForImageClassification"
@@ -82,15 +81,6 @@ class ImageClassification(Kind):
         """A model with a table of positions for one size is told to interpolate it for others."""
         is_other = takes_other_sizes(model) and list(inputs["pixel_values"].shape[2:]) != sides(model.config)
         return self.logits(model(**inputs, **({"interpolate_pos_encoding": True} if is_other else {})), inputs)
-
-    def losses(self, logits: Tensor, labels: Tensor, members: int) -> Tensor:
-        return F.cross_entropy(at_least_fp32(logits), labels, reduction="none").view(members, -1).mean(1)
-
-    def predictions(self, outputs: Tensor) -> Tensor:
-        return outputs.argmax(-1)
-
-    def scored(self, predictions: Any, labels: Any, offsets: None) -> tuple[tuple, int]:
-        return by_row(as_classes(as_array(predictions)), labels)
 
 
 def takes_other_sizes(model: Any) -> bool:

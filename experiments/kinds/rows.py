@@ -8,7 +8,8 @@ from rankwise.experiments.data import tokens
 from rankwise.experiments.data.encoded import Encoded
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.kinds.interface import Seen, at_least_fp32
-from rankwise.experiments.kinds.predictions import as_array, as_classes, by_row
+from rankwise.experiments.kinds.one_class import OneClass
+from rankwise.experiments.kinds.predictions import as_array, by_row
 from rankwise.experiments.kinds.text import Text, texts_of
 from torch import Tensor
 from torch.nn import functional as F
@@ -58,7 +59,7 @@ class Regression(Rows):
         return by_row(as_array(predictions).reshape(-1).astype(np.float64), labels)
 
 
-class Classification(Rows):
+class Classification(OneClass, Rows):
     """One class a row, by cross-entropy. Labels (K*N,), logits (K*N, C)."""
 
     problem_type, label_type = "single_label_classification", np.int64
@@ -66,12 +67,3 @@ class Classification(Rows):
 
     def named(self, label: Any, labels: Sequence[str]) -> str:
         return labels[label] if labels else str(label)
-
-    def losses(self, logits: Tensor, labels: Tensor, members: int) -> Tensor:
-        return F.cross_entropy(at_least_fp32(logits), labels, reduction="none").view(members, -1).mean(1)
-
-    def predictions(self, outputs: Tensor) -> Tensor:
-        return outputs.argmax(-1)
-
-    def scored(self, predictions: Any, labels: Any, offsets: None) -> tuple[tuple, int]:
-        return by_row(as_classes(as_array(predictions)), labels)
