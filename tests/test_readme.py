@@ -198,14 +198,15 @@ def test_study_example_is_a_study():
 
 def test_printed_tree_names_what_is_there():
     tree = next(text for kind, text in BLOCKS if kind == "" and "variants/" in text)
-    folder, missing = "", []
+    folders, missing = {}, []  # the folder that each indent stands in
     for line in tree.splitlines():
-        if not line.startswith(" "):
-            folder = line.split()[0]
-            missing += [] if (ROOT / folder).is_dir() else [folder]
-            continue
-        for name in re.findall(r"[a-z_]+\.py|[a-z]+/(?= |\*|$)", line):
-            missing += [] if (ROOT / folder / name).exists() else [folder + name]
+        indent = len(line) - len(line.lstrip(" "))
+        folders = {at: path for at, path in folders.items() if at < indent}
+        parent = folders[max(folders)] if folders else ""
+        names = re.findall(r"[a-z_]+\.py|[a-z]+/(?= |\*|$)", line) if indent else [line.split()[0]]
+        missing += [parent + name for name in names if not (ROOT / parent / name).exists()]
+        if names and names[0].endswith("/"):
+            folders[indent] = parent + names[0]
     assert missing == []
 
 
