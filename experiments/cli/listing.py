@@ -1,6 +1,7 @@
 """`rankwise list`: what there is."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from rankwise.experiments.cli.options import Json
@@ -8,12 +9,13 @@ from rankwise.variants.settings import METHODS
 
 
 def list_(as_json: Json = False) -> None:
-    """List the methods, models, tasks, kinds of data, and studies there are."""
+    """List the methods, how they place rank, models, tasks, kinds of data, and studies there are."""
     from rankwise.experiments import config, recipes, sources, tasks
     from rankwise.experiments.tasks.own_kinds import KINDS
 
     rows = {
         "methods": {m.name: f"{m.summary} ({m.source})" for m in METHODS.values()},
+        "placements": {m.name: asdict(m.placement) for m in METHODS.values() if m.placement is not None},
         "models": {name: f"{e.kind}, {e.licence}" for name, e in sources.CATALOGUE.items() if e.kind == "model"},
         "tasks": {name: tasks.get(name).licence for name in tasks.names()},
         "kinds": {name: f"fields {kind.fields}; metrics {', '.join(kind.metrics)}" for name, kind in KINDS.items()},
@@ -26,7 +28,8 @@ def list_(as_json: Json = False) -> None:
     for kind, entries in rows.items():
         print(kind)
         width = max(map(len, entries), default=0)
-        for name, text in entries.items():
+        for name, entry in entries.items():
+            text = entry if isinstance(entry, str) else ", ".join(f"{key} {word}" for key, word in entry.items())
             print(f"  {name:<{width}}  {text}")
 
 

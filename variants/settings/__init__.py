@@ -37,7 +37,7 @@ from rankwise.variants.settings.dylora import DyLoRASettings
 from rankwise.variants.settings.lowrank import DoRASettings, LoRASettings, LowRankSettings
 from rankwise.variants.settings.messages import explain, nearest, quoted, shown
 from rankwise.variants.settings.placed import EVASettings, GoRASettings, PlacedSettings
-from rankwise.variants.settings.registry import METHODS, Method, check, method
+from rankwise.variants.settings.registry import METHODS, Method, Placement, check, method
 from rankwise.variants.settings.sora import SoRASettings
 from rankwise.variants.settings.truncated import NORMALISATIONS, TruncatedSettings
 
@@ -67,6 +67,7 @@ __all__ = [
     "NonNegative",
     "PerMember",
     "PlacedSettings",
+    "Placement",
     "Positive",
     "PositiveInt",
     "Settings",

@@ -2,7 +2,7 @@
 
 import importlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 from rankwise.variants.settings.allocated import (
@@ -23,6 +23,23 @@ from rankwise.variants.settings.truncated import TruncatedSettings
 
 
 @dataclass(frozen=True)
+class Placement:
+    """How a method places rank, in four words, with the settings that it has by default; variants/allocation/placing.md.
+
+    Which ranks move, and when, is said by its direction and its schedule; these say what is counted, and by what.
+    """
+
+    unit: Literal["triplet", "matrix", "site"] = "triplet"
+    """What is ranked: rank-one terms of all sites; weight matrices, each given some rank; adapters, whole."""
+    total: Literal["fixed", "tolerance", "threshold", "prior"] = "fixed"
+    """What sets the total rank: a budget; an error that is let pass; a bound on the score; a prior's posterior."""
+    basis: Literal["keep", "truncate", "augment-truncate"] = "keep"
+    """What becomes of the directions that stay: as they were; rotated to singular vectors; widened by the gradient before."""
+    data: Literal["train", "calibration", "held-out", "none"] = "train"
+    """Which examples decide: those trained on, while it trains; some of them before it; others; none."""
+
+
+@dataclass(frozen=True)
 class Method:
     """A named method: where it is, its settings, and its source."""
 
@@ -33,6 +50,7 @@ class Method:
     source: str
     allocation: str | None = None  # what places the ranks, where the settings do not say
     trains_base: bool = False  # the model's own weights are what is trained, as its class says too
+    placement: Placement | None = None  # None: every site keeps the rank that the settings give it, or has none
 
     def placed_by(self, settings: Settings) -> str:
         """What places the ranks of a run with these settings: see `Settings.allocation`."""
@@ -74,6 +92,7 @@ METHODS: dict[str, Method] = {
             AdaLoRASettings,
             "low-rank update P diag(E) Q whose rank is pruned by importance",
             "Zhang et al. 2023",
+            placement=Placement(),
         ),
         Method(
             "dora", "rankwise.variants.dora:DoRA", DoRASettings, "LoRA on the direction, magnitudes apart", "Liu et al. 2024"
@@ -84,6 +103,7 @@ METHODS: dict[str, Method] = {
             FreelyAllocatedSettings,
             "any score x schedule x direction x cost, by name",
             "variants/allocation",
+            placement=Placement(),
         ),
         Method(
             "dynamic-dora",
@@ -91,6 +111,7 @@ METHODS: dict[str, Method] = {
             DynamicDoRASettings,
             "rank-one components pruned by their share of the update; not the weight-decomposed DoRA",
             "Mao et al. 2024",
+            placement=Placement(),
         ),
         Method(
             "adalora+dora",
@@ -98,6 +119,7 @@ METHODS: dict[str, Method] = {
             AdaLoRADoRASettings,
             "AdaLoRA on the direction, magnitudes apart",
             "Zhang et al. 2023 with Liu et al. 2024",
+            placement=Placement(),
         ),
         Method(
             "eva",
@@ -105,6 +127,7 @@ METHODS: dict[str, Method] = {
             EVASettings,
             "rank and A from the sites' inputs, then LoRA",
             "Paischer et al. 2025",
+            placement=Placement(data="calibration"),
         ),
         Method(
             "gora",
@@ -112,6 +135,7 @@ METHODS: dict[str, Method] = {
             GoRASettings,
             "rank and B from the first gradients, then LoRA",
             "arXiv 2502.12171",
+            placement=Placement(unit="matrix", data="calibration"),
         ),
         Method(
             "stable-rank",
@@ -119,6 +143,7 @@ METHODS: dict[str, Method] = {
             PlacedSettings,
             "rank by the stable rank of the weights, then LoRA",
             "after SR-LoRA, arXiv 2507.00327",
+            placement=Placement(unit="matrix", data="none"),
         ),
         Method(
             "random-rank",
@@ -127,6 +152,7 @@ METHODS: dict[str, Method] = {
             "rank placed at random, then LoRA",
             "control",
             allocation="random",
+            placement=Placement(data="none"),
         ),
         Method(
             "increlora",
@@ -134,6 +160,7 @@ METHODS: dict[str, Method] = {
             IncreLoRASettings,
             "triplets that are added where the update matters, learning in reserve before",
             "Zhang et al. 2023 (IncreLoRA)",
+            placement=Placement(unit="matrix"),
         ),
         Method(
             "elalora",
@@ -141,6 +168,7 @@ METHODS: dict[str, Method] = {
             ElaLoRASettings,
             "triplets that are cut at some sites and added at others, orthogonal to what is there",
             "Chang et al. 2025",
+            placement=Placement(),
         ),
         Method(
             "sora",
@@ -148,6 +176,7 @@ METHODS: dict[str, Method] = {
             SoRASettings,
             "LoRA with a gate for each rank, which a threshold sends to zero",
             "Ding et al. 2023",
+            placement=Placement(total="threshold"),
         ),
         Method(
             "dylora",
@@ -162,6 +191,7 @@ METHODS: dict[str, Method] = {
             TruncatedSettings,
             "LoRA whose update is cut after training by one threshold over all singular values",
             "inspired by PARA (arXiv 2604.27796)",
+            placement=Placement(basis="truncate"),
         ),
     )
 }
