@@ -52,8 +52,9 @@ SETTINGS["allocated"] = SETTINGS["adalora"] | {"score": "norm-share", "form": "d
 SETTINGS["dynamic-dora"] = {k: v for k, v in SETTINGS["adalora"].items() if k != "orthogonality"}
 SETTINGS["truncated"] = {"initial_rank": 4, "target_rank": 2, "alpha": 5, "dropout": 0.1}
 # Of 10 steps of an epoch 4 are measured; sites may end without a rank.
-SETTINGS["eva"] = SETTINGS["gora"] = SETTINGS["lora"] | {"calibration_batches": 4}
-SETTINGS["stable-rank"] = SETTINGS["random-rank"] = SETTINGS["lora"]
+SETTINGS["eva"] = SETTINGS["gora"] = SETTINGS["fim-lora"] = SETTINGS["lora"] | {"calibration_batches": 4}
+SETTINGS["spectral-rank"] = SETTINGS["eva"]
+SETTINGS["stable-rank"] = SETTINGS["heavy-tail"] = SETTINGS["random-rank"] = SETTINGS["lora"]
 RATES = {"full": 3e-3, "head": 1e-2, "bitfit": 1e-2}  # any other 1e-2
 
 

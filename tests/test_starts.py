@@ -15,7 +15,7 @@ from tests.contract import TARGETS, attach
 from tests.loop import Loop, outputs
 from tests.tiny import batch, packed_batch, tiny
 
-METHODS = ("eva", "gora", "stable-rank", "random-rank")
+METHODS = ("eva", "gora", "fim-lora", "spectral-rank", "stable-rank", "heavy-tail", "random-rank")
 EXACT = {"gora": {"rounding": "exact"}}
 SEEDS = [5, 3, 8]
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's, of a model without a name

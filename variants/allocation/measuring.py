@@ -50,12 +50,21 @@ def run(adapter: Adapter, calibration: Calibration, number: int) -> Any:
     return adapter.model(*batch) if isinstance(batch, tuple | list) else adapter.model(batch)
 
 
-def gradients(adapter: Adapter, names: Sequence[str], calibration: Calibration) -> dict[str, Tensor]:
+def gradients(
+    adapter: Adapter,
+    names: Sequence[str],
+    calibration: Calibration,
+    of_batch: Callable[[str, Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
     """(K, O, I) of each site: dL/dW of every member's own loss, the mean over the batches; on the CPU.
 
     One backward pass serves all members: G_k = g_k^T x_k, from the input x and the output's gradient g of the frozen module.
+
+    Args:
+        of_batch: a function of a site and its gradient of one batch; the mean over the batches is then of what it says.
     """
     gradients: dict[str, Tensor] = {}
+    totals: dict[str, Tensor] = {}
     K = adapter.members
 
     def hook(name: str) -> Callable:
@@ -84,11 +93,17 @@ def gradients(adapter: Adapter, names: Sequence[str], calibration: Calibration) 
                     f"the loss of a calibration has shape {tuple(losses.shape)}: give one number for each of {K} members"
                 )
             losses.sum().backward()
+            if of_batch is not None:
+                for name in list(gradients):
+                    now = of_batch(name, gradients.pop(name))
+                    totals[name] = totals[name] + now if name in totals else now
+    gradients |= totals
     for name in names:
         G = gradients.get(name)
         if G is None:  # no path leads from this module to the loss
             module = adapter.model.get_submodule(name)
-            gradients[name] = torch.zeros(K, *size_of(module))
+            nothing = torch.zeros(K, *size_of(module))
+            gradients[name] = nothing if of_batch is None else of_batch(name, nothing)
         else:
             G.div_(len(calibration.batches))
     return gradients

@@ -1,4 +1,4 @@
-"""Rank that is placed once, before training: what EVA, GoRA, stable-rank and random-rank share.
+"""Rank that is placed once, before training: what EVA, GoRA, FIM-LoRA, stable-rank and others share.
 
 A method says what the weights or the data tell of each site (`measure`); the ranks come from `allocation.choose`, within a
 budget and bounds; A and B start, and from there on it is LoRA.  A site may get no rank: it then has no slots, and costs

@@ -36,7 +36,14 @@ from rankwise.variants.settings.base import (
 from rankwise.variants.settings.dylora import DyLoRASettings
 from rankwise.variants.settings.lowrank import DoRASettings, LoRASettings, LowRankSettings
 from rankwise.variants.settings.messages import explain, nearest, quoted, shown
-from rankwise.variants.settings.placed import EVASettings, GoRASettings, PlacedSettings
+from rankwise.variants.settings.placed import (
+    EVASettings,
+    FIMLoRASettings,
+    GoRASettings,
+    HeavyTailSettings,
+    PlacedSettings,
+    SpectralRankSettings,
+)
 from rankwise.variants.settings.registry import METHODS, Method, Placement, check, method
 from rankwise.variants.settings.sora import SoRASettings
 from rankwise.variants.settings.truncated import NORMALISATIONS, TruncatedSettings
@@ -56,9 +63,11 @@ __all__ = [
     "DynamicDoRASettings",
     "EVASettings",
     "ElaLoRASettings",
+    "FIMLoRASettings",
     "Fraction",
     "FreelyAllocatedSettings",
     "GoRASettings",
+    "HeavyTailSettings",
     "IncreLoRASettings",
     "LoRASettings",
     "LowRankSettings",
@@ -72,6 +81,7 @@ __all__ = [
     "PositiveInt",
     "Settings",
     "SoRASettings",
+    "SpectralRankSettings",
     "TruncatedSettings",
     "check",
     "explain",

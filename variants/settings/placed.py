@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 from rankwise.variants.settings.allocated import Bounds
-from rankwise.variants.settings.base import Count, NonNegative, PerMember, PositiveInt, check_bounds, setting
+from rankwise.variants.settings.base import Count, NonNegative, PerMember, Positive, PositiveInt, check_bounds, setting
 from rankwise.variants.settings.lowrank import LowRankSettings
 
 
@@ -99,3 +99,55 @@ class GoRASettings(PlacedSettings):
                     f'sum sqrt(in + out) rank: take it out or set rounding = "exact"'
                 )
         return self
+
+
+class FIMLoRASettings(PlacedSettings):
+    """Settings of FIM-LoRA."""
+
+    least_rank: Count = 1
+    """Least rank of every site.  1: the release's."""
+    most_rank: PositiveInt | None = None
+    """Most rank of every site; twice its rank in the uniform start if not given, as in the release."""
+    calibration_batches: PositiveInt = 8
+    """Batches of its own training data over which the trainer lets each member average squared gradients.  8: the release's."""
+
+
+class SpectralRankSettings(PlacedSettings):
+    """Settings of the spectral rule."""
+
+    threshold: Positive | None = None
+    """C: a site gets as many ranks as sigma_r(G)^2 >= C/n says, so that the total is a result; a budget if not given."""
+    calibration_batches: PositiveInt = 8
+    """Batches of its own training data over which the trainer lets each member average its gradient."""
+
+    @model_validator(mode="after")
+    def _budget_has_effect(self) -> Self:
+        for name in ("total_rank", "total_parameters", "group_bounds"):
+            if self.threshold is not None and getattr(self, name):
+                raise ValueError(
+                    f"{name} = {getattr(self, name)} has no effect with a threshold, which sets the total: take one out"
+                )
+        if self.threshold is not None and self.cost != "rank":
+            raise ValueError(f'cost = "{self.cost}" has no effect with a threshold, which sets the total: take one out')
+        return self
+
+    @classmethod
+    def for_budget(cls, given: Mapping[str, Any], ranks: Mapping[str, int], parameters: int, scale: float) -> dict[str, Any]:
+        if given.get("threshold") is not None:
+            raise ValueError(
+                f"threshold = {given['threshold']} sets the total itself, so no budget can: take it out, or give the entry its "
+                f"rank without [budget]"
+            )
+        return super().for_budget(given, ranks, parameters, scale)
+
+
+class HeavyTailSettings(PlacedSettings):
+    """Settings of ranks by heavy-tailed self-regularization."""
+
+    statistic: Literal["hill", "spikes"] = "hill"
+    """What is read from the singular values of W: the Hill exponent of their tail, or how many stand above the
+    Marchenko-Pastur edge of a random matrix of the same size."""
+    more_to: Literal["light", "heavy"] = "light"
+    """Which weights get more rank: light tails (less well trained, AlphaLoRA's reading) or heavy ones (more to adapt)."""
+    beta: Positive = 2.5
+    """Exponent of the share.  2.5: AlphaLoRA's release; 1: in proportion."""

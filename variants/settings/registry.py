@@ -17,7 +17,14 @@ from rankwise.variants.settings.base import NoSettings, Settings
 from rankwise.variants.settings.dylora import DyLoRASettings
 from rankwise.variants.settings.lowrank import DoRASettings, LoRASettings, LowRankSettings
 from rankwise.variants.settings.messages import explain, nearest, quoted
-from rankwise.variants.settings.placed import EVASettings, GoRASettings, PlacedSettings
+from rankwise.variants.settings.placed import (
+    EVASettings,
+    FIMLoRASettings,
+    GoRASettings,
+    HeavyTailSettings,
+    PlacedSettings,
+    SpectralRankSettings,
+)
 from rankwise.variants.settings.sora import SoRASettings
 from rankwise.variants.settings.truncated import TruncatedSettings
 
@@ -143,6 +150,30 @@ METHODS: dict[str, Method] = {
             PlacedSettings,
             "rank by the stable rank of the weights, then LoRA",
             "after SR-LoRA, arXiv 2507.00327",
+            placement=Placement(unit="matrix", data="none"),
+        ),
+        Method(
+            "fim-lora",
+            "rankwise.variants.fim_lora:FIMLoRA",
+            FIMLoRASettings,
+            "rank by the mean squared gradient of B at its start, then LoRA",
+            "arXiv 2605.16800",
+            placement=Placement(unit="matrix", data="calibration"),
+        ),
+        Method(
+            "spectral-rank",
+            "rankwise.variants.spectral_rank:SpectralRank",
+            SpectralRankSettings,
+            "rank by the singular values of the first gradient, then LoRA",
+            "OpenReview gg2Wb2HPOI",
+            placement=Placement(data="calibration"),
+        ),
+        Method(
+            "heavy-tail",
+            "rankwise.variants.heavy_tail:HeavyTail",
+            HeavyTailSettings,
+            "rank by the tail of each weight's singular values, then LoRA",
+            "after AlphaLoRA, arXiv 2410.10054",
             placement=Placement(unit="matrix", data="none"),
         ),
         Method(
