@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from rankwise.experiments import quantization
 from rankwise.experiments.data_entries import OwnData
 from rankwise.experiments.hypotheses import Hypothesis, contradictions
+from rankwise.experiments.rank_curves import KEYS, Place, expanded
 from rankwise.variants.adapter.kinds.scheme import Scheme
 from rankwise.variants.settings import (
     BY_PATTERN,
@@ -232,6 +233,8 @@ class Entry(_Section):
     difference counts it (for methods of one parameterization)."""
     seeds: PositiveInt | None = None
     """So many of the study's seeds alone, the first ones; of kind = "randomized", where one method has most of the runs."""
+    place: Place | None = None
+    """Where it stands on a curve of ranks; set where the file's entry has `ranks` (experiments/rank_curves.py)."""
     source: "Entry | None" = None
     """The entry that `ranks_of` names, filled in by `parse`, so that it is known where --methods leaves it out."""
 
@@ -432,15 +435,18 @@ def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study
         faults.append(f'{where}.tasks: a study names at least one task; add tasks = ["glue/stsb"], or [[data]] of your own')
         raw["tasks"] = ["-"]
     used: set[str] = set()
-    built, at = [], []  # the sound entries, and which of the file's each is
+    built, at, refused = [], [], False  # the sound entries, and which of the file's each is
     for index, entry in enumerate(entries):
+        place = f"{where}.methods[{index}]"
         try:
-            built.append(_entry(entry, defaults, used, f"{where}.methods[{index}]", solved))
-            at.append(index)
+            for one, on_curve in expanded(entry, defaults, place, solved):
+                built.append({**_entry(one, defaults, used, place, solved), **({"place": on_curve} if on_curve else {})})
+                at.append(index)
         except ValueError as error:
             faults.append(str(error))
-    if len(built) == len(entries):
-        faults += _give_sources(built, where)
+            refused = True
+    if not refused:
+        faults += _give_sources(built, where, at)
     for key in sorted(set(defaults) - used):
         readable = sorted({f for m in METHODS.values() for f in m.settings.model_fields} | set(Entry.model_fields))
         hint = nearest(key, readable) if key not in readable else ""
@@ -526,6 +532,7 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
     shared = {"method", "label", "learning_rate", "learning_rates", *OWN_OF_ENTRIES[3:]} | (
         {"targets"} if spec.takes_targets else set()
     )
+    shared |= set(KEYS) if spec.settings.with_role("rank") else set()
     taken = "ranks_of" in entry
     budgeted = set(spec.settings.with_role(*FROM_BUDGET))  # what follows from the budget, or from the entry that ranks_of names
     step_counts = spec.settings.with_role("steps")
@@ -541,7 +548,7 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
         else:
             there = ", ".join(sorted(own | shared))
             faults.append(f"{where}.{key}: unknown setting of {spec.name}{nearest(key, own | shared)}; there are: {there}")
-    inherited = {k: v for k, v in defaults.items() if k in own | (shared - {"method", "label", *OWN_OF_ENTRIES})}
+    inherited = {k: v for k, v in defaults.items() if k in own | (shared - {"method", "label", *KEYS, *OWN_OF_ENTRIES})}
     if taken:
         inherited = {k: v for k, v in inherited.items() if k not in budgeted | {"targets"}}
     used |= set(inherited)
@@ -590,11 +597,14 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
     }
 
 
-def _give_sources(entries: list[dict[str, Any]], where: str) -> list[str]:
-    """Gives each entry that takes its ranks from another that one and its targets; the faults of those that cannot."""
+def _give_sources(entries: list[dict[str, Any]], where: str, at: list[int]) -> list[str]:
+    """Gives each entry that takes its ranks from another that one and its targets; the faults of those that cannot.
+
+    at: which of the file's entries each is.
+    """
     faults = []
     by_label = {entry["label"]: entry for entry in entries}
-    for index, entry in enumerate(entries):
+    for index, entry in zip(at, entries, strict=True):
         place = f"{where}.methods[{index}]"
         if "ranks_of" not in entry:
             if entry.get("permuted"):

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rankwise.experiments.files import parse_json, replacing, write_json
 from rankwise.experiments.hypotheses import Hypothesis
+from rankwise.experiments.rank_curves import Place
 from rankwise.variants.settings import METHODS, Settings, check, method
 from rankwise.variants.settings.lowrank import AlwaysMagnitude
 
@@ -202,7 +203,7 @@ class Config(Stored):
 class StudyFile(Stored):
     """study.json: the names and the order of a study's settings."""
 
-    MAY_LACK = frozenset({"kind", "shared_with", "design", "hypotheses", "looks"})
+    MAY_LACK = frozenset({"kind", "shared_with", "design", "hypotheses", "looks", "curves"})
     study: str
     quick: bool
     title: str
@@ -218,6 +219,7 @@ class StudyFile(Stored):
     design: Literal["chosen-rate", "shared-rate", "whole-curve"] = "chosen-rate"  # how rates are chosen, and so what tests them
     hypotheses: list[Hypothesis] = []
     looks: list[Count] = []
+    curves: dict[str, Place] = {}  # setting -> where it stands on a curve of ranks
     methods: list[str]
     complete: bool
 

@@ -78,6 +78,12 @@ class Comparison:
             return 1.0
         return max(float(np.mean((low <= shift) & (shift <= high))) for shift in (-margin, margin)) / 2
 
+    def above_p(self, shift: float) -> float:
+        """p of the one-sided test that the difference is above `shift`."""
+        low, high = self.kept
+        half = float(np.mean((low <= shift) & (shift <= high))) / 2
+        return half if self.difference > shift else 1 - half
+
     def equivalent_within(self, margin: float) -> bool:
         """Whether the interval lies inside the margin; with level 0.90 this is the two one-sided tests (TOST) at 5 %."""
         return -margin < self.low and self.high < margin

@@ -213,16 +213,32 @@ def random_effects(
     return OverTasks(mean, mean - half, mean + half, sqrt(tau2), *ends)
 
 
-def holm(p_values: Float[np.ndarray, " m"] | Sequence[float]) -> Float[np.ndarray, " m"]:
+def one_sided_test(differences: Float[np.ndarray, " S"] | Sequence[float], shift: float) -> float:
+    """p of the one-sided t test that the mean difference is above `shift`; 1 below two differences."""
+    differences = np.asarray(differences, dtype=np.float64)
+    n = len(differences)
+    if n < 2:
+        return 1.0
+    from scipy.stats import t
+
+    above, error = float(differences.mean()) - shift, float(differences.std(ddof=1)) / sqrt(n)
+    if error == 0:
+        return 0.0 if above > 0 else 1.0
+    return float(t.sf(above / error, n - 1))
+
+
+def holm(p_values: Float[np.ndarray, " m"] | Sequence[float], most_true: int | None = None) -> Float[np.ndarray, " m"]:
     """Holm's step-down adjustment: reject where the adjusted value is at most alpha, and the family errs at most so often.
 
     Sorted ascending, the i-th of m (from 0) becomes the largest of (m - j) p_j over j <= i, at most 1.
+
+    most_true: at most so many of the m hypotheses can be true together, which no factor then exceeds (Shaffer 1986, S1).
     """
     p_values = np.asarray(p_values, dtype=np.float64)
     if not ((p_values >= 0) & (p_values <= 1)).all():
         raise ValueError(f"p-values {p_values.tolist()}: each lies between 0 and 1")
     order = np.argsort(p_values, kind="stable")
-    factors = np.arange(len(p_values), 0, -1)
+    factors = np.minimum(np.arange(len(p_values), 0, -1), len(p_values) if most_true is None else most_true)
     adjusted = np.empty_like(p_values)
     adjusted[order] = np.minimum(np.maximum.accumulate(factors * p_values[order]), 1.0)
     return adjusted

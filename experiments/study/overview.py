@@ -46,6 +46,8 @@ def _study(
         trials = {entry.label: study.sweep.most_trials(len(entry.learning_rates), study.quick) for entry in swept}
     shared = {label: first for label, first in before.get("shared_with", {}).items() if label in others}
     shared |= {entry.label: entry.shared_with for entry in study.methods if entry.shared_with is not None}
+    curves = {label: place for label, place in before.get("curves", {}).items() if label in others}
+    curves |= {entry.label: entry.place.model_dump() for entry in study.methods if entry.place is not None}
     return {
         "study": study.name,
         "quick": study.quick,
@@ -64,6 +66,7 @@ def _study(
         **({"design": study.sweep.design} if study.sweep is not None and study.sweep.design != "chosen-rate" else {}),
         **({"hypotheses": [one.model_dump(mode="json") for one in study.hypothesis]} if study.hypothesis else {}),
         **({"looks": list(study.looks)} if study.looks else {}),
+        **({"curves": curves} if curves else {}),
     }
 
 

@@ -4,6 +4,7 @@ from rankwise.reports.figures.curves import learning_curves, rates
 from rankwise.reports.figures.differences import differences
 from rankwise.reports.figures.of_adapter import of_adapter
 from rankwise.reports.figures.of_study import DRAWN, draw_all
+from rankwise.reports.figures.rank_curves import rank_curve
 from rankwise.reports.figures.rank_histories import budget, ranks_over_time
 from rankwise.reports.figures.rank_maps import allocation_pair, one_map, rank_map, side_by_side, worth_map
 from rankwise.reports.figures.site_figures import importance, knock_out, one_spectrum, spectra, stability
@@ -27,6 +28,7 @@ __all__ = [
     "one_map",
     "one_spectrum",
     "panels",
+    "rank_curve",
     "rank_map",
     "ranks_over_time",
     "rates",

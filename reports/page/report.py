@@ -12,6 +12,7 @@ from pathlib import Path
 from rankwise.experiments.files import write_file
 from rankwise.reports import figures, hypotheses, tables
 from rankwise.reports.page import facts, html
+from rankwise.reports.rank_curve import which_rank
 from rankwise.reports.results import Study, load_all
 from rankwise.reports.verdicts import verdicts, warnings
 
@@ -75,6 +76,8 @@ def section(study: Study, command: str | None = None) -> dict:
         "comparison": made(tables.comparison(study)),
         "statistics": made(tables.statistics_table(study)),
         "rows": made(tables.rows_table(study)),
+        "curves": made(tables.rank_curve(study)),
+        "answers": which_rank(study),
         "rates": made(tables.rate_sweep(study)),
         "ranks": made(tables.ranks(study)),
         "allocation": [made(table) for table in tables.study_tables(study)],
@@ -90,7 +93,8 @@ def _named(entry: dict) -> list[tables.Table | None]:
     """The tables that get files of their own."""
     study = entry["study"]
     rows = entry["rows"] if entry["rows"] and entry["rows"].rows else None
-    made = [entry["comparison"], tables.verdict_table(study), entry["statistics"], rows, entry["rates"], entry["ranks"]]
+    made = [entry["comparison"], tables.verdict_table(study), entry["curves"], entry["statistics"], rows]
+    made += [entry["rates"], entry["ranks"]]
     return [*made, *entry["allocation"], entry["samples"], tables.every_run(study)]
 
 

@@ -4,6 +4,7 @@ from rankwise.reports.tables.captions import alarms, task_caption
 from rankwise.reports.tables.cells import Cost, Difference, Estimate, Rank, SweepScore, decimal, rate_text, seconds_text
 from rankwise.reports.tables.comparisons import comparison, every_run, rate_sweep
 from rankwise.reports.tables.over_tasks import overall, verdicts_over_tasks
+from rankwise.reports.tables.rank_curves import rank_curve
 from rankwise.reports.tables.rank_tables import rank_table, ranks
 from rankwise.reports.tables.samples import samples
 from rankwise.reports.tables.scores import rows_table, statistics_table, verdict_table
@@ -24,6 +25,7 @@ __all__ = [
     "escape_markdown",
     "every_run",
     "overall",
+    "rank_curve",
     "rank_table",
     "ranks",
     "rate_sweep",
