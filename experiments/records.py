@@ -139,7 +139,7 @@ class Result(Stored):
 class Config(Stored):
     """config.json: what one run was asked to do, and where it ran."""
 
-    MAY_LACK = frozenset({"ranks_seed", "quantization", "own_data"})
+    MAY_LACK = frozenset({"ranks_seed", "quantization", "own_data", "processes"})
     fingerprint: str
     numerics: int | None = None
     study: str
@@ -166,6 +166,7 @@ class Config(Stored):
     model_hash: str | None = None
     versions: dict[str, Any] = {}
     threads: int | None = None
+    processes: int | None = None  # that trained it together; None: one
     device: str | None = None
     device_name: str | None = None
     precision: str | None = None

@@ -74,7 +74,7 @@ class Reserving(Triplets):
     def product(self, y: Tensor, x: Tensor, rate: float) -> Tensor:
         if not self.listening or not self.training:
             return super().product(y, x, rate)
-        x = drop(x, rate, self.draw, self.name)
+        x = drop(x, rate, self.draw, self.name, self.first_row)
         y = super().product(y, x, 0.0)
         # Reentrant checkpointing runs the first pass without gradients: there the second is the one to be heard.
         if y.requires_grad and not (self.draw.is_recomputing and self._calls):
@@ -90,7 +90,7 @@ class Reserving(Triplets):
         self._heard += 1
         if self._heard == self._calls:
             change = torch.bmm(self.B * self.coefficients()[:, None], self.A)
-            self.sensitivity = change.mul_(self._gradient).abs_().sum((1, 2)).detach()
+            self.sensitivity = change.mul_(self.draw.rows.summed(self._gradient)).abs_().sum((1, 2)).detach()
             self._gradient = None
 
 

@@ -115,6 +115,7 @@ class FullFineTuning(Adapter):
     def _replace_parameters(self, model: nn.Module, head: Sequence[str]) -> None:
         self._surgery.freeze()
         self._surgery.key_dropout(self.draw)
+        self._surgery.watch_rows(self.draw.rows)
         in_head = {f"{path}.{key}" for h in head for path, m in leaves(model, h) for key in dict(m.named_parameters())}
         self._undecayed: set[int] = set()  # ids of the adapter's tensors that are biases or a norm's
         lives: dict[int, nn.Parameter] = {}

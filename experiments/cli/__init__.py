@@ -27,6 +27,7 @@ from rankwise.experiments.cli.paper import paper
 from rankwise.experiments.cli.plan import plan
 from rankwise.experiments.cli.ranks import ranks
 from rankwise.experiments.cli.report import report
+from rankwise.experiments.cli.start import torchrun
 
 # In the order of `rankwise --help`.
 for command in (compare, plan, report, data, paper, ranks, doctor, export, generate, bench, calibration):
@@ -65,7 +66,8 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's own usage errors
-            complain(usage(error))
+            if torchrun()[0] == 0:
+                complain(usage(error))
             sys.exit(2)
         raise
 

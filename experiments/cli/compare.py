@@ -19,7 +19,7 @@ from rankwise.experiments.cli.options import (
 from rankwise.experiments.cli.own_options import own_entry
 from rankwise.experiments.cli.progress import Progress
 from rankwise.experiments.cli.report import show_report
-from rankwise.experiments.cli.start import start_torch
+from rankwise.experiments.cli.start import processes, start_torch
 
 if TYPE_CHECKING:
     from rankwise.experiments.config import Study
@@ -69,47 +69,57 @@ def compare(
     """
     from rankwise.experiments import checks, config, own_study
 
-    check_least("--threads", threads)
-    check_device(device)
-    form = check_quantization(quantization, double_quantization)
-    beside = {"--model": model, "--test": test, "--validation": validation, "--kind": kind, "--input": input}
-    beside |= {"--target": target, "--full-protocol": full_protocol or None}
-    if data is None:
-        for option, value in beside.items():
-            if value is not None:
-                raise ValueError(f"{option} has no effect without --data: name the data too, or take it out")
-        source = config.find(study or config.DEFAULT_STUDY)
-    else:
-        if study is not None:
-            raise ValueError(f"--data {data}: a study, {study}, is given too: keep one")
-        if model is None:
-            raise ValueError("--data needs --model: name a hub id or a folder with a model's files")
-        if tasks is not None:
-            raise ValueError(f"--tasks {tasks}: with --data there is one task: take it out")
-        entry = own_entry(data, test, validation, kind, input, target)
-        out = out or Path("runs") / entry.name
-        check_output_folder("--out", out)
-        source, methods = _written(entry, model, methods, out, full_protocol, threads, form), None
-    chosen = config.read(source)
-    chosen = narrowed(chosen, methods, tasks, seeds, pack, accept_licence or [])
-    if form is not None and data is None:
-        chosen = config.quantized(chosen, form.name, form.is_double)
-        if faults := config.quantization_faults(chosen):
-            raise ValueError("\n".join(f"--quantization {form.name}: {fault}" for fault in faults))
-    folder = out or Path("runs") / chosen.name
-    check_output_folder("--out", folder)
-    checks.check(chosen)
+    with processes(device, threads) as joined:
+        is_first = joined is None or joined.is_first
+        check_least("--threads", threads)
+        check_device(device)
+        form = check_quantization(quantization, double_quantization)
+        beside = {"--model": model, "--test": test, "--validation": validation, "--kind": kind, "--input": input}
+        beside |= {"--target": target, "--full-protocol": full_protocol or None}
+        if data is None:
+            for option, value in beside.items():
+                if value is not None:
+                    raise ValueError(f"{option} has no effect without --data: name the data too, or take it out")
+            source = config.find(study or config.DEFAULT_STUDY)
+        else:
+            if study is not None:
+                raise ValueError(f"--data {data}: a study, {study}, is given too: keep one")
+            if model is None:
+                raise ValueError("--data needs --model: name a hub id or a folder with a model's files")
+            if tasks is not None:
+                raise ValueError(f"--tasks {tasks}: with --data there is one task: take it out")
+            entry = own_entry(data, test, validation, kind, input, target)
+            out = out or Path("runs") / entry.name
+            check_output_folder("--out", out)
+            source = _written(entry, model, methods, out, full_protocol, threads, form) if is_first else None
+            if joined is not None:
+                source = Path(joined.told(str(source)))
+            methods = None
+        chosen = config.read(source)
+        chosen = narrowed(chosen, methods, tasks, seeds, pack, accept_licence or [])
+        if form is not None and data is None:
+            chosen = config.quantized(chosen, form.name, form.is_double)
+            if faults := config.quantization_faults(chosen):
+                raise ValueError("\n".join(f"--quantization {form.name}: {fault}" for fault in faults))
+        folder = out or Path("runs") / chosen.name
+        check_output_folder("--out", folder)
+        checks.check(chosen)
 
-    with Progress() as bar:
-        bar.say(f"{chosen.title or chosen.name}: loading torch, model and data ...")
-        start_torch(bar, threads)
-        from rankwise.experiments.study import Runner
+        with Progress(is_quiet=not is_first) as bar:
+            bar.say(f"{chosen.title or chosen.name}: loading torch, model and data ...")
+            start_torch(bar, threads)
+            from rankwise.experiments.study import Runner
 
-        runner = Runner(chosen, folder, device, bar.warn, bar.advance, retry_failed, bar.more)
-        runner.prepare()
-        bar.start(runner.work())
-        own_study.copy(source, folder)
-        results = runner.run()
+            many = {} if joined is None else {"processes": joined}
+            here = device if joined is None else str(joined.device)
+            runner = Runner(chosen, folder, here, bar.warn, bar.advance, retry_failed, bar.more, **many)
+            runner.prepare()
+            if not is_first:
+                runner.follow()
+                return
+            bar.start(runner.work())
+            own_study.copy(source, folder)
+            results = runner.run()
     show_report(folder, None, as_json)
     if any(result["status"] == "failed" for result in results):
         raise typer.Exit(1)

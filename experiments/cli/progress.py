@@ -5,12 +5,15 @@ from typing import Any
 
 
 class Progress:
-    """A bar with the time left on a terminal; nothing elsewhere, except what the user should know."""
+    """A bar with the time left on a terminal; nothing elsewhere, except what the user should know.
 
-    def __init__(self) -> None:
+    is_quiet: nothing at all, as in all processes of a run but the first.
+    """
+
+    def __init__(self, is_quiet: bool = False) -> None:
         from rich.console import Console
 
-        self.console = Console(stderr=True)
+        self.console, self.is_quiet = Console(stderr=True, quiet=is_quiet), is_quiet
         self.bar: Any = None
 
     def __enter__(self) -> "Progress":
@@ -25,10 +28,11 @@ class Progress:
             self.console.print(line, highlight=False)
 
     def warn(self, line: str) -> None:
-        print(f"rankwise: {line}", file=sys.stderr)
+        if not self.is_quiet:
+            print(f"rankwise: {line}", file=sys.stderr)
 
     def start(self, total: float) -> None:
-        if not self.console.is_terminal:
+        if not self.console.is_terminal or self.is_quiet:
             return
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

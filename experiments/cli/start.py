@@ -1,10 +1,16 @@
 """How torch is started, the same for every command that trains."""
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rankwise.experiments.cli.progress import Progress
+
+if TYPE_CHECKING:
+    from rankwise.experiments.training.parallel import Processes
 
 
 def start_torch(bar: Progress, threads: int | None = None) -> bool:
@@ -24,6 +30,27 @@ def start_torch(bar: Progress, threads: int | None = None) -> bool:
         torch.set_num_threads(threads)
     warn_if_not_compiled(bar)
     return busy
+
+
+def torchrun() -> tuple[int, int]:
+    """The number of this process, from 0, and how many torchrun started; (0, 1) without it."""
+    if any(name not in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")):
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+@contextlib.contextmanager
+def processes(device: str, threads: int | None) -> Iterator["Processes | None"]:
+    """Those that torchrun started, joined, with torch; None, and no torch, where there is one alone."""
+    _, size = torchrun()
+    if size == 1:
+        yield None
+        return
+    start_torch(Progress(is_quiet=True), threads)
+    from rankwise.experiments.training import parallel
+
+    with parallel.joined(size, device) as joined:
+        yield joined
 
 
 def others_compute() -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from rankwise.experiments.config import Study
 from rankwise.experiments.study.prepare import PreparedTask
+from rankwise.experiments.training.parallel import ALONE, Processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class Context:
     commit: Mapping[str, Any]  # "commit" and "dirty"
     say: Callable[[str], None]
     progress: Callable[[str, float], None]
+    processes: Processes = ALONE  # that every pack trains on
 
     def num_rows(self, task: str) -> int:
         """Rows of the task's training part."""

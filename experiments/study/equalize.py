@@ -44,10 +44,18 @@ class Equalizer:
         """Takes the time or the memory of a step of each method where that is what the budget makes equal.
 
         Measured once and written down: every later sitting, and who takes up the committed study, goes on with the same.
+
+        Raises:
+            ValueError: several processes would share the steps that are measured.
         """
         context, equal = self.context, self.context.study.budget.equal
         if equal not in ("time", "memory"):
             return
+        if context.processes.size > 1:
+            raise ValueError(
+                f'budget.equal = "{equal}" is measured in steps of one process, and there are {context.processes.size}: run '
+                f"the study without torchrun, or take another budget"
+            )
         for folder in (context.committed, context.out):
             self.measured |= (read_object(folder / "budget.json") or {}).get("measured", {})
         for task in context.study.tasks:

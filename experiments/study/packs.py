@@ -13,9 +13,11 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rankwise import variants
+from rankwise.experiments import models
 from rankwise.experiments.files import write_json
 from rankwise.experiments.records import SCHEMA, read_object
 from rankwise.experiments.study.context import Context
@@ -23,7 +25,7 @@ from rankwise.experiments.study.examine import Examiner
 from rankwise.experiments.study.plan import PackPlan
 from rankwise.experiments.study.runs import PlannedRun, as_pack
 from rankwise.experiments.study.store import RunStore
-from rankwise.experiments.training.pack import Outcome
+from rankwise.experiments.training.pack import Outcome, Pack
 from rankwise.experiments.training.trainer import Trainer
 from rankwise.variants.adapter.step import NotPackable
 
@@ -127,14 +129,20 @@ class PackRunner:
         label = f"{what}, {len(runs)} packed" if len(runs) > 1 else what
         logs = [self.context.out / run.fingerprint for run in runs]
         checkpoint = folder / "checkpoint.safetensors"
+        processes = self.context.processes
+        if processes.size > 1:
+            processes.told({"pack": pack.as_words(), **self._inputs(runs[0].task, pack.model)})
         try:
-            trainer = Trainer(
-                pack,
-                data,
-                checkpoint,
-                logs,
-                self.context.study.checkpoint_seconds,
-                lambda rows: self.context.progress(label, rows),
+            trainer = processes.attempt(
+                lambda: Trainer(
+                    pack,
+                    data,
+                    checkpoint,
+                    logs,
+                    self.context.study.checkpoint_seconds,
+                    lambda rows: self.context.progress(label, rows),
+                    processes,
+                )
             )
             return trainer, trainer.run()
         except OSError:
@@ -142,6 +150,8 @@ class PackRunner:
         except NotPackable as error:
             return Split(1, str(error))
         except Exception as error:  # a failed run is a result, and the others go on
+            if not processes.agreed(error):  # other processes are in the middle of the pack
+                raise
             if not _is_out_of_memory(error):
                 line = str(error).splitlines()[0] if str(error) else ""
                 failed = Outcome(f"{type(error).__name__}: {line}", traceback.format_exc())
@@ -151,6 +161,39 @@ class PackRunner:
             else:
                 return Split((len(runs) + 1) // 2, f"a pack of {len(runs)} does not fit in memory")
         return None, [dataclasses.replace(failed, facts={}) for _ in runs]
+
+    def follow(self) -> None:
+        """What every process but the first does: trains the packs that it is told, until there is no more."""
+        context, processes = self.context, self.context.processes
+        while (told := processes.told()) is not None:
+
+            def started(told: dict[str, Any] = told) -> Trainer:
+                """
+                Raises:
+                    ValueError: this process has other data, or another model.
+                """
+                task = told["pack"]["task"]
+                own = self._inputs(task, told["pack"]["model"])
+                if differing := [name for name, value in own.items() if told[name] != value]:
+                    raise ValueError(
+                        f"{task}: its {' and its '.join(differing)} differ from the first process's: give all the same"
+                    )
+                prepared = context.tasks[task]
+                pack = Pack.of_words(told["pack"], prepared.task, context.device)
+                return Trainer(pack, prepared.data, Path(), [], processes=processes)
+
+            try:
+                trainer = processes.attempt(started)
+                trainer.run()
+            except Exception as error:
+                if not processes.agreed(error):
+                    raise
+            trainer = None
+            gc.collect()  # the model, which the first process has let go of too
+
+    def _inputs(self, task: str, model: str) -> dict[str, str]:
+        """What must be the same in all processes."""
+        return {"data": self.context.tasks[task].data_hash, "model": models.content_hash(model)}
 
     def _write(
         self,

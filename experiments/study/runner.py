@@ -18,6 +18,7 @@ from rankwise.experiments.study.packs import PackRunner
 from rankwise.experiments.study.plan import PackPlan, groups
 from rankwise.experiments.study.prepare import PreparedTask, prepare
 from rankwise.experiments.study.store import RunStore, begun_in
+from rankwise.experiments.training.parallel import ALONE, Processes
 
 COMMITTED = Path(__file__).parents[2] / "reports" / "studies"
 AUTO_PACK = {"cpu": 8, "cuda": 32}  # most members of a pack
@@ -30,6 +31,7 @@ class Runner:
         say: called with a line the user should see (a warning, what is being done).
         progress: called with (what is running, rows done since the last call).
         more: called with the rows of packs that were not known before, and become part of the work.
+        processes: that every pack trains on; the first one runs the study, and the others `follow` it.
     """
 
     def __init__(
@@ -41,9 +43,10 @@ class Runner:
         progress: Callable[[str, float], None] = lambda what, rows: None,
         retry_failed: bool = False,
         more: Callable[[float], None] = lambda rows: None,
+        processes: Processes = ALONE,
     ):
         self.study, self.out, self.say, self.progress, self.more = study, Path(out), say, progress, more
-        self.retry_failed = retry_failed
+        self.retry_failed, self.processes = retry_failed, processes
         self.device = measure.device(device)
         if self.device.type == "cuda":  # a run that was cut off ends bit for bit as it would have
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -60,11 +63,19 @@ class Runner:
     def prepare(self) -> None:
         """Fetches and encodes the data, loads the model once, and finds every entry's targets in it.
 
+        Of several processes the first does so before the others, which find in the cache what it has fetched.
+
         Raises:
             ValueError: what the user can correct, one line for each fault, before anything has run.
             Unavailable: model or data cannot be had.
         """
-        ready = prepare(self.study, self.sources, self.say)
+        if self.processes.is_first:
+            ready = prepare(self.study, self.sources, self.say)
+        if self.processes.size > 1:
+            self.processes.told("the cache is filled")
+            ready = self.processes.attempt(
+                lambda: ready if self.processes.is_first else prepare(self.study, self.sources, self.say)
+            )
         self.study, self.sources, self.prepared = ready.study, ready.sources, ready.tasks
         self.context = Context(
             study=self.study,
@@ -77,6 +88,7 @@ class Runner:
             commit=self.commit,
             say=self.say,
             progress=self.progress,
+            processes=self.processes,
         )
         self.store = RunStore(self.context, self.retry_failed)
         self.equalizer = Equalizer(self.context)
@@ -118,9 +130,15 @@ class Runner:
                 for task in self.study.tasks:
                     results += self._run_task(task, takes_ranks)
             overview.write(self.context, before, self.known.all, self.pack, complete=True)
+        if self.processes.size > 1:
+            self.processes.told(None)  # there is no more
         if foreign := sorted(self.store.foreign_versions):
             self.say(f"note: some results come from {'; '.join(foreign)}, and are kept as they are")
         return results
+
+    def follow(self) -> None:
+        """What every process but the first does after `prepare`, in place of `run`."""
+        self.packs.follow()
 
     def _run_task(self, task: str, takes_ranks: bool) -> list[dict[str, Any]]:
         """The sweeps and the final runs of one task, of the entries that take ranks of others or of those that do not."""

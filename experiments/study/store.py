@@ -131,6 +131,7 @@ class RunStore:
             "model_hash": models.content_hash(context.study.model),
             "versions": context.versions,
             "threads": torch.get_num_threads(),
+            **({"processes": context.processes.size} if context.processes.size > 1 else {}),
             "device": context.device.type,
             "device_name": measure.device_name(context.device),
             "precision": context.precision,

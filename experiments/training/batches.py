@@ -9,7 +9,11 @@ from rankwise.experiments.config import Training
 from rankwise.experiments.data.dataset import Dataset
 from rankwise.experiments.kinds import Kind
 from rankwise.experiments.kinds.interface import Planned
+from rankwise.experiments.training.parallel import ALONE, Processes
 from torch import Tensor
+
+# Of a micro-batch what one process has: the inputs and labels, the count (K,) of each member's, and its rows before these.
+Part = tuple[dict[str, Tensor], Tensor, int]
 
 
 class Batches:
@@ -41,15 +45,27 @@ class Batches:
 
     def micro_batches(self, step: int) -> list[tuple[dict[str, Tensor], Tensor]]:
         """Micro-batches grouped by member, with the count (K,) that each member's mean divides by."""
+        return [(batch, count) for batch, count, _ in self.parts(step, ALONE)]
+
+    def parts(self, step: int, processes: Processes) -> list[Part]:
+        """Of each micro-batch what is this process's.
+
+        Where there are fewer rows than processes some compute the first row again, with counts of zero, because a backward
+        pass may need all of them.
+        """
         members = self.rows(step)
         size = members[0][1]
         pieces = [np.array_split(rows, self.accumulation) for rows, _ in members]
         made = []
-        for parts in zip(*pieces, strict=True):
-            if len(parts[0]):
+        for whole in zip(*pieces, strict=True):
+            if len(whole[0]):
+                own = processes.part(len(whole[0]))
+                is_spare = own.start == own.stop
+                parts = [rows[:1] if is_spare else rows[own] for rows in whole]
                 arrays = self.kind.collate(self.data, np.concatenate(parts), size, self.processor)
                 if self.augmentation:
                     arrays = self.kind.augment(arrays, parts, self.seeds, step, self.augmentation)
                 batch = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
-                made.append((batch, self.kind.counts(batch["labels"], len(self.seeds))))
+                count = self.kind.counts(batch["labels"], len(self.seeds))
+                made.append((batch, torch.zeros_like(count) if is_spare else count, 0 if is_spare else own.start))
         return made

@@ -10,6 +10,8 @@ import torch
 from einops import rearrange, repeat
 from rankwise.experiments.data.dataset import Dataset
 from rankwise.experiments.kinds import Kind, Undefined
+from rankwise.experiments.kinds.interface import Planned
+from rankwise.experiments.training.parallel import ALONE, Processes, as_bytes, from_bytes
 from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.kinds.quantised import scheme_of
 from rankwise.variants.adapter.step import CannotMerge, Step
@@ -25,6 +27,7 @@ class Evaluator:
 
     processor: of the model's inputs, as `models.load` gave it. step: where training stands.
     progress: called with the rows done since the last call, an evaluated row counted as a third of a trained one.
+    processes: predict in turn, batch by batch; the first one has what all of them predicted.
     """
 
     adapter: Adapter
@@ -34,6 +37,7 @@ class Evaluator:
     precision: str
     step: Step = AT_REST
     progress: Callable[[float], None] = lambda rows: None
+    processes: Processes = ALONE
 
     @torch.no_grad()
     def predictions(self, data: Dataset) -> list[np.ndarray | Undefined]:
@@ -43,17 +47,27 @@ class Evaluator:
         adapted layer on.  On a CPU they are therefore merged into the model's weights one by one, each of which then costs
         what the bare model costs.  A GPU would wait for the launches of small batches, and a 16-bit weight would round small
         updates away: there the whole pack is evaluated, its rows repeated.
+
+        Of several processes each takes its turn at the batches, which are those of one process, and all but the first have no
+        predictions in the end.
         """
         self.adapter.model.eval()
-        collected = Predictions(self.kind, data, self.adapter.members, self.processor)
+        collected = Predictions(self.kind, data, self.adapter.members, self.processor, self.processes)
+        self.processes.attempt(lambda: self._predict(data, collected))
+        return collected.of_members()
+
+    def _predict(self, data: Dataset, collected: "Predictions") -> None:
         if self.can_merge:
             with contextlib.suppress(CannotMerge):  # raised before any prediction is in its place
                 for rows, size, outputs in self._merged(data):
                     collected.add(rows, size, outputs)
-                return collected.of_members()
-        for rows, size in self.kind.evaluation_plan(data, self.batch_size):
+                return
+        for rows, size in self._own(self.kind.evaluation_plan(data, self.batch_size)):
             collected.add(rows, size, self._forward(data, rows, size, self.adapter.members)[0])
-        return collected.of_members()
+
+    def _own(self, plan: list[Planned]) -> list[Planned]:
+        """The batches that are this process's."""
+        return plan[self.processes.rank :: self.processes.size]
 
     @torch.no_grad()
     def losses_and_predictions(self, data: Dataset, members: int) -> tuple[list[float], list[np.ndarray | Undefined]]:
@@ -83,7 +97,7 @@ class Evaluator:
         """For each batch its rows, their size, and the outputs of every member, (K*N, ...), each merged in its turn."""
         members = self.adapter.members
         size = max(self.batch_size, min(self.batch_size * members, MERGED_ROWS))  # never more than the whole pack would have
-        plan = self.kind.evaluation_plan(data, size)
+        plan = self._own(self.kind.evaluation_plan(data, size))
         outputs: list[list[Tensor]] = [[] for _ in plan]
         for member in range(members):
             try:
@@ -106,7 +120,7 @@ class Evaluator:
         with autocast(self.adapter.device, self.precision):
             inputs = self.adapter.prepare(batch)
             outputs = self.kind.outputs(self.adapter.model, inputs)
-        self.progress(members * len(rows) / 3)  # a forward pass alone costs about a third of a step
+        self.progress(self.processes.size * members * len(rows) / 3)  # a forward pass alone costs about a third of a step
         return outputs, inputs, labels
 
     def _tensors(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
@@ -116,8 +130,9 @@ class Evaluator:
 class Predictions:
     """Every member's predictions of a split, as they come in batch by batch."""
 
-    def __init__(self, kind: Kind, data: Dataset, members: int, processor: Any):
+    def __init__(self, kind: Kind, data: Dataset, members: int, processor: Any, processes: Processes = ALONE):
         self.kind, self.data, self.members, self.processor = kind, data, members, processor
+        self.processes, self._own = processes, []  # here: of each batch its rows, their size, and what was predicted
         self.kept = kind.empty(data, members)
         self.finite = np.ones(members, bool)
 
@@ -128,11 +143,26 @@ class Predictions:
         predicted = self.kind.predictions(outputs)
         predicted = predicted.cpu().numpy() if isinstance(predicted, Tensor) else predicted
         predicted = self.kind.decoded(predicted, self.processor)
-        self.kind.place(self.kept, self.data, rows, size, rearrange(predicted, "(k n) ... -> k n ...", k=self.members))
+        predicted = rearrange(predicted, "(k n) ... -> k n ...", k=self.members)
+        self.kind.place(self.kept, self.data, rows, size, predicted)
+        if not self.processes.is_first:
+            self._own += [rows, np.array(-1 if size is None else size), predicted]
 
     def of_members(self) -> list[np.ndarray | Undefined]:
+        if self.processes.size > 1:
+            self._gather()
+            if not self.processes.is_first:
+                return [Undefined("elsewhere", "the first process has the predictions")] * self.members
         infinite = Undefined("collapsed", "the model's outputs are not finite numbers")
         return [self.kept[member] if self.finite[member] else infinite for member in range(self.members)]
+
+    def _gather(self) -> None:
+        """Puts what the other processes predicted in its place."""
+        for content in self.processes.gathered(as_bytes([self.finite, *self._own])):
+            finite, *batches = from_bytes(content)
+            self.finite &= finite
+            for rows, size, predicted in zip(*(batches[at::3] for at in range(3)), strict=True):
+                self.kind.place(self.kept, self.data, rows, None if size < 0 else int(size), predicted)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

@@ -80,6 +80,21 @@ class Log:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
+class Unwritten(Log):
+    """The logs of a process that writes none."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+
+    def train(self, *_: Any) -> None: ...
+    def evaluation(self, *_: Any) -> None: ...
+    def ranks(self, *_: Any) -> None: ...
+    def cut(self, *_: Any) -> None: ...
+
+    def evaluations(self, member: int) -> list[dict[str, Any]]:
+        return []
+
+
 def _finite(value: Tensor) -> float | None:
     """A number as JSON can hold it."""
     return float(value) if bool(torch.isfinite(value)) else None

@@ -1,15 +1,16 @@
 """What trains together, and what becomes of it."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from rankwise.experiments.config import Training
 from rankwise.experiments.tasks.task import Task
 from rankwise.variants.adapter.kinds.scheme import Scheme
-from rankwise.variants.settings import Settings
+from rankwise.variants.settings import Settings, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,30 @@ class Pack:
         parts = [self.method, settings, self.targets, self.task.name, self.model, training, self.seeds, self.learning_rates]
         parts += [self.splits, self.device.type, self.precision, *(["best epoch"] if self.best_epoch else [])]
         return json.dumps(parts if self.quantization is None else [*parts, self.quantization.as_fact()])
+
+    def as_words(self) -> dict[str, Any]:
+        """The pack as JSON can hold it, for another process."""
+        return {
+            "settings": self.settings.model_dump(mode="json", exclude_unset=True),
+            "task": self.task.name,
+            "training": self.training.model_dump(mode="json"),
+            "quantization": None if self.quantization is None else self.quantization.as_fact(),
+            **{name: getattr(self, name) for name in ("method", "targets", "model", "seeds", "learning_rates", "splits")},
+            **{name: getattr(self, name) for name in ("precision", "best_epoch")},
+        }
+
+    @classmethod
+    def of_words(cls, words: Mapping[str, Any], task: Task, device: torch.device) -> Self:
+        """What `as_words` gave, on a device of this process."""
+        return cls(
+            settings=check(words["method"], words["settings"]),
+            task=task,
+            training=Training(**words["training"]),
+            quantization=Scheme.of_fact(words["quantization"]),
+            device=device,
+            **{name: tuple(words[name]) for name in ("seeds", "learning_rates", "splits")},
+            **{name: words[name] for name in ("method", "targets", "model", "precision", "best_epoch")},
+        )
 
 
 @dataclass

@@ -16,13 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def write(path: Path, pack: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+def write(path: Path, pack: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], processes: int = 1) -> None:
     """Writes a checkpoint, whole or not at all.
 
-    pack: the identity of the pack (`Pack.identity`). facts: what JSON can hold.
+    pack: the identity of the pack (`Pack.identity`). facts: what JSON can hold. processes: that train together.
     Raises: OSError: the disk is full, or another fault of the system.
     """
     machine = {"pack": pack, "threads": torch.get_num_threads(), "compiled": native.library() is not None}
+    machine["processes"] = processes
     with replacing(path) as temporary:
         try:
             state = {"state": json.dumps({**facts, **machine})}
@@ -44,8 +45,14 @@ def read(path: Path, pack: str, device: torch.device) -> tuple[dict[str, Tensor]
     return (tensors, facts) if facts.get("pack") == pack else None
 
 
-def warn_of_changes(facts: Mapping[str, Any]) -> None:
-    """Warns where a run goes on with other threads, or without the compiled passes it was begun with."""
+def warn_of_changes(facts: Mapping[str, Any], processes: int = 1) -> None:
+    """Warns where a run goes on with other threads or processes, or without the compiled passes it was begun with."""
+    if (begun := facts.get("processes", 1)) != processes:
+        warnings.warn(
+            f"this run was begun with {begun} {'process' if begun == 1 else 'processes'} and goes on with {processes}: it ends "
+            f"equal to rounding, not to the bit",
+            stacklevel=3,
+        )
     if facts["threads"] != torch.get_num_threads():
         warnings.warn(
             f"this run was begun with {facts['threads']} threads and goes on with {torch.get_num_threads()}: it ends equal "

@@ -23,11 +23,12 @@ from rankwise.experiments import kinds, measure, models
 from rankwise.experiments.data.dataset import Dataset
 from rankwise.experiments.kinds import Undefined
 from rankwise.experiments.training import first_token, outcomes, state
-from rankwise.experiments.training.batches import Batches
+from rankwise.experiments.training.batches import Batches, Part
 from rankwise.experiments.training.evaluation import Evaluator, autocast
-from rankwise.experiments.training.log import Log
+from rankwise.experiments.training.log import Log, Unwritten
 from rankwise.experiments.training.optim import MemberAdamW
 from rankwise.experiments.training.pack import Outcome, Pack
+from rankwise.experiments.training.parallel import ALONE, Processes
 from rankwise.experiments.training.schedule import schedule_factor
 from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.step import Calibration, Group, Step
@@ -47,6 +48,7 @@ class Trainer:
         checkpoint: where the pack's state is kept; its folder exists.
         logs: for each member the folder of its metrics.jsonl and ranks.jsonl.
         progress: called with the rows trained or evaluated since the last call.
+        processes: that train together; every one has a Trainer of the same pack and data, and the first alone writes.
     """
 
     def __init__(
@@ -57,9 +59,11 @@ class Trainer:
         logs: Sequence[Path],
         checkpoint_seconds: float = 60.0,
         progress: Callable[[float], None] = lambda rows: None,
+        processes: Processes = ALONE,
     ):
         self.pack, self.data, self.checkpoint, self.logs = pack, data, checkpoint, list(logs)
-        self.log, self.kind = Log(logs), kinds.get(pack.task.kind)
+        self.processes, self.kind = processes, kinds.get(pack.task.kind)
+        self.log = Log(logs) if processes.is_first else Unwritten()
         self.checkpoint_seconds, self.progress = checkpoint_seconds, progress
         training = pack.training
         self.memory = measure.PeakMemory(pack.device)
@@ -117,6 +121,7 @@ class Trainer:
         if not self._resume():
             self.log.start()
             self._log_ranks()
+        self._check_equal()
         saved = began = time.perf_counter()
         while self.step < self.total and bool(self.alive.any()):
             self.step += 1
@@ -124,6 +129,7 @@ class Trainer:
             if self.step % self.pack.training.log_every == 0 or self.step == self.total:
                 self._log_step()
                 self._log_ranks()
+                self._check_equal()
             if self.step in self.evaluate_after and self.step < self.total and bool(self.alive.any()):
                 for split in self.pack.splits if self.pack.best_epoch else self.pack.splits[:1]:
                     for member, metrics in enumerate(self.evaluate(split)):
@@ -151,24 +157,13 @@ class Trainer:
         factor = schedule_factor(pack.training.schedule, self.step, self.total, self.warmup)
         rates = self.optimizer.learning_rates * factor
         now = Step(self.step, self.total, learning_rates=rates, factor=factor)
-        chunks = self.batches.micro_batches(self.step)
-        self.tokens += sum(self.kind.num_tokens(batch) for batch, _ in chunks)
-        totals = sum(count for _, count in chunks).clamp_min(1)
-        loss = torch.zeros(pack.members, dtype=torch.float64, device=pack.device)
-        penalty = None
-        for micro_batch, (batch, count) in enumerate(chunks):
-            labels = batch.pop("labels")
-            adapter.begin(now, micro_batch, training=True)
-            torch.manual_seed(random_seed(pack.seeds, self.step, micro_batch))  # for what a model draws by itself
-            losses = self._losses(batch, labels) * count / totals
-            objective_value = losses
-            if micro_batch == len(chunks) - 1:
-                penalty = adapter.penalty(now)  # once a step, whatever the accumulation
-                objective_value = losses + penalty
-            objective_value.sum().backward()
-            loss += losses.detach()
+        chunks = self.batches.parts(self.step, self.processes)
+        totals = self._totals(chunks)
+        loss, penalty = self.processes.attempt(lambda: self._backward(now, chunks, totals))
         if self.silent is None:
             self.silent = adapter.silent_dropout()
+        loss = self.processes.sum(loss)
+        self.processes.sum_gradients(self.optimizer.params)
         norms = self.optimizer.gradient_norms()
         taken = norms.isfinite() & loss.isfinite() & self.alive
         self.skipped += self.alive & ~taken
@@ -184,6 +179,34 @@ class Trainer:
         self.sums += torch.where(taken, torch.stack([loss, penalty.detach().double(), torch.ones_like(loss)]), 0.0)
         self.training_seconds += time.perf_counter() - began
         self.progress(self.batches.num_rows(self.step))
+
+    def _totals(self, chunks: Sequence[Part]) -> Tensor:
+        """(K,): over how many rows or scored tokens each member's mean of this step is; counts the step's tokens."""
+        totals, tokens = sum(count for _, count, _ in chunks), sum(self.kind.num_tokens(batch) for batch, _, _ in chunks)
+        if self.processes.size > 1:
+            totals, tokens = self.processes.sum(torch.cat([totals, totals.new_tensor([tokens])])).split([len(totals), 1])
+        self.tokens += int(tokens)
+        return totals.clamp_min(1)
+
+    def _backward(self, now: Step, chunks: Sequence[Part], totals: Tensor) -> tuple[Tensor, Tensor]:
+        """Leaves the gradients of what this process has of the step; (K,) its share of the losses, and (K,) penalties."""
+        pack, adapter = self.pack, self.adapter
+        loss = torch.zeros(pack.members, dtype=torch.float64, device=pack.device)
+        penalty = None
+        for micro_batch, (batch, count, before) in enumerate(chunks):
+            labels = batch.pop("labels")
+            adapter.begin(now, micro_batch, training=True)
+            torch.manual_seed(random_seed(pack.seeds, self.step, micro_batch))  # for what a model draws by itself
+            with adapter.draw.rows.shared(before, self.processes.sum):
+                losses = self._losses(batch, labels) * count / totals
+                objective_value = losses
+                if micro_batch == len(chunks) - 1:
+                    penalty = adapter.penalty(now)  # once a step, whatever the accumulation
+                    if self.processes.is_first:
+                        objective_value = losses + penalty
+                objective_value.sum().backward()
+            loss += losses.detach()
+        return loss, penalty
 
     def _losses(self, batch: Mapping[str, Tensor], labels: Tensor) -> Tensor:
         """(K,): each member's loss, the task's own, on a batch with the rows of every member."""
@@ -217,7 +240,9 @@ class Trainer:
     def predictions(self, split: str) -> list[np.ndarray | Undefined]:
         """Each member's predictions for a split, in the order of its rows, as `Task.metrics` takes them."""
         size, step = self.pack.training.evaluation_batch_size, Step(max(self.step, 1), self.total)
-        evaluator = Evaluator(self.adapter, self.kind, self.processor, size, self.pack.precision, step, self.progress)
+        evaluator = Evaluator(
+            self.adapter, self.kind, self.processor, size, self.pack.precision, step, self.progress, self.processes
+        )
         return evaluator.predictions(self.data[split])
 
     def _score(self, predicted: np.ndarray, labels: Any, offsets: np.ndarray | None) -> dict[str, float] | Undefined:
@@ -242,6 +267,9 @@ class Trainer:
                 for member, outcome in enumerate(ended)
             ]
         self.peak = self._peak()
+        if self.processes.size > 1:  # a process's own, the most of any
+            self.peak = self.processes.most(-1 if self.peak is None else self.peak)
+            self.peak = None if self.peak < 0 else self.peak
         for member, (outcome, facts) in enumerate(zip(ended, outcomes.adapter_facts(self.adapter), strict=True)):
             outcome.facts = {
                 "steps": self.step,
@@ -302,6 +330,13 @@ class Trainer:
     def _log_ranks(self) -> None:
         self.log.ranks(self.adapter, Step(self.step, self.total))
 
+    def _check_equal(self) -> None:
+        """
+        Raises:
+            ValueError: the processes have not the same weights.
+        """
+        self.processes.check_equal(list(self.adapter.parameters()), f"{self.pack.method}: after step {self.step}")
+
     def _peak(self) -> int | None:
         """The most memory in use so far, in bytes, before an interruption too; None where it cannot be known."""
         peak = self.memory.read()
@@ -309,17 +344,23 @@ class Trainer:
 
     def save(self) -> None:
         """Writes the pack's state, whole or not at all."""
+        if not self.processes.is_first:
+            return
         tensors = {f"adapter.{name}": tensor for name, tensor in self.adapter.state_dict().items()}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
         tensors |= {name: getattr(self, name) for name in TENSORS}
         facts = {name: getattr(self, name) for name in FACTS} | {"peak": self._peak(), "logs": self.log.sizes()}
-        state.write(self.checkpoint, self.pack.identity(), tensors, facts)
+        state.write(self.checkpoint, self.pack.identity(), tensors, facts, self.processes.size)
 
     @torch.no_grad()
     def _resume(self) -> bool:
         """Takes the checkpoint up where there is a good one of the same pack."""
-        kept = state.read(self.checkpoint, self.pack.identity(), self.pack.device)
-        if kept is None or not self.log.has(kept[1]["logs"]):
+        kept = None
+        if self.processes.is_first:
+            kept = state.read(self.checkpoint, self.pack.identity(), self.pack.device)
+            kept = None if kept is None or not self.log.has(kept[1]["logs"]) else kept
+        kept = self.processes.shared(kept, self.pack.device)
+        if kept is None:
             return False
         tensors, facts = kept
 
@@ -331,7 +372,8 @@ class Trainer:
         for names, values in ((TENSORS, tensors), (FACTS, facts)):
             for name in names:
                 setattr(self, name, values[name])
-        state.warn_of_changes(facts)
+        if self.processes.is_first:
+            state.warn_of_changes(facts, self.processes.size)
         self.log.cut(facts["logs"])
         # What was read back counts as done, so that the bar and the time left are those of the whole pack.
         self.progress(sum(self.batches.num_rows(step) for step in range(1, self.step + 1)))

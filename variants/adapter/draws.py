@@ -2,9 +2,10 @@
 
 Whether an element is dropped depends only on (seed of the member, step, micro-batch, site, n-th call of that site in
 this forward, position of the element within the member's rows).  So a draw does not depend on neighbours in a pack, on
-what was drawn before, on a run having been cut off, or on a segment being computed again in the backward pass; and it is
-the same on every device.  The draw is ((mixed position) xor key) times an odd second key, modulo 2**32, where mixed
-position is MurmurHash3's 32-bit finalizer of the position; an element survives where it is at least rate times 2**32.
+what was drawn before, on a run having been cut off, on a segment being computed again in the backward pass, or on which of
+several processes has which of the member's rows (`Rows.before`); and it is the same on every device.  The draw is ((mixed
+position) xor key) times an odd second key, modulo 2**32, where mixed position is MurmurHash3's 32-bit finalizer of the
+position; an element survives where it is at least rate times 2**32.
 """
 
 import contextlib
@@ -67,9 +68,9 @@ class Draw:
         digests = b"".join(hashlib.blake2b(f"{seed}{where}".encode(), digest_size=8).digest() for seed in self.seeds)
         return torch.frombuffer(bytearray(digests), dtype=torch.int32).view(-1, 2)
 
-    def dropping(self, site: str, x: Tensor, rate: float) -> "Dropping":
-        """The draw of the next call of `site`, whose input is x (..., features)."""
-        return Dropping(self.keys(site), rate, x.shape[-1] * (self.length or 1))
+    def dropping(self, site: str, x: Tensor, rate: float, first: int = 0) -> "Dropping":
+        """The draw of the next call of `site`, whose input is x (..., features). first: `Rows.first` of that input."""
+        return Dropping(self.keys(site), rate, x.shape[-1] * (self.length or 1), first)
 
     @contextlib.contextmanager
     def first_tokens(self, length: int) -> Iterator[None]:
@@ -139,11 +140,13 @@ class Dropping:
     keys: (K, 2) int32, from `Draw.keys`.
     rate: probability of being dropped, 0 < rate < 1.
     pitch: positions from one row to the next; F, or more where only one row of several is computed.
+    first: rows of each member before these, which other processes have.
     """
 
     keys: Tensor
     rate: float
     pitch: int
+    first: int = 0
 
     @property
     def threshold(self) -> int:
@@ -163,21 +166,24 @@ class Dropping:
     def _drawn(self, rows: int, features: int, device: torch.device) -> Tensor:
         """(K, rows * features) int32, each equally likely: ((mixed position) xor first key) times the second key made odd."""
         keys, count = self.keys.to(device), rows * self.pitch
-        positions = _mixed_positions(1 << max(count - 1, 1).bit_length(), device)[:count]
+        positions = _mixed_positions(1 << max(count - 1, 1).bit_length(), device, self.first * self.pitch)[:count]
         if self.pitch != features:
             positions = positions.view(rows, self.pitch)[:, :features].reshape(-1)
         return (positions ^ keys[:, :1]).mul_(keys[:, 1:] | 1)
 
 
-def drop(x: Tensor, rate: float, draw: Draw, site: str) -> Tensor:
-    """`x`, whose rows are the members' rows one after the other, with elements dropped by the draw's key."""
+def drop(x: Tensor, rate: float, draw: Draw, site: str, first: int | None = None) -> Tensor:
+    """`x`, whose rows are the members' rows one after the other, with elements dropped by the draw's key.
+
+    first: rows of each member before these, where x has no longer the shape by which `Rows.first` tells.
+    """
     if rate == 0:
         return x
     if draw.step is None:
         return nn.functional.dropout(x, rate)
     draw.rows.check_divisible(site, x)
     rows = draw.rows.by_member(x)  # (K, N, F)
-    dropping = draw.dropping(site, x, rate)
+    dropping = draw.dropping(site, x, rate, draw.rows.first(x) if first is None else first)
     if native.usable(rows):
         return draw.rows.as_input(NativeDrop.apply(rows, dropping), x)
     return draw.rows.as_input((rows * dropping.factor(rows)).to(x.dtype), x)
@@ -198,9 +204,11 @@ class NativeDrop(torch.autograd.Function):
 
 
 @functools.lru_cache(maxsize=32)
-def _mixed_positions(count: int, device: torch.device) -> Tensor:
-    """0 .. count-1 through MurmurHash3's 32-bit finalizer, (count,) int32: a fixed table, made once for a device."""
+def _mixed_positions(count: int, device: torch.device, start: int = 0) -> Tensor:
+    """start .. start+count-1, modulo 2**32, through MurmurHash3's 32-bit finalizer, (count,) int32: made once for a device."""
     bits = torch.arange(count, dtype=torch.int32, device=device)
+    if start:
+        bits += (start + 2**31) % 2**32 - 2**31  # wraps
     for shift, multiplier in ((16, -2048144789), (13, -1028477387), (16, 1)):  # 0x85EBCA6B, 0xC2B2AE35 as int32
         bits ^= (bits >> shift) & ((1 << (32 - shift)) - 1)
         bits *= multiplier

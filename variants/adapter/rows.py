@@ -10,7 +10,8 @@ All are plain reshapes, which cost 4 microseconds of a call where einops takes 2
 forward pass.  What folds the member axis once a step says it with einops (products.squared_row_norms, adalora.Orthogonality).
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,11 +23,16 @@ class Rows:
 
     members: K.
     total: rows of the model's input in this forward pass, K*N; None between forward passes.
+    before: rows that each member has before those here; 0, unless several processes share the rows of a batch (`shared`).
+    summed: of a tensor that was made from the rows here, the sum over all processes; the tensor itself in one process.
     """
 
     def __init__(self, members: int):
         self.members = members
         self.total: int | None = None
+        self.before = 0
+        self.summed: Callable[[Tensor], Tensor] = itself
+        self._shape: tuple[int, ...] = ()  # of the model's input; a segment that is computed again needs it after the pass
 
     def check(self, site: str, x: Tensor) -> None:
         """
@@ -46,6 +52,20 @@ class Rows:
         """
         if x.shape[0] % self.members:
             raise ValueError(f"dropout at {site} got {x.shape[0]} rows, which is no multiple of {self.members} members")
+
+    def first(self, x: Tensor) -> int:
+        """Rows that each member has before those of x (K*N, ..., F), counted as in `by_member`.
+
+        0 where x is not made of the model's rows, as DeBERTa's table of relative positions, of which every process has all.
+        (That is told by its first axis: K*N, or so many times that; of a matrix (rows, F) K*N rows, or all their tokens.)
+        """
+        if not self.before or not self._shape:
+            return 0
+        total, length = x.shape[0], self._shape[0]
+        tokens = length * self._shape[1] if len(self._shape) > 1 else length
+        if total not in (length, tokens) if x.dim() < 3 else total % length:
+            return 0
+        return self.before * (x.numel() // x.shape[-1] // length)
 
     def by_member(self, x: Tensor) -> Tensor:
         """(K, N, F): each member's rows of x (K*N, ..., F); of a sequence every token counts as a row."""
@@ -71,6 +91,18 @@ class Rows:
         """(K, N): the tokens of a mask (rows, tokens)."""
         return mask.reshape(self.members, -1)
 
+    @contextlib.contextmanager
+    def shared(self, before: int, summed: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """While some of each member's rows are here, those after the first `before`, and other processes have the rest.
+
+        summed: of a tensor the sum over all processes.
+        """
+        self.before, self.summed = before, summed
+        try:
+            yield
+        finally:
+            self.before, self.summed = 0, itself
+
     def watch(self, model: nn.Module) -> list[RemovableHandle]:
         """Hooks on the model that say how many rows each forward pass has; bound methods, which pickle with the model."""
         return [
@@ -80,6 +112,7 @@ class Rows:
 
     def _before(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
         self.total = count_rows(args, kwargs)
+        self._shape = tuple(_main(args, kwargs).shape) if self.total else ()
 
     def _after(self, *_: Any) -> None:
         self.total = None
@@ -87,6 +120,14 @@ class Rows:
 
 def count_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     """Rows of what a model is called with; None where it is called with no tensor."""
+    main = _main(args, kwargs)
+    return None if main is None else main.shape[0]
+
+
+def _main(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     main = [kwargs[k] for k in ("input_ids", "inputs_embeds", "pixel_values") if kwargs.get(k) is not None]
-    first = next((t for t in [*main, *args, *kwargs.values()] if isinstance(t, Tensor) and t.dim()), None)
-    return None if first is None else first.shape[0]
+    return next((t for t in [*main, *args, *kwargs.values()] if isinstance(t, Tensor) and t.dim()), None)
+
+
+def itself(tensor: Tensor) -> Tensor:
+    return tensor

@@ -61,6 +61,7 @@ class LowRank(Site):
         self.register_buffer("given", torch.tensor(ranks), persistent=False)  # (K,) slots at the start
         self.name, self.dropout, self.kind = name, dropout, kind_of(base)
         self.changes: list[tuple[nn.Parameter, Rearranged]] = []  # what an optimizer has yet to follow
+        self.first_row = 0  # rows of each member that other processes have before those of the input
         self.draw = draw
 
     @property
@@ -92,16 +93,17 @@ class LowRank(Site):
         draw, dtype = self.draw, x.dtype
         operands = self.operands()
         if native.usable(x, y, wide=operands):
-            dropping = draw.dropping(self.name, x, rate) if rate and draw.step is not None else None
+            dropping = draw.dropping(self.name, x, rate, self.first_row) if rate and draw.step is not None else None
             x = nn.functional.dropout(x, rate) if rate and dropping is None else x
             return NativeProduct.apply(y, x, *operands, dropping, draw.rows)
-        x = drop(x, rate, draw, self.name)
+        x = drop(x, rate, draw, self.name, self.first_row)
         by_member = (draw.rows.fold(t) for t in (y, x))  # (K, N, O) and (K, N, I)
         return draw.rows.unfold(LowRankProduct.apply(*by_member, *(t.to(dtype) for t in operands)), y)
 
     def rows(self, x: Tensor) -> Float[Tensor, "rows I"]:
         """The input as rows, grouped by member; refused where it is not the rows of the model's input."""
         self.draw.rows.check(self.name, x)
+        self.first_row = self.draw.rows.first(x)
         return self.draw.rows.grouped(x)
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
 
 
 class _Drop(ctypes.Structure):
-    _fields_ = [("keys", ctypes.c_void_p), ("threshold", ctypes.c_int32), ("scale", ctypes.c_float), ("pitch", ctypes.c_int64)]
+    _fields_ = [("keys", ctypes.c_void_p), ("threshold", ctypes.c_int32), ("scale", ctypes.c_float)]
+    _fields_ += [("pitch", ctypes.c_int64), ("first", ctypes.c_int64)]
 
 
 def usable(*tensors: Tensor, wide: Sequence[Tensor | None] = ()) -> bool:
@@ -177,8 +178,8 @@ def _call(name: str, kind: torch.dtype, *arguments: Tensor | _Drop | int | None)
 def _structure(dropping: Any) -> _Drop:
     """A draws.Dropping, or None, as the compiled passes take it."""
     if dropping is None or _pretends:
-        return _Drop(None, 0, 1.0, 0)
-    return _Drop(dropping.keys.data_ptr(), dropping.threshold, 1 / (1 - dropping.rate), dropping.pitch)
+        return _Drop(None, 0, 1.0, 0, 0)
+    return _Drop(dropping.keys.data_ptr(), dropping.threshold, 1 / (1 - dropping.rate), dropping.pitch, dropping.first)
 
 
 def drop(x: Tensor, dropping: Any) -> Tensor:

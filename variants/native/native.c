@@ -3,8 +3,8 @@
  * lowrank/products.py and lowrank/magnitude.py hold the plain versions, which are the reference and the fallback.
  *
  * Legend: K member, N rows, F features, R rank slots.  Arrays are dense, the last axis contiguous; x is (K, N, F) in fp32
- * or bf16, all sums are fp32.  Element (n, f) of a member has the position n * pitch + f in its draw; pitch is F, or more
- * where only the first token of each sequence is computed.  Work is divided over rows or over features so that no sum
+ * or bf16, all sums are fp32.  Element (n, f) of a member has the position (first + n) * pitch + f in its draw; pitch is F, or
+ * more where only the first token of each sequence is computed; first is 0, or the rows that other processes have.  Work is divided over rows or over features so that no sum
  * crosses a thread: results do not depend on the number of threads.
  *
  * Included once for each element type by the lines at the end.
@@ -21,6 +21,7 @@ typedef struct {
   int32_t threshold;   /* the least draw that survives */
   float scale;         /* what a survivor is multiplied with */
   size pitch;
+  size first; /* rows of each member before these, which other processes have */
 } Drop;
 
 enum { CHUNK = 1024, BLOCK = 64 }; /* features at a time: a few rows of a chunk, or rank x block, stay in the first-level cache */
@@ -33,7 +34,7 @@ static inline uint32_t mixed(uint32_t bits) { /* MurmurHash3's finalizer */
 
 static inline void factors(float *restrict out, const Drop *drop, size k, size row, size from, size count) {
   const uint32_t key = (uint32_t)drop->keys[2 * k], odd = (uint32_t)drop->keys[2 * k + 1] | 1u;
-  const uint32_t start = (uint32_t)(row * drop->pitch + from), end = (uint32_t)count;
+  const uint32_t start = (uint32_t)((drop->first + row) * drop->pitch + from), end = (uint32_t)count;
   const int32_t threshold = drop->threshold;
   uint32_t kept;
   memcpy(&kept, &drop->scale, sizeof kept);

@@ -1,0 +1,91 @@
+"""Several processes of one run, as torchrun would start them, in the small world."""
+
+import json
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rankwise.experiments import models
+from rankwise.experiments.training import parallel, trainer
+from safetensors.torch import load_file, save_file
+
+from tests import small_world
+
+
+def start(size: int, work: Callable[..., None], *arguments: Any) -> list[multiprocessing.Process]:
+    """So many processes that are joined and then each do `work(processes, *arguments)`; forks of a server, which is quick."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.small_world", "tests.parallel_world"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    made = [context.Process(target=_joined, args=(rank, size, port, work, arguments)) for rank in range(size)]
+    for process in made:
+        process.start()
+    return made
+
+
+def ended(processes: list[multiprocessing.Process], seconds: float = 120) -> list[int | None]:
+    """Their exit codes; None of one that did not end."""
+    for process in processes:
+        process.join(seconds)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def run(size: int, work: Callable[..., None], *arguments: Any) -> None:
+    assert ended(start(size, work, *arguments)) == [0] * size
+
+
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+    return {**{name: str(value) for name, value in names.items()}, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+
+
+def _joined(rank: int, size: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(environment(rank, size, port))
+    with parallel.joined(size, "cpu") as processes:
+        work(processes, *arguments)
+
+
+# -- packs -------------------------------------------------------------------------------------------------------------
+
+
+def train(processes: parallel.Processes, folder: Path, model: str, changes: dict[str, Any], is_double: bool = False) -> None:
+    """Trains a pack, and leaves state-RANK.safetensors and, of the first process, predictions and what Trainer wrote."""
+    if is_double:
+        load = models.load
+
+        def load_double(*args: Any) -> Any:
+            made, processor, info = load(*args)
+            return made.double(), processor, info
+
+        trainer.models.load = load_double
+    try:
+        made, outcomes = small_world.trained(small_world.pack(model, **changes), folder, processes=processes)
+    finally:
+        if is_double:
+            trainer.models.load = load
+    state = made.adapter.state_dict() | {f"optimizer.{name}": value for name, value in made.optimizer.state().items()}
+    state |= {"last_loss": made.last_loss}
+    save_file({name: value.detach().contiguous().clone() for name, value in state.items()}, folder / f"state-{processes.rank}")
+    if processes.is_first:
+        found = [{split: one.tolist() for split, one in outcome.predictions.items()} for outcome in outcomes]
+        (folder / "predictions.json").write_text(json.dumps(found))
+        (folder / "facts.json").write_text(json.dumps([outcome.facts for outcome in outcomes]))
+
+
+def state(folder: Path, rank: int = 0) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"state-{rank}")
+
+
+def losses(folder: Path, member: int = 0) -> list[float]:
+    lines = [json.loads(line) for line in (folder / f"member-{member}" / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
