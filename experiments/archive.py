@@ -17,6 +17,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rankwise.experiments.files import write_file
 from rankwise.experiments.records import CONFIG, FILES, PREDICTIONS, RESULT, SAMPLES
@@ -24,6 +25,7 @@ from rankwise.experiments.records import CONFIG, FILES, PREDICTIONS, RESULT, SAM
 NAME = "runs.parquet"
 FACTS = ("fingerprint", "setting", "method", "task", "phase", "seed", "learning_rate", "status", "selection_score", "score")
 LEVEL = 19  # of zstd, with a window of 8 MB: half of what level 3 leaves, in seconds
+MOST_BYTES = 4 << 30  # of an archive that is read, unpacked: 70,000 runs of 60 kB
 ONE_PAGE = 1 << 30  # bytes: a column is compressed as a whole
 ADDED = (SAMPLES,)  # files that runs did not always have: no column where no run has one, so that equal runs give equal bytes
 DIGEST = b"rankwise.sha256"  # of the runs, in the schema's metadata; older archives have none
@@ -83,6 +85,7 @@ def read(path: Path) -> dict[str, dict[str, bytes]]:
 
     remedy = "take it from git again, or write it anew with `rankwise report RUNS --with-runs --out STUDY`"
     try:
+        _check_size(path, pq.read_metadata(path), remedy)
         table = pq.read_table(path, page_checksum_verification=True)
         names = set(table.column_names)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -102,6 +105,20 @@ def read(path: Path) -> dict[str, dict[str, bytes]]:
     if not whole:
         raise ValueError(f"{path} was changed after it was written: its runs are not those of its digest; {remedy}")
     return runs
+
+
+def _check_size(path: Path, metadata: Any, remedy: str) -> None:
+    """Whether the runs fit into memory as the footer has them: what is highly compressed can be of any size.
+
+    Raises:
+        ValueError: they are larger than any study's.
+    """
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    size = sum(max(group.column(j).total_uncompressed_size, 0) for group in groups for j in range(group.num_columns))
+    if size > MOST_BYTES:
+        raise ValueError(
+            f"{path} holds {size:,} bytes when it is unpacked, more than the {MOST_BYTES:,} that are read; {remedy}"
+        )
 
 
 def _digest(runs: Mapping[str, Files]) -> bytes:

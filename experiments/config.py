@@ -40,6 +40,7 @@ DEFAULT_STUDY = STUDIES / "default.toml"
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 # What an entry says of itself, besides its method, rates, targets and the method's own settings.
 OWN_OF_ENTRIES = ("ranks_of", "permuted", "ranks_seed", "shared_with", "seeds", "quantization", "double_quantization")
+MOST_BYTES = 4 << 20  # of a study's file; the longest that ships has 6 kB
 MOST_SEEDS = 10_000  # of `seeds = N`; more is a slip of the finger, and takes all memory where it is a large one
 LONGEST_NAME = 100  # bytes; a pack's folder has the label, the task and numbers in its name, and 255 bytes are a name's limit
 
@@ -350,6 +351,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is no TOML.
     """
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"{path}: {size:,} bytes, and a study's file has at most {MOST_BYTES:,}: name another file")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:

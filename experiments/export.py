@@ -16,6 +16,7 @@ from typing import Any
 
 from rankwise.experiments import quantization as quantizing
 from rankwise.variants.adapter.kinds.scheme import Scheme
+from rankwise.variants.files import json_text
 from rankwise.variants.files.peft.config import PeftConfig
 from rankwise.variants.files.peft.names import CONFIG, PICKLE, WEIGHTS
 from rankwise.variants.settings import nearest
@@ -300,7 +301,7 @@ def _read(path: Path) -> tuple[dict[str, list[int]], dict[str, Any]]:
     try:
         with safe_open(path, framework="numpy") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
-            facts = json.loads((file.metadata() or {}).get("rankwise", "{}"))
+            facts = json_text.parse((file.metadata() or {}).get("rankwise", "{}"))
     except (SafetensorError, OSError, ValueError):
         return {}, {}
     return shapes, facts if isinstance(facts, dict) else {}
@@ -308,7 +309,7 @@ def _read(path: Path) -> tuple[dict[str, list[int]], dict[str, Any]]:
 
 def _object(path: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json_text.read(path)
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None

@@ -11,6 +11,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from rankwise.variants.files import json_text
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -48,9 +50,9 @@ def parse_json(text: str | bytes) -> Any:
     """The value of strict JSON.
 
     Raises:
-        ValueError: not JSON, or a number in it is not finite.
+        ValueError: not JSON, too large or too deep, or a number in it is not finite.
     """
-    return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    return json_text.parse(text, parse_constant=_refuse, parse_float=_finite)
 
 
 def _to_disk(file: Any) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.experiments.files import replacing
+from rankwise.variants.files import json_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -166,7 +167,7 @@ def read(folder: Path) -> dict[Key, Labels]:
 
     try:
         with safe_open(path, "np") as file:
-            kinds = json.loads((file.metadata() or {})[META])
+            kinds = json_text.parse((file.metadata() or {})[META])
             names = set(file.keys())
             found = {}
             for name, kind in kinds.items():

@@ -9,7 +9,6 @@ What a recipe says and Rankwise cannot do is not dropped in silence: it becomes 
 moves the result, a reason why the numbers are not comparable.
 """
 
-import json
 import math
 import os
 import time
@@ -24,6 +23,7 @@ from rankwise.experiments.config import MOST_SEEDS, PAPERS, Study, Training
 from rankwise.experiments.tasks import get as get_task
 from rankwise.experiments.tasks import names as task_names
 from rankwise.experiments.tasks.task import Task
+from rankwise.variants.files import json_text
 from rankwise.variants.settings import (
     METHODS,
     Count,
@@ -584,8 +584,8 @@ def shape(model: str) -> Shape:
     if model in SHAPES:
         return SHAPES[model]
     folder = sources.fetch(model)
-    facts = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
     try:
+        facts = json_text.read(folder / "config.json")
         layers, hidden, inner = (int(facts[k]) for k in ("num_hidden_layers", "hidden_size", "intermediate_size"))
         architecture = str(facts["model_type"])
     except (KeyError, TypeError, ValueError):

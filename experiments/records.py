@@ -15,7 +15,6 @@ neither is an error.  Everything else that is not what this file says is refused
 the fields below, so that equal runs leave equal bytes.  Neither torch nor transformers is imported here.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rankwise.experiments.files import parse_json, replacing, write_json
 from rankwise.experiments.hypotheses import Hypothesis
 from rankwise.experiments.rank_curves import Place
+from rankwise.variants.files import json_text
 from rankwise.variants.settings import METHODS, Settings, check, method
 from rankwise.variants.settings.lowrank import AlwaysMagnitude
 
@@ -519,7 +519,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
 def as_object(content: bytes) -> dict[str, Any] | None:
     """The JSON object that these bytes are; None if they are something else."""
     try:
-        value = json.loads(content.decode("utf-8-sig"))
+        value = json_text.parse(content.decode("utf-8-sig"))
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
@@ -561,7 +561,7 @@ def _bytes(path: Path) -> bytes | None:
 def _object(content: bytes, path: Path) -> dict[str, Any]:
     try:
         value = parse_json(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not strict JSON ({error}): cut off, changed or foreign; {REMEDY}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object: a foreign file; {REMEDY}")

@@ -8,6 +8,7 @@ from rankwise.reports.tables.table import Table
 from rankwise.variants.doctor.examining import Examination, Examined
 from rankwise.variants.doctor.findings import Finding
 from rankwise.variants.doctor.writing import Cut
+from rankwise.variants.settings import printable
 
 SITES = (
     "dW is s B A; |dW| in the Frobenius norm, share of the energy |dW|^2 of all sites. Effective is exp of the entropy of the "
@@ -108,7 +109,7 @@ def finding_lines(findings: list[Finding]) -> list[str]:
 
 def text(one: Examination, width: int) -> str:
     shown = [table.text(width).rstrip("\n") for table in tables(one)]
-    return "\n\n".join([*shown, "\n".join(finding_lines(one.findings))])
+    return "\n\n".join([*shown, "\n".join(map(printable, finding_lines(one.findings)))])
 
 
 def cut_line(cut: Cut, criterion: str) -> str:

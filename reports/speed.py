@@ -15,6 +15,7 @@ from rankwise.experiments.files import write_file
 from rankwise.reports import figures
 from rankwise.reports.tables.cells import bytes_text, seconds_text
 from rankwise.reports.tables.table import Table, escape_markdown
+from rankwise.variants.files import json_text
 
 SCHEMA = 1
 
@@ -38,8 +39,8 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: the file is no JSON, or not of this schema.
     """
     try:
-        bench = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        bench = json_text.read(path)
+    except ValueError as error:
         raise ValueError(f"{path}: no JSON: {error}") from None
     if not isinstance(bench, dict) or bench.get("schema") != SCHEMA:
         schema = bench.get("schema") if isinstance(bench, dict) else None

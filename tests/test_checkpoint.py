@@ -569,7 +569,7 @@ WRONG_CONFIG = [
     ("lora", {"rank_pattern": {"query": 7}}, "and 7 in"),
     ("lora", {"rank_pattern": {"(": 7}}, "is no regular expression"),
     ("lora", {"rank_pattern": [7]}, "is no object of patterns"),
-    ("lora", {"alpha_pattern": {"query": "much"}}, "query = 'much' is no number"),
+    ("lora", {"alpha_pattern": {"query": "much"}}, "alpha_pattern = {'query': 'much'} is no object of patterns with numbers"),
     ("lora", {"modules_to_save": "classifier"}, "is no list of names"),
     ("lora", {"modules_to_save": []}, "belongs to no adapter and to no head"),
     ("lora", {"lora_alpha": -2}, "lora.alpha = -2: should be greater than 0"),
@@ -577,7 +577,7 @@ WRONG_CONFIG = [
     ("adalora", {"rank_pattern": None}, "holds 0"),
     ("adalora", {"rank_pattern": {}}, "holds 0"),
     ("adalora", {"init_r": 6}, "is no list of init_r = 6 truth values"),
-    ("adalora", {"rank_pattern": "all"}, "is a str, no object"),
+    ("adalora", {"rank_pattern": "all"}, "is no object of modules with lists"),
     ("adalora+dora", {"r": 5}, "in the metadata"),
 ]
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 
 import typer
+from rankwise.variants.settings import printable
 
 app = typer.Typer(
     help="Adaptive-rank fine-tuning, compared fairly: LoRA, AdaLoRA, DoRA, full fine-tuning and relatives.",
@@ -27,8 +28,8 @@ def nothing_kept_if_interrupted() -> Iterator[None]:
 
 def complain(text: str) -> None:
     """Prints each line on standard error, under the command's name."""
-    for line in text.splitlines():
-        print(f"rankwise: {line}", file=sys.stderr)
+    for line in text.split("\n"):
+        print(f"rankwise: {printable(line)}", file=sys.stderr)
 
 
 def place_of(error: OSError) -> str:

@@ -1,9 +1,10 @@
 """A model's configuration without its weights: of a folder, of a model that is here, or of one whose shapes travel with us."""
 
 import contextlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rankwise.variants.files import json_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,7 +44,7 @@ def configuration(model: str) -> dict[str, Any]:
             f"{', '.join(names())}"
         )
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json_text.read(path)
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} is no JSON ({error}): give a folder with the config.json of a model") from None
     if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):

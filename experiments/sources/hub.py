@@ -1,7 +1,6 @@
 """The Hugging Face hub and its own cache."""
 
 import difflib
-import json
 import os
 import re
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from rankwise.experiments.sources.cache import one_line
 from rankwise.experiments.sources.entries import CATALOGUE, Unavailable
+from rankwise.variants.files import json_text
 
 HUB_SECONDS = 4.0  # how long the hub may take to answer at all before it counts as out of reach
 # Everything of a hub repository that a model and its tokenizer or image processor can need: no pickles, no code.
@@ -150,6 +150,9 @@ def weights(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return []
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    shards = [folder / name for name in names if Path(name).name == name]
+    try:
+        names = sorted(set(json_text.read(index)["weight_map"].values()))
+        shards = [folder / name for name in names if Path(name).name == name]  # a path would lead out of the folder
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
     return shards if len(shards) == len(names) and all(shard.is_file() for shard in shards) else []

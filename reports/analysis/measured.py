@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NotRequired
@@ -10,9 +10,12 @@ from typing import Any, NotRequired
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from rankwise.reports.ranks.sites import module_labels
+from rankwise.variants.files import json_text
+from rankwise.variants.settings import quoted
 from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on alone
 
 SCHEMA = 1
+MOST_BYTES = 1 << 30  # of an analysis's arrays; those of a small model have 2 MB
 KINDS = ("subspace", "magnitude")
 
 
@@ -108,7 +111,7 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 def _read(folder: Path, kind: str) -> dict[str, Any]:
     path, again = folder / f"{kind}.json", f"make it again with `rankwise analysis {kind}`"
     try:
-        written = json.loads(path.read_text(encoding="utf-8-sig"))
+        written = json_text.read(path)
     except ValueError as error:
         raise ValueError(f"{path}: no JSON ({error}): {again}") from None
     if not isinstance(written, dict) or (written.get("schema"), written.get("kind")) != (SCHEMA, kind):
@@ -120,15 +123,33 @@ def _read(folder: Path, kind: str) -> dict[str, Any]:
         place = ".".join(map(str, fault["loc"]))
         raise ValueError(f"{path}: {place}: {fault['msg'][0].lower()}{fault['msg'][1:]}: {again}") from None
     for name, digest in written["files_sha256"].items():
+        if Path(name).name != name:
+            raise ValueError(f"{path}: files_sha256 names {quoted(name)}, which is no file beside it: {again}")
         try:
             content = (folder / name).read_bytes()
         except FileNotFoundError:
             raise ValueError(f"{folder / name}: missing, and {path.name} names it: {again}") from None
         if hashlib.sha256(content).hexdigest() != digest:
             raise ValueError(f"{folder / name}: not the file that {path.name} names: {again}")
-        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            written["grids"] = {key: archive[key].astype(np.float64) for key in archive.files}
+        written["grids"] = _arrays(folder / name, content, again)
     return written
+
+
+def _arrays(path: Path, content: bytes, again: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz in float64.
+
+    Raises:
+        ValueError: another file, pickled objects, or larger than any analysis when it is unpacked.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > MOST_BYTES:
+            raise ValueError(f"{size:,} bytes when it is unpacked, more than the {MOST_BYTES:,} that are read")
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return {key: arrays[key].astype(np.float64) for key in arrays.files}
+    except (ValueError, TypeError, OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: no arrays of an analysis ({error}): {again}") from None
 
 
 def sites_by_kind(sites: Sequence[str]) -> dict[str, list[int]]:

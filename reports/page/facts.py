@@ -128,8 +128,12 @@ def training(study: Study) -> list[tuple[str, str]]:
 
 def slug(study: Study) -> str:
     """A part's name for files and anchors."""
-    words = "-".join((study.name, study.task, study.model.split("/")[-1]))
-    return "".join(char if char.isalnum() else "-" for char in words).lower()
+    return file_name("-".join((study.name, study.task, study.model.split("/")[-1]))).lower()
+
+
+def file_name(words: str) -> str:
+    """A part of a file's name, whatever the words are: names come out of files, and none leads out of the report's folder."""
+    return "".join(char if char.isalnum() or char in "_-" else "-" for char in words)
 
 
 def _json(value: object) -> str:

@@ -46,7 +46,7 @@ def write(
     made += [(study, make(study.parts())) for study in studies for make in (tables.verdicts_over_tasks, tables.overall)]
     over_tasks = [(study, replace(table, reproduce=facts.reproduce([study]))) for study, table in made if table is not None]
     for study, table in over_tasks:
-        _write_table(table, out / "tables", f"{study.name}-" if len(studies) > 1 else "")
+        _write_table(table, out / "tables", f"{facts.file_name(study.name)}-" if len(studies) > 1 else "")
     if beside is not None:
         beside = replace(beside, reproduce=facts.reproduce(studies))
         _write_table(beside, out / "tables")

@@ -4,7 +4,6 @@ PEFT's file format: LoRA and DoRA keep `<site>.lora_A.weight` (r, I), AdaLoRA `<
 triplets that survived, so that a site may have 0 rows; nominal ranks stand in adapter_config.json.
 """
 
-import json
 import re
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,8 +18,10 @@ from rankwise.variants.doctor import faults
 from rankwise.variants.doctor.findings import Finding
 from rankwise.variants.doctor.reading import matches, number, value_of
 from rankwise.variants.doctor.stored import Stored
-from rankwise.variants.files.peft.config import RANK_EPSILON
+from rankwise.variants.files import json_text
+from rankwise.variants.files.peft.config import RANK_EPSILON, check_kinds
 from rankwise.variants.files.peft.names import CONFIG, PICKLE, PREFIX, WEIGHTS, part
+from rankwise.variants.settings import shown
 
 TOP = 16  # singular values that are shown
 
@@ -61,7 +62,7 @@ def _read_adapter(folder: Path) -> RankMap:
     kind = config.get("peft_type")
     if kind not in ("LORA", "ADALORA"):
         raise ValueError(
-            f"{folder}: peft_type {kind!r} has no ranks to read; LORA (DoRA among them) and ADALORA have, "
+            f"{folder}: peft_type {shown(kind)} has no ranks to read; LORA (DoRA among them) and ADALORA have, "
             "and full fine-tuning, BitFit and head only have none"
         )
     shapes = _shapes(folder)
@@ -145,9 +146,12 @@ def _kept_triplets(config: dict) -> dict[str, list]:
 
 def _read_config(path: Path) -> dict:
     try:
-        return read_json(path)
+        config = read_json(path)
     except ValueError as error:
         raise ValueError(str(error).split("; ")[0] + "; save the adapter again") from None
+    if config.get("peft_type") in ("LORA", "ADALORA"):  # what else there is has keys of its own, and is refused
+        check_kinds(config, str(path))
+    return config
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -172,7 +176,7 @@ def _facts(folder: Path) -> dict:
     with _opened(folder / WEIGHTS) as file:
         text = (file.metadata() or {}).get("rankwise")
     try:
-        facts = json.loads(text) if text else {}
+        facts = json_text.parse(text) if text else {}
     except ValueError:
         raise ValueError(f'{folder}: its "rankwise" metadata is no JSON; save the adapter again') from None
     return facts if isinstance(facts, dict) else {}

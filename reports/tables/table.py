@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 
 from rankwise.reports.tables.cells import Cell, cell_text
+from rankwise.variants.settings import printable
 
 
 @dataclass(frozen=True)
@@ -90,19 +91,19 @@ class Table:
 
     def text(self, width: int = 100) -> str:
         """For a terminal: blocks of columns that fit, each with the first column, then the caption."""
-        cells = [list(self.columns), *self.cells()]
+        cells = [list(self.columns), *([printable(cell) for cell in row] for row in self.cells())]
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
 
         def line(row: Sequence[str], block: Sequence[int]) -> str:
             parts = (row[i].ljust(widths[i]) if self.is_text(i) else row[i].rjust(widths[i]) for i in block)
             return "  ".join(parts).rstrip()
 
-        out = [*textwrap.wrap(self.title, width), ""]
+        out = [*textwrap.wrap(printable(self.title), width), ""]
         for block in _blocks(widths, width):
             rule = "  ".join("-" * widths[i] for i in block)
             out += [line(cells[0], block), rule, *(line(row, block) for row in cells[1:]), ""]
         for sentence in self.caption:
-            out += textwrap.wrap(sentence, width, initial_indent="- ", subsequent_indent="  ")
+            out += textwrap.wrap(printable(sentence), width, initial_indent="- ", subsequent_indent="  ")
         return "\n".join(out).rstrip() + "\n"
 
 

@@ -8,7 +8,6 @@ PEFT's target_parameters adapts a tensor of E experts by factors of E r rows (pe
 A and column j E + e of B are rank j of expert e.  Each expert is a site here.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,8 @@ import numpy as np
 from rankwise.variants.doctor import kohya
 from rankwise.variants.doctor.findings import Finding
 from rankwise.variants.doctor.stored import TYPES, Stored
-from rankwise.variants.files.peft.config import HARMLESS_STARTS, RANK_EPSILON, UNSUPPORTED
+from rankwise.variants.files import json_text
+from rankwise.variants.files.peft.config import HARMLESS_STARTS, RANK_EPSILON, UNSUPPORTED, check_kinds
 from rankwise.variants.files.peft.names import (
     BASE_LAYER,
     CONFIG,
@@ -32,6 +32,7 @@ from rankwise.variants.files.peft.names import (
     is_meant,
 )
 from rankwise.variants.files.peft.names import part as peft_part
+from rankwise.variants.settings import shown
 
 # Tensors that PEFT writes of the base: an adapted output layer or embedding, a resized vocabulary, new tokens.
 OF_THE_BASE = (BASE_LAYER, ORIGINAL_HEAD, "embed", "lm_head", "wte", "token_adapter", "trainable_tokens")
@@ -154,7 +155,7 @@ def number(where: str, config: Mapping[str, Any], key: str) -> float:
     """
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{where}: {key} is {value!r}, not a number: a foreign file")
+        raise ValueError(f"{where}: {key} is {shown(value)}, not a number: a foreign file")
     return value
 
 
@@ -187,11 +188,13 @@ def _file(path: Path) -> Path:
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8-sig"))
+        config = json_text.read(path)
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}): copy the one that was saved with the weights") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, not an object: a foreign file; save the adapter again")
+    if config.get("peft_type") in ("LORA", "ADALORA"):  # what else there is has keys of its own, and is refused
+        check_kinds(config, str(path))
     return config
 
 
@@ -201,12 +204,9 @@ def _config(path: Path) -> dict[str, Any]:
 def _peft(path: Path, stored: Stored, config: dict[str, Any]) -> ThinAdapter:
     kind = config.get("peft_type")
     if kind not in ("LORA", "ADALORA"):
-        raise ValueError(f"{path}: peft_type {kind!r} has no thin factors to examine; LORA (DoRA among them) and ADALORA have")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(key) or {}, dict):
-            raise ValueError(
-                f"{path}: {key} = {config[key]!r} is no object of patterns: a foreign file; save the adapter again"
-            )
+        raise ValueError(
+            f"{path}: peft_type {shown(kind)} has no thin factors to examine; LORA (DoRA among them) and ADALORA have"
+        )
     if config.get("use_bdlora"):
         raise ValueError(f"{path}: use_bdlora: its factors are block-diagonal, and dW is not s B A; use PEFT for this adapter")
     grouped: dict[str, dict[str, str]] = {}
@@ -321,13 +321,14 @@ def _note_settings(adapter: ThinAdapter) -> None:
     start = config.get("init_lora_weights", True)
     if config.get("peft_type") == "LORA" and (start not in HARMLESS_STARTS or config.get("loftq_config")):
         message = (
-            f"init_lora_weights = {start!r}: the base weight was changed at the start, so B A is no update of the base itself, "
-            f"and other ranks would be of another base"
+            f"init_lora_weights = {shown(start)}: the base weight was changed at the start, so B A is no update of the base "
+            f"itself, and other ranks would be of another base"
         )
         adapter.findings.append(Finding("base-changed", message))
     for key, meaning in UNSUPPORTED.items():
         if config.get(key) and key not in HARMLESS_SETTINGS:
-            adapter.findings.append(Finding("acts-otherwise", f"{key} = {config[key]!r}: {meaning}; only s B A is examined"))
+            message = f"{key} = {shown(config[key])}: {meaning}; only s B A is examined"
+            adapter.findings.append(Finding("acts-otherwise", message))
     for head in config.get("modules_to_save") or ():
         if not any(_is_head(name.removeprefix(PREFIX), {"modules_to_save": [head]}) for name in adapter.heads):
             adapter.findings.append(Finding("head-missing", f"modules_to_save names {head}, and the file has no tensor of it"))
@@ -344,7 +345,7 @@ def _note_settings(adapter: ThinAdapter) -> None:
 
 def _facts(path: Path, stored: Stored) -> dict[str, Any]:
     try:
-        facts = json.loads(stored.metadata.get("rankwise", "{}"))
+        facts = json_text.parse(stored.metadata.get("rankwise", "{}"))
     except ValueError:
         raise ValueError(f'{path}: its "rankwise" metadata is no JSON; save the adapter again') from None
     return facts if isinstance(facts, dict) else {}
@@ -395,7 +396,7 @@ def _single_file(path: Path, stored: Stored) -> ThinAdapter:
 def _diffusers_metadata(path: Path, stored: Stored) -> dict[str, dict[str, Any]]:
     """Component ("unet", "text_encoder") -> its settings, PEFT's names."""
     try:
-        flat = json.loads(stored.metadata.get(kohya.METADATA, "{}"))
+        flat = json_text.parse(stored.metadata.get(kohya.METADATA, "{}"))
     except ValueError:
         raise ValueError(f'{path}: its "{kohya.METADATA}" metadata is no JSON; save the adapter again') from None
     settings: dict[str, dict[str, Any]] = {}

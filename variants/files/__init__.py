@@ -23,6 +23,7 @@ A file must hold what its configuration promises: every module that target_modul
     peft/          PEFT's format: names of tensors, adapter_config.json, writing, reading
     diffusion.py   LoRA files of diffusers' pipelines, both ways
     own.py         the format of methods that PEFT has no form for
+    json_text.py   JSON of others, bounded
     facts.py       the "rankwise" metadata
     folders.py     a folder read, and written whole or not at all
     state.py       what of an adapter, and of its model, goes into a file

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.variants.adapter.interface import Adapter
-from rankwise.variants.files import folders
+from rankwise.variants.files import folders, json_text
 from rankwise.variants.files.folders import Contents
 from rankwise.variants.files.peft import reading, writing
 from rankwise.variants.files.peft.config import PeftConfig
@@ -77,7 +77,7 @@ def load_diffusers(model: nn.Module, path: str | Path, component: str = "unet") 
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            metadata = json_text.parse((file.metadata() or {}).get(METADATA, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a safetensors file ({error}): save or copy it again") from None

@@ -3,11 +3,12 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rankwise.variants.files import json_text
 from rankwise.variants.files.facts import Facts
 from rankwise.variants.files.peft.names import CONFIG, PICKLE, WEIGHTS
 from safetensors import SafetensorError, safe_open
@@ -48,7 +49,7 @@ def read(folder: Path) -> Contents:
     facts = None
     if "rankwise" in metadata:
         try:
-            facts = Facts.read(_json(path, metadata["rankwise"]))
+            facts = Facts.read(_object(path, lambda _: json_text.parse(metadata["rankwise"])))
         except ValueError as error:
             raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     if metadata.get("format") == "rankwise":
@@ -57,11 +58,7 @@ def read(folder: Path) -> Contents:
         return Contents(tensors, None, facts)
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder / CONFIG} is missing: copy the one that was saved with the weights")
-    try:
-        text = (folder / CONFIG).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{folder / CONFIG} is no text: copy the one that was saved with the weights") from None
-    return Contents(tensors, _json(folder / CONFIG, text), facts)
+    return Contents(tensors, _object(folder / CONFIG, json_text.read), facts)
 
 
 def write(folder: Path, contents: Contents) -> None:
@@ -115,10 +112,12 @@ def placed(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _json(path: Path, text: str) -> dict[str, Any]:
+def _object(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = read(path)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text: copy the one that was saved with the weights") from None
+    except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}): save or copy it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not an object: a foreign file; save it again")

@@ -35,7 +35,7 @@ from rankwise.variants.settings.base import (
 )
 from rankwise.variants.settings.dylora import DyLoRASettings
 from rankwise.variants.settings.lowrank import DoRASettings, LoRASettings, LowRankSettings
-from rankwise.variants.settings.messages import explain, nearest, quoted, shown
+from rankwise.variants.settings.messages import explain, nearest, printable, quoted, shown
 from rankwise.variants.settings.placed import (
     EVASettings,
     FIMLoRASettings,
@@ -88,6 +88,7 @@ __all__ = [
     "method",
     "nearest",
     "per_member",
+    "printable",
     "quoted",
     "setting",
     "shown",

@@ -70,6 +70,11 @@ def _fields_at(kind: type[BaseModel], path: list[Any]) -> list[str]:
     return list(kind.model_fields)
 
 
+def printable(line: str) -> str:
+    """A line that cannot command a terminal: names and values out of files of others stand in messages and tables."""
+    return line if line.isprintable() else "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+
+
 def shown(value: Any) -> str:
     """A value in a message: on one line, and not long."""
     text = repr(value)

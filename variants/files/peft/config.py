@@ -2,11 +2,13 @@
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Self
 
 from rankwise.variants.files.peft.names import CONFIG, is_meant
+from rankwise.variants.settings import shown
 
 RANK_EPSILON = 1e-5  # peft adalora/layer.py divides by ranknum + 1e-5
 # Starts that leave the base weight alone; the others (pissa, olora, corda, loftq, lora_ga, ...) change it.
@@ -35,6 +37,81 @@ KNOWN = {
     *("qalora_group_size", "init_r", "target_r", "tinit", "tfinal", "deltaT", "total_step"),
     *("beta1", "beta2", "orth_reg_weight"),
 }
+
+
+MOST_RANK = 1 << 20  # of a file: no matrix of a model has as many rows, and a mask of so many still fits into memory
+LONGEST_PATTERN, MOST_REPETITIONS = 10_000, 12
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= MOST_RANK
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _are_ranks(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_rank, value.values()))
+
+
+def _are_masks(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(kept, list) for kept in value.values())
+
+
+def _are_layers(value: Any) -> bool:
+    return all(isinstance(one, int) for one in (value if isinstance(value, list) else [value]))
+
+
+# What each key that is read here or in variants/doctor holds where it holds anything: (its check, the words for it).
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("r", "init_r", "target_r"), (_is_rank, f"number from 0 to {MOST_RANK:,}")),
+    **dict.fromkeys(("lora_alpha", "lora_dropout", "orth_reg_weight", "beta1", "beta2"), (_is_number, "number")),
+    **dict.fromkeys(("tinit", "tfinal", "deltaT", "total_step"), (_is_number, "number")),
+    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out"), (lambda v: isinstance(v, bool), "true or false")),
+    **dict.fromkeys(("base_model_name_or_path", "task_type"), (lambda v: isinstance(v, str), "text")),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), (_are_texts, "list of names")),
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules", "layers_pattern"),
+        (lambda v: isinstance(v, str) or _are_texts(v), "text or list of names"),
+    ),
+    "layers_to_transform": (_are_layers, "number of a layer or list of them"),
+    "auto_mapping": (lambda v: isinstance(v, dict), "object"),
+    "rank_pattern": (_are_ranks, "object of patterns with ranks"),
+    "alpha_pattern": (_are_numbers, "object of patterns with numbers"),
+}
+OF_ADALORA = {"rank_pattern": (_are_masks, "object of modules with lists")}
+
+
+def check_kinds(values: Mapping[str, Any], where: str = CONFIG) -> None:
+    """Whether every key that is read holds what it should, so that no reader need ask again.
+
+    Args:
+        where: what messages call the file.
+
+    Raises:
+        ValueError: a value of the wrong type, or a pattern that is none.
+    """
+    kinds = KINDS | OF_ADALORA if values.get("peft_type") == "ADALORA" else KINDS
+    for key, (holds, words) in kinds.items():
+        value = values.get(key)
+        if value is not None and not holds(value):
+            raise ValueError(f"{where}: {key} = {shown(value)} is no {words}: a foreign file; save the adapter again")
+    expressions = [(key, text) for key in ("target_modules", "exclude_modules") if isinstance(text := values.get(key), str)]
+    expressions += [(key, text) for key in ("rank_pattern", "alpha_pattern") for text in values.get(key) or {}]
+    expressions += [("modules_to_save", text) for text in values.get("modules_to_save") or []]
+    stacks = values.get("layers_pattern") or []
+    expressions += [("layers_pattern", text) for text in ([stacks] if isinstance(stacks, str) else stacks)]
+    for key, text in expressions:
+        _check_expression(key, text, where)
 
 
 @dataclass(frozen=True)
@@ -79,20 +156,13 @@ class PeftConfig:
         """
         _refuse_unsupported(values)
         _warn_of_unknown(values)
+        check_kinds(values)
         heads = values.get("modules_to_save") or []
-        if not isinstance(heads, list) or not all(isinstance(end, str) for end in heads):
-            raise ValueError(
-                f"{CONFIG}: modules_to_save = {heads!r} is no list of names: a foreign file; save the adapter again"
-            )
-        for head in heads:
-            _check_expression("modules_to_save", head)
         layers, stacks = values.get("layers_to_transform"), values.get("layers_pattern") or ()
         mapping = values.get("auto_mapping") or {}
-        if not isinstance(mapping, dict):
-            raise ValueError(f"{CONFIG}: auto_mapping = {mapping!r} is no object: a foreign file; save the adapter again")
         shared = {
-            "base_model": _text(values, "base_model_name_or_path"),
-            "task_type": _text(values, "task_type"),
+            "base_model": values.get("base_model_name_or_path"),
+            "task_type": values.get("task_type"),
             "model_class": _text(mapping, "base_model_class"),
             "library": _text(mapping, "parent_library"),
             "dropout": _number(values, "lora_dropout", 0.0),
@@ -107,8 +177,8 @@ class PeftConfig:
                 is_adalora=False,
                 rank=_number(values, "r"),
                 alpha=_number(values, "lora_alpha"),
-                rank_pattern=_patterns(values, "rank_pattern"),
-                alpha_pattern=_patterns(values, "alpha_pattern"),
+                rank_pattern=values.get("rank_pattern") or {},
+                alpha_pattern=values.get("alpha_pattern") or {},
                 is_rooted=bool(values.get("use_rslora")),
                 has_magnitude=bool(values.get("use_dora")),
                 is_gaussian=values.get("init_lora_weights") == "gaussian",
@@ -117,10 +187,6 @@ class PeftConfig:
         # As in PEFT, alpha_pattern and use_rslora have no effect in an ADALORA.
         initial, alpha = _number(values, "init_r"), _number(values, "lora_alpha")
         kept = values.get("rank_pattern") or {}
-        if not isinstance(kept, dict):
-            raise ValueError(
-                f"{CONFIG}: rank_pattern is a {type(kept).__name__}, no object: a foreign file; save the adapter again"
-            )
         return cls(
             is_adalora=True,
             alpha=alpha if alpha > 0 else initial,  # peft adalora/layer.py: scaling = alpha if alpha > 0 else r
@@ -165,26 +231,27 @@ class PeftConfig:
 def _refuse_unsupported(values: Mapping[str, Any]) -> None:
     kind = values.get("peft_type")
     if kind not in ("LORA", "ADALORA"):
-        raise ValueError(f"{CONFIG}: peft_type = {kind!r}: LORA (with or without use_dora) and ADALORA can be loaded")
+        raise ValueError(f"{CONFIG}: peft_type = {shown(kind)}: LORA (with or without use_dora) and ADALORA can be loaded")
     if values.get("bias", "none") != "none":
-        raise ValueError(f"{CONFIG}: bias = {values['bias']!r}: biases trained beside LoRA are not supported; train with none")
+        bias = shown(values["bias"])
+        raise ValueError(f"{CONFIG}: bias = {bias}: biases trained beside LoRA are not supported; train with none")
     start = values.get("init_lora_weights", True)
     if kind == "LORA" and start not in HARMLESS_STARTS:
         raise ValueError(
-            f"{CONFIG}: init_lora_weights = {start!r} changes the base weight, which this file is relative to: "
+            f"{CONFIG}: init_lora_weights = {shown(start)} changes the base weight, which this file is relative to: "
             f"convert it in PEFT (save_pretrained(..., path_initial_model_for_weight_conversion=...))"
         )
     for key, meaning in UNSUPPORTED.items():
         if values.get(key):
-            raise ValueError(f"{CONFIG}: {key} = {values[key]!r} is not supported ({meaning}): use PEFT for this adapter")
+            raise ValueError(f"{CONFIG}: {key} = {shown(values[key])} is not supported ({meaning}): use PEFT for this adapter")
 
 
 def _warn_of_unknown(values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         if value and key not in KNOWN and key not in UNSUPPORTED:
             warnings.warn(
-                f"{CONFIG}: {key} = {value!r} is of a newer PEFT than this version of rankwise knows, and is passed over: the "
-                f"adapter may act otherwise than it did there; compare the outputs",
+                f"{CONFIG}: {key} = {shown(value)} is of a newer PEFT than this version of rankwise knows, and is passed over: "
+                f"the adapter may act otherwise than it did there; compare the outputs",
                 stacklevel=2,
             )
 
@@ -192,19 +259,13 @@ def _warn_of_unknown(values: Mapping[str, Any]) -> None:
 def _text(values: Mapping[str, Any], key: str) -> str | None:
     text = values.get(key)
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"{CONFIG}: {key} = {text!r} is no text: a foreign file; save the adapter again")
+        raise ValueError(f"{CONFIG}: {key} = {shown(text)} is no text: a foreign file; save the adapter again")
     return text
 
 
 def _names(values: Mapping[str, Any], key: str) -> str | tuple[str, ...] | None:
     names = values.get(key)
-    if isinstance(names, str):
-        _check_expression(key, names)
-    if names is None or isinstance(names, str):
-        return names
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{CONFIG}: {key} = {names!r} is no list of names: a foreign file; save the adapter again")
-    return tuple(names)
+    return names if names is None or isinstance(names, str) else tuple(names)
 
 
 def _is_one_of(names: str | tuple[str, ...] | None, name: str) -> bool:
@@ -214,21 +275,42 @@ def _is_one_of(names: str | tuple[str, ...] | None, name: str) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in names or ())
 
 
-def _patterns(values: Mapping[str, Any], key: str) -> dict[str, float]:
-    patterns = values.get(key) or {}
-    if not isinstance(patterns, dict):
-        raise ValueError(f"{CONFIG}: {key} = {patterns!r} is no object of patterns: a foreign file; save the adapter again")
-    for pattern in patterns:
-        _number(patterns, pattern)
-        _check_expression(key, pattern)
-    return patterns
-
-
-def _check_expression(key: str, text: str) -> None:
+def _check_expression(key: str, text: str, where: str = CONFIG) -> None:
     try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"{CONFIG}: {key} = {text!r} is no regular expression ({error}): mend it") from None
+        if not _is_quick(text):
+            raise ValueError(
+                f"{where}: {key} = {shown(text)} could take for ever to match (a repeated group that repeats or chooses, or "
+                f"over {MOST_REPETITIONS} repetitions): write it without"
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what later versions of Python will read otherwise
+            re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{where}: {key} = {shown(text)} is no regular expression ({error}): mend it") from None
+
+
+def _is_quick(expression: str) -> bool:
+    """Whether no name makes matching it exponential, as "(a+)+" is: no group is repeated that repeats or chooses.
+
+    PEFT's own patterns repeat single characters alone.  What remains is polynomial in the length of a module's name.
+    """
+    if len(expression) > LONGEST_PATTERN:
+        return False
+    pieces = re.findall(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?[:=!P<]|.", expression, re.DOTALL)
+    chooses, repetitions, closed = [False], 0, False  # of each open group; whether the piece before closed one that does
+    for piece in pieces:
+        if piece in ("*", "+", "{"):
+            if closed:
+                return False
+            repetitions, chooses[-1] = repetitions + 1, True
+        chooses[-1] |= piece == "|"
+        closed = False
+        if piece.startswith("("):
+            chooses.append(False)
+        elif piece == ")" and len(chooses) > 1:
+            closed = chooses.pop()
+            chooses[-1] |= closed
+    return repetitions <= MOST_REPETITIONS
 
 
 def _of(patterns: Mapping[str, float], site: str, default: Any) -> Any:
@@ -238,5 +320,5 @@ def _of(patterns: Mapping[str, float], site: str, default: Any) -> Any:
 def _number(values: Mapping[str, Any], key: str, default: Any = None) -> Any:
     value = values.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{CONFIG}: {key} = {value!r} is no number: a foreign file; save the adapter again")
+        raise ValueError(f"{CONFIG}: {key} = {shown(value)} is no number: a foreign file; save the adapter again")
     return value
