@@ -15,6 +15,7 @@ from rankwise.experiments import quantization
 from rankwise.experiments.data_entries import OwnData
 from rankwise.experiments.hypotheses import Hypothesis, contradictions
 from rankwise.experiments.rank_curves import KEYS, Place, expanded
+from rankwise.experiments.search_space import Searched, Tune
 from rankwise.variants.adapter.kinds.scheme import Scheme
 from rankwise.variants.settings import (
     BY_PATTERN,
@@ -236,6 +237,8 @@ class Entry(_Section):
     """So many of the study's seeds alone, the first ones; of kind = "randomized", where one method has most of the runs."""
     place: Place | None = None
     """Where it stands on a curve of ranks; set where the file's entry has `ranks` (experiments/rank_curves.py)."""
+    searched: Searched | None = None
+    """Set of an entry that a search found (experiments/study/search.py)."""
     source: "Entry | None" = None
     """The entry that `ranks_of` names, filled in by `parse`, so that it is known where --methods leaves it out."""
 
@@ -314,6 +317,8 @@ class Study(_Section):
     training: Training = Training()
     sweep: Sweep | None = None
     budget: Budget = Budget()
+    tune: Tune | None = None
+    """What `rankwise tune` searches (experiments/search_space.py)."""
     methods: list[Entry] = Field(min_length=1)
 
     def sweeps(self, entry: Entry) -> bool:

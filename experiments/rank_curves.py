@@ -75,13 +75,17 @@ def expanded(
     label = rest.get("label") or spec.name
     written = []
     for rank in sorted(ranks):
-        at_rank = _settings(spec.settings, {**inherited, **own}, rank, scale, where)
-        written.append(({**rest, **at_rank, "label": f"{label} r={rank}"}, Place(curve=str(label), rank=rank)))
+        follows = at_rank(spec.settings, {**inherited, **own}, rank, scale, where)
+        written.append(({**rest, **follows, "label": f"{label} r={rank}"}, Place(curve=str(label), rank=rank)))
     return written
 
 
-def _settings(kind: type[Settings], given: Mapping[str, Any], rank: int, scale: float | None, where: str) -> dict[str, Any]:
-    """What follows from the rank: the method's own ranks, and alpha where the scale is what stays."""
+def at_rank(kind: type[Settings], given: Mapping[str, Any], rank: int, scale: float | None, where: str) -> dict[str, Any]:
+    """What follows from a rank: the method's own ranks, and alpha where a scale is given.
+
+    Raises:
+        ValueError: nothing says what one rank means for this method.
+    """
     follows = set(kind.with_role(*FROM_BUDGET))
     try:
         found = kind.for_budget({k: v for k, v in given.items() if k not in follows}, {"": rank}, rank, scale or 1.0)

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rankwise.experiments.files import parse_json, replacing, write_json
 from rankwise.experiments.hypotheses import Hypothesis
 from rankwise.experiments.rank_curves import Place
+from rankwise.experiments.search_space import Searched
 from rankwise.variants.files import json_text
 from rankwise.variants.settings import METHODS, Settings, check, method
 from rankwise.variants.settings.lowrank import AlwaysMagnitude
@@ -204,7 +205,7 @@ class Config(Stored):
 class StudyFile(Stored):
     """study.json: the names and the order of a study's settings."""
 
-    MAY_LACK = frozenset({"kind", "shared_with", "design", "hypotheses", "looks", "curves"})
+    MAY_LACK = frozenset({"kind", "shared_with", "design", "hypotheses", "looks", "curves", "searched"})
     study: str
     quick: bool
     title: str
@@ -221,6 +222,7 @@ class StudyFile(Stored):
     hypotheses: list[Hypothesis] = []
     looks: list[Count] = []
     curves: dict[str, Place] = {}  # setting -> where it stands on a curve of ranks
+    searched: dict[str, Searched] = {}  # setting that a search found -> by how many runs
     methods: list[str]
     complete: bool
 

@@ -193,7 +193,10 @@ def limits(part: Study, arms: Sequence[Arm], at_edge: Sequence[bool] | None = No
     """
     if part.quick:
         return ["a quick look"]
-    reasons = [f"{arm.setting} had no choice of rates" for arm in arms if len(arm.grid) < 2]
+    untuned = [arm.setting for arm in arms if len(arm.grid) < 2 and arm.setting not in part.searched]
+    reasons = [f"{setting} had no choice of rates" for setting in untuned]
+    at_end = [arm.setting for arm in arms if arm.setting in part.searched and part.searched[arm.setting].at_edge]
+    reasons += [f"the search ended at an edge of its learning rates for {setting}" for setting in at_end]
     if at_edge is None:
         at_edge = [(best := best_rate(arm)) is not None and best.at_edge for arm in arms]
     edges = [arm.setting for arm, edge in zip(arms, at_edge, strict=True) if edge and len(arm.grid) > 1]

@@ -96,6 +96,10 @@ def compare(
                 source = Path(joined.told(str(source)))
             methods = None
         chosen = config.read(source)
+        if chosen.tune is not None:
+            raise ValueError(
+                f"{source.name}: [tune] has no effect on a comparison: rankwise tune {source} searches; or take it out"
+            )
         chosen = narrowed(chosen, methods, tasks, seeds, pack, accept_licence or [])
         if form is not None and data is None:
             chosen = config.quantized(chosen, form.name, form.is_double)

@@ -35,6 +35,7 @@ def show_report(runs: Path, out: Path | None, as_json: bool) -> None:
     """Writes the report of a folder of runs, and prints its comparisons and verdicts."""
     from rankwise.reports import page, results, tables
     from rankwise.reports.papers import beside_table
+    from rankwise.reports.rank_curve import which_rank
     from rankwise.reports.verdicts import verdicts
 
     studies = results.load_all(runs)
@@ -47,6 +48,7 @@ def show_report(runs: Path, out: Path | None, as_json: bool) -> None:
             "studies": [study.name for study in studies],
             "report": str(written),
             "tables": [table.records() for table in comparisons],
+            "ranks": [asdict(answer) for part in parts for answer in which_rank(part)],
             "verdicts": [asdict(verdict) for part in parts for verdict in verdicts(part)],
         }
         print(json.dumps(value, indent=1))
@@ -55,6 +57,8 @@ def show_report(runs: Path, out: Path | None, as_json: bool) -> None:
         print(table.text(width()))
         for verdict in () if part.quick else verdicts(part):
             print(f"{verdict.setting}: {verdict.text}")
+        for answer in which_rank(part):
+            print(f"which rank of {answer.curve}? {answer.text}")
         print()
     for study in studies:
         if study.quick:

@@ -71,8 +71,12 @@ def reproduce(studies: Sequence[Study]) -> str:
 def _command(study: Study) -> str:
     """What makes a study's runs and its report again."""
     beside, shipped = study.folder / STUDY_FILE, config.shipped().get(study.name)
+    if shipped is not None and study.searched and not (beside.is_file() and beside.read_bytes() != shipped.read_bytes()):
+        return f"rankwise tune {study.name}"
     if shipped is not None and not (beside.is_file() and beside.read_bytes() != shipped.read_bytes()):
         return f"rankwise compare {study.name}{_narrowed(study.whole or study, config.read(shipped))}"
+    if study.searched and beside.is_file():
+        return f"rankwise tune {STUDY_FILE} (the file beside the runs)"
     if beside.is_file():
         return f"rankwise compare {STUDY_FILE} (the file beside the runs)"
     if (config.PAPERS / f"{study.name}.toml").is_file():

@@ -4,6 +4,7 @@ A number never stands alone: n, interval, parameters, memory and time are in its
 the caption.
 """
 
+from rankwise.experiments.search_space import Searched
 from rankwise.reports.results import Arm, Study, best_rate
 from rankwise.reports.tables.cells import bytes_text, rate_text
 from rankwise.reports.tables.summaries import parameters, scales, splits, status_text
@@ -41,7 +42,7 @@ def comparison_caption(study: Study) -> list[str]:
         seeds = str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}"
         caption.append(
             f"Scores are points on the {split} split; n = {seeds} seed{'s' if n != [1] else ''}; "
-            + _rate_words(arms, selection)
+            + _rate_words(study, arms, selection)
         )
         if n[-1] > 1:
             caption.append(
@@ -51,6 +52,7 @@ def comparison_caption(study: Study) -> list[str]:
         if n[0] == 1:
             caption.append(ONE_SEED)
     caption += warnings(study)
+    caption += [_search_sentence(setting, one, selection) for setting, one in study.searched.items()]
     caption += _seed_sentences(study)
     caption += _planned_budget(study)
     caption += _budget_sentences(arms)
@@ -68,8 +70,16 @@ def comparison_caption(study: Study) -> list[str]:
     return caption
 
 
-def _rate_words(arms: list[Arm], selection: str) -> str:
-    tuned = [arm.setting for arm in arms if len(arm.grid) > 1]
+def _search_sentence(setting: str, one: Searched, selection: str) -> str:
+    return (
+        f"{setting}: rank, scale, rate and targets of {one.entry}, found by a search of {one.runs} runs on the {selection} "
+        f"split with other seeds; no score of the search is shown. What is compared are these two configurations: another "
+        f"search may find another, and a reference with as many runs to choose from may be better."
+    )
+
+
+def _rate_words(study: Study, arms: list[Arm], selection: str) -> str:
+    tuned = [arm.setting for arm in arms if len(arm.grid) > 1 or arm.setting in study.searched]
     if not tuned:
         return "rates were fixed beforehand, not tuned."
     if len(tuned) == len(arms):
