@@ -29,6 +29,10 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ROWS = {"train": 60, "validation": 24, "test": 20}
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 3, "alpha": 5, "dropout": 0.1},
+    "lora+": {"rank": 3, "alpha": 5, "dropout": 0.1},
+    "pissa": {"rank": 3, "alpha": 5, "dropout": 0.1},
+    "olora": {"rank": 3, "alpha": 5, "dropout": 0.1},
+    "orthogonal": {"rank": 3, "alpha": 5, "dropout": 0.1},
     "lora-fa": {"rank": 3, "alpha": 5, "dropout": 0.1},
     "dora": {"rank": 3, "alpha": 5, "dropout": 0.1},
     # Of 12 steps 3 are warm-up, 3 final; allocations at 4, 6, 8 and 9.

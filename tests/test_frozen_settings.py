@@ -20,6 +20,10 @@ FILE = Path(__file__).parent / "frozen_settings.txt"
 OTHERS = {  # for each method, further values beside the least that it takes
     "lora": [{"rank": 3, "alpha": [8.0], "magnitude": True}, {"rank": 3, "rank_pattern": {"a": 2}, "scaling": "alpha/sqrt(r)"}],
     "lora-fa": [{"rank": 2, "dropout": 0.1}],
+    "lora+": [{"rank": 2, "lr_ratio": 4.0}],
+    "pissa": [{"rank": 2, "magnitude": True}],
+    "olora": [{"rank": 2, "scaling": "alpha/sqrt(r)"}],
+    "orthogonal": [{"rank": 4, "rank_pattern": {"a": 2}}],
     "dora": [{"rank": 3, "lr_ratio": 4.0, "initialization": "gaussian"}],
     "adalora": [
         {"initial_rank": 4, "target_rank": 2, "score": "magnitude", "cost": "parameters", "shrink": True},

@@ -20,6 +20,8 @@ class LowRankAdapter(Adapter):
     """What the low-rank methods share: ranks and scales of each site by pattern, LoRA+'s faster B, and sizes that change."""
 
     peft_type: ClassVar[str] = "LORA"  # the form of PEFT's that it is saved in
+    init_lora_weights: ClassVar[str | None] = None  # PEFT's word for a start that is taken out of the weight (residual.py)
+    only_linear: ClassVar[str | None] = None  # what it does that it can do at linear modules only
     total_steps: int | None = None  # of the run, as last seen, where the method needs to know
 
     def low_rank_sites(self) -> list[LowRank]:
@@ -78,6 +80,7 @@ class LowRankAdapter(Adapter):
         """
         reason = "decomposes weights into magnitude and direction" if self.has_magnitude else None
         reason = f"measures {self.needs}" if self.needs is not None else reason
+        reason = self.only_linear or reason
         for name in names:
             if reason is not None and not is_linear(model.get_submodule(name)):
                 kind = type(model.get_submodule(name)).__name__

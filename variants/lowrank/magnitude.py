@@ -31,8 +31,7 @@ class Decomposed(Site):
         state = inner.version()
         if state[0] is None or self._norm is None or self._norm[0] != state:
             with torch.autocast(base.weight.device.type, enabled=False):
-                B = inner.B * inner.coefficients()[:, None]
-                square = squared_row_norms(kind_of(base).row_blocks(base), self.weight_squared, inner.A, B)
+                square = squared_row_norms(kind_of(base).row_blocks(base), self.weight_squared, *inner.thin())
             self._norm = state, square.sqrt()
         return self._norm[1]
 

@@ -76,6 +76,15 @@ class LowRank(Site):
         """A, B and the coefficients as the forward pass takes them."""
         return self.A, self.B, self.coefficients()
 
+    def whole(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A, B and the coefficients of the whole change of the weight."""
+        return self.A, self.B, self.coefficients()
+
+    def thin(self) -> tuple[Float[Tensor, "K R I"], Float[Tensor, "K O R"]]:
+        """The factors of the whole change of the weight, coefficients in the second: dW is the second times the first."""
+        A, B, c = self.whole()
+        return A, B * c[:, None]
+
     def version(self) -> tuple[Any, ...]:
         """Changes whenever the update may have changed; the step in it is None where nobody drives the adapter."""
         return self.draw.step, *(p._version for p in self.parameters())
@@ -90,8 +99,11 @@ class LowRank(Site):
 
     def product(self, y: Tensor, x: Tensor, rate: float) -> Float[Tensor, "rows O"]:
         """The same for y and x of one type, elements of x dropped at that rate."""
+        return self.product_of(y, x, rate, self.operands())
+
+    def product_of(self, y: Tensor, x: Tensor, rate: float, operands: tuple[Tensor, Tensor, Tensor]) -> Float[Tensor, "rows O"]:
+        """The same with other factors and coefficients than the site's."""
         draw, dtype = self.draw, x.dtype
-        operands = self.operands()
         if native.usable(x, y, wide=operands):
             dropping = draw.dropping(self.name, x, rate, self.first_row) if rate and draw.step is not None else None
             x = nn.functional.dropout(x, rate) if rate and dropping is None else x
@@ -111,12 +123,13 @@ class LowRank(Site):
 
     def delta(self, base: nn.Module) -> Float[Tensor, "K O I"]:
         """The dense change of the weight."""
-        return torch.bmm(self.B * self.coefficients()[:, None], self.A)
+        A, B = self.thin()
+        return torch.bmm(B, A)
 
     def direction(self, base: nn.Module, member: int) -> Float[Tensor, "O I"]:
         """W + dW of one member, in one product."""
-        A, B = self.A[member], self.B[member] * self.coefficients()[member]
-        return torch.addmm(weight_of(base).to(A.dtype), B, A)
+        A, B = self.thin()
+        return torch.addmm(weight_of(base).to(A.dtype), B[member], A[member])
 
     def merged(self, base: nn.Module, member: int) -> dict[str, Tensor]:
         return {"weight": as_stored(base, self.direction(base, member))}

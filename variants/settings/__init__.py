@@ -34,8 +34,20 @@ from rankwise.variants.settings.base import (
     together,
 )
 from rankwise.variants.settings.dylora import DyLoRASettings
-from rankwise.variants.settings.lowrank import DoRASettings, LoRASettings, LowRankSettings
-from rankwise.variants.settings.messages import explain, nearest, printable, quoted, shown
+from rankwise.variants.settings.lowrank import (
+    DoRASettings,
+    LoRAPlusSettings,
+    LoRASettings,
+    LowRankSettings,
+    RankedSettings,
+)
+from rankwise.variants.settings.messages import (
+    explain,
+    nearest,
+    printable,
+    quoted,
+    shown,
+)
 from rankwise.variants.settings.placed import (
     EVASettings,
     FIMLoRASettings,
@@ -44,7 +56,13 @@ from rankwise.variants.settings.placed import (
     PlacedSettings,
     SpectralRankSettings,
 )
-from rankwise.variants.settings.registry import METHODS, Method, Placement, check, method
+from rankwise.variants.settings.registry import (
+    METHODS,
+    Method,
+    Placement,
+    check,
+    method,
+)
 from rankwise.variants.settings.sora import SoRASettings
 from rankwise.variants.settings.truncated import NORMALISATIONS, TruncatedSettings
 
@@ -69,6 +87,7 @@ __all__ = [
     "GoRASettings",
     "HeavyTailSettings",
     "IncreLoRASettings",
+    "LoRAPlusSettings",
     "LoRASettings",
     "LowRankSettings",
     "Method",
@@ -79,6 +98,7 @@ __all__ = [
     "Placement",
     "Positive",
     "PositiveInt",
+    "RankedSettings",
     "Settings",
     "SoRASettings",
     "SpectralRankSettings",

@@ -74,13 +74,11 @@ class LowRankSettings(Settings):
         return cls._starting(settings, starts, first, scale)
 
 
-class LoRASettings(LowRankSettings):
-    """Settings of LoRA."""
+class RankedSettings(LowRankSettings):
+    """Settings of a method whose sites keep the rank that they are given."""
 
     rank: PerMember = setting(role="rank")
     """Rank of each site; one number, or one for each member."""
-    initialization: Literal["kaiming", "gaussian"] = "kaiming"
-    """Where A starts; B starts at zero."""
 
     @property
     def allocation(self) -> str:
@@ -92,6 +90,21 @@ class LoRASettings(LowRankSettings):
     def for_budget(cls, given: Mapping[str, Any], ranks: Mapping[str, int], parameters: int, scale: float) -> dict[str, Any]:
         first = min(ranks.values())
         return cls._starting({**given, "rank": first}, ranks, first, scale)
+
+
+class LoRASettings(RankedSettings):
+    """Settings of LoRA."""
+
+    initialization: Literal["kaiming", "gaussian"] = "kaiming"
+    """Where A starts; B starts at zero."""
+
+
+class LoRAPlusSettings(LoRASettings):
+    """Settings of LoRA+."""
+
+    lr_ratio: Positive = 16.0
+    """Learning rate of B over that of A."""
+    # 16: the ratio that Hayou et al. 2024 recommend.
 
 
 class AlwaysMagnitude(LowRankSettings):

@@ -15,7 +15,7 @@ from rankwise.variants.settings.allocated import (
 )
 from rankwise.variants.settings.base import NoSettings, Settings
 from rankwise.variants.settings.dylora import DyLoRASettings
-from rankwise.variants.settings.lowrank import DoRASettings, LoRASettings, LowRankSettings
+from rankwise.variants.settings.lowrank import DoRASettings, LoRAPlusSettings, LoRASettings, LowRankSettings, RankedSettings
 from rankwise.variants.settings.messages import explain, nearest, quoted
 from rankwise.variants.settings.placed import (
     EVASettings,
@@ -75,7 +75,7 @@ class Method:
     @property
     def takes_ranks(self) -> bool:
         """Whether each site has the rank that the settings give it, from start to end."""
-        return issubclass(self.settings, LoRASettings) and self.allocation is None
+        return issubclass(self.settings, RankedSettings) and self.allocation is None
 
 
 METHODS: dict[str, Method] = {
@@ -92,6 +92,34 @@ METHODS: dict[str, Method] = {
         Method("head", "rankwise.variants.subset:HeadOnly", NoSettings, "only the task head is trained", "-"),
         Method("bitfit", "rankwise.variants.subset:BitFit", NoSettings, "only the biases are trained", "Zaken et al. 2022"),
         Method("lora", "rankwise.variants.lora:LoRA", LoRASettings, "low-rank update B A of each weight", "Hu et al. 2021"),
+        Method(
+            "lora+",
+            "rankwise.variants.lora_plus:LoRAPlus",
+            LoRAPlusSettings,
+            "LoRA whose B learns 16 times as fast as A",
+            "Hayou et al. 2024",
+        ),
+        Method(
+            "pissa",
+            "rankwise.variants.pissa:PiSSA",
+            RankedSettings,
+            "LoRA that starts at the weight's principal part",
+            "Meng et al. 2024",
+        ),
+        Method(
+            "olora",
+            "rankwise.variants.olora:OLoRA",
+            RankedSettings,
+            "LoRA that starts at the first columns of the weight's QR decomposition",
+            "Buyukakyuz 2024",
+        ),
+        Method(
+            "orthogonal",
+            "rankwise.variants.orthogonal:Orthogonal",
+            RankedSettings,
+            "LoRA whose A and B both start at random, in orthogonal subspaces",
+            "after PEFT",
+        ),
         Method("lora-fa", "rankwise.variants.lora_fa:LoRAFA", LoRASettings, "LoRA whose A is frozen", "Zhang et al. 2023"),
         Method(
             "adalora",

@@ -49,7 +49,7 @@ def anatomy(adapter: Adapter, intruders: bool = True, bases: dict[str, Tensor] |
         finite = torch.ones(adapter.members, dtype=torch.bool)
         sigma: list[Tensor | None]
         if is_thin:
-            B, A = site.B * site.coefficients()[:, None], site.A
+            A, B = site.thin()
             finite &= (B.isfinite().all(2).all(1) & A.isfinite().all(2).all(1)).cpu()
             sigma = [thin_singular_values(b, a) if ok else None for b, a, ok in zip(B, A, finite, strict=True)]
         else:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from rankwise.variants.adapter.kinds.quantised import bits
 from rankwise.variants.adapter.linears import check_adaptable, find_kind, is_linear, kind_of, known_kinds, size_of
 from rankwise.variants.files.peft.config import PeftConfig
 from rankwise.variants.files.peft.names import COEFFICIENTS, CONFIG, FACTORS, MAGNITUDE, PREFIX, WEIGHTS
@@ -46,7 +47,21 @@ def check_sites(model: nn.Module, sites: Sites, config: PeftConfig) -> None:
                 )
 
 
-def as_matrices(model: nn.Module, sites: Sites, ours: bool) -> dict[str, dict[str, Tensor]]:
+def unlike_peft_at_start(base: nn.Module, method: str | None) -> str | None:
+    """Why PEFT takes another start of that method out of a module's weight; None where it takes the same or none."""
+    kind = kind_of(base)
+    if method == "olora" and kind.fan_in_fan_out:
+        return "PEFT decomposes the weight as it is stored, (I, O)"
+    if method is not None and bits(base) is not None:
+        return (
+            "PEFT quantises what is left of the weight again"
+            if method == "olora"
+            else "PEFT starts so over no quantised weight"
+        )
+    return None
+
+
+def as_matrices(model: nn.Module, sites: Sites, config: PeftConfig, ours: bool) -> dict[str, dict[str, Tensor]]:
     """The checked parts under the names of a linear's, A (r, I) and B (O, r), whatever the kind of weight.
 
     Raises:
@@ -56,7 +71,7 @@ def as_matrices(model: nn.Module, sites: Sites, ours: bool) -> dict[str, dict[st
     for name, parts in sites.items():
         base = model.get_submodule(name)
         kind = kind_of(base)
-        reason = kind.unlike_peft(base)
+        reason = kind.unlike_peft(base) or unlike_peft_at_start(base, config.residual)
         if reason is not None and not ours:
             raise ValueError(f"{name} was another function in PEFT: {reason}; train it here, or choose other targets")
         names = dict(zip(FACTORS[kind.factors], (A, B), strict=True))

@@ -11,8 +11,9 @@ from rankwise.variants.files.peft.names import CONFIG, is_meant
 from rankwise.variants.settings import shown
 
 RANK_EPSILON = 1e-5  # peft adalora/layer.py divides by ranknum + 1e-5
-# Starts that leave the base weight alone; the others (pissa, olora, corda, loftq, lora_ga, ...) change it.
+# Starts that leave the base weight alone; the others (corda, loftq, lora_ga, ...) change it.
 HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+RESIDUAL_STARTS = ("pissa", "olora")  # methods here, whose start is made again from the weight
 UNSUPPORTED = {
     "lora_bias": "B has a bias",
     "target_parameters": "bare parameters are adapted",
@@ -134,6 +135,7 @@ class PeftConfig:
     is_rooted: bool = False  # alpha/sqrt(r)
     has_magnitude: bool = False
     is_gaussian: bool = False
+    residual: str | None = None  # the method whose start is taken out of the weight
     initial_rank: int = 0
     kept: Mapping[str, list[bool]] = field(default_factory=dict)
     schedule: Mapping[str, float] = field(default_factory=dict)
@@ -182,6 +184,7 @@ class PeftConfig:
                 is_rooted=bool(values.get("use_rslora")),
                 has_magnitude=bool(values.get("use_dora")),
                 is_gaussian=values.get("init_lora_weights") == "gaussian",
+                residual=values["init_lora_weights"] if values.get("init_lora_weights") in RESIDUAL_STARTS else None,
                 **shared,
             )
         # As in PEFT, alpha_pattern and use_rslora have no effect in an ADALORA.
@@ -236,7 +239,7 @@ def _refuse_unsupported(values: Mapping[str, Any]) -> None:
         bias = shown(values["bias"])
         raise ValueError(f"{CONFIG}: bias = {bias}: biases trained beside LoRA are not supported; train with none")
     start = values.get("init_lora_weights", True)
-    if kind == "LORA" and start not in HARMLESS_STARTS:
+    if kind == "LORA" and start not in (*HARMLESS_STARTS, *RESIDUAL_STARTS):
         raise ValueError(
             f"{CONFIG}: init_lora_weights = {shown(start)} changes the base weight, which this file is relative to: "
             f"convert it in PEFT (save_pretrained(..., path_initial_model_for_weight_conversion=...))"

@@ -59,7 +59,7 @@ def load(model: nn.Module, contents: Contents) -> Adapter:
         raise ValueError(f"{WEIGHTS} holds none of an adapter's tensors: a foreign file; save the adapter again")
     check_heads(model, rest, heads, config)
     check_targets(model, sites, config)
-    sites = as_matrices(model, sites, ours=facts is not None)
+    sites = as_matrices(model, sites, config, ours=facts is not None)
     seeds = [facts.seed if facts is not None else 0]
     if not sites:
         adapter, fill = method("head").load()(seeds=seeds), {}
@@ -157,13 +157,16 @@ def _lora(sites: Sites, config: PeftConfig, facts: Facts | None) -> tuple[Adapte
 
 
 def _as_trained(ranks: Mapping[str, int], config: PeftConfig, facts: Facts) -> Adapter | None:
-    """The adapter of our own settings; None where the configuration says other ranks or scales, as after an edit by hand."""
+    """The adapter of our own settings; None where the configuration says other ranks, scales or starts, as after an edit by
+    hand."""
     settings = dict(facts.settings)
     # Patterns of sites that the file lacks, because they had no rank, match nothing.
     for key in method(facts.method).settings.with_role(*BY_PATTERN):
         if key in settings:
             settings[key] = {p: v for p, v in settings[key].items() if any(matches(p, name) for name in ranks)}
     adapter = method(facts.method).load()(seeds=[facts.seed], **settings)
+    if adapter.init_lora_weights != config.residual:
+        return None
     for name, rank in ranks.items():
         scale = adapter.site_scales(name, [rank])[0]
         if adapter.site_ranks(name, first_rank(adapter.settings))[0] != rank:
@@ -181,14 +184,18 @@ def _as_configured(ranks: Mapping[str, int], config: PeftConfig, facts: Facts | 
         "alpha": config.alpha,
         "dropout": config.dropout,
         "scaling": "alpha/sqrt(r)" if config.is_rooted else "alpha/r",
-        "initialization": "gaussian" if config.is_gaussian else "kaiming",
         "rank_pattern": {pattern_of(n, names): r for n, r in ranks.items() if r != config.rank},
         "alpha_pattern": {pattern_of(n, names): a for n, a in alphas.items() if a != config.alpha},
     }
     if facts is not None and "lr_ratio" in facts.settings:
         settings["lr_ratio"] = facts.settings["lr_ratio"]
     seed = facts.seed if facts is not None else 0
-    return method("dora" if config.has_magnitude else "lora").load()(seeds=[seed], **settings)
+    name = config.residual or ("dora" if config.has_magnitude else "lora")
+    if config.residual is None:
+        settings["initialization"] = "gaussian" if config.is_gaussian else "kaiming"
+    elif config.has_magnitude:
+        settings["magnitude"] = True
+    return method(name).load()(seeds=[seed], **settings)
 
 
 def unscaled(ranks: Mapping[str, int], has_magnitude: bool) -> Adapter:

@@ -16,9 +16,11 @@ from rankwise.variants.allocation.sites import Triplets
 from rankwise.variants.files.budget import excess
 from rankwise.variants.files.facts import Facts
 from rankwise.variants.files.folders import Contents
+from rankwise.variants.files.peft.checks import unlike_peft_at_start
 from rankwise.variants.files.peft.config import RANK_EPSILON
 from rankwise.variants.files.peft.names import BASE_LAYER, COEFFICIENTS, FACTORS, MAGNITUDE, NO_TARGETS, PREFIX
 from rankwise.variants.files.state import as_fact, first_rank, pattern_of, trained
+from rankwise.variants.lowrank.residual import Residual
 from rankwise.variants.lowrank.site import LowRank
 from torch import Tensor, nn
 
@@ -71,7 +73,7 @@ def written(adapter: Adapter, member: int, plain: bool = False) -> Contents:
     elif not plain and adapter.peft_type == "ADALORA" and all(_has_adalora_form(adapter, name) for name in sites):
         update = _triplets(adapter, alone, member)
     else:
-        update = _factors(adapter, alone, member)
+        update = _factors(adapter, alone, member, plain)
     task = _task_type(model, adapter.head_names, update.sites)
     config = {
         "peft_type": "LORA",
@@ -81,7 +83,7 @@ def written(adapter: Adapter, member: int, plain: bool = False) -> Contents:
         "inference_mode": True,
         "bias": "none",
         "fan_in_fan_out": any(kind_of(adapter.base(name)).fan_in_fan_out for name in sites),
-        "init_lora_weights": "gaussian" if settings.get("initialization") == "gaussian" else True,
+        "init_lora_weights": _start(alone, plain),
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_dropout": settings.get("dropout", 0.0),
@@ -135,10 +137,17 @@ def _triplets(adapter: AllocatedAdapter, alone: Adapter, member: int) -> _Update
     return _Update(list(kept), tensors, config, {"kept": kept} | ({"scales": scales} if scales else {}))
 
 
-def _factors(adapter: Adapter, alone: Adapter, member: int) -> _Update:
-    """A PEFT LORA, and in its facts what undoes it where the settings alone do not say."""
+def _start(alone: Adapter, plain: bool) -> str | bool:
+    """init_lora_weights: how PEFT starts, which matters to a file where the start is taken out of the weight."""
+    if not plain and getattr(alone, "init_lora_weights", None) is not None:
+        return alone.init_lora_weights
+    return "gaussian" if alone.settings.get("initialization") == "gaussian" else True
+
+
+def _factors(adapter: Adapter, alone: Adapter, member: int, plain: bool) -> _Update:
+    """A PEFT LORA, and in its facts what undoes it where the settings alone do not say; `plain` on the unchanged weights."""
     settings = alone.settings
-    parts = {name: _acting(name, site.low_rank, member) for name, site in adapter.named_sites()}
+    parts = {name: _acting(name, site.low_rank, member, plain) for name, site in adapter.named_sites()}
     scales = {name: _scale_in_force(alone, name, site.low_rank, member) for name, site in adapter.named_sites()}
     folds = any(undo for _, _, undo in parts.values()) or any(is_own for _, is_own in scales.values())
     folds = folds or any(len(A) != alone.site_ranks(name, first_rank(settings))[0] for name, (A, _, _) in parts.items())
@@ -152,7 +161,7 @@ def _factors(adapter: Adapter, alone: Adapter, member: int) -> _Update:
             continue
         if not len(A):
             A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
-        tensors |= _named(name, adapter.base(name), A, B)
+        tensors |= _named(name, adapter.base(name), A, B, None if plain else alone.init_lora_weights)
         if magnitude is not None:
             tensors[f"{name}.{MAGNITUDE}"] = magnitude[member]
         ranks[name] = len(A)
@@ -178,9 +187,11 @@ def _has_adalora_form(adapter: Adapter, name: str) -> bool:
     return isinstance(adapter.site(name), Triplets) and is_linear(adapter.base(name))
 
 
-def _named(name: str, base: nn.Module, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """A (r, I) and B (O, r) of a LORA's site under PEFT's names and in its shapes."""
+def _named(name: str, base: nn.Module, A: Tensor, B: Tensor, start: str | None) -> dict[str, Tensor]:
+    """A (r, I) and B (O, r) of a LORA's site under PEFT's names and in its shapes; start: what was taken out of the weight."""
     kind = kind_of(base)
+    if start is not None and (reason := unlike_peft_at_start(base, start)) is not None:
+        warnings.warn(f"{name}: in PEFT this file has other outputs: {reason}; write it by export_lora instead", stacklevel=2)
     if (reason := kind.unlike_peft(base)) is not None:
         warnings.warn(f"{name}: in PEFT this file has other outputs until it is merged there: {reason}", stacklevel=2)
     end = ".weight" if kind.factors == "linear" else ""  # an embedding's are bare parameters in PEFT
@@ -188,16 +199,19 @@ def _named(name: str, base: nn.Module, A: Tensor, B: Tensor) -> dict[str, Tensor
     return {f"{name}.{factor}{end}": value.reshape(shape) for factor, value, shape in pairs}
 
 
-def _acting(name: str, site: LowRank, member: int) -> tuple[Tensor, Tensor, dict]:
+def _acting(name: str, site: LowRank, member: int, plain: bool) -> tuple[Tensor, Tensor, dict]:
     """A (r, I) and B (O, r) of the slots of one member that act, a coefficient folded into A; and what undoes that.
 
-    What a slot acts by is its coefficient; without one, being kept or having a column of B.
+    What a slot acts by is its coefficient; without one, being kept or having a column of B.  `plain`: where the start was taken
+    out of the weight, its slots too.
 
     Raises:
         ValueError: coefficients that are not finite.
     """
     slots = site.slots[member].bool()
     A, B = site.A[member][slots], site.B[member][:, slots]
+    if plain and isinstance(site, Residual):
+        return torch.cat([A, site.A0[member][slots]]), torch.cat([B, -site.B0[member][:, slots]], 1), {}
     if not site.is_allocated:
         return A, B, {}
     kept = site.kept[member][slots]
