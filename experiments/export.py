@@ -291,7 +291,7 @@ def _config(adapter: Path) -> PeftConfig | None:
     if values is None and (adapter / CONFIG).exists():
         raise ValueError(f"{adapter / CONFIG} holds no JSON object: cut off, changed or foreign; save the adapter again")
     try:
-        return PeftConfig.read(values) if values else None
+        return PeftConfig.read_shared(values) if values else None
     except ValueError as error:
         raise ValueError(f"{adapter}: {error}") from None
 

@@ -48,6 +48,9 @@ OTHERS = {  # for each method, further values beside the least that it takes
         {"initial_rank": 4, "threshold": "release", "tau": 0.01, "cost": "parameters", "target_parameters": 80},
     ],
     "dylora": [{"rank": 4, "least_rank": 2, "update": "frozen"}],
+    "partial": [{"patterns": ["bias", "layer.1"]}],
+    "gradual": [{"interval": 3}],
+    "ia3": [{"outputs": ["value"], "inputs": ["intermediate.dense"]}],
     "truncated": [{"initial_rank": 4, "target_rank": 2, "cost": "parameters", "normalisation": "weight"}],
 }
 CASES = [(name, values) for name in METHODS for values in (None, *OTHERS.get(name, []))]

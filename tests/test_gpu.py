@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; on one: pytest -m gpu"),
 ]
-PACKABLE = [name for name, method in METHODS.items() if name != "full"]
+PACKABLE = [name for name, method in METHODS.items() if method.load().packable]
 
 
 @pytest.fixture

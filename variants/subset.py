@@ -117,22 +117,38 @@ class FullFineTuning(Adapter):
         self._surgery.key_dropout(self.draw)
         self._surgery.watch_rows(self.draw.rows)
         in_head = {f"{path}.{key}" for h in head for path, m in leaves(model, h) for key in dict(m.named_parameters())}
+        places = list(model.named_parameters(remove_duplicate=False))
+        trained = {id(old) for name, old in places if name in in_head or self.trains(name)}  # a tied one by any of its names
         self._undecayed: set[int] = set()  # ids of the adapter's tensors that are biases or a norm's
         lives: dict[int, nn.Parameter] = {}
         for path, module in list(model.named_modules()):
             for key, old in list(module.named_parameters(recurse=False)):
                 name = f"{path}.{key}" if path else key
+                if id(old) not in trained:
+                    self._put_parameter(module, key, old, in_full_precision(old))
+                    continue
                 if id(old) not in lives:
                     lives[id(old)] = self._take(name, old, head=name in in_head, is_norm=isinstance(module, nn.LayerNorm))
                     if key == "bias" or "norm" in type(module).__name__.lower():
                         self._undecayed.add(id(self._owned[name]))
-                module._parameters[key] = lives[id(old)]
+                self._put_parameter(module, key, old, lives[id(old)])
                 self._originals[name] = old
-                self._surgery._undo.append(lambda m=module, k=key, o=old: m._parameters.__setitem__(k, o))
 
         for path in dict.fromkeys(path for h in head for path, _ in leaves(model, h)):
             base = model.get_submodule(path)
             self._surgery.replace(path, Adapted(base, FullPrecision()).train(base.training))
+
+    def trains(self, name: str) -> bool:
+        """Whether the model's parameter of that name is trained; the head is in any case."""
+        return True
+
+    def trained_names(self) -> set[str]:
+        """Names of the model's parameters that are trained, a tied one by each of its own."""
+        return set(self._originals)
+
+    def _put_parameter(self, module: nn.Module, key: str, old: nn.Parameter, new: nn.Parameter) -> None:
+        module._parameters[key] = new
+        self._surgery.undo_too(lambda: module._parameters.__setitem__(key, old))
 
     def delta(self, name: str) -> Tensor:
         """(1, O, I): the change of that module's weight."""
@@ -207,6 +223,12 @@ class FullFineTuning(Adapter):
 
     def unmerge(self) -> None:
         self._merged = False
+
+
+def in_full_precision(frozen: nn.Parameter) -> nn.Parameter:
+    """A frozen parameter in the type of those that are trained beside it: itself, where that is its own."""
+    dtype = trained_dtype(frozen.dtype)
+    return frozen if dtype == frozen.dtype else nn.Parameter(frozen.detach().to(dtype), requires_grad=False)
 
 
 class FullPrecision(Site):

@@ -20,6 +20,7 @@ from rankwise.variants.adapter.step import Step
 from rankwise.variants.settings import method as known
 
 CPU = torch.device("cpu")
+STEPS = 10**6  # of the run: long enough for every schedule
 LOW_RANK = {"rank": 8, "alpha": 12.0}
 SETTINGS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -72,7 +73,10 @@ def versions() -> dict[str, str]:
 def measured_peak(
     model_id: str, kind_name: str, labels: int, name: str, settings: dict[str, Any], shape: planning.Shape
 ) -> int:
-    """Bytes of all tensors at the fullest moment of the second step, with what kernels take from the allocator."""
+    """Bytes of all tensors at the fullest moment of the second step, with what kernels take from the allocator.
+
+    Of a method that trains some of its tensors later on, of the last step.
+    """
     kind, trains_base = kinds.get(kind_name), known(name).load().trains_base
     task = SimpleNamespace(kind=kind_name, num_labels=labels)
     precision = "fp32" if trains_base else shape.precision
@@ -87,7 +91,7 @@ def measured_peak(
     optimizer = MemberAdamW(adapter.parameter_groups(), rates)
 
     def step(index: int) -> None:
-        now = Step(index, 10**6, learning_rates=rates)
+        now = Step(index, STEPS, learning_rates=rates)
         model.train()
         batch = kind.example(model.config, labels, shape.members * shape.micro_rows, shape.size(kind))
         targets = batch.pop("labels")
@@ -102,7 +106,8 @@ def measured_peak(
         optimizer.follow(adapter.take_changes())
         optimizer.zero_grad()
 
-    step(1)
+    second = 2 if adapter.trains_from_the_start else STEPS
+    step(second - 1)
     gc.collect()
     resident = timing.live_bytes(timing.tensors_in(model, adapter, vars(optimizer), getattr(adapter, "_originals", {})))
-    return resident + timing.peak_growth(lambda: step(2), CPU)
+    return resident + timing.peak_growth(lambda: step(second), CPU)

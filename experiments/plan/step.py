@@ -104,8 +104,10 @@ def cost(model_id: str, kind: Any, num_labels: int, name: str, settings: dict[st
     counts = {what: int(count[0]) for what, count in adapter.parameter_counts().items()}
     counts["active"] = _active_at_the_end(adapter, counts["active"])
     if trains_base:  # its trained copies are counted as the model's own, which is what they are in all but place
+        names = adapter.trained_names()
         adapter.detach()
-        model.requires_grad_(True)
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter_name in names)
         Surgery(model).key_dropout(adapter.draw)
     if shape.checkpointing:
         if not model.supports_gradient_checkpointing:
@@ -197,7 +199,8 @@ def _on_fake_tensors(
         gradients = sum(p.grad.untyped_storage().nbytes() for p in trained if p.grad is not None)
     weights, adapters = unique_bytes(frozen), unique_bytes(own)
     if trains_base:  # its trained copies: the model gets its own back when it is detached
-        adapters = weights
+        kept = [tensor for tensor in frozen if isinstance(tensor, nn.Parameter) and not tensor.requires_grad]
+        adapters = weights - unique_bytes(kept)
     optimizer = MOMENTS * sum(p.numel() * p.element_size() for p in trained)
     return StepCost(
         trainable=counts["trainable"],

@@ -45,10 +45,12 @@ class Adapter(nn.Module):
     packable: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
     trains_base: ClassVar[bool] = False  # the model's own weights are what is trained
+    trains_from_the_start: ClassVar[bool] = True  # every trained tensor has a gradient at the first step
     exact_gradient: ClassVar[bool] = True  # no term of the forward pass is held constant in the backward pass
     starts_at_identity: ClassVar[bool] = True  # attaching leaves the output of the body as it was
     nested: ClassVar[bool] = False  # trained to be used at every rank of `nested_ranks`, one of them at a time by `at_rank`
     needs: ClassVar[Literal["activations", "gradients"] | None] = None  # what it measures in the model before it trains
+    peft_form: ClassVar[str | None] = None  # PEFT's peft_type of its files, where it is no low-rank method (files/peft/)
 
     def __init__(self, *, members: int = 1, seeds: Sequence[int] | None = None, **settings: Any):
         """

@@ -19,7 +19,7 @@ from rankwise.variants.files.folders import Contents
 from rankwise.variants.files.peft import reading, writing
 from rankwise.variants.files.peft.config import PeftConfig
 from rankwise.variants.files.peft.names import MAGNITUDE, PREFIX, part
-from rankwise.variants.files.state import check_member, has_peft_form
+from rankwise.variants.files.state import check_member, has_low_rank_form
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ def save_diffusers(adapter: Adapter, folder: str | Path, member: int = 0, compon
         OSError: as `save_pretrained`.
     """
     check_member(adapter, member)
-    if not has_peft_form(adapter) or adapter.head_names:
+    if not has_low_rank_form(adapter) or adapter.head_names:
         what = "trains a head" if adapter.head_names else "has no low-rank form"
         raise ValueError(f"{adapter.method} {what}, which a LoRA file of diffusers cannot hold: use save_pretrained")
     contents = writing.written(adapter, member, plain=True)

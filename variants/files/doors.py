@@ -51,7 +51,7 @@ class Door:
             save_whole(adapter.model, Path(save_directory))
         elif self.checkpoint is not None:
             self.checkpoint(Path(save_directory))
-        elif has_peft_form(adapter):
+        elif has_peft_form(adapter) or not adapter.mergeable:
             pretrained.save_pretrained(adapter, save_directory)
         else:
             export_merged(adapter, save_directory)

@@ -9,7 +9,7 @@ from rankwise.variants.adapter.kinds.quantised import Dequantised, bits, dequant
 from rankwise.variants.adapter.merging import Requantisation
 from rankwise.variants.files import folders
 from rankwise.variants.files.peft import writing
-from rankwise.variants.files.state import check_member, has_peft_form, own_state
+from rankwise.variants.files.state import check_member, has_low_rank_form, own_state
 from torch import Tensor, nn
 
 NOTED = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")  # by transformers
@@ -25,10 +25,10 @@ def export_lora(adapter: Adapter, folder: str | Path, member: int = 0) -> None:
         OSError: as `save_pretrained`.
     """
     check_member(adapter, member)
-    if not has_peft_form(adapter):
+    if not has_low_rank_form(adapter):
+        what = "changes the model's own tensors" if adapter.mergeable else "adds to the model what is no weight of its own"
         raise ValueError(
-            f"{adapter.method} changes the model's own tensors, which no low-rank update expresses: "
-            f"it cannot be written as LoRA; use save_pretrained"
+            f"{adapter.method} {what}, which no low-rank update expresses: it cannot be written as LoRA; use save_pretrained"
         )
     contents = writing.written(adapter, member, plain=True)
     folders.write(Path(folder), contents)

@@ -10,7 +10,7 @@ from rankwise.variants.adapter.surgery import Adapted
 from rankwise.variants.files import folders, own
 from rankwise.variants.files.budget import excess
 from rankwise.variants.files.facts import Facts
-from rankwise.variants.files.peft import reading, writing
+from rankwise.variants.files.peft import forms
 from rankwise.variants.files.state import check_member, has_peft_form
 from torch import nn
 
@@ -29,7 +29,7 @@ def save_pretrained(adapter: Adapter, folder: str | Path, member: int = 0) -> No
 def write(adapter: Adapter, folder: str | Path, member: int = 0) -> None:
     """`save_pretrained` in the middle of a run, where the ranks need not be final."""
     check_member(adapter, member)
-    contents = writing.written(adapter, member) if has_peft_form(adapter) else own.written(adapter, member)
+    contents = forms.written(adapter, member) if has_peft_form(adapter) else own.written(adapter, member)
     folders.write(Path(folder), contents)
 
 
@@ -61,7 +61,7 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> Adapter:
     if any(isinstance(module, Adapted) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has an adapter already: detach it first")
     try:
-        adapter = own.load(model, contents) if contents.config is None else reading.load(model, contents)
+        adapter = own.load(model, contents) if contents.config is None else forms.load(model, contents)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     _warn_of_another_base(folder, contents.facts, model)

@@ -2,7 +2,8 @@
 
     base       what all settings share, and what a field says of itself (`setting`)
     lowrank    LoRA, DoRA        allocated   ranks that move while training       placed   ranks placed before it
-    sora, dylora, truncated      registry    the methods by name                  messages what is said of a wrong value
+    sora, dylora, truncated, ia3, partial (the model's own parameters)
+    registry   the methods by name               messages    what is said of a wrong value
 
 Nothing here imports torch, so that a study file is checked, and a wrong one refused, within a second.  The mathematics of a
 method stands in its own file, which `Method.location` names.
@@ -34,6 +35,7 @@ from rankwise.variants.settings.base import (
     together,
 )
 from rankwise.variants.settings.dylora import DyLoRASettings
+from rankwise.variants.settings.ia3 import IA3Settings
 from rankwise.variants.settings.lowrank import (
     DoRASettings,
     LoRAPlusSettings,
@@ -48,6 +50,7 @@ from rankwise.variants.settings.messages import (
     quoted,
     shown,
 )
+from rankwise.variants.settings.partial import GradualSettings, PartialSettings
 from rankwise.variants.settings.placed import (
     EVASettings,
     FIMLoRASettings,
@@ -85,7 +88,9 @@ __all__ = [
     "Fraction",
     "FreelyAllocatedSettings",
     "GoRASettings",
+    "GradualSettings",
     "HeavyTailSettings",
+    "IA3Settings",
     "IncreLoRASettings",
     "LoRAPlusSettings",
     "LoRASettings",
@@ -93,6 +98,7 @@ __all__ = [
     "Method",
     "NoSettings",
     "NonNegative",
+    "PartialSettings",
     "PerMember",
     "PlacedSettings",
     "Placement",

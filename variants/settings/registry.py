@@ -15,8 +15,20 @@ from rankwise.variants.settings.allocated import (
 )
 from rankwise.variants.settings.base import NoSettings, Settings
 from rankwise.variants.settings.dylora import DyLoRASettings
-from rankwise.variants.settings.lowrank import DoRASettings, LoRAPlusSettings, LoRASettings, LowRankSettings, RankedSettings
-from rankwise.variants.settings.messages import explain, nearest, quoted
+from rankwise.variants.settings.ia3 import IA3Settings
+from rankwise.variants.settings.lowrank import (
+    DoRASettings,
+    LoRAPlusSettings,
+    LoRASettings,
+    LowRankSettings,
+    RankedSettings,
+)
+from rankwise.variants.settings.messages import (
+    explain,
+    nearest,
+    quoted,
+)
+from rankwise.variants.settings.partial import GradualSettings, PartialSettings
 from rankwise.variants.settings.placed import (
     EVASettings,
     FIMLoRASettings,
@@ -251,6 +263,29 @@ METHODS: dict[str, Method] = {
             "LoRA whose update is cut after training by one threshold over all singular values",
             "inspired by PARA (arXiv 2604.27796)",
             placement=Placement(basis="truncate"),
+        ),
+        Method(
+            "ia3",
+            "rankwise.variants.ia3:IA3",
+            IA3Settings,
+            "vectors that scale keys, values and the feed-forward layers' inner activations",
+            "Liu et al. 2022",
+        ),
+        Method(
+            "partial",
+            "rankwise.variants.partial:Partial",
+            PartialSettings,
+            "the parameters that patterns name; without any the last two layers",
+            "Li and Liang 2021",
+            trains_base=True,
+        ),
+        Method(
+            "gradual",
+            "rankwise.variants.partial:Gradual",
+            GradualSettings,
+            "every parameter, unfrozen layer after layer from the top down",
+            "Howard and Ruder 2018",
+            trains_base=True,
         ),
     )
 }

@@ -39,6 +39,9 @@ KNOWN = {
     *("beta1", "beta2", "orth_reg_weight"),
 }
 
+# peft_type of the forms that have no thin factors, and the keys of each that stand in no LoraConfig; each has its file here.
+OTHER_FORMS = {"IA3": ("feedforward_modules", "init_ia3_weights")}
+
 
 MOST_RANK = 1 << 20  # of a file: no matrix of a model has as many rows, and a mask of so many still fits into memory
 LONGEST_PATTERN, MOST_REPETITIONS = 10_000, 12
@@ -209,6 +212,18 @@ class PeftConfig:
             **shared,
         )
 
+    @classmethod
+    def read_shared(cls, values: Mapping[str, Any]) -> Self:
+        """The same of any form that can be loaded; of one of OTHER_FORMS what it shares with a LORA, and rank 1 everywhere.
+
+        Raises:
+            ValueError: as `read`.
+        """
+        own = OTHER_FORMS.get(str(values.get("peft_type")))
+        if own is None:
+            return cls.read(values)
+        return cls.read({k: v for k, v in values.items() if k not in own} | {"peft_type": "LORA", "r": 1, "lora_alpha": 1})
+
     def rank_of(self, site: str) -> float:
         """Of a LORA."""
         return _of(self.rank_pattern, site, self.rank)
@@ -234,7 +249,10 @@ class PeftConfig:
 def _refuse_unsupported(values: Mapping[str, Any]) -> None:
     kind = values.get("peft_type")
     if kind not in ("LORA", "ADALORA"):
-        raise ValueError(f"{CONFIG}: peft_type = {shown(kind)}: LORA (with or without use_dora) and ADALORA can be loaded")
+        others = " and ".join(OTHER_FORMS)
+        raise ValueError(
+            f"{CONFIG}: peft_type = {shown(kind)}: LORA (with or without use_dora) and ADALORA can be loaded, and {others}"
+        )
     if values.get("bias", "none") != "none":
         bias = shown(values["bias"])
         raise ValueError(f"{CONFIG}: bias = {bias}: biases trained beside LoRA are not supported; train with none")

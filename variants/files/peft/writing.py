@@ -74,13 +74,9 @@ def written(adapter: Adapter, member: int, plain: bool = False) -> Contents:
         update = _triplets(adapter, alone, member)
     else:
         update = _factors(adapter, alone, member, plain)
-    task = _task_type(model, adapter.head_names, update.sites)
     config = {
+        **common(adapter, update.sites),
         "peft_type": "LORA",
-        "auto_mapping": _auto_mapping(model) if task is None else None,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "revision": None,
-        "inference_mode": True,
         "bias": "none",
         "fan_in_fan_out": any(kind_of(adapter.base(name)).fan_in_fan_out for name in sites),
         "init_lora_weights": _start(alone, plain),
@@ -88,18 +84,38 @@ def written(adapter: Adapter, member: int, plain: bool = False) -> Contents:
         "layers_to_transform": None,
         "lora_dropout": settings.get("dropout", 0.0),
         **update.config,
-        "target_modules": _target_modules(model, update.sites),
-        "modules_to_save": adapter.head_names or None,
-        "task_type": task,
     }
     own = {"settings": settings.model_dump(exclude_unset=True), "seed": alone.seeds[0]}
     over = excess(adapter, member)
     own |= {"unfinished": asdict(over) if over is not None else None}
     own["quantization"] = as_fact(model)
     facts = Facts(adapter.method, **own, targets=adapter.targets, head=adapter.head_names, **update.facts)
-    tensors = {**update.tensors, **_head_tensors(adapter, member), **_base_tensors(adapter, update.sites)}
+    tensors = {**update.tensors, **beside_sites(adapter, member, update.sites)}
     tensors = {PREFIX + name: value for name, value in tensors.items()}
     return Contents(tensors, config, None if plain else facts)
+
+
+def common(adapter: Adapter, sites: Sequence[str]) -> dict[str, Any]:
+    """The keys of adapter_config.json that every form of PEFT's has which stands at modules of the model.
+
+    sites: those that have tensors.
+    """
+    model = adapter.model
+    task = _task_type(model, adapter.head_names, sites)
+    return {
+        "auto_mapping": _auto_mapping(model) if task is None else None,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "revision": None,
+        "inference_mode": True,
+        "target_modules": _target_modules(model, sites),
+        "modules_to_save": adapter.head_names or None,
+        "task_type": task,
+    }
+
+
+def beside_sites(adapter: Adapter, member: int, sites: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of a file that belong to no site, by the model's names: the head's, and those that the base came with."""
+    return {**_head_tensors(adapter, member), **_base_tensors(adapter, sites)}
 
 
 def _triplets(adapter: AllocatedAdapter, alone: Adapter, member: int) -> _Update:
