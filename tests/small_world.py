@@ -51,6 +51,8 @@ SETTINGS["sora"] = {
 }
 SETTINGS["increlora"] = {"target_rank": 3, "alpha": 5, "dropout": 0.1, "warmup_steps": 2, "final_steps": 3, "interval": 2}
 SETTINGS["elalora"] = SETTINGS["increlora"] | {"initial_rank": 3}
+SETTINGS["flexlora"] = SETTINGS["elalora"] | {"added_std": 0.02, "initial_rank": 3}
+SETTINGS["l1ra"] = {"initial_rank": 3, "alpha": 5, "dropout": 0.1, "sparsity": 0.4, "interval": 2, "final_steps": 3}
 SETTINGS["adalora+dora"] = SETTINGS["adalora"]
 SETTINGS["allocated"] = SETTINGS["adalora"] | {"score": "norm-share", "form": "doublet", "cost": "parameters"}
 SETTINGS["dynamic-dora"] = {k: v for k, v in SETTINGS["adalora"].items() if k != "orthogonality"}

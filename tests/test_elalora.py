@@ -174,7 +174,7 @@ def test_a_new_rank_is_orthogonal_to_orthonormal_ones_and_acts_on_nothing():
     with torch.no_grad():
         for matrix in (site.A[2], site.B[2].mT):
             matrix[:4] = torch.linalg.qr(matrix[:4].mT)[0].mT
-        adapter._start(site, 2, 4, Step(6, TOTAL))
+        adapter.start_slot(site, 2, 4, Step(6, TOTAL))
     for matrix in (site.A[2], site.B[2].mT):
         torch.testing.assert_close(matrix[:4] @ matrix[4], torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-12)
         assert matrix[4].norm().item() == pytest.approx(1, abs=1e-5)

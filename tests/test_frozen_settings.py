@@ -43,6 +43,8 @@ OTHERS = {  # for each method, further values beside the least that it takes
     "random-rank": [{"rank": 3, "group_bounds": {"a": [0, 5]}}],
     "increlora": [{"target_rank": 3, "cost": "parameters", "top_sites": 2}, {"target_rank": 3, "magnitude": True}],
     "elalora": [{"initial_rank": 3, "optimizer_reset": "release", "cost": "parameters", "schedule": "steady"}],
+    "flexlora": [{"initial_rank": 3, "weakest": "signed", "undefined_entropy": "highest", "added_std": 0.02}],
+    "l1ra": [{"initial_rank": 3, "sparsity": 0.1, "cost": "parameters", "least_rank": 2}],
     "sora": [
         {"initial_rank": 4, "target_rank": 2, "final_steps": 3, "shrink": True},
         {"initial_rank": 4, "threshold": "release", "tau": 0.01, "cost": "parameters", "target_parameters": 80},

@@ -252,7 +252,7 @@ class AllocatedAdapter(LowRankAdapter):
                 self.project()
         elif step.index == final:
             self._allocate(step)
-            if self.settings.shrink:
+            if self.settings.get("shrink"):
                 self.shrink()
         else:
             self.project()

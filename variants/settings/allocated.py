@@ -10,6 +10,7 @@ from rankwise.variants.settings.base import (
     Fraction,
     NonNegative,
     PerMember,
+    Positive,
     PositiveInt,
     check_bounds,
     check_order,
@@ -187,8 +188,8 @@ class IncreLoRASettings(AdaLoRASettings):
         return self
 
 
-class ElaLoRASettings(AdaLoRASettings):
-    """Settings of ElaLoRA."""
+class ExchangingSettings(AdaLoRASettings):
+    """What every method has whose total stays: ranks are cut at some sites, and as many added at others."""
 
     grows = True
 
@@ -200,28 +201,54 @@ class ElaLoRASettings(AdaLoRASettings):
     """How many ranks are exchanged over time: exchange (1 - progress^3), or always `exchange`."""
     orthogonality: list[NonNegative] | NonNegative = 0.1
     """Weight of the orthogonality penalty.  0.1: the release's default."""
-    candidates: PositiveInt = 2
-    """Weakest ranks of each site that may be cut at one time."""
-    optimizer_reset: Literal["never", "release"] = "never"
-    """release: after each exchange all averages of the optimizer start anew, those of ranks that stay and of the head too."""
 
     @model_validator(mode="after")
     def _budget_is_reached(self) -> Self:
         if self.target_rank not in (None, self.initial_rank):
             raise ValueError(
-                f"target_rank = {self.target_rank} is not initial_rank = {self.initial_rank}: ElaLoRA keeps its total, so "
+                f"target_rank = {self.target_rank} is not initial_rank = {self.initial_rank}: {self.keeps()}, so "
                 f"take it out and set initial_rank"
             )
         for name in ("target_total", "target_parameters", "group_bounds"):
             if getattr(self, name):
-                raise ValueError(f"{name} = {getattr(self, name)} has no effect: ElaLoRA keeps its total; take it out")
+                raise ValueError(f"{name} = {getattr(self, name)} has no effect: {self.keeps()}; take it out")
         return self
+
+    @staticmethod
+    def keeps() -> str:
+        return "this method keeps its total"
 
     @classmethod
     def for_budget(cls, given: Mapping[str, Any], ranks: Mapping[str, int], parameters: int, scale: float) -> dict[str, Any]:
         """It starts with the ranks that it ends with: the total stays."""
         first = min(ranks.values())
         return cls._starting({**given, "initial_rank": first}, ranks, first, scale)
+
+
+class ElaLoRASettings(ExchangingSettings):
+    """Settings of ElaLoRA."""
+
+    candidates: PositiveInt = 2
+    """Weakest ranks of each site that may be cut at one time."""
+    optimizer_reset: Literal["never", "release"] = "never"
+    """release: after each exchange all averages of the optimizer start anew, those of ranks that stay and of the head too."""
+
+    @staticmethod
+    def keeps() -> str:
+        return "ElaLoRA keeps its total"
+
+
+class FlexLoRASettings(ExchangingSettings):
+    """Settings of FlexLoRA."""
+
+    score: Literal["spectral-entropy"] = "spectral-entropy"
+    """What a matrix is worth: the entropy of its E^2, over log(rank)."""
+    weakest: Literal["magnitude", "signed"] = "magnitude"
+    """Which triplet a matrix loses: that of the least |E|, or, as in the release, of the least E, the most negative."""
+    undefined_entropy: Literal["lowest", "highest"] = "lowest"
+    """How a matrix of one rank, or whose E are all zero, counts; highest: as the release's NaN does, so that it grows."""
+    added_std: Positive = 1.0
+    """Standard deviation of a new triplet's row of A and column of B.  1: the release's, 50 times that of the start."""
 
 
 class DynamicDoRASettings(AllocatedSettings):

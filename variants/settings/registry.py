@@ -10,12 +10,14 @@ from rankwise.variants.settings.allocated import (
     AdaLoRASettings,
     DynamicDoRASettings,
     ElaLoRASettings,
+    FlexLoRASettings,
     FreelyAllocatedSettings,
     IncreLoRASettings,
 )
 from rankwise.variants.settings.base import NoSettings, Settings
 from rankwise.variants.settings.dylora import DyLoRASettings
 from rankwise.variants.settings.ia3 import IA3Settings
+from rankwise.variants.settings.l1ra import L1RASettings
 from rankwise.variants.settings.lowrank import (
     DoRASettings,
     LoRAPlusSettings,
@@ -239,6 +241,22 @@ METHODS: dict[str, Method] = {
             ElaLoRASettings,
             "triplets that are cut at some sites and added at others, orthogonal to what is there",
             "Chang et al. 2025",
+            placement=Placement(),
+        ),
+        Method(
+            "flexlora",
+            "rankwise.variants.flexlora:FlexLoRA",
+            FlexLoRASettings,
+            "triplets that go from matrices of low to matrices of high spectral entropy",
+            "Liu et al. 2026",
+            placement=Placement(unit="matrix"),
+        ),
+        Method(
+            "l1ra",
+            "rankwise.variants.l1ra:L1RA",
+            L1RASettings,
+            "LoRA with a gate for each rank; ranks whose gates reach zero are handed to other sites",
+            "arXiv 2509.04884",
             placement=Placement(),
         ),
         Method(
