@@ -132,7 +132,7 @@ def test_freed_ranks_go_in_turn_to_those_whose_least_gate_is_greatest():
             site.E[0] = torch.tensor(gates)
     adapter.exchange(Step(1, 9))
     assert [int(r) for r in adapter.ranks().values()] == [1, 5, 6]
-    assert [site.E[0].tolist() for site in adapter.triplets()][0] == [0.5]
+    assert adapter.triplets()[0].E[0].tolist() == [0.5]
     assert (adapter.triplets()[1].E[0, 4:] == 1).all()
 
 
