@@ -88,10 +88,16 @@ class Loop:
     def _follow(self) -> None:
         """What the adapter did to the shape of a parameter is done to its moments and counts."""
         position = {id(p): i for i, p in enumerate(self.adapter.parameters())}
-        for parameter, change in self.adapter.take_changes():
+        changes = self.adapter.take_changes()
+        shapes = {id(parameter): parameter.shape for parameter, _ in changes}
+        for parameter, change in reversed(changes):
+            shapes[id(parameter)] = change.before(shapes[id(parameter)])
+        for parameter, change in changes:
             i = position[id(parameter)]
-            if i in self.moments:
-                self.moments[i] = tuple(change(moment) for moment in self.moments[i])
+            if i not in self.moments:  # no gradient so far
+                zeros = parameter.new_zeros(shapes[id(parameter)])
+                self.moments[i] = zeros, zeros.clone(), torch.full_like(zeros, self.index)
+            self.moments[i] = tuple(change(moment) for moment in self.moments[i])
 
     def state(self) -> dict:
         """A copy of all that the next step depends on."""

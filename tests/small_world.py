@@ -53,6 +53,8 @@ SETTINGS["increlora"] = {"target_rank": 3, "alpha": 5, "dropout": 0.1, "warmup_s
 SETTINGS["elalora"] = SETTINGS["increlora"] | {"initial_rank": 3}
 SETTINGS["flexlora"] = SETTINGS["elalora"] | {"added_std": 0.02, "initial_rank": 3}
 SETTINGS["l1ra"] = {"initial_rank": 3, "alpha": 5, "dropout": 0.1, "sparsity": 0.4, "interval": 2, "final_steps": 3}
+# Of 12 steps the bases grow at 1 and 5; truncations at 4, 8 and 9.
+SETTINGS["geolora"] = {"initial_rank": 3, "alpha": 5, "dropout": 0.1, "interval": 4, "final_steps": 3, "tolerance": 0.4}
 SETTINGS["adalora+dora"] = SETTINGS["adalora"]
 SETTINGS["allocated"] = SETTINGS["adalora"] | {"score": "norm-share", "form": "doublet", "cost": "parameters"}
 SETTINGS["dynamic-dora"] = {k: v for k, v in SETTINGS["adalora"].items() if k != "orthogonality"}

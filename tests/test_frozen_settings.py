@@ -49,6 +49,10 @@ OTHERS = {  # for each method, further values beside the least that it takes
         {"initial_rank": 4, "target_rank": 2, "final_steps": 3, "shrink": True},
         {"initial_rank": 4, "threshold": "release", "tau": 0.01, "cost": "parameters", "target_parameters": 80},
     ],
+    "geolora": [
+        {"initial_rank": 4, "tolerance": 0.3, "interval": 5, "core_step": "release", "scale_by": "release"},
+        {"initial_rank": 4, "cost": "parameters", "target_rank": 2, "most_rank": 9, "truncate_after": 7},
+    ],
     "dylora": [{"rank": 4, "least_rank": 2, "update": "frozen"}],
     "partial": [{"patterns": ["bias", "layer.1"]}],
     "gradual": [{"interval": 3}],

@@ -166,7 +166,9 @@ def test_every_setting_of_a_rank_has_a_role():
         assert set(one.settings.with_role("rank")) == fields & ranks
         assert set(one.settings.with_role("total")) == fields & totals
         assert set(one.settings.with_role("member")) == fields & {"orthogonality"}
-        assert set(one.settings.with_role("steps")) == fields & {"warmup_steps", "final_steps", "interval", "rise_steps"}
+        assert set(one.settings.with_role("steps")) == fields & {
+            *("warmup_steps", "final_steps", "interval", "rise_steps", "truncate_after"),
+        }
 
 
 def test_a_method_without_a_rule_for_a_budget_is_refused():

@@ -103,6 +103,7 @@ def cost(model_id: str, kind: Any, num_labels: int, name: str, settings: dict[st
     adapter.attach(model, targets, head=kind.head_names(model), calibration=calibration)
     counts = {what: int(count[0]) for what, count in adapter.parameter_counts().items()}
     counts["active"] = _active_at_the_end(adapter, counts["active"])
+    adapter.widen()
     if trains_base:  # its trained copies are counted as the model's own, which is what they are in all but place
         names = adapter.trained_names()
         adapter.detach()

@@ -35,7 +35,7 @@ class Adapter(nn.Module):
         parameter_groups                        which tensors are trained, and at which share of the rate
         begin, prepare, penalty                 before a forward pass; the batch; what is added to the loss
         before_step, after_step, take_changes   around the optimizer's step; what became of the shapes of parameters
-        budget                                  the total rank that a schedule asks for
+        budget, widen                           the total rank that a schedule asks for; the largest size of a run
 
     All else is given: attaching and detaching, merging (merging.py), members, ranks and counts, by what each site says of
     itself (site.py).  A method whose trained tensors are the model's own (`trains_base`) overrides these too.
@@ -129,6 +129,9 @@ class Adapter(nn.Module):
         Each function does the same rearrangement of slots to any tensor of the parameter's old shape; new slots are zero.
         """
         return []
+
+    def widen(self) -> None:
+        """Takes the size at which a step needs most memory, where that is not the one of the start: for a plan of a run."""
 
     def budget(self, step: Step) -> Tensor | None:
         """(K,) total rank that the schedule asks for after this step; None for a method without a schedule."""

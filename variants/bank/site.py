@@ -53,7 +53,7 @@ class Thin(nn.Module):
     @torch.no_grad()
     def __init__(self, site: Site, base: nn.Module):
         super().__init__()
-        A, B, c = (t[0].detach() for t in site.low_rank.whole())
+        A, B, c = (t[0].detach() for t in site.low_rank.matrices())
         acts = c != 0
         A = A if acts.all() else A[acts]
         self.register_buffer("A", A, persistent=False)

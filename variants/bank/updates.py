@@ -45,7 +45,7 @@ class Update:
 @torch.no_grad()
 def update_of(site: Site, base: nn.Module) -> Update:
     """What a loaded adapter of one member does at a module; slots that do not act are left out."""
-    A, B, c = (t[0].detach().double() for t in site.low_rank.whole())
+    A, B, c = (t[0].detach().double() for t in site.low_rank.matrices())
     acts = c != 0
     gain = site.gain(base)[0].detach().double() if site.has_magnitude else None
     return Update(A[acts], (B * c)[:, acts], gain)

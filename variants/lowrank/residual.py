@@ -20,9 +20,12 @@ class Residual(LowRank):
         self.register_buffer("A0", self.A.detach().clone())
         self.register_buffer("B0", self.B.detach().clone())
 
-    def whole(self) -> tuple[Tensor, Tensor, Tensor]:
-        A, B, c = super().whole()
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        A, B, c = self.operands()
         return torch.cat([A, self.A0], 1), torch.cat([B, self.B0], 2), torch.cat([c, -c], 1)
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.A, self.B, self.coefficients()
 
     def product(self, y: Tensor, x: Tensor, rate: float) -> Tensor:
         y = self.product_of(y, x, 0.0, (self.A0, self.B0, -self.coefficients()))

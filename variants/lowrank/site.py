@@ -31,7 +31,8 @@ class LowRank(Site):
     is_allocated: ClassVar[bool] = False  # an allocator chooses what is `kept`
     has_coefficients: ClassVar[bool] = False  # each slot has a trained coefficient E
     # Every tensor that has slots, and their axis; a subclass with more of them adds its own.
-    slot_axes: ClassVar[dict[str, int]] = {"A": 1, "B": 2, "slots": 1}
+    slot_axes: ClassVar[dict[str, int | tuple[int, int]]] = {"A": 1, "B": 2, "slots": 1}
+    slot_facts: ClassVar[tuple[str, ...]] = ()  # tensors (K, R) that a file keeps beside the factors
 
     def __init__(
         self,
@@ -72,18 +73,18 @@ class LowRank(Site):
         """What multiplies each slot: s e, zero where a slot does not exist."""
         return self.slots * self.scale[:, None]
 
-    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A, B and the coefficients as the forward pass takes them."""
-        return self.A, self.B, self.coefficients()
-
-    def whole(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A, B and the coefficients of the whole change of the weight."""
+    def matrices(self) -> tuple[Float[Tensor, "K R I"], Float[Tensor, "K O R"], Float[Tensor, "K R"]]:
+        """A, B and c of the update B diag(c) A, in which form every site can be written."""
         return self.A, self.B, self.coefficients()
 
     def thin(self) -> tuple[Float[Tensor, "K R I"], Float[Tensor, "K O R"]]:
-        """The factors of the whole change of the weight, coefficients in the second: dW is the second times the first."""
-        A, B, c = self.whole()
+        """A and B diag(c): the update is the second times the first."""
+        A, B, c = self.matrices()
         return A, B * c[:, None]
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same as the forward pass takes them, which is not that of the update where a step draws or listens."""
+        return self.matrices()
 
     def version(self) -> tuple[Any, ...]:
         """Changes whenever the update may have changed; the step in it is None where nobody drives the adapter."""
@@ -175,6 +176,30 @@ class LowRank(Site):
         for name, axis in self.slot_axes.items():
             if isinstance(getattr(self, name), nn.Parameter) and (tensors is None or name in tensors):
                 self.changes.append((getattr(self, name), Rearranged(places, axis, mask.shape[1])))
+
+    def as_triplets(self, member: int) -> tuple[Float[Tensor, "r I"], Float[Tensor, "O r"], Float[Tensor, " r"]]:
+        """A, B and E of one member's slots, its update being s B diag(E) A, where a site has coefficients."""
+        slots = self.slots[member].bool()
+        return self.A[member][slots], self.B[member][:, slots], self.E[member][slots]
+
+    @torch.no_grad()
+    def put(self, member: int, places: Tensor, U: Tensor, value: Tensor, Vt: Tensor) -> None:
+        """One member's update becomes s U diag(value) V^T, in the slots `places`.
+
+        Without a coefficient the square root of the value goes into each factor; with one the factors are U and V.
+        """
+        if self.has_coefficients:
+            self.put_coefficients(member, places, value)
+        else:
+            U, Vt = U * value.sqrt(), Vt * value.sqrt()[:, None]
+        self.A[member], self.B[member] = 0, 0
+        self.A[member, places], self.B[member, :, places] = Vt.to(self.A), U.to(self.B)
+
+    @torch.no_grad()
+    def put_coefficients(self, member: int, places: Tensor, values: Tensor) -> None:
+        """E of one member becomes `values` in the slots `places` and zero in all others."""
+        self.E[member] = 0
+        self.E[member, places] = values.to(self.E)
 
     def count(self, ranks: Tensor) -> Tensor:
         """(K,) parameters of so many slots."""

@@ -2,7 +2,7 @@
 
     base       what all settings share, and what a field says of itself (`setting`)
     lowrank    LoRA, DoRA        allocated   ranks that move while training       placed   ranks placed before it
-    sora, l1ra, dylora, truncated, ia3, partial (the model's own parameters)
+    sora, l1ra, geolora, dylora, truncated, ia3, partial (the model's own parameters)
     registry   the methods by name               messages    what is said of a wrong value
 
 Nothing here imports torch, so that a study file is checked, and a wrong one refused, within a second.  The mathematics of a
@@ -36,6 +36,7 @@ from rankwise.variants.settings.base import (
     together,
 )
 from rankwise.variants.settings.dylora import DyLoRASettings
+from rankwise.variants.settings.geolora import GeoLoRASettings
 from rankwise.variants.settings.ia3 import IA3Settings
 from rankwise.variants.settings.l1ra import L1RASettings
 from rankwise.variants.settings.lowrank import (
@@ -90,6 +91,7 @@ __all__ = [
     "FlexLoRASettings",
     "Fraction",
     "FreelyAllocatedSettings",
+    "GeoLoRASettings",
     "GoRASettings",
     "GradualSettings",
     "HeavyTailSettings",

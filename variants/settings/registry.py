@@ -16,6 +16,7 @@ from rankwise.variants.settings.allocated import (
 )
 from rankwise.variants.settings.base import NoSettings, Settings
 from rankwise.variants.settings.dylora import DyLoRASettings
+from rankwise.variants.settings.geolora import GeoLoRASettings
 from rankwise.variants.settings.ia3 import IA3Settings
 from rankwise.variants.settings.l1ra import L1RASettings
 from rankwise.variants.settings.lowrank import (
@@ -266,6 +267,13 @@ METHODS: dict[str, Method] = {
             "LoRA with a gate for each rank, which a threshold sends to zero",
             "Ding et al. 2023",
             placement=Placement(total="threshold"),
+        ),
+        Method(
+            "geolora",
+            "rankwise.variants.geolora:GeoLoRA",
+            GeoLoRASettings,
+            "a full core between orthonormal bases that the gradient widens and a tolerance cuts",
+            "Schotthoefer et al. 2024",
         ),
         Method(
             "dylora",

@@ -103,7 +103,7 @@ class Spectrum:
     @torch.no_grad()
     def __init__(self, site: LowRank):
         self.site = site
-        A, B, coefficients = (t.detach().cpu().double() for t in (site.A, site.B, site.coefficients()))
+        A, B, coefficients = (t.detach().cpu().double() for t in site.matrices())
         B = B * coefficients[:, None]
         self.finite: Bool[Tensor, " K"] = A.flatten(1).isfinite().all(1) & B.flatten(1).isfinite().all(1)
         A, B = A.nan_to_num(0.0, 0.0, 0.0), B.nan_to_num(0.0, 0.0, 0.0)
@@ -122,10 +122,7 @@ class Spectrum:
 
     @torch.no_grad()
     def cut(self, ranks: Int[Tensor, " K"]) -> None:
-        """Writes the `ranks` largest back, in the first slots of each member; a member that is not finite stays as it is.
-
-        Without a coefficient the square root of sigma / s goes into each factor; with one the factors are orthonormal.
-        """
+        """Writes the `ranks` largest back, in the first slots of each member; a member that is not finite stays as it is."""
         site = self.site
         mask = site.kept if site.is_allocated else site.slots
         scale = site.scale.detach().cpu().double()
@@ -133,14 +130,7 @@ class Spectrum:
             if not self.finite[k]:
                 continue
             places = site.slots[k].nonzero()[:rank, 0]
-            U, value, Vt = self.U[k, :, :rank], self.sigma[k, :rank] / scale[k], self.Vt[k, :rank]
-            if site.has_coefficients:
-                site.E[k] = 0
-                site.E[k, places] = value.to(site.E)
-            else:
-                U, Vt = U * value.sqrt(), Vt * value.sqrt()[:, None]
-            site.A[k], site.B[k] = 0, 0
-            site.A[k, places], site.B[k, :, places] = Vt.to(site.A), U.to(site.B)
+            site.put(k, places, self.U[k, :, :rank], self.sigma[k, :rank] / scale[k], self.Vt[k, :rank])
             mask[k] = 0
             mask[k, places] = 1
 

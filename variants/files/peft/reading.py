@@ -11,7 +11,6 @@ from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.linears import find_kind
 from rankwise.variants.adapter.step import Uncalibrated
 from rankwise.variants.adapter.targets import matches
-from rankwise.variants.allocation.allocated import AllocatedAdapter
 from rankwise.variants.files.facts import Facts
 from rankwise.variants.files.folders import Contents
 from rankwise.variants.files.peft.base import put_base, take_base
@@ -29,6 +28,7 @@ from rankwise.variants.files.peft.names import (
     part,
 )
 from rankwise.variants.files.state import copy, detached_if_it_fails, first_rank, pattern_of, trained
+from rankwise.variants.lowrank.adapter import LowRankAdapter
 from rankwise.variants.lowrank.site import first_slots
 from rankwise.variants.settings import BY_PATTERN, method
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def load(model: nn.Module, contents: Contents) -> Adapter:
             copy(parameter, rest, f"{name}.{key}")
         _fill_sites(adapter, fill)
         put_base(adapter, base)
-        if isinstance(adapter, AllocatedAdapter):
+        if isinstance(adapter, LowRankAdapter):
             adapter.loaded(config.total_steps if facts is None or facts.folded is None else facts.total_step)
     return adapter
 
@@ -132,9 +132,13 @@ def _fill_sites(adapter: Adapter, fill: Mapping[str, _Slots]) -> None:
         for key, value in slots.values.items():
             if key == "magnitude":
                 adapter.site(name).magnitude[0].copy_(value)
-            elif key in ("kept", "scale"):
+            elif key in ("kept", "scale", *low_rank[name].slot_facts):
                 getattr(low_rank[name], key)[0] = value
-            else:  # A (r, I), B (O, r), E (r,)
+            elif key == "E":
+                low_rank[name].put_coefficients(0, slots.acting.to(low_rank[name].A.device), value)
+            elif key not in ("A", "B"):
+                raise ValueError(f"the metadata of {name} has {key}, which {adapter.method} does not know: a foreign file")
+            else:  # A (r, I), B (O, r)
                 into = getattr(low_rank[name], key)[0]
                 into.index_copy_(-1 if key == "B" else 0, slots.acting.to(into.device), value.to(into))
 
@@ -269,6 +273,9 @@ def _folded(sites: Sites, config: PeftConfig, facts: Facts) -> tuple[Adapter, di
         scale = adapter.site_scales(name, ranks)[0]
         if "scale" in undo:
             values["scale"] = scale = _scale(undo["scale"], name)
+        values |= _slot_facts(undo, len(alive), name)
+        if "E" in undo and parts is None:
+            values["E"] = torch.tensor(E, dtype=torch.float64)
         rank, configured, least = 0, 0, 0
         if parts is not None:  # not left out
             rank, configured, least = len(parts[A]), config.rank_of(name), 1
@@ -291,6 +298,17 @@ def _folded(sites: Sites, config: PeftConfig, facts: Facts) -> tuple[Adapter, di
                 values["magnitude"] = parts[MAGNITUDE]
         fill[name] = _Slots(len(alive), acting, values)
     return adapter, fill
+
+
+def _slot_facts(undo: Mapping[str, Any], length: int, name: str) -> dict[str, Tensor]:
+    """What a site keeps of each slot beside its factors (`LowRank.slot_facts`)."""
+    found = {}
+    for key in undo.keys() - {"kept", "alive", "scale", "E"}:
+        numbers = undo[key]
+        if not isinstance(numbers, list) or len(numbers) != length or not all(isinstance(n, float) for n in numbers):
+            raise ValueError(f"the metadata of {name} has {key} = {numbers!r}, not {length} numbers: save the adapter again")
+        found[key] = torch.tensor(numbers, dtype=torch.float64)
+    return found
 
 
 def _scale(value: Any, name: str) -> float:

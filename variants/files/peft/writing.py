@@ -183,7 +183,7 @@ def _factors(adapter: Adapter, alone: Adapter, member: int, plain: bool) -> _Upd
         ranks[name] = len(A)
         alphas[name] = _plain_number(float(f"{scale * len(A) ** (0.5 if rooted else 1.0):.15g}"))
     facts: dict[str, Any] = {"folded": folded} if folds else {}
-    if folds and isinstance(adapter, AllocatedAdapter):
+    if folds:
         facts["total_step"] = adapter.total_steps
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     names = list(dict(adapter.model.named_modules()))
@@ -225,21 +225,23 @@ def _acting(name: str, site: LowRank, member: int, plain: bool) -> tuple[Tensor,
         ValueError: coefficients that are not finite.
     """
     slots = site.slots[member].bool()
-    A, B = site.A[member][slots], site.B[member][:, slots]
     if plain and isinstance(site, Residual):
+        A, B = site.A[member][slots], site.B[member][:, slots]
         return torch.cat([A, site.A0[member][slots]]), torch.cat([B, -site.B0[member][:, slots]], 1), {}
-    if not site.is_allocated:
-        return A, B, {}
-    kept = site.kept[member][slots]
+    facts = {name: getattr(site, name)[member][slots].tolist() for name in site.slot_facts}
+    facts |= {"kept": _bits(site.kept[member][slots])} if site.is_allocated else {}
     if not site.has_coefficients:
-        alive = kept | (B != 0).any(0)
-        return A[alive], B[:, alive], {"kept": _bits(kept), "alive": _bits(alive)}
-    E = site.E[member][slots]
+        A, B = site.A[member][slots], site.B[member][:, slots]
+        if not facts:
+            return A, B, {}
+        alive = site.kept[member][slots] | (B != 0).any(0) if site.is_allocated else torch.ones_like(B[0], dtype=torch.bool)
+        return A[alive], B[:, alive], {**facts, "alive": _bits(alive)}
+    A, B, E = site.as_triplets(member)
     if not E.isfinite().all():
         raise ValueError(f"{name} has singular values that are not finite: this member diverged and cannot be folded")
     alive = E != 0
     A, B = (A[alive].double() * E[alive].double()[:, None]).to(A.dtype), B[:, alive]
-    return A, B, {"kept": _bits(kept), "alive": _bits(alive), "E": E[alive].tolist()}
+    return A, B, {**facts, "alive": _bits(alive), "E": E[alive].tolist()}
 
 
 def _scale_in_force(alone: Adapter, name: str, site: LowRank, member: int) -> tuple[float, bool]:
