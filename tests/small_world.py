@@ -55,6 +55,8 @@ SETTINGS["flexlora"] = SETTINGS["elalora"] | {"added_std": 0.02, "initial_rank":
 SETTINGS["l1ra"] = {"initial_rank": 3, "alpha": 5, "dropout": 0.1, "sparsity": 0.4, "interval": 2, "final_steps": 3}
 # Of 12 steps the bases grow at 1 and 5; truncations at 4, 8 and 9.
 SETTINGS["geolora"] = {"initial_rank": 3, "alpha": 5, "dropout": 0.1, "interval": 4, "final_steps": 3, "tolerance": 0.4}
+# Halved at 3 and 6: one of four sites is left, at rank 8.
+SETTINGS["weightlora"] = {"rank": 2, "alpha": 5, "dropout": 0.1, "growth": "smart", "interval": 3}
 SETTINGS["adalora+dora"] = SETTINGS["adalora"]
 SETTINGS["allocated"] = SETTINGS["adalora"] | {"score": "norm-share", "form": "doublet", "cost": "parameters"}
 SETTINGS["dynamic-dora"] = {k: v for k, v in SETTINGS["adalora"].items() if k != "orthogonality"}

@@ -53,6 +53,10 @@ OTHERS = {  # for each method, further values beside the least that it takes
         {"initial_rank": 4, "tolerance": 0.3, "interval": 5, "core_step": "release", "scale_by": "release"},
         {"initial_rank": 4, "cost": "parameters", "target_rank": 2, "most_rank": 9, "truncate_after": 7},
     ],
+    "weightlora": [
+        {"rank": 3, "kept_sites": 2, "kept_by": "release", "interval": 2},
+        {"rank": 3, "growth": "smart", "doublings": 1, "scaling": "alpha/sqrt(r)"},
+    ],
     "dylora": [{"rank": 4, "least_rank": 2, "update": "frozen"}],
     "partial": [{"patterns": ["bias", "layer.1"]}],
     "gradual": [{"interval": 3}],

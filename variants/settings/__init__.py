@@ -2,8 +2,8 @@
 
     base       what all settings share, and what a field says of itself (`setting`)
     lowrank    LoRA, DoRA        allocated   ranks that move while training       placed   ranks placed before it
-    sora, l1ra, geolora, dylora, truncated, ia3, partial (the model's own parameters)
     registry   the methods by name               messages    what is said of a wrong value
+    a method whose settings no other has: a file of its name
 
 Nothing here imports torch, so that a study file is checked, and a wrong one refused, within a second.  The mathematics of a
 method stands in its own file, which `Method.location` names.
@@ -71,6 +71,7 @@ from rankwise.variants.settings.registry import (
 )
 from rankwise.variants.settings.sora import SoRASettings
 from rankwise.variants.settings.truncated import NORMALISATIONS, TruncatedSettings
+from rankwise.variants.settings.weightlora import WeightLoRASettings
 
 __all__ = [
     "BY_PATTERN",
@@ -115,6 +116,7 @@ __all__ = [
     "SoRASettings",
     "SpectralRankSettings",
     "TruncatedSettings",
+    "WeightLoRASettings",
     "check",
     "explain",
     "method",

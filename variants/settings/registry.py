@@ -42,6 +42,7 @@ from rankwise.variants.settings.placed import (
 )
 from rankwise.variants.settings.sora import SoRASettings
 from rankwise.variants.settings.truncated import TruncatedSettings
+from rankwise.variants.settings.weightlora import WeightLoRASettings
 
 
 @dataclass(frozen=True)
@@ -274,6 +275,13 @@ METHODS: dict[str, Method] = {
             GeoLoRASettings,
             "a full core between orthonormal bases that the gradient widens and a tolerance cuts",
             "Schotthoefer et al. 2024",
+        ),
+        Method(
+            "weightlora",
+            "rankwise.variants.weightlora:WeightLoRA",
+            WeightLoRASettings,
+            "LoRA with a weight for each site, of which a few stay; with growth WeightLoRA+, their rank doubles",
+            "Veprikov et al. 2025",
         ),
         Method(
             "dylora",
