@@ -29,6 +29,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ROWS = {"train": 60, "validation": 24, "test": 20}
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 3, "alpha": 5, "dropout": 0.1},
+    "vera": {"rank": 8, "dropout": 0.1},
     "lora+": {"rank": 3, "alpha": 5, "dropout": 0.1},
     "pissa": {"rank": 3, "alpha": 5, "dropout": 0.1},
     "olora": {"rank": 3, "alpha": 5, "dropout": 0.1},

@@ -20,6 +20,7 @@ FILE = Path(__file__).parent / "frozen_settings.txt"
 OTHERS = {  # for each method, further values beside the least that it takes
     "lora": [{"rank": 3, "alpha": [8.0], "magnitude": True}, {"rank": 3, "rank_pattern": {"a": 2}, "scaling": "alpha/sqrt(r)"}],
     "lora-fa": [{"rank": 2, "dropout": 0.1}],
+    "vera": [{"rank": 5, "projection_seed": 0, "save_projection": False}],
     "lora+": [{"rank": 2, "lr_ratio": 4.0}],
     "pissa": [{"rank": 2, "magnitude": True}],
     "olora": [{"rank": 2, "scaling": "alpha/sqrt(r)"}],

@@ -165,7 +165,8 @@ LOW_RANK = [
     for name in variants.METHODS
     if hasattr(variants.method(name).load(), "peft_type") and variants.method(name).load().needs is None
 ]
-TAKE_ALL = [name for name in LOW_RANK if not variants.method(name).settings.model_fields["magnitude"].default]
+TAKE_ALL = [name for name in LOW_RANK if variants.method(name).load().only_linear is None]
+TAKE_ALL = [name for name in TAKE_ALL if not variants.method(name).settings.model_fields["magnitude"].default]
 
 
 def train(adapter: Any, model: nn.Module, ids: Tensor, pixels: Tensor) -> Any:

@@ -77,6 +77,7 @@ def test_what_can_run_is_what_the_methods_and_tasks_allow():
         "lora-2": 2 * 4 * 8,
         "lora-18-miniature": 7,
         "dora-1-miniature": 3,
+        "vera-glue": 6,
     } | ({"adalora-2": 2 * 9 * 2} if "squad/v1" in tasks.names() else {})
 
 

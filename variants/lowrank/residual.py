@@ -13,6 +13,7 @@ from torch import Tensor, nn
 class Residual(LowRank):
     """A low-rank site whose change is counted from where its factors started: A0 and B0, which no optimizer sees."""
 
+    own_factors = False
     slot_axes: ClassVar[dict[str, int]] = LowRank.slot_axes | {"A0": 1, "B0": 2}
 
     def __init__(self, name: str, base: nn.Module, *start: Any):

@@ -30,6 +30,7 @@ class LowRank(Site):
     has_rank = has_delta = True
     is_allocated: ClassVar[bool] = False  # an allocator chooses what is `kept`
     has_coefficients: ClassVar[bool] = False  # each slot has a trained coefficient E
+    own_factors: ClassVar[bool] = True  # A and B are tensors of its own, and with the coefficients all of the change
     # Every tensor that has slots, and their axis; a subclass with more of them adds its own.
     slot_axes: ClassVar[dict[str, int | tuple[int, int]]] = {"A": 1, "B": 2, "slots": 1}
     slot_facts: ClassVar[tuple[str, ...]] = ()  # tensors (K, R) that a file keeps beside the factors
@@ -51,12 +52,16 @@ class LowRank(Site):
         super().__init__()
         out_features, in_features = size_of(base)
         ranks = [len(a) for a in starts[0]]
-        like = {"dtype": trained_dtype(dtype_of(base))}
-        A = torch.zeros(len(ranks), max(ranks), in_features, **like)
-        B = torch.zeros(len(ranks), out_features, max(ranks), **like)
+        self.place(name, base, ranks, scale, dropout, draw)
+        A = self.slots.new_zeros(len(ranks), max(ranks), in_features)
+        B = self.slots.new_zeros(len(ranks), out_features, max(ranks))
         for k, r in enumerate(ranks):
             A[k, :r], B[k, :, :r] = starts[0][k], starts[1][k]
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+
+    def place(self, name: str, base: nn.Module, ranks: list[int], scale: list[float], dropout: float, draw: Draw) -> None:
+        """All that a site has but its factors."""
+        like = {"dtype": trained_dtype(dtype_of(base))}
         self.register_buffer("slots", (torch.arange(max(ranks)) < torch.tensor(ranks)[:, None]).to(**like))
         self.register_buffer("scale", torch.tensor(scale, **like))
         self.register_buffer("given", torch.tensor(ranks), persistent=False)  # (K,) slots at the start

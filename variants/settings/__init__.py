@@ -39,20 +39,8 @@ from rankwise.variants.settings.dylora import DyLoRASettings
 from rankwise.variants.settings.geolora import GeoLoRASettings
 from rankwise.variants.settings.ia3 import IA3Settings
 from rankwise.variants.settings.l1ra import L1RASettings
-from rankwise.variants.settings.lowrank import (
-    DoRASettings,
-    LoRAPlusSettings,
-    LoRASettings,
-    LowRankSettings,
-    RankedSettings,
-)
-from rankwise.variants.settings.messages import (
-    explain,
-    nearest,
-    printable,
-    quoted,
-    shown,
-)
+from rankwise.variants.settings.lowrank import DoRASettings, LoRAPlusSettings, LoRASettings, LowRankSettings, RankedSettings
+from rankwise.variants.settings.messages import explain, nearest, printable, quoted, shown
 from rankwise.variants.settings.partial import GradualSettings, PartialSettings
 from rankwise.variants.settings.placed import (
     EVASettings,
@@ -62,15 +50,10 @@ from rankwise.variants.settings.placed import (
     PlacedSettings,
     SpectralRankSettings,
 )
-from rankwise.variants.settings.registry import (
-    METHODS,
-    Method,
-    Placement,
-    check,
-    method,
-)
+from rankwise.variants.settings.registry import METHODS, Method, Placement, check, method
 from rankwise.variants.settings.sora import SoRASettings
 from rankwise.variants.settings.truncated import NORMALISATIONS, TruncatedSettings
+from rankwise.variants.settings.vera import VeRASettings
 from rankwise.variants.settings.weightlora import WeightLoRASettings
 
 __all__ = [
@@ -116,6 +99,7 @@ __all__ = [
     "SoRASettings",
     "SpectralRankSettings",
     "TruncatedSettings",
+    "VeRASettings",
     "WeightLoRASettings",
     "check",
     "explain",

@@ -59,6 +59,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
     facts: ClassVar[Mapping[str, Facts]] = {}  # of each field, in order
+    takes_targets: ClassVar[bool] = False  # sites are inserted where the targets say
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from math import ceil
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 from rankwise.variants.settings.base import Count, Fraction, PerMember, Positive, Settings, setting
@@ -11,6 +11,8 @@ from rankwise.variants.settings.base import Count, Fraction, PerMember, Positive
 
 class LowRankSettings(Settings):
     """What every low-rank method has."""
+
+    takes_targets: ClassVar[bool] = True
 
     alpha: list[Positive] | Positive = setting(16.0, role="alpha")
     """Numerator of the scale on the update; one number, or one for each member."""

@@ -19,18 +19,8 @@ from rankwise.variants.settings.dylora import DyLoRASettings
 from rankwise.variants.settings.geolora import GeoLoRASettings
 from rankwise.variants.settings.ia3 import IA3Settings
 from rankwise.variants.settings.l1ra import L1RASettings
-from rankwise.variants.settings.lowrank import (
-    DoRASettings,
-    LoRAPlusSettings,
-    LoRASettings,
-    LowRankSettings,
-    RankedSettings,
-)
-from rankwise.variants.settings.messages import (
-    explain,
-    nearest,
-    quoted,
-)
+from rankwise.variants.settings.lowrank import DoRASettings, LoRAPlusSettings, LoRASettings, RankedSettings
+from rankwise.variants.settings.messages import explain, nearest, quoted
 from rankwise.variants.settings.partial import GradualSettings, PartialSettings
 from rankwise.variants.settings.placed import (
     EVASettings,
@@ -42,6 +32,7 @@ from rankwise.variants.settings.placed import (
 )
 from rankwise.variants.settings.sora import SoRASettings
 from rankwise.variants.settings.truncated import TruncatedSettings
+from rankwise.variants.settings.vera import VeRASettings
 from rankwise.variants.settings.weightlora import WeightLoRASettings
 
 
@@ -86,7 +77,7 @@ class Method:
 
     @property
     def takes_targets(self) -> bool:
-        return issubclass(self.settings, LowRankSettings)
+        return self.settings.takes_targets
 
     @property
     def takes_ranks(self) -> bool:
@@ -135,6 +126,13 @@ METHODS: dict[str, Method] = {
             RankedSettings,
             "LoRA whose A and B both start at random, in orthogonal subspaces",
             "after PEFT",
+        ),
+        Method(
+            "vera",
+            "rankwise.variants.vera:VeRA",
+            VeRASettings,
+            "two trained vectors at each weight, around random matrices that all share",
+            "Kopiczko et al. 2024",
         ),
         Method("lora-fa", "rankwise.variants.lora_fa:LoRAFA", LoRASettings, "LoRA whose A is frozen", "Zhang et al. 2023"),
         Method(

@@ -139,16 +139,16 @@ def low_rank_sites(adapter: Adapter) -> list[tuple[str, LowRank]]:
     """(name, the low-rank site, also that inside a magnitude).
 
     Raises:
-        ValueError: the method has none, or its updates are counted from a start that is taken out of the weight.
+        ValueError: the method has none, or they are no product of factors of its own.
     """
-    if getattr(adapter, "init_lora_weights", None) is not None:
-        raise ValueError(
-            f"{adapter.method} takes its start out of the weight, so that its own factors are not its update: write it as a "
-            f"plain LoRA (variants.export_lora), and truncate that"
-        )
     sites = [(name, site.low_rank) for name, site in adapter.named_sites()]
     if not sites or any(site is None for _, site in sites):
         raise ValueError(f"{adapter.method} has no low-rank update to truncate: give an adapter of a low-rank method")
+    if not all(site.own_factors for _, site in sites):
+        raise ValueError(
+            f"{adapter.method} has no factors of its own whose product is its update: write it as a plain LoRA "
+            f"(variants.export_lora), and truncate that"
+        )
     return sites
 
 

@@ -249,9 +249,9 @@ class PeftConfig:
 def _refuse_unsupported(values: Mapping[str, Any]) -> None:
     kind = values.get("peft_type")
     if kind not in ("LORA", "ADALORA"):
-        others = " and ".join(OTHER_FORMS)
+        others = ", ".join(OTHER_FORMS)
         raise ValueError(
-            f"{CONFIG}: peft_type = {shown(kind)}: LORA (with or without use_dora) and ADALORA can be loaded, and {others}"
+            f"{CONFIG}: peft_type = {shown(kind)}: LORA (with or without use_dora), ADALORA, {others} and VERA can be loaded"
         )
     if values.get("bias", "none") != "none":
         bias = shown(values["bias"])

@@ -14,6 +14,7 @@ FACTORS = {
     "linear": ("lora_A", "lora_B"),
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
 }
+VECTORS, PROJECTIONS = ("vera_lambda_d", "vera_lambda_b"), ("base_model.vera_A", "base_model.vera_B")  # a VERA's
 COEFFICIENTS, MAGNITUDE = "lora_E", "lora_magnitude_vector"
 _PART = re.compile(
     r"^(?P<site>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_E|lora_magnitude_vector|ranknum)"

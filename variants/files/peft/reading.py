@@ -13,6 +13,7 @@ from rankwise.variants.adapter.step import Uncalibrated
 from rankwise.variants.adapter.targets import matches
 from rankwise.variants.files.facts import Facts
 from rankwise.variants.files.folders import Contents
+from rankwise.variants.files.peft import vera
 from rankwise.variants.files.peft.base import put_base, take_base
 from rankwise.variants.files.peft.checks import Sites, as_matrices, check_heads, check_sites, check_targets, heads_of
 from rankwise.variants.files.peft.config import RANK_EPSILON, PeftConfig
@@ -50,6 +51,8 @@ def load(model: nn.Module, contents: Contents) -> Adapter:
     Raises:
         ValueError: what is not supported, or tensors that are missing, contradict the configuration or do not fit `model`.
     """
+    if contents.config.get("peft_type") == "VERA":
+        return vera.load(model, contents)
     config, facts = PeftConfig.read(contents.config), contents.facts
     sites, rest = _parts(contents.tensors)
     heads = heads_of(model, config)

@@ -18,9 +18,17 @@ from rankwise.variants.files.facts import Facts
 from rankwise.variants.files.folders import Contents
 from rankwise.variants.files.peft.checks import unlike_peft_at_start
 from rankwise.variants.files.peft.config import RANK_EPSILON
-from rankwise.variants.files.peft.names import BASE_LAYER, COEFFICIENTS, FACTORS, MAGNITUDE, NO_TARGETS, PREFIX
+from rankwise.variants.files.peft.names import (
+    BASE_LAYER,
+    COEFFICIENTS,
+    FACTORS,
+    MAGNITUDE,
+    NO_TARGETS,
+    PREFIX,
+    PROJECTIONS,
+    VECTORS,
+)
 from rankwise.variants.files.state import as_fact, first_rank, pattern_of, trained
-from rankwise.variants.lowrank.residual import Residual
 from rankwise.variants.lowrank.site import LowRank
 from torch import Tensor, nn
 
@@ -50,7 +58,7 @@ TASKS = {
 
 
 @dataclass(frozen=True)
-class _Update:
+class Update:
     """The low-rank updates of an adapter as PEFT holds them.
 
     sites: those that have tensors.  config: the keys that say their form, ranks and scales.  facts: what undoes it.
@@ -60,6 +68,7 @@ class _Update:
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    shared: Mapping[str, Tensor] = field(default_factory=dict)  # of all sites, by whole names
 
 
 def written(adapter: Adapter, member: int, plain: bool = False) -> Contents:
@@ -69,20 +78,19 @@ def written(adapter: Adapter, member: int, plain: bool = False) -> Contents:
     sites = dict(adapter.named_sites())
     if not sites:
         none = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "use_dora": False}
-        update = _Update([], {}, none)
+        update = Update([], {}, {"peft_type": "LORA", **_lora(alone, plain), **none})
+    elif not plain and adapter.peft_type == "VERA":
+        update = _vectors(adapter, alone, member)
     elif not plain and adapter.peft_type == "ADALORA" and all(_has_adalora_form(adapter, name) for name in sites):
         update = _triplets(adapter, alone, member)
     else:
         update = _factors(adapter, alone, member, plain)
     config = {
         **common(adapter, update.sites),
-        "peft_type": "LORA",
         "bias": "none",
         "fan_in_fan_out": any(kind_of(adapter.base(name)).fan_in_fan_out for name in sites),
-        "init_lora_weights": _start(alone, plain),
         "layers_pattern": None,
         "layers_to_transform": None,
-        "lora_dropout": settings.get("dropout", 0.0),
         **update.config,
     }
     own = {"settings": settings.model_dump(exclude_unset=True), "seed": alone.seeds[0]}
@@ -91,7 +99,7 @@ def written(adapter: Adapter, member: int, plain: bool = False) -> Contents:
     own["quantization"] = as_fact(model)
     facts = Facts(adapter.method, **own, targets=adapter.targets, head=adapter.head_names, **update.facts)
     tensors = {**update.tensors, **beside_sites(adapter, member, update.sites)}
-    tensors = {PREFIX + name: value for name, value in tensors.items()}
+    tensors = {PREFIX + name: value for name, value in tensors.items()} | update.shared
     return Contents(tensors, config, None if plain else facts)
 
 
@@ -118,7 +126,27 @@ def beside_sites(adapter: Adapter, member: int, sites: Sequence[str]) -> dict[st
     return {**_head_tensors(adapter, member), **_base_tensors(adapter, sites)}
 
 
-def _triplets(adapter: AllocatedAdapter, alone: Adapter, member: int) -> _Update:
+def _vectors(adapter: Adapter, alone: Adapter, member: int) -> Update:
+    """A PEFT VERA."""
+    settings, tensors, rank = alone.settings, {}, alone.settings.rank
+    for name, site in adapter.named_sites():
+        d, b = VECTORS
+        tensors[f"{name}.{d}"], tensors[f"{name}.{b}"] = site.d[member, :rank], site.b[member]
+    config = {
+        "peft_type": "VERA",
+        "r": rank,
+        "vera_dropout": settings.dropout,
+        "d_initial": settings.d_initial,
+        "projection_prng_key": alone.projection_seeds()[0],
+        "save_projection": settings.save_projection,
+        "init_weights": True,
+    }
+    pair = adapter.projections.A[member, :rank], adapter.projections.B[member, :, :rank]
+    shared = dict(zip(PROJECTIONS, pair, strict=True)) if settings.save_projection else {}
+    return Update(list(dict(adapter.named_sites())), tensors, config, shared=shared)
+
+
+def _triplets(adapter: AllocatedAdapter, alone: Adapter, member: int) -> Update:
     """A PEFT ADALORA."""
     settings = alone.settings
     initial = max(int(site.slots[member].sum()) for _, site in adapter.named_sites())
@@ -138,6 +166,7 @@ def _triplets(adapter: AllocatedAdapter, alone: Adapter, member: int) -> _Update
         kept[name] = _bits(keep)
     config = {
         "peft_type": "ADALORA",
+        **_lora(alone, plain=False),
         "lora_alpha": _plain_number(settings.alpha),
         "init_r": initial,
         "target_r": settings.target_rank,
@@ -150,24 +179,25 @@ def _triplets(adapter: AllocatedAdapter, alone: Adapter, member: int) -> _Update
         "total_step": adapter.total_steps or settings.warmup_steps + settings.final_steps + settings.interval + 1,
         "rank_pattern": pattern,
     }
-    return _Update(list(kept), tensors, config, {"kept": kept} | ({"scales": scales} if scales else {}))
+    return Update(list(kept), tensors, config, {"kept": kept} | ({"scales": scales} if scales else {}))
 
 
-def _start(alone: Adapter, plain: bool) -> str | bool:
-    """init_lora_weights: how PEFT starts, which matters to a file where the start is taken out of the weight."""
+def _lora(alone: Adapter, plain: bool) -> dict[str, Any]:
+    """What a LORA and an ADALORA say beside ranks and scales; how PEFT starts where that is taken out of the weight."""
+    start: str | bool = "gaussian" if alone.settings.get("initialization") == "gaussian" else True
     if not plain and getattr(alone, "init_lora_weights", None) is not None:
-        return alone.init_lora_weights
-    return "gaussian" if alone.settings.get("initialization") == "gaussian" else True
+        start = alone.init_lora_weights
+    return {"init_lora_weights": start, "lora_dropout": alone.settings.get("dropout", 0.0)}
 
 
-def _factors(adapter: Adapter, alone: Adapter, member: int, plain: bool) -> _Update:
+def _factors(adapter: Adapter, alone: Adapter, member: int, plain: bool) -> Update:
     """A PEFT LORA, and in its facts what undoes it where the settings alone do not say; `plain` on the unchanged weights."""
     settings = alone.settings
     parts = {name: _acting(name, site.low_rank, member, plain) for name, site in adapter.named_sites()}
     scales = {name: _scale_in_force(alone, name, site.low_rank, member) for name, site in adapter.named_sites()}
     folds = any(undo for _, _, undo in parts.values()) or any(is_own for _, is_own in scales.values())
     folds = folds or any(len(A) != alone.site_ranks(name, first_rank(settings))[0] for name, (A, _, _) in parts.items())
-    rooted = settings.scaling == "alpha/sqrt(r)" and not folds
+    rooted = settings.get("scaling") == "alpha/sqrt(r)" and not folds
     tensors, ranks, alphas, folded = {}, {}, {}, {}
     needed = next(iter(parts)) if not any(len(A) for A, _, _ in parts.values()) else None  # a LORA has at least one site
     for name, site in adapter.named_sites():
@@ -188,6 +218,8 @@ def _factors(adapter: Adapter, alone: Adapter, member: int, plain: bool) -> _Upd
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     names = list(dict(adapter.model.named_modules()))
     config = {
+        "peft_type": "LORA",
+        **_lora(alone, plain),
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {pattern_of(n, names): r for n, r in ranks.items() if r != rank},
@@ -195,7 +227,7 @@ def _factors(adapter: Adapter, alone: Adapter, member: int, plain: bool) -> _Upd
         "use_rslora": rooted,
         "use_dora": all(site.has_magnitude for _, site in adapter.named_sites()),
     }
-    return _Update(list(ranks), tensors, config, facts)
+    return Update(list(ranks), tensors, config, facts)
 
 
 def _has_adalora_form(adapter: Adapter, name: str) -> bool:
@@ -218,16 +250,17 @@ def _named(name: str, base: nn.Module, A: Tensor, B: Tensor, start: str | None) 
 def _acting(name: str, site: LowRank, member: int, plain: bool) -> tuple[Tensor, Tensor, dict]:
     """A (r, I) and B (O, r) of the slots of one member that act, a coefficient folded into A; and what undoes that.
 
-    What a slot acts by is its coefficient; without one, being kept or having a column of B.  `plain`: where the start was taken
-    out of the weight, its slots too.
+    What a slot acts by is its coefficient; without one, being kept or having a column of B.  `plain`: where the change
+    is no product of the site's own factors, those that give all of it.
 
     Raises:
         ValueError: coefficients that are not finite.
     """
     slots = site.slots[member].bool()
-    if plain and isinstance(site, Residual):
-        A, B = site.A[member][slots], site.B[member][:, slots]
-        return torch.cat([A, site.A0[member][slots]]), torch.cat([B, -site.B0[member][:, slots]], 1), {}
+    if plain and not site.own_factors:
+        A, B, c = (tensor[member] for tensor in site.matrices())
+        acts = c != 0
+        return A[acts], (B * (c / site.scale[member]))[:, acts], {}
     facts = {name: getattr(site, name)[member][slots].tolist() for name in site.slot_facts}
     facts |= {"kept": _bits(site.kept[member][slots])} if site.is_allocated else {}
     if not site.has_coefficients:
