@@ -166,7 +166,6 @@ LOW_RANK = [
     if hasattr(variants.method(name).load(), "peft_type") and variants.method(name).load().needs is None
 ]
 TAKE_ALL = [name for name in LOW_RANK if variants.method(name).load().only_linear is None]
-TAKE_ALL = [name for name in TAKE_ALL if not variants.method(name).settings.model_fields["magnitude"].default]
 
 
 def train(adapter: Any, model: nn.Module, ids: Tensor, pixels: Tensor) -> Any:
@@ -200,9 +199,12 @@ def test_members_train_together_as_alone(method):
     for k, (alone, own) in enumerate(zip(starts, models, strict=True)):
         alone.attach(own, TARGETS, head=[])
         alone.copy_member(packed, k)
-    before = {name: site.B.detach().clone() for name, site in packed.named_sites()}  # the factor that every method trains
+    before = {
+        name: site.low_rank.B.detach().clone() for name, site in packed.named_sites()
+    }  # the factor that every method trains
     train(packed, model, ids, pixels)
-    assert all(site.B.shape != before[name].shape or site.B.ne(before[name]).any() for name, site in packed.named_sites())
+    after = {name: site.low_rank.B for name, site in packed.named_sites()}
+    assert all(B.shape != before[name].shape or B.ne(before[name]).any() for name, B in after.items())
     for k, (alone, own) in enumerate(zip(starts, models, strict=True)):
         mine = slice(k * rows, (k + 1) * rows)
         train(alone, own, ids[mine], pixels[mine])
@@ -288,11 +290,91 @@ def test_a_dilation_that_peft_forgets_is_said_and_a_file_trained_so_is_refused(t
         variants.load_pretrained(kinds(torch.float32, dilation=2), tmp_path / "theirs")
 
 
-def test_a_dora_of_pefts_at_a_convolution_is_refused(tmp_path):
-    config = peft.LoraConfig(r=3, target_modules=["image"], use_dora=True)
-    peft.get_peft_model(kinds(torch.float32), config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"image is a Conv2d: only adapters of linears can be loaded where .* use_dora"):
-        variants.load_pretrained(kinds(torch.float32), tmp_path)
+# -- magnitudes at every kind ---------------------------------------------------------------------------------------------
+
+
+def test_a_magnitude_scales_each_row_of_the_changed_weight_and_not_the_bias():
+    """The definition, of three members: m / |W + dW| times W + dW in place of W; |W + dW| is constant in the backward pass."""
+    model, rows = kinds(), 4
+    adapter = attached(model, lora(3, magnitude=True))
+    ids, pixels = inputs(3, rows)
+    letters = torch.tanh(torch.randn(3 * rows, 6, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
+    given = {"words": ids, "sound": letters, "image": pixels}
+    found = {name: model.get_submodule(name)(x) for name, x in given.items()}
+    sum(y.square().sum() for y in found.values()).backward()
+    for name, x in given.items():
+        site, base = adapter.site(name), adapter.base(name)
+        for k, scale in enumerate((7 / 3, 5 / 2, 2 / 4)):
+            A, B, m = (t[k].detach().requires_grad_() for t in (site.inner.A, site.inner.B, site.magnitude))
+            whole = weight_of(base) + scale * B @ A
+            W = (m / whole.detach().norm(dim=1))[:, None] * whole
+            mine = x[k * rows : (k + 1) * rows]
+            if name == "words":
+                want = nn.functional.embedding(mine, W.mT)
+            elif name == "sound":
+                want = nn.functional.conv1d(mine, W.view(base.weight.shape), base.bias, 2, 2)
+            else:
+                want = nn.functional.conv2d(mine, W.view(base.weight.shape), base.bias, (2, 1), (1, 2))
+            torch.testing.assert_close(found[name][k * rows : (k + 1) * rows], want)
+            torch.testing.assert_close(adapter.delta(name)[k], W - weight_of(base))
+            want.square().sum().backward()
+            torch.testing.assert_close(site.magnitude.grad[k], m.grad)
+            torch.testing.assert_close(site.inner.B.grad[k], B.grad)
+            expected = A.grad.clone()
+            expected[:, PAD] *= 0 if name == "words" else 1  # a padding token gives A no gradient, as in PEFT
+            torch.testing.assert_close(site.inner.A.grad[k], expected)
+
+
+@pytest.mark.parametrize("method", ["dora", "adalora+dora"])
+def test_a_dora_goes_to_peft_and_back_at_every_kind(method, tmp_path):
+    model = kinds(torch.float32)
+    adapter = attached(model, variants.create(method, **of_member(settings(method, dropout=0.0), 0)))
+    want = model(*inputs(dtype=torch.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        variants.save_pretrained(adapter, tmp_path / "ours")
+    tensors = load_file(tmp_path / "ours/adapter_model.safetensors")
+    shapes = {"words": (6,), "sound": (1, 6, 1), "image": (1, 5, 1, 1), "out": (4,)}
+    assert {n: tuple(tensors[f"base_model.model.{n}.lora_magnitude_vector"].shape) for n in shapes} == shapes
+    oracle = peft.PeftModel.from_pretrained(kinds(torch.float32), tmp_path / "ours").eval()
+    torch.testing.assert_close(oracle(*inputs(dtype=torch.float32)), want)
+    with torch.no_grad():
+        for name, parameter in oracle.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(1.2).add_(0.05)
+    oracle.save_pretrained(tmp_path / "theirs")
+    for folder, expected in (("ours", want), ("theirs", oracle(*inputs(dtype=torch.float32)))):
+        fresh = kinds(torch.float32)
+        variants.load_pretrained(fresh, tmp_path / folder)
+        torch.testing.assert_close(fresh(*inputs(dtype=torch.float32)), expected)
+
+
+def test_a_dora_of_pefts_starts_where_ours_does_and_trains_alike():
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=TARGETS, use_dora=True)
+    oracle, model = peft.get_peft_model(kinds(torch.float32), config), kinds(torch.float32)
+    adapter = variants.create("dora", rank=3, alpha=7).attach(model, TARGETS, head=[])
+    theirs = {n.removeprefix("base_model.model."): p for n, p in oracle.named_parameters() if p.requires_grad}
+    pairs = []
+    for name, site in adapter.named_sites():
+        magnitude = theirs[f"{name}.lora_magnitude_vector.default.weight"]
+        torch.testing.assert_close(magnitude.detach().flatten(), site.magnitude[0].detach())
+        pairs.append((site.magnitude, magnitude))
+        for part in "AB":
+            key = f"{name}.lora_embedding_{part}.default" if name == "words" else f"{name}.lora_{part}.default.weight"
+            pairs.append((getattr(site.inner, part), theirs[key]))
+    with torch.no_grad():
+        for mine, other in pairs:
+            other.copy_(mine[0].view(other.shape))
+    ids, pixels = inputs(dtype=torch.float32)
+    optimizers = [torch.optim.AdamW([pair[which] for pair in pairs], lr=1e-2, eps=1e-4) for which in (0, 1)]
+    for _ in range(5):
+        for one, optimizer in zip((model, oracle), optimizers, strict=True):
+            one(ids, pixels).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for mine, other in pairs:
+        torch.testing.assert_close(mine[0].flatten(), other.flatten(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(model(ids, pixels), oracle(ids, pixels), rtol=1e-4, atol=1e-5)
 
 
 # -- targets and refusals --------------------------------------------------------------------------------------------------
@@ -305,7 +387,7 @@ def test_all_linear_means_linears_and_a_name_or_expression_any_kind():
     assert resolve(tiny("bert"), "word_embeddings", []) == ["bert.embeddings.word_embeddings"]
 
 
-@pytest.mark.parametrize("method", ["dora", "adalora+dora", "eva", "gora"])
+@pytest.mark.parametrize("method", ["pissa", "vera", "eva", "gora"])
 def test_methods_that_need_linears_say_so(method):
     adapter = variants.create(method, **of_member(settings(method), 0))
     with pytest.raises(ValueError, match=rf'target "words" is no linear module .* {re.escape(method)} .* linear modules only'):

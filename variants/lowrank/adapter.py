@@ -78,9 +78,7 @@ class LowRankAdapter(Adapter):
         Raises:
             ValueError: a target that is no linear, where the method needs one.
         """
-        reason = "decomposes weights into magnitude and direction" if self.has_magnitude else None
-        reason = f"measures {self.needs}" if self.needs is not None else reason
-        reason = self.only_linear or reason
+        reason = f"measures {self.needs}" if self.needs is not None else self.only_linear
         for name in names:
             if reason is not None and not is_linear(model.get_submodule(name)):
                 kind = type(model.get_submodule(name)).__name__

@@ -41,6 +41,8 @@ class Decomposed(Site):
         return torch.where(norm > 0, self.magnitude / norm.clamp_min(torch.finfo(norm.dtype).tiny), 1.0)
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        if not self.inner.kind.is_linear:
+            return self._rescaled(base, self.inner(base, x))
         rows = self.inner.rows(x)
         y = base_output(base, rows)
         dtype = y.dtype
@@ -48,6 +50,13 @@ class Decomposed(Site):
         y = self.inner.add_update(y, rows)
         scaled = Recomposed.apply(owners.fold(y), gain, base.bias, True)  # (K, N, O)
         return owners.as_input(owners.unfold(scaled, y).to(dtype), x)
+
+    def _rescaled(self, base: nn.Module, y: Tensor) -> Tensor:
+        """The output (K*N, ...) of a weight of another kind, whose O may lie along another axis, with the gain on it."""
+        axis, owners = self.inner.kind.out_axis(base), self.inner.draw.rows
+        values = y.movedim(axis, -1)  # (K*N, ..., O)
+        scaled = Recomposed.apply(owners.by_member(values), self.gain(base), getattr(base, "bias", None), True)
+        return owners.as_input(scaled, values).movedim(-1, axis).to(y.dtype)
 
     def delta(self, base: nn.Module) -> Tensor:
         return self.gain(base)[:, :, None] * (weight_of(base) + self.inner.delta(base)) - weight_of(base)

@@ -65,6 +65,12 @@ class Convolution(Kind):
     def factor_shapes(self, module: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, *module.weight.shape[1:]), (module.out_channels, rank, *(1 for _ in module.kernel_size))
 
+    def out_axis(self, module: nn.Module) -> int:
+        return -1 - len(module.kernel_size)
+
+    def magnitude_shape(self, module: nn.Module) -> tuple[int, ...]:
+        return 1, module.out_channels, *(1 for _ in module.kernel_size)
+
     def unlike_peft(self, module: nn.Module) -> str | None:
         if any(step != 1 for step in module.dilation):
             return f"PEFT's A has no dilation where the module has {module.dilation}"

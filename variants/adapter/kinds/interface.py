@@ -27,7 +27,7 @@ class Site(Protocol):
 class Kind:
     """One kind of weight.  It has no state: each function is given the module."""
 
-    is_linear: ClassVar[bool] = True  # what "all-linear" means, magnitudes can stand around, and inputs are measured at
+    is_linear: ClassVar[bool] = True  # what "all-linear" means, and inputs are measured at
     factors: ClassVar[Literal["linear", "embedding"]] = "linear"  # PEFT's names of A and B: files.peft.names.FACTORS
     fan_in_fan_out: ClassVar[bool] = False  # PEFT's word for a linear that is stored (I, O)
 
@@ -108,6 +108,14 @@ class Kind:
         """The shapes in which PEFT stores A and B; ours, (R, I) and (O, R), are the same with the last axes flattened."""
         out_features, in_features = self.size(module)
         return (rank, in_features), (out_features, rank)
+
+    def out_axis(self, module: nn.Module) -> int:
+        """The axis of the module's output along which its O outputs lie, from the end."""
+        return -1
+
+    def magnitude_shape(self, module: nn.Module) -> tuple[int, ...]:
+        """The shape in which PEFT stores DoRA's magnitudes; ours, (O,), is the same flattened."""
+        return (self.size(module)[0],)
 
     def unlike_peft(self, module: nn.Module) -> str | None:
         """Why PEFT's forward pass with the same factors is another one; None where it is the same."""

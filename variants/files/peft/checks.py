@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from rankwise.variants.adapter.kinds.quantised import bits
-from rankwise.variants.adapter.linears import check_adaptable, find_kind, is_linear, kind_of, known_kinds, size_of
+from rankwise.variants.adapter.linears import check_adaptable, find_kind, is_linear, kind_of, known_kinds
 from rankwise.variants.files.peft.config import PeftConfig
 from rankwise.variants.files.peft.names import COEFFICIENTS, CONFIG, FACTORS, MAGNITUDE, PREFIX, WEIGHTS
 from rankwise.variants.settings import nearest
@@ -25,9 +25,9 @@ def check_sites(model: nn.Module, sites: Sites, config: PeftConfig) -> None:
             )
         base = modules[name]
         kind = find_kind(base)
-        if kind is None or (beside and not kind.is_linear):
-            loaded = f"only adapters of {'linears' if beside else known_kinds()} can be loaded"
-            form = f" where {CONFIG} has {'AdaLoRA' if config.is_adalora else 'use_dora'}" if beside else ""
+        if kind is None or (config.is_adalora and not kind.is_linear):
+            loaded = f"only adapters of {'linears' if config.is_adalora else known_kinds()} can be loaded"
+            form = f" where {CONFIG} has AdaLoRA" if config.is_adalora else ""
             raise ValueError(f"{name} is a {type(base).__name__}: {loaded}{form}; choose other targets in PEFT")
         check_adaptable(name, base)
         a, b = FACTORS[kind.factors]
@@ -38,7 +38,7 @@ def check_sites(model: nn.Module, sites: Sites, config: PeftConfig) -> None:
             raise ValueError(f"{name} {fault}: the file is not whole or not of this {CONFIG}; save the adapter again")
         rank = parts[a].shape[0] if parts[a].dim() else 0
         shapes = dict(zip((a, b), kind.factor_shapes(base, rank), strict=True))
-        shapes |= {COEFFICIENTS: (rank, 1), MAGNITUDE: (size_of(base)[0],)}
+        shapes |= {COEFFICIENTS: (rank, 1), MAGNITUDE: kind.magnitude_shape(base)}
         for key, value in parts.items():
             if tuple(value.shape) != shapes[key]:
                 raise ValueError(
@@ -76,6 +76,8 @@ def as_matrices(model: nn.Module, sites: Sites, config: PeftConfig, ours: bool) 
             raise ValueError(f"{name} was another function in PEFT: {reason}; train it here, or choose other targets")
         names = dict(zip(FACTORS[kind.factors], (A, B), strict=True))
         matrices[name] = {names.get(key, key): value.flatten(1) if key in names else value for key, value in parts.items()}
+        if MAGNITUDE in parts:
+            matrices[name][MAGNITUDE] = parts[MAGNITUDE].flatten()
     return matrices
 
 

@@ -207,9 +207,10 @@ def _factors(adapter: Adapter, alone: Adapter, member: int, plain: bool) -> Upda
             continue
         if not len(A):
             A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
-        tensors |= _named(name, adapter.base(name), A, B, None if plain else alone.init_lora_weights)
+        base = adapter.base(name)
+        tensors |= _named(name, base, A, B, None if plain else alone.init_lora_weights)
         if magnitude is not None:
-            tensors[f"{name}.{MAGNITUDE}"] = magnitude[member]
+            tensors[f"{name}.{MAGNITUDE}"] = magnitude[member].view(kind_of(base).magnitude_shape(base))
         ranks[name] = len(A)
         alphas[name] = _plain_number(float(f"{scale * len(A) ** (0.5 if rooted else 1.0):.15g}"))
     facts: dict[str, Any] = {"folded": folded} if folds else {}
