@@ -79,6 +79,7 @@ class Said(Training):
     rise_steps: Count = 0
     rank: PositiveInt = 1
     target_rank: PositiveInt = 1
+    bottleneck: PositiveInt = 1
 
 
 SIX = ("query", "key", "value", "attention output", "intermediate", "output")

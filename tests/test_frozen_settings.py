@@ -61,6 +61,8 @@ OTHERS = {  # for each method, further values beside the least that it takes
     "dylora": [{"rank": 4, "least_rank": 2, "update": "frozen"}],
     "partial": [{"patterns": ["bias", "layer.1"]}],
     "gradual": [{"interval": 3}],
+    "houlsby": [{"bottleneck": 8, "nonlinearity": "relu"}],
+    "pfeiffer": [{"bottleneck": [8, 4], "after": ["intermediate.dense"]}],
     "ia3": [{"outputs": ["value"], "inputs": ["intermediate.dense"]}],
     "truncated": [{"initial_rank": 4, "target_rank": 2, "cost": "parameters", "normalisation": "weight"}],
 }

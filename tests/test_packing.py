@@ -134,9 +134,9 @@ def test_every_site_refuses_an_input_that_is_not_the_members_rows(method):
     sites = [*adapter.named_sites(), *((name.replace("/", "."), site) for name, site in adapter.heads.items())]
     for name, site in sites:
         base = adapter.base(name)
-        features = base.weight.shape[-1]
-        good, bad = torch.randn(12, 2, features).double(), torch.randn(6, 4, features).double()
         if isinstance(base, nn.Linear | nn.LayerNorm):
+            features = base.weight.shape[-1]
+            good, bad = torch.randn(12, 2, features).double(), torch.randn(6, 4, features).double()
             site(base, good)
             with pytest.raises(ValueError, match=rf"{name} got an input of shape \(6, 4, .*first axis is not the 12 rows"):
                 site(base, bad)

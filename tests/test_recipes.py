@@ -69,16 +69,16 @@ def test_every_cell_of_a_recipe_is_a_row_of_its_table_and_a_sound_study(name):
 def test_what_can_run_is_what_the_methods_and_tasks_allow():
     counts = {name: len(runnable(recipes.load(name))) for name in recipes.names()}
     assert {name: count for name, count in counts.items() if count} == {
-        "adalora-1": 2 * 6 * 8,  # full, BitFit, two of LoRA, two of AdaLoRA
+        "adalora-1": 2 * 12 * 8,
         "adalora-4": 2 * 12 * 3,
         "adalora-4-miniature": 2 * 12,
         "adalora-5": 2 * 18 * 2,
         "adalora-5-miniature": 2 * 18,
-        "lora-2": 2 * 4 * 8,
+        "lora-2": 2 * 8 * 8,  # four of LoRA, four of adapters
         "lora-18-miniature": 7,
         "dora-1-miniature": 3,
         "vera-glue": 6,
-    } | ({"adalora-2": 2 * 9 * 2} if "squad/v1" in tasks.names() else {})
+    } | ({"adalora-2": 2 * 17 * 2} if "squad/v1" in tasks.names() else {})
 
 
 def test_what_waits_says_for_what():
@@ -241,6 +241,28 @@ def test_adaloras_baselines_search_the_rates_that_the_paper_searched_with_full_r
         assert (study.sweep.epochs, study.sweep.trials, study.sweep.halving) == (50, 8, None)  # as long, and never widened
     scaled = planned("adalora-1", "Full FT, 184M", "rte", scale=0.015).study
     assert (scaled.sweep.epochs, scaled.sweep.max_steps) == (scaled.training.epochs, scaled.training.max_steps) == (1, 58)
+
+
+def test_adapters_are_as_wide_and_as_fast_as_the_papers_say():
+    """AdaLoRA's Table 7; LoRA's appendix D, the adapters among the dagger rows: epochs and rates of MNLI, SST-2 and RTE."""
+    for size, houlsby, pfeiffer in ((0, 32, 64), (1, 16, 32), (2, 8, 16)):
+        for method, bottleneck, labels in (
+            ("houlsby", houlsby, ("HAdapter, 1.22M", "HAdapter, 0.61M", "HAdapter, 0.31M")),
+            ("pfeiffer", pfeiffer, ("PAdapter, 1.18M", "PAdapter, 0.60M", "PAdapter, 0.30M")),
+        ):
+            entry = planned("adalora-1", labels[size], "rte").study.methods[0]
+            assert (entry.method, entry.settings, entry.learning_rates) == (method, {"bottleneck": bottleneck}, GRID)
+    for row, method, bottleneck, epochs, rates in (
+        ("AdapterP (dagger), 3.0M", "pfeiffer", 64, (10, 20, 20), (3e-5, 3e-5, 3e-4)),
+        ("AdapterP (dagger), 0.8M", "pfeiffer", 16, (5, 20, 20), (3e-4, 3e-4, 3e-4)),
+        ("AdapterH (dagger), 6.0M", "houlsby", 64, (10, 5, 20), (3e-5, 3e-4, 3e-4)),
+        ("AdapterH (dagger), 0.8M", "houlsby", 8, (10, 5, 20), (3e-4, 3e-4, 3e-4)),
+    ):
+        for cell, length, rate in zip(("mnli", "sst2", "rte"), epochs, rates, strict=True):
+            study = planned("lora-2", f"RoBERTa-large {row}", cell).study
+            assert (study.methods[0].method, study.methods[0].settings) == (method, {"bottleneck": bottleneck})
+            assert (study.training.epochs, study.methods[0].learning_rates) == (length, [rate])
+            assert (study.training.batch_size, study.training.max_length) == (32, 128)
 
 
 def test_adaloras_ablations_have_the_budgets_of_the_table():
@@ -413,10 +435,10 @@ def test_unknown_names_get_the_nearest():
 def test_what_waits_is_not_run_and_says_why():
     with pytest.raises(ValueError, match="dora-1 waits for the eight commonsense tasks, read from a hub"):
         recipes.choose(recipes.load("dora-1"), ["all"], [], "paper")
-    with pytest.raises(ValueError, match=r'"HAdapter, 1\.22M" waits for a method: Houlsby'):
-        recipes.choose(recipes.load("adalora-1"), ["stsb"], ["HAdapter, 1.22M"], "paper")
-    chosen = recipes.choose(recipes.load("adalora-1"), ["stsb", "rte", "stsb"], [], "paper")
-    assert len(chosen) == len(set(chosen)) == 6 * 2  # what waits among the rows is left out
+    with pytest.raises(ValueError, match=r'"RoBERTa-base BitFit, 0\.1M" waits for a recipe: the paper copied the row'):
+        recipes.choose(recipes.load("lora-2"), ["stsb"], ["RoBERTa-base BitFit, 0.1M"], "paper")
+    chosen = recipes.choose(recipes.load("lora-2"), ["stsb", "rte", "stsb"], [], "paper")
+    assert len(chosen) == len(set(chosen)) == 8 * 2  # what waits among the rows is left out
 
 
 @pytest.mark.parametrize(
@@ -538,21 +560,21 @@ def test_the_list_says_what_runs_here(offline, monkeypatch):
     table = listing.overview(found)
     shown = {row[0]: row for row in table.rows}
     assert shown["lora-18-miniature"][1:5] == ("yes: stsb", "7 of 7", "package: all-MiniLM-L6-v2", "package: stsb")
-    assert shown["adalora-1"][1:4] == ("with --model: stsb", "48 of 96", "hub: deberta-v3-base")
+    assert shown["adalora-1"][1:4] == ("with --model: stsb", "96 of 96", "hub: deberta-v3-base")
     assert shown["adalora-4"][1] == "no"
     assert "dora-1" not in shown and any("dora-1 waits for the eight" in line for line in table.caption)
     assert any("out of reach: not asked" in line for line in table.caption)
     cells = {(one["row"], one["cell"]): one for one in found["tables"][recipes.names().index("adalora-1")]["cells"]}
     assert cells["AdaLoRA, 1.27M", "stsb"]["lacking"] == ["model", "memory"]
     assert cells["AdaLoRA, 1.27M", "cola"]["lacking"] == ["model", "data"]  # 64 tokens: it would fit
-    assert cells["HAdapter, 1.22M", "stsb"]["here"] == "waits"
+    assert cells["HAdapter, 1.22M", "stsb"]["here"] == "with --model"
     json.dumps(found, allow_nan=False)
 
 
 def test_with_a_hub_the_rest_runs_too(offline, monkeypatch):
     monkeypatch.setattr(recipes, "free_memory", lambda: None)
     monkeypatch.setattr(sources, "hub_out_of_reach", lambda: None)
-    found = recipes.here([recipes.load("adalora-1")], "script")
+    found = recipes.here([recipes.load("lora-2")], "script")
     assert {one["here"] for one in found["tables"][0]["cells"]} == {"yes", "waits"}
 
 
@@ -563,7 +585,9 @@ def test_the_detail_of_a_table_stands_beside_the_appendix(offline):
     wanted = {"published": "91.84", "epochs": "25", "learning_rate": "2.2e-3", "orthogonality": "0.1", "warmup_steps": "800"}
     assert {key: row[key] for key in wanted} == wanted
     assert any("All cells: model microsoft/deberta-v3-base, batch_size 32, schedule linear" in line for line in table.caption)
-    assert any(line.startswith("Waits for a method: Houlsby's adapters: HAdapter, 1.22M; ") for line in table.caption)
+    table = listing.detail(recipes.here([recipes.load("lora-2")], "paper"), papers.load("lora-2"))
+    copied = "Waits for a recipe: the paper copied the row from earlier work: RoBERTa-base full fine-tuning, 125.0M; "
+    assert any(line.startswith(copied) for line in table.caption)
     waiting = listing.detail(recipes.here([recipes.load("lora-3")], "paper"), papers.load("lora-3"))
     assert waiting.rows == () and any(
         "Waits for E2E NLG as a task" in line and "GPT-2 M full" in line for line in waiting.caption

@@ -22,7 +22,7 @@ from tests.tiers import quick
 
 STUDIES = {name: tomllib.loads(path.read_text(encoding="utf-8")) for name, path in config.shipped().items()}
 RECIPES = {path.stem: path for path in sorted(config.PAPERS.glob("*.toml"))}
-NEEDED = {"rank": 2, "initial_rank": 4, "target_rank": 2}
+NEEDED = {"bottleneck": 4, "rank": 2, "initial_rank": 4, "target_rank": 2}
 VALUES = {
     "empty text": "",
     "text": "no such thing",

@@ -154,7 +154,7 @@ def test_a_run_that_was_cut_off_in_its_last_evaluation_does_not_train_again(mode
     assert len(lines(again, kind="evaluation")) == 4
 
 
-@pytest.mark.parametrize("method", quick(PACKABLE))
+@pytest.mark.parametrize("method", quick([m for m in PACKABLE if method_named(m).load().mergeable]))
 def test_an_evaluation_merged_member_by_member_is_that_of_the_pack(model, tmp_path, monkeypatch, method):
     trainer, _ = small_world.trained(small_world.pack(model, method, seeds=(0, 1, 5)), tmp_path)
     merge, merged = trainer.adapter.merge, []

@@ -248,7 +248,7 @@ class Adapter(nn.Module):
         if site is None:
             return
         base = self._surgery.model.get_submodule(name)
-        device = device_of(base)
+        device = device_of(site if next(base.parameters(), None) is None else base)  # a dropout is where its site was made
         if device.type != "meta" and any(t.is_meta for t in (*site.parameters(), *site.buffers())):
             raise ValueError(
                 f"{name}: its weight is not in memory (offloaded), and {self.method} needs its values: load the model without "

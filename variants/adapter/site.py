@@ -51,6 +51,10 @@ class Site(nn.Module):
         """(K,) parameters of so many slots, and of what does not depend on the rank."""
         return torch.zeros_like(ranks)
 
+    def tensors_of(self, member: int) -> dict[str, Tensor]:
+        """The trained tensors of one member, by name, without slots that are not its own."""
+        return {key: parameter[member] for key, parameter in self.named_parameters()}
+
     def clear_missing_slots(self) -> None:
         """Zeros where no slot exists."""
 

@@ -12,7 +12,7 @@ AdaLoRA       a PEFT ADALORA: lora_A (r', I), lora_B (O, r'), lora_E (r', 1) of 
               PEFT's scale is alpha / (init_r + 1e-5) at every site: E is multiplied by our scale over that one.
 head only     a PEFT LORA whose target_modules is PEFT's own word for none.
 (IA)3         a PEFT IA3.
-full, BitFit  no PEFT form: adapter_model.safetensors alone, with "format": "rankwise" in its metadata.
+full, BitFit  no PEFT form: adapter_model.safetensors alone, with "format": "rankwise" in its metadata; so bottleneck adapters.
 
 Heads are PEFT's modules_to_save.  What PEFT's keys cannot say (settings, seed, slots kept, E that was folded) is JSON under
 "rankwise" in the metadata of the safetensors file, which PEFT does not read; without it a file is read as PEFT would.

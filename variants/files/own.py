@@ -1,4 +1,4 @@
-"""The format of full fine-tuning and BitFit, which PEFT has no form for: their tensors by the model's own names."""
+"""The format of what PEFT has no form for (full fine-tuning, BitFit, bottleneck adapters): tensors by the model's own names."""
 
 from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.files.facts import Facts
@@ -10,7 +10,8 @@ from torch import nn
 
 def written(adapter: Adapter, member: int) -> Contents:
     """One member of an attached adapter."""
-    tensors = {f"{name}.{key}": p[member] for part in (adapter.sites, adapter.heads) for name, key, p in trained(part)}
+    sites = [*adapter.named_sites(), *adapter.named_heads()]
+    tensors = {f"{name}.{key}": value for name, site in sites for key, value in site.tensors_of(member).items()}
     settings = adapter.alone(member).settings.model_dump(exclude_unset=True)
     own = {"quantization": as_fact(adapter.model)}
     return Contents(tensors, None, Facts(adapter.method, settings, adapter.seeds[member], adapter.head_names, **own))

@@ -35,6 +35,7 @@ from rankwise.variants.settings.base import (
     setting,
     together,
 )
+from rankwise.variants.settings.bottleneck import BottleneckSettings, HoulsbySettings, PfeifferSettings
 from rankwise.variants.settings.dylora import DyLoRASettings
 from rankwise.variants.settings.geolora import GeoLoRASettings
 from rankwise.variants.settings.ia3 import IA3Settings
@@ -65,6 +66,7 @@ __all__ = [
     "AdaLoRADoRASettings",
     "AdaLoRASettings",
     "AllocatedSettings",
+    "BottleneckSettings",
     "Count",
     "DoRASettings",
     "DyLoRASettings",
@@ -79,6 +81,7 @@ __all__ = [
     "GoRASettings",
     "GradualSettings",
     "HeavyTailSettings",
+    "HoulsbySettings",
     "IA3Settings",
     "IncreLoRASettings",
     "L1RASettings",
@@ -90,6 +93,7 @@ __all__ = [
     "NonNegative",
     "PartialSettings",
     "PerMember",
+    "PfeifferSettings",
     "PlacedSettings",
     "Placement",
     "Positive",

@@ -15,6 +15,7 @@ from rankwise.variants.settings.allocated import (
     IncreLoRASettings,
 )
 from rankwise.variants.settings.base import NoSettings, Settings
+from rankwise.variants.settings.bottleneck import HoulsbySettings, PfeifferSettings
 from rankwise.variants.settings.dylora import DyLoRASettings
 from rankwise.variants.settings.geolora import GeoLoRASettings
 from rankwise.variants.settings.ia3 import IA3Settings
@@ -318,6 +319,20 @@ METHODS: dict[str, Method] = {
             "every parameter, unfrozen layer after layer from the top down",
             "Howard and Ruder 2018",
             trains_base=True,
+        ),
+        Method(
+            "houlsby",
+            "rankwise.variants.bottleneck:Houlsby",
+            HoulsbySettings,
+            "bottleneck layers behind attention and feed-forward layer",
+            "Houlsby et al. 2019",
+        ),
+        Method(
+            "pfeiffer",
+            "rankwise.variants.bottleneck:Pfeiffer",
+            PfeifferSettings,
+            "one bottleneck layer behind each feed-forward layer",
+            "Pfeiffer et al. 2021",
         ),
     )
 }
