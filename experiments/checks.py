@@ -1,12 +1,12 @@
 """What can be known to be wrong with a study without torch and without a download."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rankwise.experiments import quantization, sources
 from rankwise.experiments.config import Study, Training
 from rankwise.experiments.study.sweep import rung_steps
-from rankwise.experiments.tasks import in_study
+from rankwise.experiments.tasks import Task, in_study
 
 
 def phase_training(study: Study, phase: str, rows: int, rung: int | None = None) -> Training:
@@ -46,9 +46,11 @@ def check(study: Study) -> None:
     if any(entry.scheme is not None for entry in study.methods) and (lacking := quantization.missing()) is not None:
         faults.append(lacking)
     own = {entry.name for entry in study.data}
+    tasks = []
     for name in study.tasks:
         try:
             task = in_study(name, study.data)
+            tasks.append(task)
             if task.data is not None:
                 sources.require_acceptance(task.data, study.accept_licences)
             if task.sizes is None:
@@ -57,8 +59,32 @@ def check(study: Study) -> None:
             check_phases(study, rows, faults)
         except ValueError as error:
             faults.extend(str(error).splitlines() if name in own else [f"tasks: {error}"])
+    if len(tasks) == len(study.tasks):
+        faults.extend(_across_faults(study, tasks))
     if faults:
         raise ValueError("\n".join(dict.fromkeys(faults)))
+
+
+def _across_faults(study: Study, tasks: Sequence[Task]) -> list[str]:
+    """Why an adapter of the study cannot answer another of its tasks (experiments/across.py)."""
+    if not study.across_tasks:
+        return []
+    if len(study.tasks) < 2:
+        return [f"across_tasks = true has no effect with one task ({study.tasks[0]}): take it out, or name more tasks"]
+    first, *others = tasks
+    for other in others:
+        if (other.kind, other.num_labels, other.label_names) != (first.kind, first.num_labels, first.label_names):
+            return [
+                f"across_tasks = true: {first.name} ({_said(first)}) and {other.name} ({_said(other)}) are not answered by one "
+                f"head: name tasks of one kind with the same labels, or take it out"
+            ]
+    return []
+
+
+def _said(task: Task) -> str:
+    labels = task.label_names
+    few = ", ".join(labels[:4]) + (", ..." if len(labels) > 4 else "")
+    return task.kind + (f": {few}" if labels else f", {task.num_labels} outputs" if task.num_labels else "")
 
 
 def check_phases(study: Study, rows: int, faults: list[str]) -> None:

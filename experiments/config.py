@@ -308,6 +308,8 @@ class Study(_Section):
     """Write what became of each weight (spectrum, effective rank, intruder dimensions) for each final run: sites.json."""
     knock_out: bool | Literal["first seed"] = False
     """Measure for each final run (or those of the first seed) what each site's rank is worth: knockout.json."""
+    across_tasks: bool = False
+    """Score each final run on the other tasks too, which one head must answer: across.json, and a table of the report."""
     accept_licences: list[str] = []
     """Research-only data whose terms the user accepts."""
     hypothesis: list[Hypothesis] = []

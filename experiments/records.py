@@ -35,13 +35,15 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 CONFIG, METRICS, RANKS, SITES = "config.json", "metrics.jsonl", "ranks.jsonl", "sites.json"
-KNOCKOUT, PREDICTIONS, SAMPLES, RESULT = "knockout.json", "predictions.safetensors", "samples.json", "result.json"
+KNOCKOUT, ACROSS = "knockout.json", "across.json"
+PREDICTIONS, SAMPLES, RESULT = "predictions.safetensors", "samples.json", "result.json"
 FILES = (
     CONFIG,
     METRICS,
     RANKS,
     SITES,
     KNOCKOUT,
+    ACROSS,
     PREDICTIONS,
     SAMPLES,
     RESULT,
@@ -322,6 +324,16 @@ class KnockOut(Stored):
         return {name: one.loss - self.loss for name, one in self.sites.items() if one.loss is not None}
 
 
+class AcrossFile(Stored):
+    """across.json: scores of one run on the other tasks of its study, and of the pre-trained model on all of them, in points.
+
+    None where a score is undefined; `untuned` is empty where the task's head would be an untrained one.
+    """
+
+    scores: dict[str, Number | None]
+    untuned: dict[str, Number | None] = {}
+
+
 class Sample(BaseModel):
     """One row of the scored split (counted from 1): what the model read, what is right, what it wrote."""
 
@@ -401,6 +413,21 @@ class Run:
         return None if content is None else checked(KnockOut, _object(content, path), path)
 
     @cached_property
+    def _across(self) -> AcrossFile | None:
+        content, path = self.content(ACROSS), self.folder / ACROSS
+        return None if content is None else checked(AcrossFile, _object(content, path), path)
+
+    @property
+    def across(self) -> dict[str, float | None]:
+        """Another task of the study -> score; empty where it was not asked for."""
+        return self._across.scores if self._across else {}
+
+    @property
+    def untuned(self) -> dict[str, float | None]:
+        """Task -> score of the pre-trained model."""
+        return self._across.untuned if self._across else {}
+
+    @cached_property
     def samples(self) -> list[Sample]:
         """Empty where there is no samples.json: a run that generates no texts, an older one, a sweep's."""
         content, path = self.content(SAMPLES), self.folder / SAMPLES
@@ -460,6 +487,10 @@ def write_sites(folder: Path, kept: int, intruders: Mapping[str, Any], sites: Ma
 
 def write_knock_out(folder: Path, measured: Mapping[str, Any]) -> None:
     write_json(folder / KNOCKOUT, measured, indent=None)
+
+
+def write_across(folder: Path, scores: Mapping[str, float | None], untuned: Mapping[str, float | None]) -> None:
+    write_json(folder / ACROSS, {"schema": SCHEMA, "scores": dict(scores), "untuned": dict(untuned)})
 
 
 def write_samples(folder: Path, split: str, samples: "list[dict[str, Any]]") -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rankwise.experiments import knockout, records
+from rankwise.experiments import across, knockout, records
 from rankwise.experiments.data.draws import KNOCKOUT_ROWS
 from rankwise.experiments.study import splits
 from rankwise.experiments.study.context import Context
@@ -15,10 +15,11 @@ from rankwise.variants.weights.anatomy import COSINE, INTRUDERS, TOP, anatomy
 
 
 class Examiner:
-    """Writes sites.json and knockout.json of final runs, as the study asks for them."""
+    """Writes sites.json, knockout.json and across.json of final runs, as the study asks for them."""
 
     def __init__(self, context: Context):
         self.context = context
+        self._untuned: dict[Any, dict[str, float | None]] = {}  # how the base is quantised -> its score on each task
         self._bases: dict[str, Any] = {}  # what anatomy asks of the pre-trained weights, the same for every run
 
     def examine(self, trainer: Trainer, runs: Sequence[PlannedRun], is_new: Sequence[bool]) -> None:
@@ -27,7 +28,11 @@ class Examiner:
             trainer: at the end of its training.
             is_new: for each run whether it completed just now, and is to be examined.
         """
-        if not any(is_new) or not trainer.adapter.changed_weights():
+        if not any(is_new):
+            return
+        if self.context.study.across_tasks:
+            self._write_across(trainer, runs, is_new)
+        if not trainer.adapter.changed_weights():
             return
         if self.context.study.anatomy:
             self._write_sites(trainer, runs, is_new)
@@ -46,6 +51,18 @@ class Examiner:
         for run, new, sites in zip(runs, is_new, sites_of_each, strict=True):
             if new:
                 records.write_sites(self.context.out / run.fingerprint, TOP, intruders, sites)
+
+    def _write_across(self, trainer: Trainer, runs: Sequence[PlannedRun], is_new: Sequence[bool]) -> None:
+        study, precision, form = self.context.study, self.context.precision, runs[0].entry.scheme
+        tasks = {name: (one.task, one.data[splits.scored(study, one.task)]) for name, one in self.context.tasks.items()}
+        if form not in self._untuned:
+            self._untuned[form] = across.untuned(study, tasks, self.context.device, precision, form)
+        others = {name: one for name, one in tasks.items() if name != runs[0].task}
+        size = trainer.pack.training.evaluation_batch_size
+        found = across.scores(trainer.adapter, trainer.processor, others, size, trainer.pack.precision)
+        for run, new, scores in zip(runs, is_new, found, strict=True):
+            if new:
+                records.write_across(self.context.out / run.fingerprint, scores, self._untuned[form])
 
     def _write_knock_outs(self, trainer: Trainer, runs: Sequence[PlannedRun], members: Sequence[int]) -> None:
         prepared = self.context.tasks[runs[0].task]

@@ -17,6 +17,7 @@ from rankwise.reports.results import Study, load_all
 from rankwise.reports.verdicts import verdicts, warnings
 
 TEMPLATES = Path(__file__).parent / "templates"
+OVER_TASKS = (tables.verdicts_over_tasks, tables.overall, tables.across_tasks)  # tables of all parts of a study
 
 
 def write(
@@ -43,7 +44,7 @@ def write(
         entry["tables"] = [_write_table(table, out / "tables", prefix) for table in _named(entry) if table is not None]
         entry["figures"] = _write_figures(entry["study"], out / "figures", prefix)
     made = [(study, hypotheses.hypothesis_table(study)) for study in studies]
-    made += [(study, make(study.parts())) for study in studies for make in (tables.verdicts_over_tasks, tables.overall)]
+    made += [(study, make(study.parts())) for study in studies for make in OVER_TASKS]
     over_tasks = [(study, replace(table, reproduce=facts.reproduce([study]))) for study, table in made if table is not None]
     for study, table in over_tasks:
         _write_table(table, out / "tables", f"{facts.file_name(study.name)}-" if len(studies) > 1 else "")

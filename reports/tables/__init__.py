@@ -1,5 +1,6 @@
 """Tables: one object each, which is written as Markdown, CSV, LaTeX (booktabs) and plain text."""
 
+from rankwise.reports.tables.across_tasks import across_tasks
 from rankwise.reports.tables.captions import alarms, task_caption
 from rankwise.reports.tables.cells import Cost, Difference, Estimate, Rank, SweepScore, decimal, rate_text, seconds_text
 from rankwise.reports.tables.comparisons import comparison, every_run, rate_sweep
@@ -18,6 +19,7 @@ __all__ = [
     "Rank",
     "SweepScore",
     "Table",
+    "across_tasks",
     "alarms",
     "comparison",
     "decimal",
