@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from rankwise.experiments import quantization, sources
+from rankwise.experiments import quantization, sources, tracking
 from rankwise.experiments.config import Study, Training
 from rankwise.experiments.study.sweep import rung_steps
 from rankwise.experiments.tasks import Task, in_study
@@ -45,6 +45,7 @@ def check(study: Study) -> None:
             )
     if any(entry.scheme is not None for entry in study.methods) and (lacking := quantization.missing()) is not None:
         faults.append(lacking)
+    faults += tracking.faults(study.track)
     own = {entry.name for entry in study.data}
     tasks = []
     for name in study.tasks:

@@ -310,6 +310,8 @@ class Study(_Section):
     """Measure for each final run (or those of the first seed) what each site's rank is worth: knockout.json."""
     across_tasks: bool = False
     """Score each final run on the other tasks too, which one head must answer: across.json, and a table of the report."""
+    track: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    """Trackers that are shown the records of the runs while they are written (experiments/tracking/); none if not given."""
     accept_licences: list[str] = []
     """Research-only data whose terms the user accepts."""
     hypothesis: list[Hypothesis] = []

@@ -7,11 +7,13 @@ import typer
 from rankwise.experiments.cli.options import (
     Device,
     Json,
+    LogFormat,
     Pack,
     RetryFailed,
     Threads,
     check_device,
     check_least,
+    check_log_format,
     check_output_folder,
     check_quantization,
     names,
@@ -24,6 +26,7 @@ from rankwise.experiments.cli.start import processes, start_torch
 if TYPE_CHECKING:
     from rankwise.experiments.config import Study
     from rankwise.experiments.data_entries import OwnData
+    from rankwise.experiments.training.parallel import Processes
     from rankwise.variants.adapter.kinds.scheme import Scheme
 
 OWN = "Your own data"
@@ -45,6 +48,8 @@ def compare(
     ] = False,
     retry_failed: RetryFailed = False,
     as_json: Json = False,
+    track: Annotated[str | None, typer.Option(help="Show the records in tensorboard, wandb, mlflow too.")] = None,
+    log_format: LogFormat = "text",
     data: Annotated[
         str | None,
         typer.Option(
@@ -67,12 +72,14 @@ def compare(
 
     With --model and --data the study is made of a file of your own, and written to OUT/study.toml.
     """
-    from rankwise.experiments import checks, config, own_study
+    from rankwise.experiments import checks, config
+    from rankwise.experiments.tracking import TRACKERS
 
     with processes(device, threads) as joined:
         is_first = joined is None or joined.is_first
         check_least("--threads", threads)
         check_device(device)
+        check_log_format(log_format)
         form = check_quantization(quantization, double_quantization)
         beside = {"--model": model, "--test": test, "--validation": validation, "--kind": kind, "--input": input}
         beside |= {"--target": target, "--full-protocol": full_protocol or None}
@@ -91,7 +98,7 @@ def compare(
             entry = own_entry(data, test, validation, kind, input, target)
             out = out or Path("runs") / entry.name
             check_output_folder("--out", out)
-            source = _written(entry, model, methods, out, full_protocol, threads, form) if is_first else None
+            source = _written(entry, model, methods, out, full_protocol, threads, form, log_format) if is_first else None
             if joined is not None:
                 source = Path(joined.told(str(source)))
             methods = None
@@ -105,28 +112,50 @@ def compare(
             chosen = config.quantized(chosen, form.name, form.is_double)
             if faults := config.quantization_faults(chosen):
                 raise ValueError("\n".join(f"--quantization {form.name}: {fault}" for fault in faults))
+        if track is not None:
+            wanted = names("--track", track, TRACKERS, "the trackers")
+            chosen = chosen.model_copy(update={"track": list(dict.fromkeys([*chosen.track, *wanted]))})
         folder = out or Path("runs") / chosen.name
         check_output_folder("--out", folder)
         checks.check(chosen)
 
-        with Progress(is_quiet=not is_first) as bar:
-            bar.say(f"{chosen.title or chosen.name}: loading torch, model and data ...")
-            start_torch(bar, threads)
-            from rankwise.experiments.study import Runner
-
-            many = {} if joined is None else {"processes": joined}
-            here = device if joined is None else str(joined.device)
-            runner = Runner(chosen, folder, here, bar.warn, bar.advance, retry_failed, bar.more, **many)
-            runner.prepare()
-            if not is_first:
-                runner.follow()
-                return
-            bar.start(runner.work())
-            own_study.copy(source, folder)
-            results = runner.run()
+        here = device if joined is None else str(joined.device)
+        results = _run(chosen, source, folder, here, threads, retry_failed, log_format, joined)
+    if results is None:
+        return
     show_report(folder, None, as_json)
     if any(result["status"] == "failed" for result in results):
         raise typer.Exit(1)
+
+
+def _run(
+    study: "Study",
+    source: Path,
+    folder: Path,
+    device: str,
+    threads: int | None,
+    retry_failed: bool,
+    log_format: str,
+    joined: "Processes | None",
+) -> list[dict[str, Any]] | None:
+    """The results of every run; None in a process that is not the first of several, which writes and says nothing."""
+    from rankwise.experiments import own_study
+
+    is_first = joined is None or joined.is_first
+    with Progress(log_format, is_quiet=not is_first) as bar:
+        bar.say(f"{study.title or study.name}: loading torch, model and data ...")
+        start_torch(bar, threads)
+        from rankwise.experiments.study import Runner
+
+        many = {} if joined is None else {"processes": joined}
+        runner = Runner(study, folder, device, bar.warn, bar.advance, retry_failed, bar.more, **many)
+        runner.prepare()
+        if not is_first:
+            runner.follow()
+            return None
+        bar.start(runner.work())
+        own_study.copy(source, folder)
+        return runner.run()
 
 
 def _written(
@@ -137,6 +166,7 @@ def _written(
     full_protocol: bool,
     threads: int | None,
     form: "Scheme | None",
+    log_format: str,
 ) -> Path:
     """The file of a study of this data, made and written into the folder of its runs, and what was decided, said.
 
@@ -149,7 +179,7 @@ def _written(
 
     labels = own_study.check_methods(methods, full_protocol, form)
     task = in_study(data.name, [data])
-    with Progress() as bar:
+    with Progress(log_format) as bar:
         start_torch(bar, threads)
         from rankwise.experiments import models
 

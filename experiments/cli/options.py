@@ -16,6 +16,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.  [default: torch's own number]")]
 Pack = Annotated[int | None, typer.Option(help="Most members that train at once.")]
+LogFormat = Annotated[str, typer.Option(help="How progress is said on standard error: text, or json (an object a line).")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Run failed runs again.")]
 
 
@@ -26,6 +27,15 @@ def check_least(option: str, value: int | None, least: int = 1) -> None:
     """
     if value is not None and value < least:
         raise ValueError(f"{option} {value}: give at least {least}")
+
+
+def check_log_format(name: str) -> None:
+    """
+    Raises:
+        ValueError: it is none.
+    """
+    if name not in ("text", "json"):
+        raise ValueError(f"--log-format {name}: no such format{nearest(name, ('text', 'json'))}; give text or json")
 
 
 def check_device(name: str) -> None:

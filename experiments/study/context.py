@@ -25,6 +25,7 @@ class Context:
     commit: Mapping[str, Any]  # "commit" and "dirty"
     say: Callable[[str], None]
     progress: Callable[[str, float], None]
+    written: Callable[[Path], None]  # called with the folder of a run that has new records
     processes: Processes = ALONE  # that every pack trains on
 
     def num_rows(self, task: str) -> int:

@@ -141,6 +141,7 @@ class PackRunner:
                     logs,
                     self.context.study.checkpoint_seconds,
                     lambda rows: self.context.progress(label, rows),
+                    self.context.written,
                     processes,
                 )
             )

@@ -1,5 +1,6 @@
 """What happens in which order: prepare a study, run what is missing of it, pack by pack."""
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from rankwise.experiments.study.packs import PackRunner
 from rankwise.experiments.study.plan import PackPlan, groups
 from rankwise.experiments.study.prepare import PreparedTask, prepare
 from rankwise.experiments.study.store import RunStore, begun_in
+from rankwise.experiments.tracking import Tracking
 from rankwise.experiments.training.parallel import ALONE, Processes
 
 COMMITTED = Path(__file__).parents[2] / "reports" / "studies"
@@ -59,6 +61,7 @@ class Runner:
         sources = {entry.ranks_of: entry.source for entry in takers if entry.ranks_of not in labels}
         self.sources = list(sources.values())  # entries that --methods leaves out, and others take their ranks of
         self.prepared: dict[str, PreparedTask] = {}
+        self.tracking = Tracking(study.track, study.name, self.out, say)
 
     def prepare(self) -> None:
         """Fetches and encodes the data, loads the model once, and finds every entry's targets in it.
@@ -88,6 +91,7 @@ class Runner:
             commit=self.commit,
             say=self.say,
             progress=self.progress,
+            written=self.tracking.follow,
             processes=self.processes,
         )
         self.store = RunStore(self.context, self.retry_failed)
@@ -126,9 +130,10 @@ class Runner:
             for source in self.sources:
                 self._look_up(source)
             results = []
-            for takes_ranks in (False, True):  # what takes ranks of others comes after these
-                for task in self.study.tasks:
-                    results += self._run_task(task, takes_ranks)
+            with contextlib.closing(self.tracking):
+                for takes_ranks in (False, True):  # what takes ranks of others comes after these
+                    for task in self.study.tasks:
+                        results += self._run_task(task, takes_ranks)
             overview.write(self.context, before, self.known.all, self.pack, complete=True)
         if self.processes.size > 1:
             self.processes.told(None)  # there is no more
@@ -198,6 +203,8 @@ class Runner:
                 f"({pack.phase}, {pack.task}) are not finished in {self.out}: name it in --methods too"
             )
         self.packs.run(pack, runs, missing, what)
+        for run in runs:
+            self.tracking.follow(self.out / run.fingerprint)
         return [self.store.result(run) for run in runs]
 
     def _labels(self) -> dict[labels.Key, labels.Labels]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ class Log:
     """The logs of a pack.
 
     folders: one for each member.
+    written: called with a member's folder after each line of its logs.
     """
 
-    def __init__(self, folders: Sequence[Path]):
-        self.folders = list(folders)
+    def __init__(self, folders: Sequence[Path], written: Callable[[Path], None] = lambda folder: None):
+        self.folders, self.written = list(folders), written
         self.files = [[folder / name for name in (METRICS, RANKS)] for folder in self.folders]
 
     def start(self) -> None:
@@ -78,6 +79,7 @@ class Log:
     def _write(self, member: int, name: str, line: Mapping[str, Any]) -> None:
         with (self.folders[member] / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
+        self.written(self.folders[member])
 
 
 class Unwritten(Log):

@@ -48,6 +48,7 @@ class Trainer:
         checkpoint: where the pack's state is kept; its folder exists.
         logs: for each member the folder of its metrics.jsonl and ranks.jsonl.
         progress: called with the rows trained or evaluated since the last call.
+        written: called with the folder of a member that has a new line in its logs.
         processes: that train together; every one has a Trainer of the same pack and data, and the first alone writes.
     """
 
@@ -59,11 +60,12 @@ class Trainer:
         logs: Sequence[Path],
         checkpoint_seconds: float = 60.0,
         progress: Callable[[float], None] = lambda rows: None,
+        written: Callable[[Path], None] = lambda folder: None,
         processes: Processes = ALONE,
     ):
         self.pack, self.data, self.checkpoint, self.logs = pack, data, checkpoint, list(logs)
         self.processes, self.kind = processes, kinds.get(pack.task.kind)
-        self.log = Log(logs) if processes.is_first else Unwritten()
+        self.log = Log(logs, written) if processes.is_first else Unwritten()
         self.checkpoint_seconds, self.progress = checkpoint_seconds, progress
         training = pack.training
         self.memory = measure.PeakMemory(pack.device)
