@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import rankwise.experiments.study.runner as study_runner
-from rankwise.experiments import checks, config, tracking
+from rankwise.experiments import checks, config
 from rankwise.experiments.study import Runner
 from rankwise.experiments.tracking import TRACKERS, Tracker, Tracking
 
@@ -240,18 +240,20 @@ def test_tensorboard_shows_each_point_once(model, tmp_path):
 
 @pytest.mark.slow
 @needed("mlflow")
+@needed("sqlalchemy")  # which mlflow-skinny leaves out
 def test_mlflow_shows_each_point_once(model, tmp_path, monkeypatch):
     from mlflow.tracking import MlflowClient
+    from rankwise.experiments.tracking.mlflow import TAG
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     killed_once(study(model, "mlflow"), tmp_path / "runs", os.environ["RANKWISE_CACHE"], 9)
     expected = lines_of(tmp_path / "runs")
-    client = MlflowClient(tracking_uri=(tmp_path / "runs" / "tracking" / "mlflow").resolve().as_uri())
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path.resolve()}/runs/tracking/mlflow/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("small").experiment_id])
-    assert {run.data.tags[tracking.mlflow.TAG] for run in runs} == set(expected)
+    assert {run.data.tags[TAG] for run in runs} == set(expected)
     for run in runs:
         history = client.get_metric_history(run.info.run_id, "train/loss")
-        of_run = expected[run.data.tags[tracking.mlflow.TAG]]
+        of_run = expected[run.data.tags[TAG]]
         steps = [metric.step for metric in history]
         assert len(set(steps)) == len(steps) and len(of_run) - 1 <= len(steps) <= len(
             of_run

@@ -1,6 +1,7 @@
 """MLflow: the study is an experiment, a run is a run with its fingerprint as a tag.
 
-Where they go is said by MLFLOW_TRACKING_URI; if it is not set, to OUT/tracking/mlflow (`mlflow ui --backend-store-uri`).
+Where they go is said by MLFLOW_TRACKING_URI.  If it is not set, to a file of SQLite, as MLflow's own folders are at their end:
+`mlflow ui --backend-store-uri sqlite:///OUT/tracking/mlflow/mlflow.db`.
 """
 
 import os
@@ -23,10 +24,12 @@ class MLflow:
 
     def __init__(self, folder: Path, study: str):
         folder.mkdir(parents=True, exist_ok=True)
-        place = os.environ.get("MLFLOW_TRACKING_URI") or folder.resolve().as_uri()
+        elsewhere = os.environ.get("MLFLOW_TRACKING_URI")
+        place = elsewhere or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
         self.client = MlflowClient(tracking_uri=place)
         found = self.client.get_experiment_by_name(study)
-        self.experiment = found.experiment_id if found else self.client.create_experiment(study)
+        own = None if elsewhere else (folder.resolve() / "artifacts").as_uri()
+        self.experiment = found.experiment_id if found else self.client.create_experiment(study, own)
         self.ids: dict[str, str] = {}  # fingerprint -> MLflow's id
 
     def send(self, run: TrackedRun, points: Sequence[Point]) -> None:
