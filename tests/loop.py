@@ -4,6 +4,7 @@ It shares no code with experiments/, so that it can be the oracle of the trainer
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class Loop:
         adapter.begin(step, 0, training=True)
         losses = self.losses(adapter, batch)
         (losses + adapter.penalty(step)).sum().backward()
+        step = replace(step, losses=losses.detach())
         self._clip()
         adapter.before_step(step)
         self._update()

@@ -1,5 +1,6 @@
 """The adapter in Hugging Face's Trainer: its steps are those of the slow loop, whatever it does around them."""
 
+import dataclasses
 import subprocess
 import sys
 import warnings
@@ -107,6 +108,7 @@ def accumulated(loop: Loop, index: int, parts: int) -> Tensor:
         loss = loop.losses(adapter, piece) / parts
         (loss + adapter.penalty(step) * (part == 0)).sum().backward()
         total += loss.detach()
+    step = dataclasses.replace(step, losses=total)
     loop._clip()
     adapter.before_step(step)
     loop._update()
@@ -144,6 +146,18 @@ def test_twenty_steps_of_the_trainer_are_those_of_the_slow_loop(tmp_path, method
     assert_same_tensors(adapter, plain, rtol=1e-8, atol=1e-10)
     if "ada" in method:
         assert sum(ranks[-1]) == 2 * len(ranks[-1]) and ranks[0] != ranks[-1]
+
+
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_the_total_falls_at_the_plateaus_of_the_loss_that_the_trainer_has(tmp_path, accumulation):
+    settings = {"schedule": "on-plateau", "plateau_patience": 2, "plateau_stages": 3, "plateau_smoothing": 0.5}
+    plain, adapter = attached("adalora", **settings), attached("adalora", **settings)
+    _, ranks = by_loop(plain, accumulation)
+    watch = Watch(adapter)
+    arguments = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 4 // accumulation}
+    trainer(adapter, tmp_path, [variants.AdapterCallback(adapter), watch], **arguments).train()
+    assert watch.ranks == ranks and len({sum(row) for row in ranks}) > 2
+    assert_same_tensors(adapter, plain, rtol=1e-8, atol=1e-10)
 
 
 def test_the_last_step_of_an_epoch_has_fewer_micro_batches_and_one_penalty(tmp_path):

@@ -109,6 +109,8 @@ class AdapterCallback(TrainerCallback):
     def _begin(self, state: Any) -> None:
         self.step, self.micro_batch = Step(state.global_step + 1, state.max_steps), 0
         self._has_begun = False
+        self._losses: list[Tensor] = []  # of this step's micro-batches
+        self._are_shares = False  # of the step's loss, which they add up to
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.micro_batch += 1
@@ -119,6 +121,10 @@ class AdapterCallback(TrainerCallback):
         finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
         if not finite:
             self.step = dataclasses.replace(self.step, taken=finite[None])
+        if self._losses:
+            losses = torch.stack(self._losses)
+            loss = losses.sum() if self._are_shares else losses.mean()
+            self.step = dataclasses.replace(self.step, losses=loss[None])
         self.adapter.before_step(self.step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any, **kwargs: Any) -> None:
@@ -152,6 +158,7 @@ class AdapterCallback(TrainerCallback):
         """
         if self.step is None or not model.training or not torch.is_grad_enabled():
             return None
+        self._note_loss(output, kwargs.get("num_items_in_batch") is not None)
         if self.micro_batch and kwargs.get("num_items_in_batch") is not None:
             return None
         with torch.autocast(self.adapter.device.type, enabled=False):
@@ -169,6 +176,12 @@ class AdapterCallback(TrainerCallback):
             return (loss, *output[1:])
         output["loss"] = loss
         return output
+
+    def _note_loss(self, output: Any, is_share: bool) -> None:
+        loss = output.get("loss") if isinstance(output, dict) else output[0]
+        if isinstance(loss, Tensor) and not loss.dim():
+            self._losses.append(loss.detach().double())
+            self._are_shares = is_share
 
     # -- the model's state and its files -----------------------------------------------------------------------------
 

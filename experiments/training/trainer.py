@@ -171,7 +171,7 @@ class Trainer:
         self.skipped += self.alive & ~taken
         if pack.training.clip is not None:
             self.optimizer.clip(norms, pack.training.clip)
-        now = replace(now, taken=None if bool(taken.all()) else taken)
+        now = replace(now, taken=None if bool(taken.all()) else taken, losses=loss)
         adapter.before_step(now)
         self.optimizer.step(factor, now.taken)
         adapter.after_step(now)

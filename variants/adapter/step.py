@@ -23,6 +23,7 @@ class Step:
     taken: (K,) bool, the members whose gradient was finite, so that their step counts; None means all.
     factor: what the schedule multiplies the learning rates by in this step.
     learning_rates: (K,) the rate in force at this step, the schedule's factor in it; None where nobody said.
+    losses: (K,) the members' task losses of this step, known once its gradients are; None where nobody said.
     """
 
     index: int
@@ -30,6 +31,7 @@ class Step:
     taken: Tensor | None = None
     factor: float = 1.0
     learning_rates: Tensor | None = None
+    losses: Tensor | None = None
 
 
 @dataclass

@@ -16,6 +16,7 @@ from rankwise.variants.adapter.linears import module_in, module_out
 from rankwise.variants.adapter.step import Step
 from rankwise.variants.adapter.targets import matches
 from rankwise.variants.allocation.choice import Bound, choose, protected
+from rankwise.variants.allocation.plateau import Plateau
 from rankwise.variants.allocation.schedules import scheduled_budget
 from rankwise.variants.allocation.scores import SCORES, Score
 from rankwise.variants.allocation.sites import Doublets, Triplets
@@ -89,8 +90,14 @@ class AllocatedAdapter(LowRankAdapter):
             site.kept &= torch.arange(site.slots.shape[1], device=site.slots.device) < initial[:, None]
         rule = self.rule
         self.score = self.scores[rule.score](self.triplets(), self.seeds, rule.beta1, rule.beta2).to(self.device)
+        self.plateau = self._make_plateau() if rule.schedule == "on-plateau" else None
         self._steps_driven, self._has_warned = 0, False
         self.when_detached(self.model.register_forward_pre_hook(self._before_forward).remove)
+
+    def _make_plateau(self) -> Plateau:
+        settings = self.settings
+        smoothing, stages = settings.plateau_smoothing, settings.plateau_stages
+        return Plateau(self.members, settings.plateau_patience, settings.plateau_threshold, smoothing, stages).to(self.device)
 
     def _check_budget(self, sites: int) -> None:
         """
@@ -216,6 +223,8 @@ class AllocatedAdapter(LowRankAdapter):
     def cost_budget(self, step: Step) -> Tensor:
         """(K,): what the schedule lets the kept slots cost after this step, in ranks or in parameters."""
         start, end = self.rule.warmup_steps, step.total - self.settings.final_steps
+        if self.plateau is not None:
+            return torch.tensor(self.totals()[1] if step.index >= end else self.plateau.budgets(*self.totals()))
         pairs = zip(*self.totals(), strict=True)
         return torch.tensor([scheduled_budget(self.rule.schedule, step.index, start, end, b0, bT) for b0, bT in pairs])
 
@@ -236,7 +245,7 @@ class AllocatedAdapter(LowRankAdapter):
         """Scores the slots; allocates every `interval` steps and at the start of the final phase; projects.
 
         Raises:
-            ValueError: no tensor has a gradient: called after zero_grad.
+            ValueError: no tensor has a gradient: called after zero_grad; or nobody said the loss that the schedule goes by.
         """
         self.total_steps = step.total
         self._steps_driven += 1
@@ -246,6 +255,7 @@ class AllocatedAdapter(LowRankAdapter):
                 raise ValueError("after_step found no gradient: call it after optimizer.step() and before zero_grad()")
             counted = torch.ones(self.members, dtype=torch.bool) if step.taken is None else step.taken
             self.score.update(self.triplets(), counted.to(self.device))
+            self._watch(step, counted)
             if self.is_due(step):
                 self._allocate(step)
             elif self.rule.direction != "prune":
@@ -257,6 +267,16 @@ class AllocatedAdapter(LowRankAdapter):
         else:
             self.project()
         super().after_step(step)
+
+    def _watch(self, step: Step, counted: Tensor) -> None:
+        if self.plateau is None:
+            return
+        if step.losses is None:
+            raise ValueError(
+                'schedule = "on-plateau" goes by the loss of each step: give Step(index, total, losses=(K,) tensor), or take '
+                "another schedule"
+            )
+        self.plateau.update(step.losses, counted, step.index > self.rule.warmup_steps)
 
     def is_due(self, step: Step) -> bool:
         """Whether ranks are allocated after this step."""

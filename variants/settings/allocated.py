@@ -22,6 +22,7 @@ ScoreName = Literal[
     "sensitivity", "smoothed-sensitivity", "raw-sensitivity", "magnitude", "norm-share", "gradient", "random", "uniform"
 ]
 ScheduleName = Literal["cubic", "cubic-late", "linear", "cosine", "constant"]
+AnySchedule = Literal[ScheduleName, "on-plateau"]  # the latter by each member's loss, which not every method can follow
 Bounds = dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]
 
 
@@ -62,8 +63,8 @@ class AllocatedSettings(LowRankSettings):
     """Steps from one allocation to the next."""
     score: ScoreName = setting("sensitivity", added_later=True)
     """What a rank is worth: see variants/allocation/scores.py."""
-    schedule: ScheduleName = setting("cubic", added_later=True)
-    """How the total goes from the initial to the target ranks."""
+    schedule: AnySchedule = setting("cubic", added_later=True)
+    """How the total goes from the initial to the target ranks: by the step, or, "on-plateau", once the loss stops falling."""
     direction: Literal["prune", "grow", "both"] = setting("prune", added_later=True)
     """prune: any rank may be cut, and may come back; grow: none is cut; both: at most `exchange` change places at a time."""
     exchange: PositiveInt = setting(4, added_later=True, only_with=("direction", ("both",)))
@@ -87,6 +88,15 @@ class AllocatedSettings(LowRankSettings):
     """Smoothing of the score (AdaLoRA eq. 9)."""
     beta2: Fraction = setting(0.85, only_with=("score", ("sensitivity", "weight-sensitivity")))
     """Smoothing of the sensitivity's uncertainty (AdaLoRA eq. 10)."""
+
+    plateau_patience: PositiveInt = setting(50, role="steps", added_later=True, only_with=("schedule", ("on-plateau",)))
+    """Steps in a row without a better smoothed loss, after which training has converged and the total changes."""
+    plateau_threshold: Fraction = setting(0.01, added_later=True, only_with=("schedule", ("on-plateau",)))
+    """Share of the best smoothed loss by which a smoothed loss must be lower to be better."""
+    plateau_smoothing: Fraction = setting(0.9, added_later=True, only_with=("schedule", ("on-plateau",)))
+    """Weight of the smoothed loss before in that of now."""
+    plateau_stages: PositiveInt = setting(1, added_later=True, only_with=("schedule", ("on-plateau",)))
+    """Plateaus from the initial to the target ranks, each an equal part of the way."""
 
     @model_validator(mode="after")
     def _budget_is_reached(self) -> Self:
@@ -256,7 +266,7 @@ class DynamicDoRASettings(AllocatedSettings):
 
     score: ScoreName = "norm-share"
     """What a component is worth (eq. 7)."""
-    schedule: ScheduleName = "cubic-late"
+    schedule: AnySchedule = "cubic-late"
     """How the total falls; the release's cube is on the progress made: slow first, fast at the end."""
     beta1: Fraction = 0.9
     """Smoothing of the score (eq. 8)."""
