@@ -7,6 +7,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 from rankwise import variants
+from rankwise.experiments import config
 from rankwise.experiments.cli.listing import list_
 from rankwise.variants.allocation.allocated import AllocatedAdapter
 from rankwise.variants.allocation.placed import PlacedLoRA
@@ -48,3 +49,9 @@ def test_the_page_has_every_placement():
     rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in PAGE.read_text("utf-8").splitlines()]
     found = {row[0]: row[1:5] for row in rows if len(row) > 4}
     assert {name: found.get(name) for name in PLACED} == {name: list(asdict(one).values()) for name, one in PLACED.items()}
+
+
+def test_the_study_of_allocators_has_every_one():
+    study = config.read(config.STUDIES / "allocators.toml")
+    assert {entry.method for entry in study.methods} >= set(PLACED), "a method that places rank joins allocators.toml"
+    assert study.budget.equal == "parameters" and study.sweep.design == "whole-curve"
