@@ -65,7 +65,8 @@ SETTINGS["truncated"] = {"initial_rank": 4, "target_rank": 2, "alpha": 5, "dropo
 # Of 10 steps of an epoch 4 are measured; sites may end without a rank.
 SETTINGS["eva"] = SETTINGS["gora"] = SETTINGS["fim-lora"] = SETTINGS["lora"] | {"calibration_batches": 4}
 SETTINGS["spectral-rank"] = SETTINGS["eva"]
-SETTINGS["stable-rank"] = SETTINGS["heavy-tail"] = SETTINGS["random-rank"] = SETTINGS["lora"]
+SETTINGS["stable-rank"] = SETTINGS["random-rank"] = SETTINGS["lora"]
+SETTINGS["heavy-tail"] = SETTINGS["lora"] | {"more_to": "heavy"}
 SETTINGS["houlsby"] = SETTINGS["pfeiffer"] = {"bottleneck": 4}
 RATES = {"full": 3e-3, "partial": 3e-3, "gradual": 3e-3, "head": 1e-2, "bitfit": 1e-2}  # any other 1e-2
 
