@@ -22,6 +22,7 @@ OTHERS = {  # for each method, further values beside the least that it takes
     "lora-fa": [{"rank": 2, "dropout": 0.1}],
     "vera": [{"rank": 5, "projection_seed": 0, "save_projection": False}],
     "lora+": [{"rank": 2, "lr_ratio": 4.0}],
+    "trained-alpha": [{"rank": 2, "alpha_lr_ratio": 0.5}],
     "pissa": [{"rank": 2, "magnitude": True}],
     "olora": [{"rank": 2, "scaling": "alpha/sqrt(r)"}],
     "orthogonal": [{"rank": 4, "rank_pattern": {"a": 2}}],

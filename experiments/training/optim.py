@@ -46,7 +46,7 @@ class MemberAdamW:
         if len(self.learning_rates) == 1:
             norms = torch.stack(torch._foreach_norm(gradients))[:, None]
         else:
-            norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients])
+            norms = torch.stack([g.reshape(len(g), -1).norm(dim=1) for g in gradients])
         return torch.linalg.vector_norm(norms, dim=0)
 
     @torch.no_grad()

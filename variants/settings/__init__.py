@@ -40,7 +40,14 @@ from rankwise.variants.settings.dylora import DyLoRASettings
 from rankwise.variants.settings.geolora import GeoLoRASettings
 from rankwise.variants.settings.ia3 import IA3Settings
 from rankwise.variants.settings.l1ra import L1RASettings
-from rankwise.variants.settings.lowrank import DoRASettings, LoRAPlusSettings, LoRASettings, LowRankSettings, RankedSettings
+from rankwise.variants.settings.lowrank import (
+    DoRASettings,
+    LoRAPlusSettings,
+    LoRASettings,
+    LowRankSettings,
+    RankedSettings,
+    TrainedAlphaSettings,
+)
 from rankwise.variants.settings.messages import explain, nearest, printable, quoted, shown
 from rankwise.variants.settings.partial import GradualSettings, PartialSettings
 from rankwise.variants.settings.placed import (
@@ -102,6 +109,7 @@ __all__ = [
     "Settings",
     "SoRASettings",
     "SpectralRankSettings",
+    "TrainedAlphaSettings",
     "TruncatedSettings",
     "VeRASettings",
     "WeightLoRASettings",

@@ -109,6 +109,13 @@ class LoRAPlusSettings(LoRASettings):
     # 16: the ratio that Hayou et al. 2024 recommend.
 
 
+class TrainedAlphaSettings(LoRASettings):
+    """Settings of LoRA with a trained alpha."""
+
+    alpha_lr_ratio: Positive = 0.1
+    """Learning rate of the scale alpha/r over that of A."""
+
+
 class AlwaysMagnitude(LowRankSettings):
     """What DoRA has, whatever it is around: magnitudes that cannot be left out."""
 

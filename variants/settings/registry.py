@@ -20,7 +20,13 @@ from rankwise.variants.settings.dylora import DyLoRASettings
 from rankwise.variants.settings.geolora import GeoLoRASettings
 from rankwise.variants.settings.ia3 import IA3Settings
 from rankwise.variants.settings.l1ra import L1RASettings
-from rankwise.variants.settings.lowrank import DoRASettings, LoRAPlusSettings, LoRASettings, RankedSettings
+from rankwise.variants.settings.lowrank import (
+    DoRASettings,
+    LoRAPlusSettings,
+    LoRASettings,
+    RankedSettings,
+    TrainedAlphaSettings,
+)
 from rankwise.variants.settings.messages import explain, nearest, quoted
 from rankwise.variants.settings.partial import GradualSettings, PartialSettings
 from rankwise.variants.settings.placed import (
@@ -106,6 +112,13 @@ METHODS: dict[str, Method] = {
             LoRAPlusSettings,
             "LoRA whose B learns 16 times as fast as A",
             "Hayou et al. 2024",
+        ),
+        Method(
+            "trained-alpha",
+            "rankwise.variants.trained_alpha:TrainedAlpha",
+            TrainedAlphaSettings,
+            "LoRA whose alpha is trained, one scalar a site",
+            "-",
         ),
         Method(
             "pissa",

@@ -205,6 +205,9 @@ def _factors(adapter: Adapter, alone: Adapter, member: int, plain: bool) -> Upda
         folded[name] = (undo or {"alive": "1" * len(A)}) | ({"scale": scale} if is_own else {})
         if not len(A) and magnitude is None and name != needed:
             continue
+        if scale < 0:  # a trained one; readers take no negative alpha
+            B, scale = -B, -scale
+            folded[name]["scale"] = scale
         if not len(A):
             A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
         base = adapter.base(name)
