@@ -111,7 +111,7 @@ def body_is_unchanged_at_the_start(method: str) -> None:
     inputs = {k: v for k, v in packed_batch(SEEDS[: members_of(method)]).items() if k != "labels"}
     before = body(**inputs).last_hidden_state
     adapter = attach(create(method), model)
-    now = body(**inputs).last_hidden_state
+    now = model.base_model(**inputs).last_hidden_state
     if adapter.starts_at_identity:
         torch.testing.assert_close(now, before, rtol=1e-12, atol=1e-12)
     else:

@@ -69,6 +69,7 @@ SETTINGS["spectral-rank"] = SETTINGS["eva"]
 SETTINGS["stable-rank"] = SETTINGS["random-rank"] = SETTINGS["lora"]
 SETTINGS["heavy-tail"] = SETTINGS["lora"] | {"more_to": "heavy"}
 SETTINGS["houlsby"] = SETTINGS["pfeiffer"] = {"bottleneck": 4}
+SETTINGS["prompt-tuning"] = SETTINGS["prefix-tuning"] = {"tokens": 3}
 RATES = {"full": 3e-3, "partial": 3e-3, "gradual": 3e-3, "head": 1e-2, "bitfit": 1e-2}  # any other 1e-2
 
 

@@ -181,7 +181,14 @@ def test_what_is_not_finite_is_none_and_the_other_members_are_measured():
     assert found[0][name]["effective_rank"] > 0 and found[2][name]["intruders"] is not None
 
 
-NO_WEIGHTS = {"head", "bitfit", "houlsby", "pfeiffer"}  # what they train is no weight of a linear
+NO_WEIGHTS = {
+    "head",
+    "bitfit",
+    "houlsby",
+    "pfeiffer",
+    "prompt-tuning",
+    "prefix-tuning",
+}  # what they train is no weight of a linear
 
 
 @pytest.mark.parametrize("name", METHODS)

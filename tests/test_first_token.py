@@ -54,9 +54,12 @@ def trained(method: str, name: str, only: bool) -> list[torch.Tensor]:
 
 
 MODELS = ["bert", "roberta", "xlm-roberta"]
+WHOLE = [name for name, one in METHODS.items() if one.load().adds_tokens]  # a trainer leaves their last layer as it is
 
 
-@pytest.mark.parametrize(("method", "name"), quick(product(METHODS, MODELS), diagonal(STAND_INS, MODELS)))
+@pytest.mark.parametrize(
+    ("method", "name"), quick(product([m for m in METHODS if m not in WHOLE], MODELS), diagonal(STAND_INS, MODELS))
+)
 def test_logits_gradients_and_draws_are_those_of_the_whole_layer(method, name):
     for whole, first in zip(trained(method, name, False), trained(method, name, True), strict=True):
         torch.testing.assert_close(first, whole, rtol=1e-9, atol=1e-12)

@@ -64,6 +64,8 @@ OTHERS = {  # for each method, further values beside the least that it takes
     "gradual": [{"interval": 3}],
     "houlsby": [{"bottleneck": 8, "nonlinearity": "relu"}],
     "pfeiffer": [{"bottleneck": [8, 4], "after": ["intermediate.dense"]}],
+    "prompt-tuning": [{"tokens": 5, "initialization": "normal"}],
+    "prefix-tuning": [{"tokens": 5, "spread": 0.1}],
     "ia3": [{"outputs": ["value"], "inputs": ["intermediate.dense"]}],
     "truncated": [{"initial_rank": 4, "target_rank": 2, "cost": "parameters", "normalisation": "weight"}],
 }

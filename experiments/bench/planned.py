@@ -82,7 +82,8 @@ def measured_peak(
     precision = "fp32" if trains_base else shape.precision
     model, _, info = models.load(model_id, task, precision, quantization=shape.quantization)
     adapter = variants.create(name, members=shape.members, **settings)
-    first_token.only(model, adapter.draw)
+    if not adapter.adds_tokens:
+        first_token.only(model, adapter.draw)
     adapter.attach(model, head=info.heads, fresh_head=True)
     if shape.checkpointing:
         keyed = {"use_reentrant": False, "context_fn": adapter.draw.recompute_contexts}

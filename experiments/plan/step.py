@@ -96,7 +96,7 @@ def cost(model_id: str, kind: Any, num_labels: int, name: str, settings: dict[st
     packed = None if shape.quantization is None else _packed(model, kind, shape.quantization)
     adapter = variants.create(name, members=shape.members, **settings)
     last = first_token.last_layer(model)
-    if last is not None:  # as a run does, where it gives the same logits
+    if last is not None and not adapter.adds_tokens:  # as a run does, where it gives the same logits
         first_token.shorten(last, adapter.draw)
     targets = shape.targets if isinstance(shape.targets, str) else list(shape.targets)
     calibration = variants.Uncalibrated() if getattr(adapter, "reads_values", False) else None
@@ -113,6 +113,8 @@ def cost(model_id: str, kind: Any, num_labels: int, name: str, settings: dict[st
     if shape.checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ValueError(f"{type(model).__name__} does not support gradient checkpointing: plan without it")
+        if not adapter.checkpointable:
+            raise ValueError(f"{name} cannot train with gradient checkpointing: plan without it")
         keyed = {"use_reentrant": False, "context_fn": adapter.draw.recompute_contexts}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keyed)
     found = _on_fake_tensors(model, adapter, trains_base, kind, num_labels, shape, counts)

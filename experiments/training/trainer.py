@@ -78,12 +78,17 @@ class Trainer:
         settings = pack.settings.model_dump(exclude_unset=True)
         self.adapter: Adapter = variants.create(pack.method, members=pack.members, seeds=list(pack.seeds), **settings)
         self.batches = Batches(self.kind, data["train"], self.processor, training, pack.seeds, pack.device)
-        first_token.only(self.model, self.adapter.draw)
+        if not self.adapter.adds_tokens:
+            first_token.only(self.model, self.adapter.draw)
         began = time.perf_counter()
         self.adapter.attach(self.model, pack.targets, head=self.info.heads, fresh_head=True, calibration=self._calibration())
         close_door(self.model)  # nobody saves this model by its own name, and packs must be freed one by one
         self.seconds = 0.0 if self.adapter.needs is None else time.perf_counter() - began
         if training.gradient_checkpointing:
+            if not self.adapter.checkpointable:
+                raise ValueError(
+                    f"gradient_checkpointing = true: {pack.method} cannot train with it: leave it out for this method"
+                )
             keyed = {"use_reentrant": False, "context_fn": self.adapter.draw.recompute_contexts}
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keyed)
         rates = torch.tensor(pack.learning_rates, dtype=torch.float64, device=pack.device)

@@ -45,6 +45,8 @@ class Adapter(nn.Module):
     packable: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
     trains_base: ClassVar[bool] = False  # the model's own weights are what is trained
+    checkpointable: ClassVar[bool] = True  # the model may compute segments again in the backward pass
+    adds_tokens: ClassVar[bool] = False  # the layers read tokens beside those of the batch
     trains_from_the_start: ClassVar[bool] = True  # every trained tensor has a gradient at the first step
     exact_gradient: ClassVar[bool] = True  # no term of the forward pass is held constant in the backward pass
     starts_at_identity: ClassVar[bool] = True  # attaching leaves the output of the body as it was
@@ -256,7 +258,10 @@ class Adapter(nn.Module):
             )
         bring(site, device)
         into[key_of(name)] = site
-        self._surgery.replace(name, Adapted(base, site).train(base.training))
+        adapted = Adapted(base, site)
+        adapted.training = base.training  # and not of what is inside a body, whose modules may differ
+        site.train(base.training)
+        self._surgery.replace(name, adapted)
 
     def detach(self) -> nn.Module:
         """Takes everything out again; the model is bit for bit what it was.  The adapter keeps its trained tensors."""

@@ -281,6 +281,8 @@ def _fault(adapter: Adapter) -> str | None:
         return (
             f"{adapter.method} changes the model's own tensors, which other rows need as they are: use the model it makes alone"
         )
+    if adapter.adds_tokens:
+        return f"{adapter.method} puts tokens before every row: use it alone (variants.load_pretrained)"
     if adapter.base_tensors:
         return (
             f"it comes with {next(iter(adapter.base_tensors))} of the base, which other rows need as it is: "

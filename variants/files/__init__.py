@@ -11,7 +11,8 @@ AdaLoRA       a PEFT ADALORA: lora_A (r', I), lora_B (O, r'), lora_E (r', 1) of 
               that the file equals the live model at any step; r' may be 0.  rank_pattern says which of init_r they were.
               PEFT's scale is alpha / (init_r + 1e-5) at every site: E is multiplied by our scale over that one.
 head only     a PEFT LORA whose target_modules is PEFT's own word for none.
-(IA)3         a PEFT IA3.
+(IA)3         a PEFT IA3.  Prefix tuning: a PREFIX_TUNING, where PEFT has a task for the model; prompt tuning of a language
+              model: a PROMPT_TUNING.  Both are in our own format elsewhere.
 full, BitFit  no PEFT form: adapter_model.safetensors alone, with "format": "rankwise" in its metadata; so bottleneck adapters.
 
 Heads are PEFT's modules_to_save.  What PEFT's keys cannot say (settings, seed, slots kept, E that was folded) is JSON under

@@ -13,7 +13,7 @@ from typing import Any
 from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.files import pretrained
 from rankwise.variants.files.export import export_merged, save_whole
-from rankwise.variants.files.state import has_peft_form
+from rankwise.variants.files.peft import forms
 from torch import nn
 
 
@@ -51,7 +51,7 @@ class Door:
             save_whole(adapter.model, Path(save_directory))
         elif self.checkpoint is not None:
             self.checkpoint(Path(save_directory))
-        elif has_peft_form(adapter) or not adapter.mergeable:
+        elif forms.holds(adapter) or not adapter.mergeable:
             pretrained.save_pretrained(adapter, save_directory)
         else:
             export_merged(adapter, save_directory)

@@ -11,7 +11,7 @@ from rankwise.variants.files import folders, own
 from rankwise.variants.files.budget import excess
 from rankwise.variants.files.facts import Facts
 from rankwise.variants.files.peft import forms
-from rankwise.variants.files.state import check_member, has_peft_form
+from rankwise.variants.files.state import check_member
 from torch import nn
 
 
@@ -29,7 +29,7 @@ def save_pretrained(adapter: Adapter, folder: str | Path, member: int = 0) -> No
 def write(adapter: Adapter, folder: str | Path, member: int = 0) -> None:
     """`save_pretrained` in the middle of a run, where the ranks need not be final."""
     check_member(adapter, member)
-    contents = forms.written(adapter, member) if has_peft_form(adapter) else own.written(adapter, member)
+    contents = forms.written(adapter, member) if forms.holds(adapter) else own.written(adapter, member)
     folders.write(Path(folder), contents)
 
 

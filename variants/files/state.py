@@ -61,11 +61,6 @@ def own_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     return {key: name for key, name in names.items() if not name.startswith(ADAPTER_STATE)}
 
 
-def has_peft_form(adapter: Adapter) -> bool:
-    """Whether PEFT's files can hold it."""
-    return has_low_rank_form(adapter) or adapter.peft_form is not None
-
-
 def has_low_rank_form(adapter: Adapter) -> bool:
     """Whether a LORA of PEFT's can hold it."""
     return isinstance(adapter, LowRankAdapter) or not len(adapter.sites)

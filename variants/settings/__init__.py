@@ -62,6 +62,7 @@ from rankwise.variants.settings.registry import METHODS, Method, Placement, chec
 from rankwise.variants.settings.sora import SoRASettings
 from rankwise.variants.settings.truncated import NORMALISATIONS, TruncatedSettings
 from rankwise.variants.settings.vera import VeRASettings
+from rankwise.variants.settings.virtual_tokens import PrefixTuningSettings, PromptTuningSettings
 from rankwise.variants.settings.weightlora import WeightLoRASettings
 
 __all__ = [
@@ -105,6 +106,8 @@ __all__ = [
     "Placement",
     "Positive",
     "PositiveInt",
+    "PrefixTuningSettings",
+    "PromptTuningSettings",
     "RankedSettings",
     "Settings",
     "SoRASettings",

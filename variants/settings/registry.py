@@ -40,6 +40,7 @@ from rankwise.variants.settings.placed import (
 from rankwise.variants.settings.sora import SoRASettings
 from rankwise.variants.settings.truncated import TruncatedSettings
 from rankwise.variants.settings.vera import VeRASettings
+from rankwise.variants.settings.virtual_tokens import PrefixTuningSettings, PromptTuningSettings
 from rankwise.variants.settings.weightlora import WeightLoRASettings
 
 
@@ -346,6 +347,20 @@ METHODS: dict[str, Method] = {
             PfeifferSettings,
             "one bottleneck layer behind each feed-forward layer",
             "Pfeiffer et al. 2021",
+        ),
+        Method(
+            "prompt-tuning",
+            "rankwise.variants.virtual_tokens:PromptTuning",
+            PromptTuningSettings,
+            "embeddings of virtual tokens before the text",
+            "Lester et al. 2021",
+        ),
+        Method(
+            "prefix-tuning",
+            "rankwise.variants.virtual_tokens:PrefixTuning",
+            PrefixTuningSettings,
+            "keys and values of virtual tokens in every layer",
+            "Li and Liang 2021; Liu et al. 2022",
         ),
     )
 }

@@ -40,7 +40,12 @@ KNOWN = {
 }
 
 # peft_type of the forms that have no thin factors, and the keys of each that stand in no LoraConfig; each has its file here.
-OTHER_FORMS = {"IA3": ("feedforward_modules", "init_ia3_weights")}
+_TOKENS = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
+OTHER_FORMS = {
+    "IA3": ("feedforward_modules", "init_ia3_weights"),
+    "PROMPT_TUNING": (*_TOKENS, "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
+    "PREFIX_TUNING": (*_TOKENS, "encoder_hidden_size", "prefix_projection", "init_weights"),
+}
 
 
 MOST_RANK = 1 << 20  # of a file: no matrix of a model has as many rows, and a mask of so many still fits into memory

@@ -4,11 +4,17 @@ from types import ModuleType
 
 from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.files.folders import Contents
-from rankwise.variants.files.peft import ia3, reading, writing
+from rankwise.variants.files.peft import ia3, prompts, reading, writing
+from rankwise.variants.files.state import has_low_rank_form
 from torch import nn
 
-# peft_type -> the module with `written` and `load`; what stands here not is a LORA or an ADALORA, or is refused as none.
-OTHERS: dict[str, ModuleType] = {"IA3": ia3}
+# peft_type -> the module with `holds`, `written` and `load`; any other is a LORA or an ADALORA, or is refused as none.
+OTHERS: dict[str, ModuleType] = {"IA3": ia3, "PROMPT_TUNING": prompts, "PREFIX_TUNING": prompts}
+
+
+def holds(adapter: Adapter) -> bool:
+    """Whether PEFT's files can hold an attached adapter."""
+    return has_low_rank_form(adapter) or (adapter.peft_form is not None and OTHERS[adapter.peft_form].holds(adapter))
 
 
 def written(adapter: Adapter, member: int) -> Contents:

@@ -25,6 +25,10 @@ VECTOR = "ia3_l"
 _PART = re.compile(rf"^(?P<site>.+)\.{VECTOR}(?:\.(?P<adapter>[^.]+))?$")
 
 
+def holds(adapter: Adapter) -> bool:
+    return True
+
+
 def written(adapter: Adapter, member: int) -> Contents:
     """PEFT's files of one member of an attached (IA)3."""
     alone, model, tensors, inputs = adapter.alone(member), adapter.model, {}, []
