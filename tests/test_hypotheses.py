@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rankwise.experiments import config
 from rankwise.experiments.hypotheses import LOOKS
-from rankwise.reports import page
+from rankwise.reports import figures, page
 from rankwise.reports.hypotheses import hypothesis_table, outcomes_of
 from rankwise.reports.results import load
 from rankwise.reports.statistics import sign_flip_test
@@ -159,6 +159,19 @@ def test_the_report_opens_with_the_hypotheses(tmp_path, figures_undrawn):
     assert "H1: placing" in text and (tmp_path / "report" / "tables" / "hypotheses.csv").is_file()
     assert "what it set out to test" in (tmp_path / "report" / "report.html").read_text()
     assert hypothesis_table(study(tmp_path / "none", {"lora": BASE}, [])) is None
+
+
+def test_the_figure_has_each_difference_that_was_tested_and_its_margin(tmp_path):
+    scores = {"adalora": plus(0.1), "within": BASE, "dora": plus(-1.0)}
+    drawing = figures.hypotheses(study(tmp_path, scores))  # LoRA has no run: the second one waits
+    (ax,) = drawing.figure.axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["H1: adalora over within"]
+    (only, _) = outcomes_of(study(tmp_path / "again", scores))
+    interval, point = (line.get_xdata() for line in ax.lines[:2])
+    assert list(interval) == [only.comparison.low, only.comparison.high] and list(point) == [only.comparison.difference]
+    assert ax.collections[0].get_paths()[0].get_extents().x0 == -only.hypothesis.margin
+    assert "equivalent" in {text.get_text() for text in ax.texts}
+    assert figures.hypotheses(study(tmp_path / "none", {"lora": BASE})) is None
 
 
 @pytest.mark.parametrize(

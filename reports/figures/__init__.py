@@ -2,6 +2,7 @@
 
 from rankwise.reports.figures.curves import learning_curves, rates
 from rankwise.reports.figures.differences import differences
+from rankwise.reports.figures.hypotheses import hypotheses
 from rankwise.reports.figures.of_adapter import of_adapter
 from rankwise.reports.figures.of_study import DRAWN, draw_all
 from rankwise.reports.figures.rank_curves import rank_curve
@@ -21,6 +22,7 @@ __all__ = [
     "differences",
     "draw_all",
     "house_style",
+    "hypotheses",
     "importance",
     "knock_out",
     "learning_curves",

@@ -5,6 +5,7 @@ Each function takes one part of a study and returns a `Drawing`, or None where t
 
 from rankwise.reports.figures.curves import learning_curves, rates
 from rankwise.reports.figures.differences import differences
+from rankwise.reports.figures.hypotheses import hypotheses
 from rankwise.reports.figures.rank_curves import rank_curve
 from rankwise.reports.figures.rank_histories import budget, ranks_over_time
 from rankwise.reports.figures.rank_maps import allocation_pair, rank_map
@@ -14,6 +15,7 @@ from rankwise.reports.results import Study
 
 # The figures of a report, in its order.
 DRAWN = (
+    hypotheses,
     differences,
     rank_curve,
     rank_map,
