@@ -11,6 +11,7 @@ from rankwise.variants.adapter import initialization
 from tests.loop import Loop
 from tests.test_adalora import NAMES, Net, data, squared_error
 from tests.test_elalora import ALPHA, FINAL, GAMMA, INTERVAL, RATES, SEEDS, TOTAL, WARMUP, Plain, Rank
+from tests.tiny import packed_batch, tiny
 
 INITIAL = [4, 2, 5]
 CONFIGURATIONS = {
@@ -106,8 +107,6 @@ def test_every_step_of_training_is_the_plain_version_s(name):
 def test_the_faults_of_the_release_are_there_by_name_only():
     def after(E: list[list[float]], **settings) -> tuple[list[int], list[list[float]]]:
         values = {"initial_rank": 2, "exchange": 1, "schedule": "steady", "interval": 1, **settings}
-        if "rank_pattern" in settings:
-            values["rank_pattern"] = settings["rank_pattern"]
         adapter = variants.create("flexlora", **values).attach(Net(), list(NAMES), head=[])
         with torch.no_grad():
             for site, es in zip(adapter.triplets(), E, strict=True):
@@ -125,6 +124,17 @@ def test_the_faults_of_the_release_are_there_by_name_only():
     assert after([lopsided, spread, [5.0]], undefined_entropy="highest", **one)[0] == [1, 2, 2]
     assert after([[0.0, 0.0], spread, between])[0] == [1, 3, 2]  # nothing to spread is the lowest
     assert after([[0.0, 0.0], spread, between], undefined_entropy="highest")[0] == [3, 2, 1]
+
+
+def test_what_is_added_costs_what_the_start_did():
+    settings = {"initial_rank": 3, "cost": "parameters", "exchange": 4, "warmup_steps": 1, "final_steps": 2, "added_std": 0.02}
+    adapter = variants.create("flexlora", **settings).attach(tiny("bert"), "all-linear")
+    loop, start = Loop(adapter, 1e-2, 10), adapter.parameter_counts()["trainable"].item()
+    cheapest = min(int(site.count(torch.ones(1))) for site in adapter.triplets())
+    for index in range(10):
+        loop.step(packed_batch([0], index))
+        assert start - cheapest < adapter.parameter_counts()["trainable"].item() <= start
+    assert len({int(r) for r in adapter.ranks().values()}) > 1
 
 
 @pytest.mark.parametrize(

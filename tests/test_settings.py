@@ -167,7 +167,7 @@ def test_every_setting_of_a_rank_has_a_role():
         assert set(one.settings.with_role("total")) == fields & totals
         assert set(one.settings.with_role("member")) == fields & {"orthogonality", "kept_sites", "bottleneck"}
         assert set(one.settings.with_role("steps")) == fields & {
-            *("warmup_steps", "final_steps", "interval", "rise_steps", "truncate_after"),
+            *("warmup_steps", "final_steps", "interval", "rise_steps", "truncate_after", "plateau_patience"),
         }
 
 

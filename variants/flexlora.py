@@ -12,7 +12,8 @@ read in the release, Chongjie-Si/Subspace-Tuning loralib/loralib/flexlora.py.
 Departures: the weakest triplet is that of the least |E|, where the release takes the least E, so the most negative singular
 value (weakest = "signed"); H is 0/0 at rank 1 and where all E are zero, which counts as the lowest, where the release's NaN
 counts as the highest and lets such matrices grow each time (undefined_entropy = "highest"); the optimizer's averages of the
-other triplets go on; exactly as many ranks are added as cut, ties in site order; s lacks the release's + 1e-5.
+other triplets go on; exactly as many ranks are added as cut, ties in site order, or, with cost = "parameters", as many as the
+parameters of the start pay for, at most one a matrix; s lacks the release's + 1e-5.
 """
 
 from collections.abc import Sequence
@@ -79,7 +80,9 @@ class FlexLoRA(ExchangingAdapter, AdaLoRA):
         can_lose = [s for s in rising if ranks[s] > max(self.site_bounds(sites[s].name)[0], 1)]
         lowest = [(s, self._weakest(sites[s].E[k, : ranks[s]])) for s in can_lose]
         highest = sorted(range(len(ranks)), key=lambda s: -entropies[s])
-        return self.one_for_one(lowest, highest[:number], ranks, number, limit)
+        # Of parameters there may be more, as a rank of the matrices that gain can cost less.
+        growing = highest[:number] if self.settings.cost == "rank" else highest
+        return self.one_for_one(lowest, growing, ranks, number, limit)
 
     def _weakest(self, E: Float[Tensor, " R"]) -> int:
         return int((E.abs() if self.settings.weakest == "magnitude" else E).argmin())
