@@ -69,6 +69,8 @@ class AdapterCallback(TrainerCallback):
         self.step: Step | None = None  # None: nobody trains
         self.micro_batch = 0
         self._has_begun = False  # a second training pass of this micro-batch draws on
+        self._losses: list[Tensor] = []  # of this step's micro-batches
+        self._are_shares = False  # of the step's loss, which they add up to
         self._shows_wrappers = False
         model = adapter.model
         handles = [
@@ -109,8 +111,7 @@ class AdapterCallback(TrainerCallback):
     def _begin(self, state: Any) -> None:
         self.step, self.micro_batch = Step(state.global_step + 1, state.max_steps), 0
         self._has_begun = False
-        self._losses: list[Tensor] = []  # of this step's micro-batches
-        self._are_shares = False  # of the step's loss, which they add up to
+        self._losses, self._are_shares = [], False
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.micro_batch += 1
@@ -178,7 +179,9 @@ class AdapterCallback(TrainerCallback):
         return output
 
     def _note_loss(self, output: Any, is_share: bool) -> None:
-        loss = output.get("loss") if isinstance(output, dict) else output[0]
+        """Where the model makes the loss; a method that goes by the loss says so if it has none."""
+        first = output[0] if isinstance(output, tuple) and output else None
+        loss = output.get("loss") if isinstance(output, dict) else first
         if isinstance(loss, Tensor) and not loss.dim():
             self._losses.append(loss.detach().double())
             self._are_shares = is_share
