@@ -59,6 +59,8 @@ SETTINGS["l1ra"] = {"initial_rank": 3, "alpha": 5, "dropout": 0.1, "sparsity": 0
 SETTINGS["geolora"] = {"initial_rank": 3, "alpha": 5, "dropout": 0.1, "interval": 4, "final_steps": 3, "tolerance": 0.4}
 # Halved at 3 and 6: one of four sites is left, at rank 8.
 SETTINGS["weightlora"] = {"rank": 2, "alpha": 5, "dropout": 0.1, "growth": "smart", "interval": 3}
+# Pruned at 4, 8 and 9.
+SETTINGS["bayeslora"] = {"initial_rank": 4, "alpha": 5, "dropout": 0.1, "interval": 4, "final_steps": 3, "kl_weight": 1e-4}
 SETTINGS["adalora+dora"] = SETTINGS["adalora"]
 SETTINGS["allocated"] = SETTINGS["adalora"] | {"score": "norm-share", "form": "doublet", "cost": "parameters"}
 SETTINGS["dynamic-dora"] = {k: v for k, v in SETTINGS["adalora"].items() if k != "orthogonality"}

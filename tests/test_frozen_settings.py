@@ -55,6 +55,10 @@ OTHERS = {  # for each method, further values beside the least that it takes
         {"initial_rank": 4, "tolerance": 0.3, "interval": 5, "core_step": "release", "scale_by": "release"},
         {"initial_rank": 4, "cost": "parameters", "target_rank": 2, "most_rank": 9, "truncate_after": 7},
     ],
+    "bayeslora": [
+        {"initial_rank": 4, "threshold": 2.0, "variance": "A", "sampling": "weights"},
+        {"initial_rank": 4, "cost": "parameters", "target_rank": 2, "least_rank": 1, "interval": 9},
+    ],
     "weightlora": [
         {"rank": 3, "kept_sites": 2, "kept_by": "release", "interval": 2},
         {"rank": 3, "growth": "smart", "doublings": 1, "scaling": "alpha/sqrt(r)"},

@@ -338,6 +338,23 @@ def test_accumulated_micro_batches_are_one_batch():
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
+def test_recomputed_activations_give_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny("bert").train()
+        adapter = variants.create("geolora", initial_rank=3, dropout=0.2, seeds=[4])
+        adapter.attach(model, ["query", "intermediate.dense"], head=[])
+        fill(adapter)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        adapter.begin(Step(1, TOTAL))
+        model(input_ids=torch.arange(1, 13).view(2, 6)).logits.square().sum().backward()
+        gradients.append([p.grad.clone() for p in adapter.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+        assert one.any()
+
+
 def test_torch_s_optimizer_follows_a_core_of_another_size():
     adapter = create(1, tolerance=0.3)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)

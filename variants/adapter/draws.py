@@ -164,12 +164,36 @@ class Dropping:
         return factor.view(K, N, F)
 
     def _drawn(self, rows: int, features: int, device: torch.device) -> Tensor:
-        """(K, rows * features) int32, each equally likely: ((mixed position) xor first key) times the second key made odd."""
-        keys, count = self.keys.to(device), rows * self.pitch
-        positions = _mixed_positions(1 << max(count - 1, 1).bit_length(), device, self.first * self.pitch)[:count]
-        if self.pitch != features:
-            positions = positions.view(rows, self.pitch)[:, :features].reshape(-1)
-        return (positions ^ keys[:, :1]).mul_(keys[:, 1:] | 1)
+        return _drawn(self.keys, rows, features, self.pitch, device, self.first)
+
+
+def _drawn(keys: Tensor, rows: int, features: int, pitch: int, device: torch.device, first: int = 0) -> Tensor:
+    """(K, rows * features) int32, each equally likely: ((mixed position) xor first key) times the second key made odd."""
+    if native.is_pretending():  # no value is asked for, and the table of positions must not be made of shapes
+        return torch.empty(len(keys), rows * features, dtype=torch.int32, device=device)
+    keys, count = keys.to(device), rows * pitch
+    positions = _mixed_positions(1 << max(count - 1, 1).bit_length(), device, first * pitch)[:count]
+    if pitch != features:
+        positions = positions.view(rows, pitch)[:, :features].reshape(-1)
+    return (positions ^ keys[:, :1]).mul_(keys[:, 1:] | 1)
+
+
+def normal(like: Tensor, draw: Draw, site: str, of_tokens: bool = False, first: int = 0) -> Tensor:
+    """Standard normal noise in the shape (K, N, F) and type of a tensor, by the same key as a dropout of that site.
+
+    A number is sqrt(2) erfinv(u), u the upper 24 of its 32 bits as a number between -1 and 1, so that none is beyond 5.5.
+
+    of_tokens: the rows are those of the model's input, of which only the first tokens may be computed.
+    first: rows of each member before these, which other processes have.
+    """
+    if draw.step is None:
+        return torch.randn_like(like)
+    K, N, F = like.shape
+    pitch = F * (draw.length or 1) if of_tokens else F
+    bits = _drawn(draw.keys(site), N, F, pitch, like.device, first)
+    wide = like.dtype if like.dtype == torch.float64 else torch.float32
+    noise = bits.bitwise_right_shift_(8).to(wide).add_(0.5).mul_(2.0**-23).erfinv_().mul_(2**0.5)
+    return noise.view(K, N, F).to(like.dtype)
 
 
 def drop(x: Tensor, rate: float, draw: Draw, site: str, first: int | None = None) -> Tensor:

@@ -68,6 +68,11 @@ def pretending() -> Iterator[None]:
 _pretends = False
 
 
+def is_pretending() -> bool:
+    """Whether tensors have shapes and no values."""
+    return _pretends
+
+
 def _has_memory(t: Tensor) -> bool:
     """Whether it is a plain dense tensor on the CPU: no fake or other subclass, not meta, not sparse."""
     return type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.layout is torch.strided

@@ -35,6 +35,7 @@ from rankwise.variants.settings.base import (
     setting,
     together,
 )
+from rankwise.variants.settings.bayeslora import BayesLoRASettings
 from rankwise.variants.settings.bottleneck import BottleneckSettings, HoulsbySettings, PfeifferSettings
 from rankwise.variants.settings.dylora import DyLoRASettings
 from rankwise.variants.settings.geolora import GeoLoRASettings
@@ -74,6 +75,7 @@ __all__ = [
     "AdaLoRADoRASettings",
     "AdaLoRASettings",
     "AllocatedSettings",
+    "BayesLoRASettings",
     "BottleneckSettings",
     "Count",
     "DoRASettings",

@@ -15,6 +15,7 @@ from rankwise.variants.settings.allocated import (
     IncreLoRASettings,
 )
 from rankwise.variants.settings.base import NoSettings, Settings
+from rankwise.variants.settings.bayeslora import BayesLoRASettings
 from rankwise.variants.settings.bottleneck import HoulsbySettings, PfeifferSettings
 from rankwise.variants.settings.dylora import DyLoRASettings
 from rankwise.variants.settings.geolora import GeoLoRASettings
@@ -288,6 +289,13 @@ METHODS: dict[str, Method] = {
             GeoLoRASettings,
             "a full core between orthonormal bases that the gradient widens and a tolerance cuts",
             "Schotthoefer et al. 2024",
+        ),
+        Method(
+            "bayeslora",
+            "rankwise.variants.bayeslora:BayesLoRA",
+            BayesLoRASettings,
+            "LoRA with a variance for each rank; ranks go whose posterior is more noise than signal",
+            "mercury0100/bayeslora",
         ),
         Method(
             "weightlora",
