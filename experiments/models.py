@@ -116,6 +116,7 @@ def load(
             f"{model_id} lacks {len(lacking)} weights of a {type(model).__name__}, {lacking[0]} among them: "
             "its files are of another model; nothing but a head or pooler is started at random"
         )
+    model.files = folder  # for what starts at the weights before they were quantised (variants/weights/stored.py)
     model.config._name_or_path = model_id  # saved adapters name the model, not a folder of this machine's cache
     if own is None and quantization is None:
         model.to(target)

@@ -32,6 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vera": {"rank": 8, "dropout": 0.1},
     "lora+": {"rank": 3, "alpha": 5, "dropout": 0.1},
     "trained-alpha": {"rank": 3, "alpha": 5, "dropout": 0.1},
+    "loftq": {"rank": 3, "alpha": 5, "dropout": 0.1},
     "pissa": {"rank": 3, "alpha": 5, "dropout": 0.1},
     "olora": {"rank": 3, "alpha": 5, "dropout": 0.1},
     "orthogonal": {"rank": 3, "alpha": 5, "dropout": 0.1},

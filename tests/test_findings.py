@@ -44,7 +44,8 @@ def test_what_moving_rank_across_sites_is_worth():
     means = {
         setting: np.mean([*arm(setting, study).scores.values()][:8]) for setting in ("adalora", "within sites", "svd-lora")
     }
-    rows = {"adalora": "AdaLoRA, budget in parameters", "within sites": "within sites: the same pruning, every site ends with 8",
+    rows = {"adalora": "AdaLoRA, budget in parameters",
+            "within sites": "within sites: the same pruning, every site ends with 8",
             "svd-lora": "svd-lora: the same triplets, nothing pruned"}  # fmt: skip
     assert all(f"| {rows[setting]} | {mean:.2f} |" in FINDINGS for setting, mean in means.items())
     pairs = stability.seed_pairs(arm("adalora", study))

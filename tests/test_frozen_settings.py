@@ -23,6 +23,7 @@ OTHERS = {  # for each method, further values beside the least that it takes
     "vera": [{"rank": 5, "projection_seed": 0, "save_projection": False}],
     "lora+": [{"rank": 2, "lr_ratio": 4.0}],
     "trained-alpha": [{"rank": 2, "alpha_lr_ratio": 0.5}],
+    "loftq": [{"rank": 2, "magnitude": True}],
     "pissa": [{"rank": 2, "magnitude": True}],
     "olora": [{"rank": 2, "scaling": "alpha/sqrt(r)"}],
     "orthogonal": [{"rank": 4, "rank_pattern": {"a": 2}}],

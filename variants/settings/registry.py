@@ -137,6 +137,13 @@ METHODS: dict[str, Method] = {
             "Buyukakyuz 2024",
         ),
         Method(
+            "loftq",
+            "rankwise.variants.loftq:LoftQ",
+            LoRASettings,
+            "LoRA over a quantised base that starts at the error of quantisation",
+            "Li et al. 2023",
+        ),
+        Method(
             "orthogonal",
             "rankwise.variants.orthogonal:Orthogonal",
             RankedSettings,
