@@ -16,14 +16,16 @@ from safetensors.torch import load_file, save_file
 from tests import small_world
 
 
-def start(size: int, work: Callable[..., None], *arguments: Any) -> list[multiprocessing.Process]:
-    """So many processes that are joined and then each do `work(processes, *arguments)`; forks of a server, which is quick."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.small_world", "tests.parallel_world"])
+def start(size: int, work: Callable[..., None], *arguments: Any, is_joined: bool = True) -> list[multiprocessing.Process]:
+    """So many processes that are joined and then each do `work(processes, *arguments)`; forks, which start at once.
+
+    is_joined: otherwise they do `work(rank, *arguments)`, with what torchrun sets in the environment.
+    """
+    context = multiprocessing.get_context("fork")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    made = [context.Process(target=_joined, args=(rank, size, port, work, arguments)) for rank in range(size)]
+    made = [context.Process(target=_do, args=(rank, size, port, work, arguments, is_joined)) for rank in range(size)]
     for process in made:
         process.start()
     return made
@@ -39,8 +41,8 @@ def ended(processes: list[multiprocessing.Process], seconds: float = 120) -> lis
     return codes
 
 
-def run(size: int, work: Callable[..., None], *arguments: Any) -> None:
-    assert ended(start(size, work, *arguments)) == [0] * size
+def run(size: int, work: Callable[..., None], *arguments: Any, is_joined: bool = True) -> None:
+    assert ended(start(size, work, *arguments, is_joined=is_joined)) == [0] * size
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
@@ -48,9 +50,14 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
     return {**{name: str(value) for name, value in names.items()}, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
 
 
-def _joined(rank: int, size: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _do(
+    rank: int, size: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...], is_joined: bool
+) -> None:  # fmt: skip
     torch.set_num_threads(1)
     os.environ.update(environment(rank, size, port))
+    if not is_joined:
+        work(rank, *arguments)
+        return
     with parallel.joined(size, "cpu") as processes:
         work(processes, *arguments)
 

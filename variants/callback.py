@@ -22,6 +22,12 @@ same once more in adapter/, and model.safetensors, which has what training moves
 averages of the allocator among it, and the base's buffers.  `Trainer.save_model` writes the files of `save_pretrained`.  The
 model's state has the base's own names, with the adapter's state beside them.
 
+On several processes (torchrun, one GPU each) Trainer wraps the model in DistributedDataParallel, which averages the gradients
+in the backward pass, so that clipping, importance and allocation see the same numbers in each, and all allocate alike.  A draw
+of dropout is that of the row's place in the whole batch, as long as all processes pad to one length; the penalty enters once;
+the first process writes.  Methods that give their tensors other sizes while they train are refused there, because
+DistributedDataParallel sums gradients in buckets of the sizes that it began with.
+
 What is not as in our own trainer, because Trainer decides it: a gradient that is not finite is skipped by fp16's
 GradScaler alone (and then counts for no score); a model that takes `num_items_in_batch` without using it, as
 transformers' classifiers with a loss of their own do, has under accumulation the sum of the micro-batches' losses, not
@@ -68,6 +74,8 @@ class AdapterCallback(TrainerCallback):
         self.adapter = adapter
         self.step: Step | None = None  # None: nobody trains
         self.micro_batch = 0
+        self.process, self.processes = 0, 1  # this one's number, and how many share each batch
+        self._scaled_by = 1  # what Trainer multiplies a loss by that the model has divided by the items of all processes
         self._has_begun = False  # a second training pass of this micro-batch draws on
         self._losses: list[Tensor] = []  # of this step's micro-batches
         self._are_shares = False  # of the step's loss, which they add up to
@@ -92,8 +100,15 @@ class AdapterCallback(TrainerCallback):
         """
         if model is not self.adapter.model:
             raise ValueError("the Trainer's model is not the one that the adapter is attached to: give it that one")
-        if args.world_size > 1 or args.n_gpu > 1:
-            raise ValueError(f"{max(args.world_size, args.n_gpu)} processes or GPUs: an adapter is driven in one: show it one")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process: an adapter is driven on one: start a process for each (torchrun "
+                f"--nproc-per-node {args.n_gpu}), or show it one (CUDA_VISIBLE_DEVICES)"
+            )
+        if args.world_size > 1:
+            self._check_processes(args)
+        self.process, self.processes = args.process_index, args.world_size
+        self._scaled_by = args.world_size if args.average_tokens_across_devices else 1
         if args.torch_compile:
             raise ValueError("torch_compile = True: the keys of one step would be compiled in: take it out")
         if getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing:
@@ -104,6 +119,25 @@ class AdapterCallback(TrainerCallback):
         check_optimizer(optimizer, self.adapter)
         self._save_checkpoints(self._checkpoint)
         self._begin(state)
+
+    def _check_processes(self, args: Any) -> None:
+        """
+        Raises:
+            ValueError: several processes that share more than rows, or a method that they cannot share.
+        """
+        if args.fsdp or args.deepspeed:
+            raise ValueError(
+                "fsdp or deepspeed: they cut the adapter's tensors into pieces, and a method that allocates needs them whole: "
+                "leave both out, so that each process has the model"
+            )
+        settings = self.adapter.settings
+        resizing = "shrink = True" if getattr(settings, "shrink", False) else getattr(settings, "grows", False) and "growing"
+        if resizing:
+            raise ValueError(
+                f"{self.adapter.method} ({resizing}) gives its tensors other sizes while it trains, and of {args.world_size} "
+                f"processes DistributedDataParallel sums gradients of the sizes that it began with: train it in one process, "
+                f"or with torchrun -m rankwise compare"
+            )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begin(state)
@@ -137,17 +171,21 @@ class AdapterCallback(TrainerCallback):
         follow(optimizer, self.adapter)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        write(self.adapter, Path(args.output_dir) / f"checkpoint-{state.global_step}" / "adapter")
+        if args.should_save:  # the first process; of several machines without a common disk the first of each
+            write(self.adapter, Path(args.output_dir) / f"checkpoint-{state.global_step}" / "adapter")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.adapter.begin(self.step, training=False)
-        self.step = None
+        self.step, self.adapter.draw.rows.before = None, 0
         self._save_checkpoints(None)
         warn_if_unfinished(self.adapter)  # the best checkpoint, where Trainer has loaded that, may be an early one
 
     # -- the hooks of the model --------------------------------------------------------------------------------------
 
     def _before_forward(self, model: nn.Module, args: tuple) -> None:
+        if self.processes > 1 and self.step is not None:  # each has as many rows, which accelerate sees to
+            rows = self.adapter.draw.rows
+            rows.before = self.process * (rows.total or 0) if model.training else 0
         if self.step is not None and not (model.training and self._has_begun):
             self.adapter.begin(self.step, self.micro_batch, training=model.training)
             self._has_begun = model.training
@@ -172,7 +210,9 @@ class AdapterCallback(TrainerCallback):
                 f"{type(model).__name__} returned no loss to add the penalty of {self.adapter.method} to: leave "
                 f"label_smoothing_factor and compute_loss_func to models without an adapter, or set orthogonality = 0"
             )
-        loss = loss + (penalty - penalty.detach()).to(loss.dtype)
+        # Gradients are averaged over processes, so that each may add the whole penalty, unless Trainer scales the loss.
+        share = penalty if kwargs.get("num_items_in_batch") is None else penalty / self._scaled_by
+        loss = loss + (share - share.detach()).to(loss.dtype)
         if not isinstance(output, dict):
             return (loss, *output[1:])
         output["loss"] = loss
