@@ -447,6 +447,7 @@ def test_fingerprints_change_with_each_setting_that_changes_results_and_with_no_
         **{"weight_decay": 0.5, "clip": None, "max_length": 16, "gradient_checkpointing": True, "evaluations_per_epoch": 3},
         **{"evaluation_batch_size": 9, "train_examples": 23, "evaluation_examples": 11, "max_skipped_steps": 1},
         "head_learning_rate": 2e-2,
+        "optimizer_states": "8-bit",
     }
     of_images = {"image_size": 24, "augmentation": ["flip"]}  # refused for texts
     assert {*others, *of_images, "precision", "log_every"} == set(config.Training.model_fields)  # sort in a new one

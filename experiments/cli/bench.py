@@ -29,6 +29,9 @@ def bench(
     tried: Annotated[bool, typer.Option("--tried", help="Instead: attention kernels and packed weights, not kept.")] = False,
     mixed: Annotated[bool, typer.Option("--mixed", help="Instead: a bank's mixed batch beside PEFT's.")] = False,
     planned: Annotated[bool, typer.Option("--planned", help="Instead: a plan's memory beside what a step takes.")] = False,
+    optimizer_states: Annotated[
+        bool, typer.Option("--optimizer-states", help="Instead: AdamW's averages in 8 bits beside fp32.")
+    ] = False,
     quantised: Annotated[
         bool, typer.Option("--quantised", help="Instead: bases in 4 and 8 bits beside fp32 and bf16.")
     ] = False,
@@ -37,11 +40,13 @@ def bench(
     from rankwise.experiments.bench import cases as known
 
     _refuse_idle(
-        {"--ablation": ablation, "--tried": tried, "--mixed": mixed, "--planned": planned, "--quantised": quantised},
+        {"--ablation": ablation, "--tried": tried, "--mixed": mixed, "--planned": planned, "--quantised": quantised}
+        | {"--optimizer-states": optimizer_states},
         idle={"--out": out, "--full": full or None, "--device": None if device == "auto" else device},
         also={
             "--tried": {"--json": json_file, "--cases": cases, "--repetitions": repetitions},
             "--mixed": {"--json": json_file, "--cases": cases, "--repetitions": repetitions},
+            "--optimizer-states": {"--json": json_file, "--cases": cases, "--repetitions": repetitions},
             "--planned": {"--cases": cases, "--repetitions": repetitions},
             "--quantised": {"--cases": cases, "--repetitions": repetitions},
         },
@@ -60,6 +65,8 @@ def bench(
     if mixed:
         known.check_peft()
         return _mixed(threads)
+    if optimizer_states:
+        return _optimizer_states(threads)
     chosen = known.select_ablated(cases) if ablation else known.select(cases, full)
     known.check_peft()
     if ablation:
@@ -112,6 +119,17 @@ def _tried(threads: int | None) -> None:
         from rankwise.experiments.bench import tried
 
         for line in tried.lines():
+            print(line, flush=True)
+
+
+def _optimizer_states(threads: int | None) -> None:
+    """Prints a page (Markdown) as it is measured."""
+    with Progress() as bar, nothing_kept_if_interrupted():
+        bar.say("bench: loading torch and models ...")
+        _start(bar, threads)
+        from rankwise.experiments.bench import optimizer_states
+
+        for line in optimizer_states.lines():
             print(line, flush=True)
 
 

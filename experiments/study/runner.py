@@ -50,6 +50,10 @@ class Runner:
         self.study, self.out, self.say, self.progress, self.more = study, Path(out), say, progress, more
         self.retry_failed, self.processes = retry_failed, processes
         self.device = measure.device(device)
+        if study.training.optimizer_states == "offloaded" and self.device.type == "cpu":
+            raise ValueError(
+                'training.optimizer_states = "offloaded" has no effect on a CPU, whose memory they are in: take "32-bit"'
+            )
         if self.device.type == "cuda":  # a run that was cut off ends bit for bit as it would have
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)  # warn_only leaves the attention's backward pass as it is

@@ -84,7 +84,17 @@ class MemberAdamW:
         if not everyone and not bool(taken.any()):
             return
         self.taken += 1 if everyone else taken.to(self.taken)
-        whole, apart = self._parts()
+        self._update(factor, *self._parts(), None if everyone else taken)
+
+    def _update(
+        self,
+        factor: float,
+        whole: Sequence[tuple[Group, list[int]]],
+        apart: Sequence[tuple[Group, list[int]]],
+        taken: Tensor | None,
+    ) -> None:
+        """The step of these parameters, see `_parts`; of the members `taken`, or of all."""
+        everyone = taken is None
         self._step_fused(factor, whole, range(len(self.taken)) if everyone else taken.nonzero()[:, 0].tolist())
         some = [i for _, indices in apart for i in indices]
         kept = [tensors[i] for tensors in (self.params, self.first, self.second) for i in some]

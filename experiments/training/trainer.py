@@ -26,10 +26,10 @@ from rankwise.experiments.training import first_token, outcomes, state
 from rankwise.experiments.training.batches import Batches, Part
 from rankwise.experiments.training.evaluation import Evaluator, autocast
 from rankwise.experiments.training.log import Log, Unwritten
-from rankwise.experiments.training.optim import MemberAdamW
 from rankwise.experiments.training.pack import Outcome, Pack
 from rankwise.experiments.training.parallel import ALONE, Processes
 from rankwise.experiments.training.schedule import schedule_factor
+from rankwise.experiments.training.stored_states import STORED
 from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.step import Calibration, Group, Step
 from rankwise.variants.files.doors import close_door
@@ -92,7 +92,8 @@ class Trainer:
             keyed = {"use_reentrant": False, "context_fn": self.adapter.draw.recompute_contexts}
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keyed)
         rates = torch.tensor(pack.learning_rates, dtype=torch.float64, device=pack.device)
-        self.optimizer = MemberAdamW(self._groups(rates), rates, training.weight_decay)
+        kept = STORED[training.optimizer_states]
+        self.optimizer = kept(self._groups(rates), rates, training.weight_decay)
         rows = len(data["train"])
         self.total = training.total_steps(rows)
         self.warmup = round(training.warmup_ratio * self.total)

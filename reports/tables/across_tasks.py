@@ -30,8 +30,8 @@ def across_tasks(parts: Sequence[Study]) -> Table | None:
             rows.append((setting, part.task, len(arm.completed), *cells, _change(arm, tasks, base)))
     caption = [
         *dict.fromkeys(line for part in parts for line in alarms(part)),
-        "Points on the reported part of each task, of the adapter that was trained on the task of the row; +- is half "
-        "the width of the 95 % t interval over seeds.",
+        "Points on the reported part of each task, of the adapter that was trained on the task of the row; +- is the "
+        "half-width of the 95 % t interval over seeds.",
     ]
     if base:
         caption.append(
