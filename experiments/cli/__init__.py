@@ -28,10 +28,11 @@ from rankwise.experiments.cli.plan import plan
 from rankwise.experiments.cli.ranks import ranks
 from rankwise.experiments.cli.report import report
 from rankwise.experiments.cli.start import torchrun
+from rankwise.experiments.cli.suggest import suggest
 from rankwise.experiments.cli.tune import tune
 
 # In the order of `rankwise --help`.
-for command in (compare, plan, tune, report, data, paper, ranks, doctor, export, generate, bench, calibration):
+for command in (compare, plan, suggest, tune, report, data, paper, ranks, doctor, export, generate, bench, calibration):
     app.command()(command)
 app.add_typer(analysis, name="analysis")
 app.command(name="list")(list_)
