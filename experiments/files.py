@@ -6,6 +6,7 @@ Imports nothing heavy: the command, the trainer and the reports all write throug
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
@@ -19,11 +20,30 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary sibling to write to; it takes the place of `path` if the block succeeds, and is removed if not."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
+        with system_errors(path):
+            yield temporary
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """What safetensors says of a full disk, "... I/O error: ... (os error 28)", as what the system said.
+
+    Raises:
+        OSError: it could not write.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # by name: most of what writes files needs no safetensors
+            raise
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise OSError(str(error)) from None
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankwise.experiments.files import system_errors
 from rankwise.experiments.sources.cache import lock
 from rankwise.experiments.sources.entries import Entry, Unavailable
 
@@ -140,7 +141,8 @@ def _from_onnx(folder: Path, file: str, out: Path) -> None:
     tables = [a for n, a in arrays.items() if not n.startswith(prefix) and a.ndim == 3 and a.shape[::2] == (1, hidden)]
     class_token, patches = sorted(tables, key=lambda table: table.shape[1])  # positions of the first token, of the others
     weights["embeddings.position_embeddings"] = np.concatenate([class_token, patches], axis=1)
-    save_file({name: np.ascontiguousarray(array) for name, array in weights.items()}, out / "model.safetensors")
+    with system_errors(out / "model.safetensors"):
+        save_file({name: np.ascontiguousarray(array) for name, array in weights.items()}, out / "model.safetensors")
     config = DINOV2 | _sizes(weights, hidden)
     for name, value in (("config.json", config), ("preprocessor_config.json", PROCESSOR)):
         (out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,9 +1,8 @@
 """A pack's checkpoint: one file of tensors, and beside them what else a killed run needs to end as it would have ended."""
 
 import json
-import os
-import re
 import warnings
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from rankwise.experiments.files import replacing
 from rankwise.variants import native
+from rankwise.variants.files import json_text
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,25 +24,39 @@ def write(path: Path, pack: str, tensors: Mapping[str, Tensor], facts: Mapping[s
     """
     machine = {"pack": pack, "threads": torch.get_num_threads(), "compiled": native.library() is not None}
     machine["processes"] = processes
+    text = json.dumps({**facts, **machine})
+    dense = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        try:
-            state = {"state": json.dumps({**facts, **machine})}
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, state)
-        except SafetensorError as error:  # safetensors' word for a full disk
-            raise as_os_error(error, path) from None
+        save_file(dense, temporary, {"state": text, "checksum": _checksum(text, dense)})
 
 
 def read(path: Path, pack: str, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors and facts of a good checkpoint of this pack; None where there is none."""
+    """Tensors and facts of a good checkpoint of this pack; None where there is none.
+
+    One that was cut off, or of which a bit was flipped, is none: the run starts again, and ends as it would have ended.
+    """
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            facts = json.loads((file.metadata() or {})["state"])
+            metadata = file.metadata() or {}
+            facts = json_text.parse(metadata["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata["checksum"] != _checksum(metadata["state"], tensors):
+            return None
     except (SafetensorError, KeyError, ValueError, OSError):
-        return None  # cut off by a power failure: the run starts again
+        return None
     return (tensors, facts) if facts.get("pack") == pack else None
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Of the facts, and of the name, type, shape and bytes of every tensor: safetensors checks lengths alone."""
+    found = zlib.crc32(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), found)
+        if tensor.numel():
+            found = zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy(), found)
+    return f"{found:08x}"
 
 
 def warn_of_changes(facts: Mapping[str, Any], processes: int = 1) -> None:
@@ -66,9 +80,3 @@ def warn_of_changes(facts: Mapping[str, Any], processes: int = 1) -> None:
             f"not to the bit",
             stacklevel=3,
         )
-
-
-def as_os_error(error: SafetensorError, path: Path) -> OSError:
-    """What the system said, out of the words of safetensors: "... I/O error: ... (os error 28)"."""
-    number = re.search(r"\(os error (\d+)\)", str(error))
-    return OSError(str(error)) if number is None else OSError(int(number[1]), os.strerror(int(number[1])), str(path))
