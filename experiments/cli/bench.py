@@ -12,7 +12,7 @@ from rankwise.experiments.cli.progress import Progress
 from rankwise.experiments.cli.start import start_torch
 
 OUT = Path("runs/bench")
-READ = {"--quantised": ("--out", "--device")}  # by a measurement in the place of the usual one
+READ = {"--quantised": ("--out", "--device"), "--soak": ("--out",)}  # by a measurement in the place of the usual one
 
 
 def bench(
@@ -35,13 +35,16 @@ def bench(
     quantised: Annotated[
         bool, typer.Option("--quantised", help="Instead: bases in 4 and 8 bits beside fp32 and bf16.")
     ] = False,
+    soak: Annotated[
+        int | None, typer.Option(metavar="RUNS", help="Instead: what one process holds after so many tiny runs.")
+    ] = None,
 ) -> None:
     """Time our steps beside PEFT's and beside the frozen model's floor."""
     from rankwise.experiments.bench import cases as known
 
     _refuse_idle(
         {"--ablation": ablation, "--tried": tried, "--mixed": mixed, "--planned": planned, "--quantised": quantised}
-        | {"--optimizer-states": optimizer_states},
+        | {"--optimizer-states": optimizer_states, "--soak": soak is not None},
         idle={"--out": out, "--full": full or None, "--device": None if device == "auto" else device},
         also={
             "--tried": {"--json": json_file, "--cases": cases, "--repetitions": repetitions},
@@ -49,10 +52,12 @@ def bench(
             "--optimizer-states": {"--json": json_file, "--cases": cases, "--repetitions": repetitions},
             "--planned": {"--cases": cases, "--repetitions": repetitions},
             "--quantised": {"--cases": cases, "--repetitions": repetitions},
+            "--soak": {"--cases": cases, "--repetitions": repetitions},
         },
     )
     check_least("--threads", threads)
     check_least("--repetitions", repetitions)
+    check_least("--soak", soak, 4)
     check_device(device)
     _check_json(json_file)
     check_output_folder("--out", out)
@@ -62,6 +67,8 @@ def bench(
         return _planned(json_file, threads)
     if quantised:
         return _quantised(json_file, out or OUT, device, threads)
+    if soak is not None:
+        return _soak(soak, json_file, out or OUT, threads)
     if mixed:
         known.check_peft()
         return _mixed(threads)
@@ -188,6 +195,31 @@ def _quantised(json_file: Path | None, out: Path, device: str, threads: int | No
     from rankwise.reports import quantised as report
 
     print(report.text(result, terminal_width()))
+    print(f"report: {report.write(result, out)}")
+
+
+def _soak(number: int, json_file: Path | None, out: Path, threads: int | None) -> None:
+    """Runs, prints what was held, and writes it."""
+    import time
+
+    with Progress() as bar, nothing_kept_if_interrupted():
+        bar.say("bench: loading torch ...")
+        _start(bar, threads)
+        import torch
+        from rankwise.experiments import measure
+        from rankwise.experiments.bench import soak
+        from rankwise.experiments.files import write_json
+
+        bar.start(number)
+        began = time.perf_counter()
+        rows = list(soak.run(number, bar.advance))
+        machine = {"device_name": measure.device_name(torch.device("cpu")), "versions": measure.versions(), **measure.commit()}
+        result = {"machine": machine, "seconds": time.perf_counter() - began, "rows": rows}
+        if json_file is not None:
+            write_json(json_file, result, indent=None)
+    from rankwise.reports import soak as report
+
+    print("\n".join(report.sentences(result)))
     print(f"report: {report.write(result, out)}")
 
 

@@ -42,7 +42,7 @@ def read(path: Path, pack: str, device: torch.device) -> tuple[dict[str, Tensor]
             metadata = file.metadata() or {}
             facts = json_text.parse(metadata["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if metadata["checksum"] != _checksum(metadata["state"], tensors):
+        if metadata.get("checksum", "none") not in ("none", _checksum(metadata["state"], tensors)):  # older ones have none
             return None
     except (SafetensorError, KeyError, ValueError, OSError):
         return None
