@@ -34,7 +34,7 @@ import torch
 from jaxtyping import Float
 from rankwise.variants.adapter import initialization
 from rankwise.variants.adapter.linears import module_in, module_out
-from rankwise.variants.adapter.step import Step
+from rankwise.variants.adapter.step import Step, Uncalibrated
 from rankwise.variants.allocation.choice import Bound, choose
 from rankwise.variants.lowrank.adapter import LowRankAdapter
 from rankwise.variants.lowrank.site import LowRank
@@ -154,7 +154,7 @@ class GeoLoRA(LowRankAdapter):
         Raises:
             ValueError: a target that the least ranks exceed.
         """
-        if not self.settings.has_target:
+        if not self.settings.has_target or isinstance(self._calibration, Uncalibrated):  # counted alone, or from a file
             return
         least = self.settings.least_rank
         floor = sum(least if self.settings.cost == "rank" else _parameters(site, least) for site in self.low_rank_sites())

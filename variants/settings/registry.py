@@ -296,6 +296,7 @@ METHODS: dict[str, Method] = {
             GeoLoRASettings,
             "a full core between orthonormal bases that the gradient widens and a tolerance cuts",
             "Schotthoefer et al. 2024",
+            placement=Placement(total="tolerance", basis="augment-truncate"),
         ),
         Method(
             "bayeslora",
@@ -303,6 +304,7 @@ METHODS: dict[str, Method] = {
             BayesLoRASettings,
             "LoRA with a variance for each rank; ranks go whose posterior is more noise than signal",
             "mercury0100/bayeslora",
+            placement=Placement(total="prior"),
         ),
         Method(
             "weightlora",
@@ -310,6 +312,7 @@ METHODS: dict[str, Method] = {
             WeightLoRASettings,
             "LoRA with a weight for each site, of which a few stay; with growth WeightLoRA+, their rank doubles",
             "Veprikov et al. 2025",
+            placement=Placement(unit="site"),
         ),
         Method(
             "dylora",
