@@ -86,7 +86,10 @@ def find(path: Path, to: str, model: str | None, model_class: str | None = None)
     shapes, facts = _read(adapter / WEIGHTS)
     ours, quantization = facts.get("method"), facts.get("quantization")
     if to == "lora" and ours is not None and config is None:
-        raise ValueError(f"{path}: {ours} changes the model's own tensors, which no low-rank update expresses: use --to merged")
+        raise ValueError(
+            f"{path}: {ours} changes the model's own tensors or adds layers, which no low-rank update expresses: use "
+            f"--to merged, where it can be merged"
+        )
     if to == "lora" and config is not None and config.has_magnitude:
         raise ValueError(
             f"{path} has DoRA's magnitudes, which a plain LoRA cannot hold: programs that know use_dora load the adapter as "

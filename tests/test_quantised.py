@@ -408,6 +408,27 @@ def test_a_bias_that_is_merged_leaves_its_weight_quantised():
         adapter.requantise()
 
 
+BESIDE = [  # methods without a low-rank site
+    ("ia3", "bert", {}), ("ia3", "llama", {}), ("houlsby", "llama", {"bottleneck": 3}), ("pfeiffer", "bert", {"bottleneck": 3}),
+    ("prompt-tuning", "bert", {"tokens": 3}), ("prefix-tuning", "llama", {"tokens": 3}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "name", "settings"), BESIDE)
+def test_what_is_no_low_rank_site_acts_as_over_the_dequantised_weights(method, name, settings):
+    model = loaded(name, "nf4")
+    full, found = in_full(model), []
+    inputs = {key: value for key, value in packed_batch([0, 1]).items() if key != "labels"}
+    for one in (model, full):
+        adapter = variants.create(method, members=2, **settings).attach(one)
+        fill(adapter)
+        logits = one(**inputs).logits
+        logits.square().sum().backward()
+        found.append([logits, *(parameter.grad for parameter in adapter.parameters())])
+    for own, expected in zip(*found, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
+
+
 TARGET = "bert.encoder.layer.0.intermediate.dense"
 
 

@@ -44,7 +44,7 @@ def read(path: str | Path) -> RankMap:
         return _read_adapter(path)
     if (path / WEIGHTS).is_file():
         if _is_whole_model(path):
-            raise ValueError(f"{path} holds full fine-tuning or BitFit, which have no ranks; give a low-rank adapter")
+            raise ValueError(f"{path} holds layers, full fine-tuning or BitFit, which have no ranks; give a low-rank adapter")
         raise ValueError(f"{path} has no adapter_config.json; copy the one that was saved with the weights")
     if (path / PICKLE).is_file():
         _refuse_pickle(path)

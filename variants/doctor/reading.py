@@ -115,7 +115,7 @@ def read(path: str | Path) -> ThinAdapter:
     file = _file(path)
     stored = Stored(file)
     if stored.metadata.get("format") == "rankwise":
-        raise ValueError(f"{path} holds full fine-tuning or BitFit, which have no ranks; give a low-rank adapter")
+        raise ValueError(f"{path} holds layers, full fine-tuning or BitFit, which have no ranks; give a low-rank adapter")
     others = sorted({match[1] for name in stored.shapes if (match := kohya.OTHER_KINDS.search(name))})
     known = [name for name in stored.shapes if peft_part(name.removeprefix(PREFIX)) or kohya.part(name)]
     if others and not any(kohya.part(name) for name in stored.shapes):
