@@ -190,7 +190,7 @@ def test_refusal_and_help_of_every_command_need_no_torch(tmp_path):
         assert seconds < 5, words  # a second on an idle machine, the start of Python included; the margin is for a busy one
 
 
-@pytest.mark.parametrize("module", ["rankwise.experiments", "rankwise.experiments.cli"])
+@pytest.mark.parametrize("module", ["rankwise", "rankwise.experiments", "rankwise.experiments.cli"])
 @pytest.mark.slow
 def test_python_m_is_the_command(module):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
