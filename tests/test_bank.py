@@ -20,7 +20,7 @@ from rankwise.variants.bank.owners import Owners
 from rankwise.variants.bank.updates import Update, weighted_sum, with_direction
 from torch import nn
 
-from tests import language_models
+from tests import language_models, quantised_models
 from tests.tiny import batch, tiny
 
 KINDS = {  # alpha != r, ranks and targets that differ, each with what PEFT's own sums get wrong
@@ -93,6 +93,40 @@ def test_mixed_rows_equal_each_adapter_alone(folders, dtype):
         torch.testing.assert_close(model(**rows).logits, expected[name], rtol=0, atol=TOLERANCE[dtype])
         assert bank.active == name
     assert torch.equal(bank(rows, adapters=[None] * len(OWNERS)).logits, expected[None])
+
+
+@quantised_models.needed
+@pytest.mark.parametrize("form", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+def test_mixed_rows_over_a_quantised_base_equal_each_adapter_alone(form, tmp_path):
+    """LoRA and DoRA over the same codes; when both are gone the model answers as before, to the bit.
+
+    All have answered once without an adapter: on some CPUs bitsandbytes repacks a 4-bit weight then, and rounds its scales to
+    bf16 for good.  Rows without an adapter are those of the dequantised base: bitsandbytes' own products round.
+    """
+    for seed, method in enumerate(("lora", "dora")):
+        adapter = variants.create(method, rank=2 + seed, alpha=5, seeds=[seed]).attach(quantised_models.loaded("bert", form))
+        fill(adapter)
+        variants.save_pretrained(adapter, tmp_path / method)
+    inputs = {"input_ids": torch.arange(1, 25).view(4, 6), "attention_mask": torch.ones(4, 6, dtype=torch.long)}
+    model = quantised_models.loaded("bert", form)
+    with torch.no_grad():
+        before = model(**inputs).logits
+        bank = variants.Bank(model)
+        for name in ("lora", "dora"):
+            bank.load(name, tmp_path / name)
+        mixed_rows = bank(inputs, adapters=["lora", None, "dora", "lora"]).logits
+        for name, own in (("lora", [0, 3]), (None, [1]), ("dora", [2])):
+            other = quantised_models.loaded("bert", form)
+            other(**inputs)
+            if name is None:
+                variants.create("lora", rank=1, alpha=1).attach(other)  # whose update is zero
+            else:
+                variants.load_pretrained(other, tmp_path / name)
+            expected = other(**inputs).logits[own]
+            torch.testing.assert_close(mixed_rows[own], expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+        for name in ("lora", "dora"):
+            bank.remove(name)
+        assert torch.equal(model(**inputs).logits, before)
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ with codes of the average itself (tests/test_stored_states.py).  A root above ze
 divided by epsilon alone.  Codes are found by an exact search and not by bitsandbytes, whose CPU pass misses the nearest code
 near zero.
 
-What it costs: reports/bench/optimizer-states.md.
+What it costs (reports/bench/optimizer-states.md): LoRA of rank 32 on MiniLM ends 40 steps 2.2 % off the exact update, with
+scores within 0.3 points, in a quarter of the memory; coding a million numbers takes about 0.05 s of one core.
 
 The step is `MemberAdamW`'s: one parameter after the other is opened, stepped and stored again, so that no more than one tensor
 is whole at a time.  What a member that is not taken has stored stays bit for bit, and no block spans two members.
