@@ -1,4 +1,4 @@
-"""notebooks/rank_map.ipynb does what it says, from nothing to a rank map, without a hub."""
+"""experiments/notebooks/rank_map.ipynb does what it says, from nothing to a rank map, without a hub."""
 
 import ast
 import importlib.util
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "experiments" / "notebooks").glob("*.ipynb"))
 
 
 def code(path: Path) -> list[str]:
