@@ -8,6 +8,7 @@ import torch
 from rankwise import variants
 from rankwise.reports.papers.shapes import Trained
 from rankwise.variants.adapter.probe import fill
+from rankwise.variants.files.peft.config import PeftConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -180,6 +181,13 @@ def test_a_file_that_is_not_whole_is_refused_and_the_model_is_as_it_was(how, sai
     with pytest.raises(ValueError, match=said):
         variants.load_pretrained(model, tmp_path)
     assert torch.equal(logits(model, data("bert")), before)
+
+
+def test_its_configuration_is_read_as_that_of_a_lora_with_the_same_targets(tmp_path):
+    """As `rankwise export` reads it, to find the model and the head."""
+    variants.save_pretrained(ours(), tmp_path)
+    config = PeftConfig.read(json.loads((tmp_path / "adapter_config.json").read_text()))
+    assert config.rank == 11 and config.modules_to_save == ("classifier",) and config.task_type == "SEQ_CLS"
 
 
 def test_what_cannot_be_is_refused():

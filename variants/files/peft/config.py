@@ -123,6 +123,9 @@ def check_kinds(values: Mapping[str, Any], where: str = CONFIG) -> None:
         _check_expression(key, text, where)
 
 
+VERA_KEYS = ("vera_dropout", "d_initial", "projection_prng_key", "save_projection", "init_weights", "r", "peft_type")
+
+
 @dataclass(frozen=True)
 class PeftConfig:
     """A LORA or an ADALORA.
@@ -160,10 +163,14 @@ class PeftConfig:
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
-        """
+        """What a LORA or an ADALORA says; of a VERA, what a LORA with the same targets and heads would say.
+
         Raises:
             ValueError: another kind of adapter, a feature that is not supported, or a value of the wrong type.
         """
+        if values.get("peft_type") == "VERA":
+            shared = {key: value for key, value in values.items() if key not in VERA_KEYS}
+            values = {**shared, "peft_type": "LORA", "r": values.get("r", 256), "lora_alpha": 1}  # 256: PEFT's default
         _refuse_unsupported(values)
         _warn_of_unknown(values)
         check_kinds(values)

@@ -17,7 +17,6 @@ from rankwise.variants.settings import method, nearest
 from torch import Tensor, nn
 
 _PART = re.compile(rf"^(?P<site>.+)\.(?P<part>{'|'.join(VECTORS)})(?:\.[^.]+)?$")
-OWN_KEYS = ("vera_dropout", "d_initial", "projection_prng_key", "save_projection", "init_weights", "r", "peft_type")
 
 
 def load(model: nn.Module, contents: Contents) -> Adapter:
@@ -26,7 +25,7 @@ def load(model: nn.Module, contents: Contents) -> Adapter:
         ValueError: as `reading.load`.
     """
     values, facts = contents.config, contents.facts
-    config = _as_lora(values)
+    config = PeftConfig.read(values)
     settings = _settings(values)
     sites, rest, pair = _parts(contents.tensors)
     heads = heads_of(model, config)
@@ -56,16 +55,6 @@ def load(model: nn.Module, contents: Contents) -> Adapter:
             _put_projections(adapter, pair)
         put_base(adapter, base)
     return adapter
-
-
-def _as_lora(values: Mapping[str, Any]) -> PeftConfig:
-    """What a LORA with the same targets and heads would say.
-
-    Raises:
-        ValueError: as `PeftConfig.read`.
-    """
-    shared = {key: value for key, value in values.items() if key not in OWN_KEYS}
-    return PeftConfig.read({**shared, "peft_type": "LORA", "r": values.get("r", 256), "lora_alpha": 1})
 
 
 def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
