@@ -322,6 +322,8 @@ WRONG_KINDS = {
     "layers_pattern = 7": ("lora", {"layers_pattern": 7}),
     "init_r = 1e400": ("adalora", {"init_r": float("inf")}),
     "r = 2^70": ("lora", {"r": 1 << 70}),
+    "lora_alpha = 10^400": ("lora", {"lora_alpha": 10**400}),
+    "lora_alpha = nan": ("lora", {"lora_alpha": float("nan")}),
     "a deep text": ("lora", {"base_model_name_or_path": DEEP}),
 }
 

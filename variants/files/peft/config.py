@@ -4,7 +4,6 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any, Self
 
 from rankwise.variants.files.peft.names import CONFIG, is_meant
@@ -49,11 +48,13 @@ OTHER_FORMS = {
 
 
 MOST_RANK = 1 << 20  # of a file: no matrix of a model has as many rows, and a mask of so many still fits into memory
+MOST_NUMBER = 1e30  # of any other number: a float32 holds it
 LONGEST_PATTERN, MOST_REPETITIONS = 10_000, 12
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    # Compared and not converted: JSON's whole numbers have any length, and NaN is in no order.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MOST_NUMBER <= value <= MOST_NUMBER
 
 
 def _is_rank(value: Any) -> bool:
