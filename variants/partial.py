@@ -131,15 +131,17 @@ class Gradual(FullFineTuning):
 class Begun:
     """A parameter whose training begins with the next step: its values stay, and its steps are counted from there.
 
-    device: of the parameter. axis, size: of its one member, as `lowrank.slots.follow` asks for them.
+    device: of the parameter.
     """
 
     device: torch.device
-    axis: int = 0
-    size: int = 1
 
     def __call__(self, tensor: Tensor) -> Tensor:
         return tensor
+
+    def before(self, shape: torch.Size) -> list[int]:
+        """The shape that a tensor of `shape` had: the same."""
+        return list(shape)
 
     def new(self, dim: int) -> Tensor:
         """All of it, as a mask that broadcasts over so many axes."""
