@@ -342,7 +342,7 @@ def test_byte_order_marks_in_a_runs_files_are_no_fault(tmp_path, capsys):
 
 def test_list_is_json_on_request():
     found = json.loads(rankwise("list", "--json").stdout)
-    assert set(found) == {"methods", "placements", "models", "tasks", "kinds", "studies", "papers"}
+    assert set(found) == {"methods", "placements", "abilities", "models", "tasks", "kinds", "studies", "papers"}
     assert set(found["methods"]) == set(variants.METHODS)
 
 

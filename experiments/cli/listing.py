@@ -1,5 +1,6 @@
 """`rankwise list`: what there is."""
 
+import importlib.resources
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -9,13 +10,14 @@ from rankwise.variants.settings import METHODS
 
 
 def list_(as_json: Json = False) -> None:
-    """List the methods, how they place rank, models, tasks, kinds of data, and studies there are."""
+    """List the methods, how they place rank, what each can do, models, tasks, kinds of data, and studies there are."""
     from rankwise.experiments import config, recipes, sources, tasks
     from rankwise.experiments.tasks.own_kinds import KINDS
 
     rows = {
         "methods": {m.name: f"{m.summary} ({m.source})" for m in METHODS.values()},
         "placements": {m.name: asdict(m.placement) for m in METHODS.values() if m.placement is not None},
+        "abilities": abilities(),
         "models": {name: f"{e.kind}, {e.licence}" for name, e in sources.CATALOGUE.items() if e.kind == "model"},
         "tasks": {name: tasks.get(name).licence for name in tasks.names()},
         "kinds": {name: f"fields {kind.fields}; metrics {', '.join(kind.metrics)}" for name, kind in KINDS.items()},
@@ -29,8 +31,18 @@ def list_(as_json: Json = False) -> None:
         print(kind)
         width = max(map(len, entries), default=0)
         for name, entry in entries.items():
-            text = entry if isinstance(entry, str) else ", ".join(f"{key} {word}" for key, word in entry.items())
+            text = entry if isinstance(entry, str) else ", ".join(_said(key, word) for key, word in entry.items() if word)
             print(f"  {name:<{width}}  {text}")
+
+
+def abilities() -> dict[str, dict[str, bool]]:
+    """What each method can do, as it was tried when it was written down (tests/method_matrix.py)."""
+    text = importlib.resources.files("rankwise.variants.settings").joinpath("abilities.json").read_text("utf-8")
+    return json.loads(text)
+
+
+def _said(key: str, word: str | bool) -> str:
+    return key if word is True else f"{key} {word}"
 
 
 def first_comment(path: Path) -> str:
