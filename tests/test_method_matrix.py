@@ -38,4 +38,4 @@ def test_list_shows_them(capsys):
     list_()
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert next(line for line in lines if line.startswith("lora packs")).count(",") == sum(WRITTEN["lora"].values()) - 1
-    assert "gradual resumes to the bit" in "\n".join(lines)
+    assert "gradual merges, resumes to the bit, checkpointing" in "\n".join(lines)
