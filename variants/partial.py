@@ -139,7 +139,7 @@ class Begun:
     def __call__(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def before(self, shape: torch.Size) -> list[int]:
+    def before(self, shape: Sequence[int]) -> list[int]:
         """The shape that a tensor of `shape` had: the same."""
         return list(shape)
 

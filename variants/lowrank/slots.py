@@ -1,5 +1,6 @@
 """Rank slots that come, go and change places, and how an optimizer follows them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,7 @@ class Rearranged:
         masks = [_along(self.places == NEW, axis, dim) for axis in self.axes]
         return masks[0] if len(masks) == 1 else masks[0] | masks[1]
 
-    def before(self, shape: torch.Size) -> list[int]:
+    def before(self, shape: Sequence[int]) -> list[int]:
         """The shape that a tensor of `shape` had."""
         return [self.size if axis in self.axes else n for axis, n in enumerate(shape)]
 
