@@ -4,6 +4,7 @@ Imports nothing heavy: the command, the trainer and the reports all write throug
 """
 
 import contextlib
+import glob
 import json
 import os
 import re
@@ -17,7 +18,10 @@ from rankwise.variants.files import json_text
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to; it takes the place of `path` if the block succeeds, and is removed if not."""
+    """A temporary sibling to write to; it takes the place of `path` if the block succeeds, and is removed if not.
+
+    What processes left there that were killed while they wrote this file goes too.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with system_errors(path):
@@ -26,6 +30,23 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        number = left.name.split(".")[-2]
+        if number.isdecimal() and not _is_alive(int(number)):
+            left.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of that number runs here; where that cannot be asked without harm it does."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 @contextlib.contextmanager
