@@ -15,6 +15,7 @@ from tests.synthetic_runs import write_study
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("variants", "experiments", "reports")
+COMMAND = "rankwise"  # the folder with __main__.py alone, for `python -m rankwise`
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
 COMMITTED = ("studies", "bench", "results.csv")  # of reports/: results, which stay in the repository
 
@@ -37,7 +38,7 @@ def sources() -> Iterator[PurePosixPath]:
 
 def test_every_folder_of_modules_is_a_listed_package():
     folders = {".".join(("rankwise", *path.parent.parts)) for path in sources() if path.name == "__init__.py"}
-    assert set(SETUPTOOLS["packages"]) == folders | {"rankwise"}  # __main__.py alone, for `python -m rankwise`
+    assert set(SETUPTOOLS["packages"]) == folders | {COMMAND}
     assert {path.parent for path in sources() if path.suffix == ".py"} == {
         path.parent for path in sources() if path.name == "__init__.py"
     }, "a folder with modules has no __init__.py"
@@ -71,6 +72,7 @@ def checkout(tmp_path_factory) -> Path:
     for folder in FOLDERS:
         ignored = ignore_patterns("__pycache__", *(COMMITTED if folder == "reports" else ()))
         copytree(ROOT / folder, copy / folder, ignore=ignored)
+    copytree(ROOT / COMMAND, copy / COMMAND, ignore=ignore_patterns("__pycache__"))
     study = copy / "reports" / "studies" / "fair" / "runs"
     study.mkdir(parents=True)
     for name in ("study.toml", "report.md", "__init__.py"):  # a package of that name must not travel either
@@ -90,7 +92,7 @@ def wheel(checkout, tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_the_wheel_holds_every_file_and_no_committed_result(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == {f"rankwise/{path}" for path in sources()}
+    assert names == {f"rankwise/{path}" for path in sources()} | {f"{COMMAND}/__main__.py"}
 
 
 @pytest.fixture(scope="module", params=["wheel", "editable"])
