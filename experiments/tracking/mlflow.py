@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-from mlflow.entities import Metric, Param
-from mlflow.tracking import MlflowClient
 from rankwise.experiments.tracking.interface import Point, TrackedRun
 
 AT_ONCE = 1000  # metrics in one batch: MLflow's limit; and 100 parameters
@@ -23,6 +21,8 @@ class MLflow:
     keeps = True
 
     def __init__(self, folder: Path, study: str):
+        from mlflow.tracking import MlflowClient
+
         folder.mkdir(parents=True, exist_ok=True)
         elsewhere = os.environ.get("MLFLOW_TRACKING_URI")
         place = elsewhere or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
@@ -33,12 +33,16 @@ class MLflow:
         self.ids: dict[str, str] = {}  # fingerprint -> MLflow's id
 
     def send(self, run: TrackedRun, points: Sequence[Point]) -> None:
+        from mlflow.entities import Metric
+
         now = int(time.time() * 1000)
         metrics = iter([Metric(name, value, now, point.step) for point in points for name, value in point.values.items()])
         while batch := list(islice(metrics, AT_ONCE)):
             self.client.log_batch(self._id(run), metrics=batch)
 
     def finish(self, run: TrackedRun, status: str, summary: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
         now = int(time.time() * 1000)
         self.client.log_batch(self._id(run), metrics=[Metric(f"result/{n}", v, now, 0) for n, v in summary.items()])
         self.client.set_terminated(self.ids.pop(run.fingerprint), "FINISHED" if status == "completed" else "FAILED")
@@ -47,6 +51,8 @@ class MLflow:
         self.ids = {}  # an unfinished run stays "running": the next process goes on with it
 
     def _id(self, run: TrackedRun) -> str:
+        from mlflow.entities import Param
+
         if run.fingerprint not in self.ids:
             found = self.client.search_runs([self.experiment], f"tags.`{TAG}` = '{run.fingerprint}'", max_results=1)
             if found:

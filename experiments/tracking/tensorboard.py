@@ -6,9 +6,12 @@ One folder of event files a run; that of an unfinished run of a process that was
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rankwise.experiments.tracking.interface import Point, TrackedRun
-from torch.utils.tensorboard import SummaryWriter
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class TensorBoard:
@@ -37,7 +40,9 @@ class TensorBoard:
             writer.close()
         self.writers = {}
 
-    def _writer(self, run: TrackedRun) -> SummaryWriter:
+    def _writer(self, run: TrackedRun) -> "SummaryWriter":
+        from torch.utils.tensorboard import SummaryWriter
+
         if run.fingerprint not in self.writers:
             readable = "".join(char if char.isalnum() or char in "._-" else "-" for char in run.name)[:150]
             place = self.folder / f"{readable}-{run.fingerprint[:8]}"

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import wandb
 from rankwise.experiments.tracking.interface import Point, TrackedRun
 
 
@@ -37,6 +36,8 @@ class WeightsAndBiases:
         self.runs = {}
 
     def _run(self, run: TrackedRun) -> Any:
+        import wandb
+
         if run.fingerprint not in self.runs:
             is_offline = os.environ.get("WANDB_MODE") == "offline"
             self.runs[run.fingerprint] = wandb.init(
