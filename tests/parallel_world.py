@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,11 @@ import torch
 from rankwise.experiments import models
 from rankwise.experiments.training import parallel, trainer
 from safetensors.torch import load_file, save_file
+from torch.distributed import TCPStore
 
 from tests import small_world
+
+STORES: list[TCPStore] = []
 
 
 def start(size: int, work: Callable[..., None], *arguments: Any, is_joined: bool = True) -> list[multiprocessing.Process]:
@@ -22,9 +24,9 @@ def start(size: int, work: Callable[..., None], *arguments: Any, is_joined: bool
     is_joined: otherwise they do `work(rank, *arguments)`, with what torchrun sets in the environment.
     """
     context = multiprocessing.get_context("fork")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives them, as torchrun's does
+    STORES.append(store)
+    port = store.port
     made = [context.Process(target=_do, args=(rank, size, port, work, arguments, is_joined)) for rank in range(size)]
     for process in made:
         process.start()
@@ -47,7 +49,9 @@ def run(size: int, work: Callable[..., None], *arguments: Any, is_joined: bool =
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
-    return {**{name: str(value) for name, value in names.items()}, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    return {**{name: str(value) for name, value in names.items()}, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"} | {
+        "TORCHELASTIC_USE_AGENT_STORE": "True"
+    }
 
 
 def _do(

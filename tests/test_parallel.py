@@ -283,9 +283,7 @@ def test_a_process_that_dies_ends_all_and_the_next_start_goes_on(model, tmp_path
     os.kill(processes[victim].pid, signal.SIGKILL)
     codes = world.ended(processes)
     assert codes[victim] == -signal.SIGKILL and all(code not in (0, None) for code in codes), codes
-    # An error, and a silent end: the first one holds the store here, by which they agree on who speaks; where it has gone,
-    # both do.  Under torchrun the store lives on.
-    assert 1 in codes and {code for code in codes if code > 0} <= {1, 2}
+    assert sorted(code for code in codes if code > 0) == [1, 2]  # the error, and a silent end
     assert set(said.read_text().splitlines()) == {f"ProcessLost: {parallel.LOST}"}
     assert not list(out.glob("*/result.json")) and list(out.glob("packs/*/checkpoint.safetensors"))
     world.run(2, run_study, model, out, said)  # and on another number

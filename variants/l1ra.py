@@ -20,14 +20,13 @@ lost ranks it drops those that were freed, here all sites then take them in turn
 fixed ranks is ours.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
 from rankwise.variants.adapter import initialization
 from rankwise.variants.adapter.step import Group, Step
 from rankwise.variants.allocation.exchanging import ExchangingAdapter, Plan
-from rankwise.variants.allocation.sites import Triplets
+from rankwise.variants.allocation.sites import Triplets, with_gates_apart
 from rankwise.variants.lowrank.site import LowRank
 from torch import Tensor, nn
 
@@ -52,14 +51,7 @@ class L1RA(ExchangingAdapter):
         return A, [torch.zeros_like(b) for b in B]
 
     def parameter_groups(self) -> list[Group]:
-        """The gates have a rate of their own and do not decay."""
-        gates = [site.E for site in self.triplets()]
-        places = {id(gate) for gate in gates}
-        groups = []
-        for group in super().parameter_groups():
-            others = [p for p in group.params if id(p) not in places]
-            groups += [dataclasses.replace(group, params=others)] if others else []
-        return [*groups, Group(gates, lr_scale=self.settings.gate_lr_ratio, weight_decay=0.0)]
+        return with_gates_apart(super().parameter_groups(), self.triplets(), self.settings.gate_lr_ratio)
 
     # -- the step ----------------------------------------------------------------------------------------------------
 

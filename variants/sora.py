@@ -19,14 +19,12 @@ schedule of the rate (the release trains every further value for epochs of its o
 a digest of paper and release: the form of the paper's threshold.
 """
 
-import dataclasses
-
 import torch
 from rankwise.variants.adapter import initialization
 from rankwise.variants.adapter.step import Group, Step
 from rankwise.variants.allocation.allocated import AllocatedAdapter
 from rankwise.variants.allocation.choice import choose
-from rankwise.variants.allocation.sites import Triplets
+from rankwise.variants.allocation.sites import Triplets, with_gates_apart
 from rankwise.variants.lowrank.site import LowRank
 from torch import Tensor, nn
 
@@ -46,14 +44,7 @@ class SoRA(AllocatedAdapter):
         return site
 
     def parameter_groups(self) -> list[Group]:
-        """The gates have a rate of their own and do not decay."""
-        gates = [site.E for site in self.triplets()]
-        places = {id(gate) for gate in gates}
-        groups = []
-        for group in super().parameter_groups():
-            others = [p for p in group.params if id(p) not in places]
-            groups += [dataclasses.replace(group, params=others)] if others else []
-        return [*groups, Group(gates, lr_scale=self.settings.gate_lr_ratio, weight_decay=0.0)]
+        return with_gates_apart(super().parameter_groups(), self.triplets(), self.settings.gate_lr_ratio)
 
     def penalty(self, step: Step) -> Tensor:
         """(K,): l1 times the mean |g| over all slots of a member; none in the final steps."""

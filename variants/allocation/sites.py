@@ -6,7 +6,11 @@ and may come back until the final phase begins.  Where the direction is "grow" o
 after every step, so that ranks really start small.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
+from rankwise.variants.adapter.step import Group
 from rankwise.variants.lowrank.site import LowRank
 from torch import Tensor, nn
 
@@ -76,3 +80,11 @@ class Doublets(LowRank):
     def live(self) -> Tensor:
         """(K,) slots that exist and are not projected to zero."""
         return ((self.B != 0).any(1) | self.kept).sum(1)
+
+
+def with_gates_apart(groups: Sequence[Group], sites: Sequence[Triplets], lr_scale: float) -> list[Group]:
+    """The groups, in which coefficients that gate their slots have a learning rate of their own and do not decay."""
+    gates = [site.E for site in sites]
+    places = {id(gate) for gate in gates}
+    others = [replace(group, params=[p for p in group.params if id(p) not in places]) for group in groups]
+    return [*(group for group in others if group.params), Group(gates, lr_scale=lr_scale, weight_decay=0.0)]
