@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from rankwise.experiments import quantization
 from rankwise.experiments.data_entries import OwnData
+from rankwise.experiments.factors import KEY as FACTORS
+from rankwise.experiments.factors import Cell, written_out
 from rankwise.experiments.hypotheses import Hypothesis, contradictions
 from rankwise.experiments.rank_curves import KEYS, Place, expanded
 from rankwise.experiments.search_space import Searched, Tune
@@ -238,8 +240,12 @@ class Entry(_Section):
     difference counts it (for methods of one parameterization)."""
     seeds: PositiveInt | None = None
     """So many of the study's seeds alone, the first ones; of kind = "randomized", where one method has most of the runs."""
+    scale: Positive | None = None
+    """alpha/r of every site, where the ranks follow from a budget of parameters; the budget's, if not given."""
     place: Place | None = None
     """Where it stands on a curve of ranks; set where the file's entry has `ranks` (experiments/rank_curves.py)."""
+    cell: Cell | None = None
+    """Which combination of parts it is; set where the file's entry has `factors` (experiments/factors.py)."""
     searched: Searched | None = None
     """Set of an entry that a search found (experiments/study/search.py)."""
     source: "Entry | None" = None
@@ -454,9 +460,11 @@ def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study
     for index, entry in enumerate(entries):
         place = f"{where}.methods[{index}]"
         try:
-            for one, on_curve in expanded(entry, defaults, place, solved):
-                built.append({**_entry(one, defaults, used, place, solved), **({"place": on_curve} if on_curve else {})})
-                at.append(index)
+            for combination, cell in written_out(entry, place):
+                for one, on_curve in expanded(combination, defaults, place, solved):
+                    of_several = {"place": on_curve, "cell": cell}
+                    built.append({**_entry(one, defaults, used, place, solved), **{k: v for k, v in of_several.items() if v}})
+                    at.append(index)
         except ValueError as error:
             faults.append(str(error))
             refused = True
@@ -479,7 +487,7 @@ def parse(raw: dict[str, Any], default_name: str, where: str = "study") -> Study
         study = quantized(study, study.quantization, study.double_quantization)
         faults.extend(f"{where}: {fault}" for fault in _contradictions(study, names_design))
     if faults:
-        raise ValueError("\n".join(faults))
+        raise ValueError("\n".join(dict.fromkeys(faults)))  # entries that one of the file stands for share their faults
     return study
 
 
@@ -547,7 +555,7 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
     shared = {"method", "label", "learning_rate", "learning_rates", *OWN_OF_ENTRIES[3:]} | (
         {"targets"} if spec.takes_targets else set()
     )
-    shared |= set(KEYS) if spec.settings.with_role("rank") else set()
+    shared |= {FACTORS} | (set(KEYS) if spec.settings.with_role("rank") else set())
     taken = "ranks_of" in entry
     budgeted = set(spec.settings.with_role(*FROM_BUDGET))  # what follows from the budget, or from the entry that ranks_of names
     step_counts = spec.settings.with_role("steps")
@@ -563,7 +571,9 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
         else:
             there = ", ".join(sorted(own | shared))
             faults.append(f"{where}.{key}: unknown setting of {spec.name}{nearest(key, own | shared)}; there are: {there}")
-    inherited = {k: v for k, v in defaults.items() if k in own | (shared - {"method", "label", *KEYS, *OWN_OF_ENTRIES})}
+    inherited = {
+        k: v for k, v in defaults.items() if k in own | (shared - {"method", "label", FACTORS, *KEYS, *OWN_OF_ENTRIES})
+    }
     if taken:
         inherited = {k: v for k, v in inherited.items() if k not in budgeted | {"targets"}}
     used |= set(inherited)
@@ -578,7 +588,7 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
         faults.append(f"{where}.learning_rate: missing; give one, or learning_rates to choose from")
     settings = {k: v for k, v in merged.items() if k in own}
     if taken:
-        given = sorted((budgeted | {"targets"}) & set(merged))
+        given = sorted((budgeted | {"targets", "scale"}) & set(merged))
         faults.extend(f"{where}.{k}: follows from ranks_of: take it out" for k in given)
         settings |= unsolved_ranks(spec.settings)
     elif solved:
@@ -608,7 +618,7 @@ def _entry(entry: dict[str, Any], defaults: dict[str, Any], used: set[str], wher
         "learning_rates": [rate] if rates is None else rates,
         **({"targets": merged["targets"]} if "targets" in merged else {}),
         "settings": settings,
-        **{k: merged[k] for k in OWN_OF_ENTRIES if k in merged},
+        **{k: merged[k] for k in ("scale", *OWN_OF_ENTRIES) if k in merged},
     }
 
 

@@ -31,15 +31,15 @@ def expanded(
     """An entry as it stands in the file, or one for each of its ranks, labelled "lora r=8".
 
     Args:
-        solved: ranks follow from a budget of parameters.
+        solved: ranks follow from a budget of parameters, so that an entry's `scale` is its own alpha/r.
 
     Raises:
         ValueError: ranks that are no list of different numbers, a rule for the scale that is missing or said twice, or a method
             without ranks.
     """
     if "ranks" not in entry:
-        if "scale" in entry:
-            raise ValueError(f"{where}.scale has no effect without ranks: take it out, or set alpha")
+        if "scale" in entry and not solved:
+            raise ValueError(f"{where}.scale has no effect without ranks or a budget of parameters: take it out, or set alpha")
         return [(entry, None)]
     ranks, rest = entry["ranks"], {key: value for key, value in entry.items() if key not in KEYS}
     if not isinstance(ranks, list) or len(ranks) < 2 or not all(_is_rank(rank) for rank in ranks):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rankwise.experiments.factors import Cell
 from rankwise.experiments.files import parse_json, replacing, write_json
 from rankwise.experiments.hypotheses import Hypothesis
 from rankwise.experiments.rank_curves import Place
@@ -207,7 +208,7 @@ class Config(Stored):
 class StudyFile(Stored):
     """study.json: the names and the order of a study's settings."""
 
-    MAY_LACK = frozenset({"kind", "shared_with", "design", "hypotheses", "looks", "curves", "searched"})
+    MAY_LACK = frozenset({"kind", "shared_with", "design", "hypotheses", "looks", "curves", "cells", "searched"})
     study: str
     quick: bool
     title: str
@@ -224,6 +225,7 @@ class StudyFile(Stored):
     hypotheses: list[Hypothesis] = []
     looks: list[Count] = []
     curves: dict[str, Place] = {}  # setting -> where it stands on a curve of ranks
+    cells: dict[str, Cell] = {}  # setting -> which combination of parts it is
     searched: dict[str, Searched] = {}  # setting that a search found -> by how many runs
     methods: list[str]
     complete: bool

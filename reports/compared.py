@@ -105,5 +105,14 @@ def _score(part: Study, run: Run, key: str) -> float:
     return score
 
 
+def scores_with_failures(part: Study, arm: Arm, seeds: Sequence[int]) -> tuple[np.ndarray, int]:
+    """(S,) points of the final runs with these seeds, and how many of them failed, which score as a constant predictor.
+
+    Raises:
+        NoConstantScore: a run failed, and nothing says what a constant predictor scores.
+    """
+    return _row(part, arm.final, seeds, "score"), _failed(arm.final, seeds)
+
+
 def _failed(runs: Sequence[Run], seeds: Sequence[int]) -> int:
     return sum(run.status == "failed" and run.config.seed in seeds for run in runs)

@@ -12,6 +12,7 @@ from typing import Any
 
 from rankwise.experiments import archive
 from rankwise.experiments import labels as stored_labels
+from rankwise.experiments.factors import Cell
 from rankwise.experiments.files import write_file
 from rankwise.experiments.hypotheses import Hypothesis
 from rankwise.experiments.rank_curves import Place
@@ -20,7 +21,7 @@ from rankwise.experiments.search_space import Searched
 from rankwise.experiments.study import sweep
 
 BESIDE = (STUDY, STUDY_FILE, stored_labels.NAME, "budget.json")  # what a committed study keeps beside its runs
-FROM_THE_STUDY_FILE = ("kind", "protocol", "margin", "trials", "budget", "shared_with", "design", "curves", "searched")
+FROM_THE_STUDY_FILE = ("kind", "protocol", "margin", "trials", "budget", "shared_with", "design", "curves", "cells", "searched")
 FULL = "full"  # the method that every difference is taken to: full fine-tuning
 
 
@@ -91,6 +92,7 @@ class Study:
     hypotheses: tuple[Hypothesis, ...] = ()  # what the study set out to test
     looks: tuple[int, ...] = ()  # numbers of seeds at which it may stop
     curves: Mapping[str, Place] = field(default_factory=dict)  # setting -> where it stands on a curve of ranks
+    cells: Mapping[str, Cell] = field(default_factory=dict)  # setting -> which combination of parts it is
     searched: Mapping[str, Searched] = field(default_factory=dict)  # setting that a search found -> by how many runs
     whole: "Study | None" = field(default=None, repr=False)  # the study that this is a part of
 

@@ -75,7 +75,7 @@ def variations(raw: dict[str, Any]) -> Iterator[tuple[str, tuple[str | int, ...]
         if path:
             yield "taken out", path, changed(raw, path, None)
             yield "in a list", path, changed(raw, path, [inner])
-            yield "in a table", path, changed(raw, path, {path[-1]: inner})
+            yield "in a table", path, changed(raw, path, {str(path[-1]): inner})  # whose keys are texts
         if isinstance(inner, dict):
             yield "a key put in", path, changed(raw, (*path, "no such key"), 1)
         if isinstance(inner, list) and inner:

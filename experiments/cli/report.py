@@ -34,6 +34,7 @@ def report(
 def show_report(runs: Path, out: Path | None, as_json: bool) -> None:
     """Writes the report of a folder of runs, and prints its comparisons and verdicts."""
     from rankwise.reports import page, results, tables
+    from rankwise.reports.factors import decompositions
     from rankwise.reports.papers import beside_table
     from rankwise.reports.rank_curve import which_rank
     from rankwise.reports.verdicts import verdicts
@@ -49,6 +50,7 @@ def show_report(runs: Path, out: Path | None, as_json: bool) -> None:
             "report": str(written),
             "tables": [table.records() for table in comparisons],
             "ranks": [asdict(answer) for part in parts for answer in which_rank(part)],
+            "factors": [asdict(one) | {"text": one.text} for part in parts for one in decompositions(part)],
             "verdicts": [asdict(verdict) for part in parts for verdict in verdicts(part)],
         }
         print(json.dumps(value, indent=1))
@@ -59,6 +61,8 @@ def show_report(runs: Path, out: Path | None, as_json: bool) -> None:
             print(f"{verdict.setting}: {verdict.text}")
         for answer in which_rank(part):
             print(f"which rank of {answer.curve}? {answer.text}")
+        for one in decompositions(part):
+            print(f"what each part of {one.design} is worth: {one.text}")
         print()
     for study in studies:
         if study.quick:

@@ -98,7 +98,7 @@ def _of_task(study: Study, task: Task, precision: str, say: Callable[[str], None
             started = entry.model_copy(update={"settings": with_ranks, "ranks_of": None})
             adapter = variants.create(entry.method, **started.resolved(total).model_dump(exclude_unset=True))
             adapter.attach(model, entry.targets, head=kind.head_names(model), calibration=variants.Uncalibrated())
-            entry = budget.solved(started, adapter, study.budget.parameters, study.budget.scale)
+            entry = budget.solved(started, adapter, study.budget.parameters, entry.scale or study.budget.scale)
         elif entry.ranks_of is not None:
             continue  # said above; without a budget its ranks are known after the run alone
         entries.append(entry)

@@ -48,6 +48,8 @@ def _study(
     shared |= {entry.label: entry.shared_with for entry in study.methods if entry.shared_with is not None}
     curves = {label: place for label, place in before.get("curves", {}).items() if label in others}
     curves |= {entry.label: entry.place.model_dump() for entry in study.methods if entry.place is not None}
+    cells = {label: cell for label, cell in before.get("cells", {}).items() if label in others}
+    cells |= {entry.label: entry.cell.model_dump() for entry in study.methods if entry.cell is not None}
     searched = {entry.label: entry.searched.model_dump() for entry in study.methods if entry.searched is not None}
     return {
         "study": study.name,
@@ -68,6 +70,7 @@ def _study(
         **({"hypotheses": [one.model_dump(mode="json") for one in study.hypothesis]} if study.hypothesis else {}),
         **({"looks": list(study.looks)} if study.looks else {}),
         **({"curves": curves} if curves else {}),
+        **({"cells": cells} if cells else {}),
         **({"searched": searched} if searched else {}),
     }
 

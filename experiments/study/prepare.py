@@ -79,7 +79,7 @@ def prepare(study: Study, sources: Sequence[Entry], say: Callable[[str], None] =
                 shapes |= {site: size_of(adapter.base(site)) for site in targets[entry.label]}
                 equal = study.budget
                 if equal.equal == "parameters" and entry.ranks_of is None:
-                    entry = budget.solved(entry, adapter, equal.parameters, equal.scale)
+                    entry = budget.solved(entry, adapter, equal.parameters, entry.scale or equal.scale)
                 adapter.detach()
             entries.append(entry)
         number = len(study.methods)

@@ -2,6 +2,7 @@
 
 from rankwise.reports.figures.curves import learning_curves, rates
 from rankwise.reports.figures.differences import differences
+from rankwise.reports.figures.factors import factors
 from rankwise.reports.figures.hypotheses import hypotheses
 from rankwise.reports.figures.of_adapter import of_adapter
 from rankwise.reports.figures.of_study import DRAWN, draw_all
@@ -21,6 +22,7 @@ __all__ = [
     "colour",
     "differences",
     "draw_all",
+    "factors",
     "house_style",
     "hypotheses",
     "importance",

@@ -5,6 +5,7 @@ Each function takes one part of a study and returns a `Drawing`, or None where t
 
 from rankwise.reports.figures.curves import learning_curves, rates
 from rankwise.reports.figures.differences import differences
+from rankwise.reports.figures.factors import factors
 from rankwise.reports.figures.hypotheses import hypotheses
 from rankwise.reports.figures.rank_curves import rank_curve
 from rankwise.reports.figures.rank_histories import budget, ranks_over_time
@@ -16,6 +17,7 @@ from rankwise.reports.results import Study
 # The figures of a report, in its order.
 DRAWN = (
     hypotheses,
+    factors,
     differences,
     rank_curve,
     rank_map,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rankwise.experiments.files import write_file
 from rankwise.reports import figures, hypotheses, tables
+from rankwise.reports.factors import decompositions
 from rankwise.reports.page import facts, html
 from rankwise.reports.rank_curve import which_rank
 from rankwise.reports.results import Study, load_all
@@ -79,6 +80,8 @@ def section(study: Study, command: str | None = None) -> dict:
         "rows": made(tables.rows_table(study)),
         "curves": made(tables.rank_curve(study)),
         "answers": which_rank(study),
+        "factors": made(tables.factors(study)),
+        "parts_worth": decompositions(study),
         "rates": made(tables.rate_sweep(study)),
         "ranks": made(tables.ranks(study)),
         "allocation": [made(table) for table in tables.study_tables(study)],
@@ -94,7 +97,7 @@ def _named(entry: dict) -> list[tables.Table | None]:
     """The tables that get files of their own."""
     study = entry["study"]
     rows = entry["rows"] if entry["rows"] and entry["rows"].rows else None
-    made = [entry["comparison"], tables.verdict_table(study), entry["curves"], entry["statistics"], rows]
+    made = [entry["comparison"], tables.verdict_table(study), entry["curves"], entry["factors"], entry["statistics"], rows]
     made += [entry["rates"], entry["ranks"]]
     return [*made, *entry["allocation"], entry["samples"], tables.every_run(study)]
 

@@ -4,6 +4,7 @@ from rankwise.reports.tables.across_tasks import across_tasks
 from rankwise.reports.tables.captions import alarms, task_caption
 from rankwise.reports.tables.cells import Cost, Difference, Estimate, Rank, SweepScore, decimal, rate_text, seconds_text
 from rankwise.reports.tables.comparisons import comparison, every_run, rate_sweep
+from rankwise.reports.tables.factors import factors
 from rankwise.reports.tables.over_tasks import overall, verdicts_over_tasks
 from rankwise.reports.tables.rank_curves import rank_curve
 from rankwise.reports.tables.rank_tables import rank_table, ranks
@@ -26,6 +27,7 @@ __all__ = [
     "escape_latex",
     "escape_markdown",
     "every_run",
+    "factors",
     "overall",
     "rank_curve",
     "rank_table",

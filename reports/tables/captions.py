@@ -109,9 +109,10 @@ def _planned_budget(study: Study) -> list[str]:
     """The budget that the study's file makes equal, where it is not steps. What the runs came to is said apart."""
     wanted = study.budget.get("equal", "steps")
     if wanted == "parameters":
+        own = " where an entry says nothing else" if study.cells else ""
         return [
             f"The budget of each low-rank setting is {study.budget['parameters']:,} active parameters, the head not counted, "
-            f"at alpha/r = {study.budget['scale']:g}: its ranks follow from it."
+            f"at alpha/r = {study.budget['scale']:g}{own}: its ranks follow from it."
         ]
     if wanted == "time":
         return ["Equal in training time: each setting has as many steps as fit into the reference's time, by measured steps."]
