@@ -1,4 +1,5 @@
-"""How alike the allocations of two seeds of one setting are, over all sites and within each kind of module.
+"""How alike two allocations are, of two seeds of one setting or of two settings at one seed: over all sites, and within each
+kind of module.
 
 An allocator that gives every query much rank and every key little agrees with itself over seeds by that alone: Spearman's
 correlation over all sites is then high, though no single layer is placed alike twice.  Within a kind of module (all queries,
@@ -34,6 +35,16 @@ def seed_pairs(arm: Arm) -> list[SeedPair]:
     if all(len(set(ranks.values())) == 1 for ranks in allocations):
         return []
     return [_compare(one, other) for one, other in itertools.combinations(allocations, 2)]
+
+
+def setting_pairs(ours: Arm, other: Arm) -> list[SeedPair]:
+    """The allocations of two settings at every seed that both have finished, compared.
+
+    Where they are as alike as two seeds of each setting are, what tells the settings apart does not move rank: an allocation
+    that forgets the rank at which it started, say.
+    """
+    allocations = [{result.seed: result.ranks for result in arm.completed if result.ranks} for arm in (ours, other)]
+    return [_compare(allocations[0][seed], allocations[1][seed]) for seed in sorted(allocations[0].keys() & allocations[1])]
 
 
 def _compare(one: Mapping[str, int], other: Mapping[str, int]) -> SeedPair:

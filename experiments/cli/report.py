@@ -88,9 +88,10 @@ def full_protocol(study: "Study") -> str | None:
         for other in shipped
         if not other.quick and other.kind == "comparison" and other.model == study.model and study.task in other.tasks
     ]
+    own = set(study.settings)
+    fair = [other for other in fair if own & {entry.label for entry in other.methods}]
     if not fair:
         return None
-    own = set(study.settings)
 
     def unlike(other: config.Study) -> tuple[int, int, int]:
         labels = {entry.label for entry in other.methods}

@@ -10,7 +10,7 @@ from rankwise.reports.tables.rank_curves import rank_curve
 from rankwise.reports.tables.rank_tables import rank_table, ranks
 from rankwise.reports.tables.samples import samples
 from rankwise.reports.tables.scores import rows_table, statistics_table, verdict_table
-from rankwise.reports.tables.site_tables import study_tables
+from rankwise.reports.tables.site_tables import agreement, study_tables
 from rankwise.reports.tables.table import Table, escape_latex, escape_markdown
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "SweepScore",
     "Table",
     "across_tasks",
+    "agreement",
     "alarms",
     "comparison",
     "decimal",

@@ -7,7 +7,7 @@ import numpy as np
 from rankwise.experiments.records import Run
 from rankwise.reports.ranks.maps import with_loss_increase
 from rankwise.reports.results import Study
-from rankwise.reports.stability import seed_pairs
+from rankwise.reports.stability import SeedPair, seed_pairs, setting_pairs
 from rankwise.reports.statistics import spearman, summary
 from rankwise.reports.tables.captions import alarms
 from rankwise.reports.tables.cells import Estimate
@@ -135,6 +135,31 @@ def stability(study: Study) -> Table | None:
     )
 
 
+def agreement(study: Study) -> Table | None:
+    """Setting x setting -> how alike their allocations are at one seed; None below two settings that place rank unevenly."""
+    own = {arm: pairs for arm in study.arms if (pairs := seed_pairs(arm))}
+    if len(own) < 2:
+        return None
+    cells = [[_alike(own[arm] if arm is other else setting_pairs(arm, other)) for other in own] for arm in own]
+    rows = [(arm.setting, *row) for arm, row in zip(own, cells, strict=True)]
+    caption = [
+        *alarms(study),
+        "Spearman's correlation of the sites' ranks, and in brackets within kinds of modules: of two settings at the same "
+        "seed, mean over seeds; of a setting with itself (the diagonal) at two seeds. Two settings that agree as far as each "
+        "agrees with itself place rank alike.",
+    ]
+    title = f"Do settings place rank alike? {study.task}, {study.model}"
+    return Table("agreement", title, ("setting", *(arm.setting for arm in own)), tuple(rows), tuple(caption))
+
+
+def _alike(pairs: list[SeedPair]) -> str | None:
+    over_all, within = (
+        [value for pair in pairs if (value := getattr(pair, name)) is not None] for name in ("spearman", "spearman_within")
+    )
+    means = (f"{np.mean(known):.2f}" if known else "-" for known in (over_all, within))
+    return "{} ({})".format(*means) if pairs else None
+
+
 def _span(values: list[float | None]) -> str | None:
     known = [value for value in values if value is not None]
     if not known:
@@ -144,4 +169,4 @@ def _span(values: list[float | None]) -> str | None:
 
 def study_tables(study: Study) -> list[Table]:
     """The tables of one part that there is data for."""
-    return [table for table in (make(study) for make in (anatomy, stability, knock_out)) if table is not None]
+    return [table for table in (make(study) for make in (anatomy, stability, agreement, knock_out)) if table is not None]

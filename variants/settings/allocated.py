@@ -124,7 +124,10 @@ class AllocatedSettings(LowRankSettings):
     def for_budget(cls, given: Mapping[str, Any], ranks: Mapping[str, int], parameters: int, scale: float) -> dict[str, Any]:
         """One that grows starts at rank 1; one that places ranks uniformly has nothing to prune, and keeps its ranks."""
         if given.get("direction", cls.model_fields["direction"].default) != "grow":
-            return cls._pruned(given, ranks, parameters, scale, keeps=given.get("score") == "uniform")
+            keeps = given.get("score") == "uniform"
+            # What is kept costs what it costs: a budget that these ranks do not use up to the last would ask for more of them.
+            given = {name: value for name, value in given.items() if not (keeps and name == "cost")}
+            return cls._pruned(given, ranks, parameters, scale, keeps)
         total = sum(ranks.values())
         mean = round(total / len(ranks))
         settings = {**given, "initial_rank": 1, "target_rank": mean}
