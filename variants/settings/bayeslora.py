@@ -13,12 +13,10 @@ from rankwise.variants.settings.base import (
     check_order,
     setting,
 )
-from rankwise.variants.settings.lowrank import LowRankSettings
-
-TARGETS = ("target_rank", "target_total", "target_parameters")
+from rankwise.variants.settings.target import TARGET_PARAMETERS, TARGET_RANK, TARGET_TOTAL, MayHaveTarget
 
 
-class BayesLoRASettings(LowRankSettings):
+class BayesLoRASettings(MayHaveTarget):
     """Settings of BayesLoRA; how many ranks are left is the posterior's outcome, unless there is a target."""
 
     initial_rank: PerMember = setting(role="rank")
@@ -43,23 +41,17 @@ class BayesLoRASettings(LowRankSettings):
     """Steps at the end with the ranks fixed; the last pruning comes before them."""
     least_rank: Count = 0
     """Rank that is left to every site, whatever its ratios.  0: the release's default."""
-    target_rank: PerMember | None = setting(None, role="rank")
+    target_rank: PerMember | None = TARGET_RANK
     """Mean rank of a site to which those of the highest ratios are cut when the final steps begin; no such cut if not given."""
-    target_total: PositiveInt | None = setting(None, role="total", only_with=("cost", ("rank",)))
+    target_total: PositiveInt | None = TARGET_TOTAL
     """The same as the ranks of all sites together."""
-    target_parameters: PositiveInt | None = setting(None, role="total", only_with=("cost", ("parameters",)))
+    target_parameters: PositiveInt | None = TARGET_PARAMETERS
     """The same as parameters of all sites together, variances counted, with cost = "parameters"."""
     cost: Literal["rank", "parameters"] = "rank"
     """What a rank takes out of the target: one, or its parameters."""
 
-    @property
-    def has_target(self) -> bool:
-        return any(self.get(name) is not None for name in TARGETS)
-
     @model_validator(mode="after")
     def _target_is_reached(self) -> Self:
-        if self.cost == "parameters" and self.target_rank is None and self.target_parameters is None:
-            raise ValueError('cost = "parameters" has no effect without a target: give target_rank or target_parameters')
         why = "BayesLoRA prunes, so give an initial_rank of at least {}"
         check_order("target_rank", self.target_rank, "initial_rank", self.initial_rank, why)
         return self

@@ -5,12 +5,10 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 from rankwise.variants.settings.base import Count, Fraction, PerMember, PositiveInt, check_order, setting
-from rankwise.variants.settings.lowrank import LowRankSettings
-
-TARGETS = ("target_rank", "target_total", "target_parameters")
+from rankwise.variants.settings.target import TARGET_PARAMETERS, TARGET_RANK, TARGET_TOTAL, MayHaveTarget
 
 
-class GeoLoRASettings(LowRankSettings):
+class GeoLoRASettings(MayHaveTarget):
     """Settings of GeoLoRA; with a target the total is that budget, else the tolerance's."""
 
     initial_rank: PerMember = setting(role="rank")
@@ -31,25 +29,19 @@ class GeoLoRASettings(LowRankSettings):
     """How the core moves in an augmentation: by the optimizer, as in every other step; or by plain gradient descent."""
     scale_by: Literal["initial rank", "release"] = "initial rank"
     """initial rank: the scale stays alpha over it; release: each truncation puts alpha over the rank that it leaves."""
-    target_rank: PerMember | None = setting(None, role="rank")
+    target_rank: PerMember | None = TARGET_RANK
     """Mean rank of a site after a truncation: the budget, which the largest singular values of all sites share."""
-    target_total: PositiveInt | None = setting(None, role="total", only_with=("cost", ("rank",)))
+    target_total: PositiveInt | None = TARGET_TOTAL
     """The same as the ranks of all sites together.  The release's script has 500."""
-    target_parameters: PositiveInt | None = setting(None, role="total", only_with=("cost", ("parameters",)))
+    target_parameters: PositiveInt | None = TARGET_PARAMETERS
     """The same as parameters of all sites together, cores counted, with cost = "parameters"."""
     cost: Literal["rank", "parameters"] = "rank"
     """What a singular value takes out of the target: one, or the parameters that it adds to its site's."""
-
-    @property
-    def has_target(self) -> bool:
-        return any(self.get(name) is not None for name in TARGETS)
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
         if self.has_target and self.is_changed("tolerance"):
             raise ValueError(f"tolerance = {self.tolerance} has no effect with a target: take one of them out")
-        if self.cost == "parameters" and self.target_rank is None and self.target_parameters is None:
-            raise ValueError('cost = "parameters" has no effect without a target: give target_rank or target_parameters')
         if self.truncate_after is not None and self.truncate_after >= self.interval:
             raise ValueError(
                 f"truncate_after = {self.truncate_after} is not below interval = {self.interval}: the next augmentation comes "
