@@ -67,7 +67,7 @@ def test_the_spectral_probe_is_the_stable_rank(world):
 
 
 def test_the_gradient_probe_is_goras_measure(world):
-    """sqrt(m + n) and mean |W * G| written out, on the batches that each seed draws."""
+    """Of the batches that each seed draws, packed as alone; tests/test_gora.py has the measure written out."""
     model, task = world
     where = ["query", "intermediate.dense"]
     found = suggest.suggest(model, task, 14, "gradient", (3, 4), where, batches=2, batch_size=6, max_length=24)
