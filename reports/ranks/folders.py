@@ -230,7 +230,7 @@ def _refuse_stacked(folder: Path, config: dict, ranks: dict[str, int]) -> None:
             raise ValueError(
                 f"{folder}: {module} has factors of {rows} rows where r is {nominal}: target_parameters "
                 f"({', '.join(map(str, targets))}) stacks the updates of several experts, and the file does not say "
-                f"which rows are whose; ranks are shown of an adapter of target_modules alone"
+                f"which rows are whose: ask `rankwise doctor`, which takes the experts one by one"
             )
 
 

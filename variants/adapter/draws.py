@@ -205,7 +205,7 @@ def drop(x: Tensor, rate: float, draw: Draw, site: str, first: int | None = None
         return x
     if draw.step is None:
         return nn.functional.dropout(x, rate)
-    draw.rows.check_divisible(site, x)
+    draw.rows.check_divisible(f"dropout at {site}", x)
     rows = draw.rows.by_member(x)  # (K, N, F)
     dropping = draw.dropping(site, x, rate, draw.rows.first(x) if first is None else first)
     if native.usable(rows):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from rankwise import variants  # whose members are imported at their first use
-from rankwise.variants.adapter import merging
+from rankwise.variants.adapter import experts, merging
 from rankwise.variants.adapter.draws import Draw, KeyedDropout
 from rankwise.variants.adapter.heads import leaves, make_head
 from rankwise.variants.adapter.linears import prepare, weight_of
@@ -139,6 +139,10 @@ class Adapter(nn.Module):
         """(K,) total rank that the schedule asks for after this step; None for a method without a schedule."""
         return None
 
+    def unlike_experts(self) -> str | None:
+        """Why no site can stand at an expert's matrix (adapter/experts.py), and the remedy; None where one can."""
+        return f"{self.method} has no form there: take lora"
+
     # -- attaching ---------------------------------------------------------------------------------------------------
 
     @property
@@ -206,6 +210,7 @@ class Adapter(nn.Module):
         self.sites.clear()  # of an earlier model
         self.heads.clear()
         names = self.choose(model, self.targets, head)
+        self._check_experts(model, names)
         if calibration is not None and not isinstance(calibration, Calibration | Uncalibrated):
             calibration = Calibration([calibration])
         if self.members > 1 and has_values(model):
@@ -224,6 +229,17 @@ class Adapter(nn.Module):
             warn_of_stacked_weights(model)
         return self
 
+    def _check_experts(self, model: nn.Module, names: Sequence[str]) -> None:
+        """
+        Raises:
+            ValueError: experts among the targets, which this method, or its settings, cannot have there.
+        """
+        mixtures = experts.stacks(model)
+        first = next((name for name in names if experts.stack_of(name) in mixtures), None)
+        reason = self.unlike_experts() if first is not None else None
+        if reason is not None:
+            raise ValueError(f'target "{first}" is an expert of a mixture, and {reason}; or leave the experts out of targets')
+
     def _insert(self, model: nn.Module, names: Sequence[str], head: Sequence[str]) -> None:
         self.head_names = list(head)
         self._surgery = Surgery(model)
@@ -231,7 +247,7 @@ class Adapter(nn.Module):
             self._surgery.freeze()
             self._surgery.key_dropout(self.draw)
             self._surgery.keep_from_fusing()
-            for undo in prepare(model):
+            for undo in (*prepare(model), *experts.unfold(model, names, self.draw.rows)):
                 self._surgery.undo_too(undo)
             for name in head:
                 for path, module in leaves(model, name):
@@ -391,7 +407,7 @@ class Adapter(nn.Module):
         Raises:
             ValueError: not merged, or no weight that is merged was quantised.
         """
-        if not self.is_merged or not self._surgery.in_full:
+        if not self.is_merged or not merging.dequantised(self._surgery):
             raise ValueError(f"{self.method} has no quantised weight that is merged: call merge() over a quantised base first")
         return merging.requantise(self._surgery)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from rankwise.variants.adapter.kinds.convolution import Conv1d, Conv2d
 from rankwise.variants.adapter.kinds.embedding import Embedding
+from rankwise.variants.adapter.kinds.experts import ExpertMatrix
 from rankwise.variants.adapter.kinds.interface import Kind
 from rankwise.variants.adapter.kinds.linear import Conv1D, Linear
 from rankwise.variants.adapter.kinds.quantised import Quantised, hide_from_trainer
@@ -13,7 +14,7 @@ from rankwise.variants.adapter.surgery import Adapted
 from torch import Tensor, nn
 
 # The first that holds a module is its kind.
-KINDS: tuple[Kind, ...] = (Quantised(), Linear(), Conv1D(), Embedding(), Conv1d(), Conv2d())
+KINDS: tuple[Kind, ...] = (Quantised(), Linear(), Conv1D(), Embedding(), Conv1d(), Conv2d(), ExpertMatrix())
 
 
 def find_kind(module: nn.Module) -> Kind | None:
@@ -90,12 +91,13 @@ def as_stored(base: nn.Module, weight: Tensor) -> Tensor:
     Raises:
         CannotMerge: the module computes its weight out of other parameters.
     """
-    if "weight" not in base._parameters:
+    kind = kind_of(base)
+    if "weight" not in base._parameters and not kind.is_part:
         raise CannotMerge(
             f"the weight of a {type(base).__name__} is computed from other parameters (a parametrisation), so nothing can be "
             f'merged into it: call torch.nn.utils.parametrize.remove_parametrizations(module, "weight") before attach'
         )
-    return kind_of(base).stored(weight, base)
+    return kind.stored(weight, base)
 
 
 def module_in(module: nn.Module) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from rankwise.variants.adapter.kinds.quantised import requantised, scheme_of
+from rankwise.variants.adapter.kinds.quantised import bits, requantised, scheme_of
 from rankwise.variants.adapter.linears import kind_of, weight_of
 from rankwise.variants.adapter.step import CannotMerge
 from rankwise.variants.adapter.surgery import Adapted, Surgery, parameter_places
@@ -34,15 +34,14 @@ def merge(surgery: Surgery, member: int) -> None:
         values = module.site.merged(module.base, member)
         full = kind_of(module.base).in_full(module.base) if "weight" in values and not module.site.is_norm else None
         for key, value in values.items():
-            shared = places[id(getattr(module.base, key))] - {f"{name}.base.{key}"}
+            shared = places.get(id(getattr(module.base, key)), set()) - {f"{name}.base.{key}"}
             if shared:
                 raise CannotMerge(f"{name}.{key} is tied to {sorted(shared)[0]}: merging would change that too; untie it first")
             old = getattr(full or module.base, key)
             news.append((old, value.to(old.dtype).contiguous()))
         if full is not None:
             bases.append((module, full))
-    if bases:
-        _warn(bases)
+    _warn_of_dequantised([full for module, full in bases if bits(module.base) is not None])
     try:
         for module, full in bases:
             surgery.in_full.append((module, module.base))
@@ -118,10 +117,15 @@ class Requantisation:
         return line
 
 
+def dequantised(surgery: Surgery) -> list[tuple[Adapted, nn.Module]]:
+    """The modules whose weight was quantised until the merge, and their bases from before it."""
+    return [(module, base) for module, base in surgery.in_full if bits(base) is not None]
+
+
 @torch.no_grad()
 def requantise(surgery: Surgery) -> Requantisation:
     """Puts quantised weights in the place of those that a merge has dequantised, until `unmerge`."""
-    originals = {id(module): base for module, base in surgery.in_full}
+    originals = {id(module): base for module, base in dequantised(surgery)}
     squares: dict[str, tuple[float, float, float]] = {}  # name -> squared size of: merged weight, its error, the change
     for name, module in surgery.model.named_modules():
         if id(module) in originals:
@@ -140,8 +144,10 @@ def requantise(surgery: Surgery) -> Requantisation:
     )
 
 
-def _warn(bases: Sequence[tuple[Adapted, nn.Module]]) -> None:
-    size = sum(full.weight.numel() * full.weight.element_size() for _, full in bases)
+def _warn_of_dequantised(bases: Sequence[nn.Module]) -> None:
+    if not bases:
+        return
+    size = sum(full.weight.numel() * full.weight.element_size() for full in bases)
     warnings.warn(
         f"a sum cannot be written into a quantised weight: {len(bases)} weights are dequantised ({size / 1e6:,.1f} MB) until "
         f"unmerge() or detach(), and nothing is quantised again",

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from rankwise.variants.adapter import initialization
+from rankwise.variants.adapter import experts, initialization
 from rankwise.variants.adapter.step import Calibration, NotPackable, Step, Uncalibrated
 from torch import Tensor, nn
 
@@ -49,6 +49,7 @@ def probe(
         raise NotPackable(
             f"{type(model).__name__} cannot be copied to probe packing ({error}); run its members with K = 1"
         ) from None
+    experts.compute_eagerly(double)
     batch = _for_decoder(model, _rows(_example(model, members * rows, calibration), members * rows))
     settings = adapter.settings.first_members(members).model_dump(exclude_unset=True)
     packed = type(adapter)(members=members, seeds=adapter.seeds[:members], **settings)

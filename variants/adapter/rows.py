@@ -51,7 +51,7 @@ class Rows:
             ValueError: the rows cannot be as many of each member.
         """
         if x.shape[0] % self.members:
-            raise ValueError(f"dropout at {site} got {x.shape[0]} rows, which is no multiple of {self.members} members")
+            raise ValueError(f"{site} got {x.shape[0]} rows, which is no multiple of {self.members} members")
 
     def first(self, x: Tensor) -> int:
         """Rows that each member has before those of x (K*N, ..., F), counted as in `by_member`.
@@ -102,6 +102,15 @@ class Rows:
             yield
         finally:
             self.before, self.summed = 0, itself
+
+    @contextlib.contextmanager
+    def apart(self, total: int) -> Iterator[None]:
+        """While a module is called with other rows than the model's input: so many, as many of each member."""
+        was, self.total = self.total, total
+        try:
+            yield
+        finally:
+            self.total = was
 
     def watch(self, model: nn.Module) -> list[RemovableHandle]:
         """Hooks on the model that say how many rows each forward pass has; bound methods, which pickle with the model."""

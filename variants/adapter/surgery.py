@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from rankwise.variants.adapter.draws import Draw, KeyedDropout, Recomputation
+from rankwise.variants.adapter.kinds.experts import Stack
 from rankwise.variants.adapter.rows import Rows
 from torch import Tensor, nn
 
@@ -102,7 +103,7 @@ class FirstCalls:
     def _after(self, *_: Any) -> None:
         self.hook.remove()
         adapted = {name: module for name, module in self.model.named_modules() if isinstance(module, Adapted)}
-        quiet = [name for name, module in adapted.items() if not module.was_called]
+        quiet = [name for name, module in adapted.items() if not module.was_called and not self._was_passed_over(name)]
         if quiet:
             more = f" and {len(quiet) - 5} more" if len(quiet) > 5 else ""
             warnings.warn(
@@ -111,6 +112,10 @@ class FirstCalls:
                 f"without calling it: leave it out of the targets",
                 stacklevel=2,
             )
+
+    def _was_passed_over(self, name: str) -> bool:
+        """Whether it is an expert that its module had no token for."""
+        return isinstance(stack := self.model.get_submodule(name.rpartition(".")[0]), Stack) and stack.was_called
 
     def undo(self) -> None:
         self.hook.remove()
@@ -142,8 +147,9 @@ class Surgery:
 
     def replace(self, name: str, new: nn.Module) -> None:
         """Puts `new` at every path that leads to the module called `name`."""
-        old = self.model.get_submodule(name)
-        for parent in list(self.model.modules()):
+        old, owner = self.model.get_submodule(name), self.model.get_submodule(name.rpartition(".")[0])
+        # An expert, of which there are thousands, stands in its stack alone.
+        for parent in [owner] if isinstance(owner, Stack) else list(self.model.modules()):
             if isinstance(parent, Adapted):
                 continue
             for child, module in list(parent._modules.items()):

@@ -4,11 +4,12 @@ import re
 import warnings
 from collections.abc import Sequence
 
+from rankwise.variants.adapter import experts
 from rankwise.variants.adapter.linears import check_adaptable, find_kind, is_linear, known_kinds
 from rankwise.variants.settings import nearest
 from torch import nn
 
-KEYWORDS = ("all-linear", "all-linear-peft", "attention", "mlp")
+KEYWORDS = ("all-linear", "all-linear-peft", "attention", "mlp", experts.KEYWORD)
 HEAD_NAMES = ("classifier", "score", "qa_outputs")  # what transformers calls a task head, read off its model classes
 PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")  # torch's wrappers
 
@@ -20,7 +21,8 @@ def resolve(model: nn.Module, targets: str | Sequence[str], head: Sequence[str])
         targets: one or several of: a keyword ("all-linear": every linear of the layers, pooler and head excluded;
             "all-linear-peft": PEFT's rule, which keeps poolers; "attention"; "mlp"), a module's name, the end of its
             name at a dot, or a regular expression that matches a whole name.  A keyword means linears alone; the others mean
-            every kind of weight that can be adapted (adapter/linears.py), embeddings and convolutions too.
+            every kind of weight that can be adapted (adapter/linears.py), embeddings and convolutions too.  The keyword
+            "experts", and what names an experts' module, means experts in one parameter (adapter/experts.py).
         head: names of the task head's modules, which are trained whole; the end of a name that others have too passes them
             over.
 
@@ -34,9 +36,15 @@ def resolve(model: nn.Module, targets: str | Sequence[str], head: Sequence[str])
     linears = {name: module for name, module in known.items() if is_linear(module)}
     first = {id(module): name for name, module in known.items()}
     paths = {path: first[id(m)] for path, m in model.named_modules(remove_duplicate=False) if id(m) in first}
+    mixtures = _mixtures(model, wanted)
     chosen: set[str] = set()
     for target in wanted:
-        matches = by_keyword(model, target, linears, head) if target in KEYWORDS else _by_name(target, paths)
+        if target == experts.KEYWORD:
+            matches = set(mixtures)
+        elif target in KEYWORDS:
+            matches = by_keyword(model, target, linears, head)
+        else:
+            matches = _by_name(target, paths) | _by_expert(target, mixtures)
         if not matches:
             raise ValueError(_no_match(model, target, known))
         inside = {name for name in matches if any(_inside(name, part) for part in head)}
@@ -45,7 +53,9 @@ def resolve(model: nn.Module, targets: str | Sequence[str], head: Sequence[str])
             name = min(named or inside)
             raise ValueError(f'target "{name}" belongs to the task head, which is trained whole: leave it out of targets')
         chosen |= matches - inside
-    for name in chosen:
+    for name in chosen & mixtures.keys():
+        check_adaptable(name, mixtures[name])
+    for name in chosen - mixtures.keys():
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, nn.MultiheadAttention):
             raise ValueError(
@@ -59,7 +69,23 @@ def resolve(model: nn.Module, targets: str | Sequence[str], head: Sequence[str])
                 f"effect: load the model with slow_but_exact=False"
             )
         check_adaptable(name, known[name])
-    return [name for name in known if name in chosen]
+    order = [name for name in known if name in chosen]
+    return [*order, *(name for name in mixtures if name in chosen and name not in known)]
+
+
+def _mixtures(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
+    """The experts' matrices by name, if one of the targets says the name of their module."""
+    places = [experts.stack_of(stack) for stack in experts.stacks(model)]
+    if not any(experts.are_meant(target, place) for target in targets for place in places):
+        return {}
+    return experts.named(model)
+
+
+def _by_expert(target: str, mixtures: dict[str, nn.Module]) -> set[str]:
+    """Names of experts' matrices that a target means, by their own or by their parameter's."""
+    named = {stack: matches(target, stack) for stack in dict.fromkeys(map(experts.stack_of, mixtures))}
+    meant = {stack for stack in named if experts.are_meant(target, experts.stack_of(stack))}
+    return {name for name in mixtures if (stack := experts.stack_of(name)) in meant and (named[stack] or matches(target, name))}
 
 
 def _is_sliced(parent: nn.Module, child: str) -> bool:
@@ -128,10 +154,11 @@ def warn_of_stacked_weights(model: nn.Module) -> None:
     if not names:
         return
     total = sum(p.numel() for p in model.parameters() if not p.requires_grad)  # of the frozen model, without the adapter
+    remedy = '; targets = ["all-linear", "experts"] has the experts too' if experts.stacks(model) else ""
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     warnings.warn(
         f'"all-linear" leaves out {sum(stacked.values()) / total:.0%} of the parameters, which are no linear modules but '
-        f"stacks of weights ({shown}): no adapter changes those",
+        f"stacks of weights ({shown}): no adapter changes those{remedy}",
         stacklevel=3,
     )
 
@@ -163,6 +190,18 @@ def _by_name(target: str, paths: dict[str, str]) -> set[str]:
 
 
 def _no_match(model: nn.Module, target: str, known: dict[str, nn.Module]) -> str:
+    stack = next((stack for stack in experts.stacks(model) if matches(target, stack)), None)
+    if stack is not None:
+        end = ".".join(stack.split(".")[-2:])
+        return f'target "{target}" means linears, and {stack} holds experts: name their module too, "{end}"'
+    owners = {f"{n}.{key}": m for n, m in model.named_modules() for key, p in m.named_parameters(recurse=False) if p.dim() > 2}
+    bare = next((name for name in owners if matches(target, name)), None)
+    if bare is not None and not type(owners[bare]).__module__.startswith("torch.nn."):
+        return (
+            f'target "{target}" matches {bare}, weights in a {type(owners[bare]).__name__} whose forward pass is not known '
+            f"(known are experts as transformers marks them, and Llama 4's): name other modules, or use PEFT's "
+            f"target_parameters"
+        )
     others = [n for n, m in model.named_modules() if n and matches(target, n)]
     if others:
         kind = type(model.get_submodule(others[0])).__name__
@@ -170,7 +209,7 @@ def _no_match(model: nn.Module, target: str, known: dict[str, nn.Module]) -> str
         return f'target "{target}" matches {others[0]}, a {kind}, {rest}'
     ends = list(dict.fromkeys([*KEYWORDS, *(n.rpartition(".")[2] for n in known), *known]))
     close = nearest(target, ends)
-    closest = close.partition('"')[2].partition('"')[0] if close else ", ".join(ends[4:10])
+    closest = close.partition('"')[2].partition('"')[0] if close else ", ".join(ends[len(KEYWORDS) : len(KEYWORDS) + 6])
     return f'target "{target}" matches no module; closest: {closest}'
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rankwise.variants.adapter import experts
 from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.linears import prepare
 from rankwise.variants.adapter.rows import count_rows
@@ -283,6 +284,8 @@ def _fault(adapter: Adapter) -> str | None:
         )
     if adapter.adds_tokens:
         return f"{adapter.method} puts tokens before every row: use it alone (variants.load_pretrained)"
+    if any(experts.is_expert(adapter.base(name)) for name, _ in adapter.named_sites()):
+        return "it changes experts, whose tokens are of many rows: use it alone (variants.load_pretrained)"
     if adapter.base_tensors:
         return (
             f"it comes with {next(iter(adapter.base_tensors))} of the base, which other rows need as it is: "

@@ -36,7 +36,8 @@ from rankwise.variants.settings import shown
 
 # Tensors that PEFT writes of the base: an adapted output layer or embedding, a resized vocabulary, new tokens.
 OF_THE_BASE = (BASE_LAYER, ORIGINAL_HEAD, "embed", "lm_head", "wte", "token_adapter", "trainable_tokens")
-HARMLESS_SETTINGS = ("lora_bias", "target_parameters", "trainable_token_indices", "layer_replication", "loftq_config")
+EXPERTS = ("gate_up_proj", "up_proj", "down_proj")  # as modules of transformers hold them, in their order
+HARMLESS_SETTINGS = ("lora_bias", "trainable_token_indices", "layer_replication", "loftq_config")
 
 
 @dataclass(frozen=True)
@@ -253,8 +254,9 @@ def _peft(path: Path, stored: Stored, config: dict[str, Any]) -> ThinAdapter:
 
 def _lora(adapter: ThinAdapter, name: str, keys: dict[str, str], rows: int, where: str) -> list[Site]:
     config = adapter.config
-    nominal = value_of(config.get("rank_pattern") or {}, name, config["r"])
-    alpha = value_of(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+    of = _parameter(config, name)
+    nominal = value_of(config.get("rank_pattern") or {}, of, config["r"])
+    alpha = value_of(config.get("alpha_pattern") or {}, of, config["lora_alpha"])
     number(where, {f"rank_pattern of {name}": nominal}, f"rank_pattern of {name}")
     number(where, {f"alpha_pattern of {name}": alpha}, f"alpha_pattern of {name}")
     rule, experts = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r", 1
@@ -276,6 +278,20 @@ def _stacked(config: Mapping[str, Any], site: str) -> bool:
         if not owner or module == owner or module.endswith(f".{owner}"):
             return True
     return False
+
+
+def _parameter(config: Mapping[str, Any], site: str) -> str:
+    """The name by which a pattern means a site: of experts that of their parameter, where the order of a module's is known.
+
+    PEFT wraps each parameter of a module in that of the one after it, so the last has no `base_layer` in its name.
+    """
+    module = re.sub(r"(\.base_layer)+$", "", site)
+    pairs = [str(target).rpartition(".")[::2] for target in config.get("target_parameters") or []]
+    names = list(dict.fromkeys(name for owner, name in pairs if not owner or f".{module}".endswith(f".{owner}")))
+    if len(names) > 1:
+        names = sorted(names, key=EXPERTS.index) if set(names) <= set(EXPERTS) else []
+    depth = (len(site) - len(module)) // len(".base_layer")
+    return f"{module}.{names[-1 - depth]}" if depth < len(names) else site
 
 
 def _checked(adapter: ThinAdapter, name: str, keys: Mapping[str, str]) -> int | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from rankwise.variants.adapter import experts
 from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.kinds.quantised import scheme_of
 from rankwise.variants.adapter.surgery import Adapted, name_of
@@ -45,7 +46,7 @@ def as_fact(model: nn.Module) -> dict[str, Any] | None:
 def own_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state of a model with an adapter in it, by the names that the model has without, and nothing of the adapter."""
     names = own_names(model, state)
-    return {names[key]: value for key, value in state.items() if key in names}
+    return {names[key]: value for key, value in state.items() if key in names} | experts.merged(model)
 
 
 def own_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
@@ -58,7 +59,7 @@ def own_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
             names[key] = key
         elif key.startswith(f"{owner}base."):
             names[key] = owner + key.removeprefix(f"{owner}base.")
-    return {key: name for key, name in names.items() if not name.startswith(ADAPTER_STATE)}
+    return experts.folded(model, {key: name for key, name in names.items() if not name.startswith(ADAPTER_STATE)})
 
 
 def has_low_rank_form(adapter: Adapter) -> bool:

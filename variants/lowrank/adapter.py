@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from jaxtyping import Int
+from rankwise.variants.adapter import experts
 from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.linears import is_linear
 from rankwise.variants.adapter.site import Site
@@ -79,13 +80,23 @@ class LowRankAdapter(Adapter):
             ValueError: a target that is no linear, where the method needs one.
         """
         reason = f"measures {self.needs}" if self.needs is not None else self.only_linear
+        mixtures = experts.stacks(model) if reason is not None else {}
         for name in names:
-            if reason is not None and not is_linear(model.get_submodule(name)):
+            if reason is None or experts.stack_of(name) in mixtures:
+                continue
+            if not is_linear(model.get_submodule(name)):
                 kind = type(model.get_submodule(name)).__name__
                 raise ValueError(
                     f'target "{name}" is no linear module ({kind}), and {self.method} {reason}, '
                     f"which it can do at linear modules only: choose other targets, or lora"
                 )
+
+    def unlike_experts(self) -> str | None:
+        if self.settings.get("dropout", 0.0):
+            return f"dropout = {self.settings.dropout} cannot act there, in PEFT either: make it 0"
+        if self.has_magnitude or self.init_lora_weights is not None or self.peft_type == "VERA":
+            return f"PEFT has no form of {self.method}{' with magnitude' if self.has_magnitude else ''} there: take lora"
+        return None
 
     def check_patterns(self, settings: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
         """

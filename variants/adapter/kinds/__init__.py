@@ -7,6 +7,7 @@ Whatever a module stores, a kind shows it as one matrix W (O, I), and a low-rank
     embedding.py    nn.Embedding  stored (I, O): I entries of the vocabulary, O features.  Each token looks up a column of A
     convolution.py  nn.Conv1d     stored (O, C, w), I = C*w.  A is a convolution as the base's, B one of size 1
                     nn.Conv2d     stored (O, C, h, w), I = C*h*w.  The same, B of size 1 x 1
+    experts.py      an expert of a mixture: a matrix of a parameter (E, O, I), or (E, I, O)
     quantised.py    Linear4bit    bitsandbytes': codes and scales of which W is made for each product
                     Linear8bitLt
 

@@ -30,6 +30,7 @@ class Kind:
     is_linear: ClassVar[bool] = True  # what "all-linear" means, and inputs are measured at
     factors: ClassVar[Literal["linear", "embedding"]] = "linear"  # PEFT's names of A and B: files.peft.names.FACTORS
     fan_in_fan_out: ClassVar[bool] = False  # PEFT's word for a linear that is stored (I, O)
+    is_part: ClassVar[bool] = False  # the weight is a part of a parameter; `in_full` gives the module one of its own
 
     def holds(self, module: nn.Module) -> bool:
         """Whether the module is of this kind."""
@@ -84,7 +85,7 @@ class Kind:
         return weight.to(trained_dtype(weight.dtype)).square().sum(1)
 
     def in_full(self, module: nn.Module) -> nn.Module | None:
-        """The module with its weight in floating point, for a member to be merged into; None where it is so already."""
+        """The module with a floating-point weight of its own, for a member to be merged into; None where it is so already."""
         return None
 
     def prepare(self, module: nn.Module, dtype: torch.dtype) -> Callable[[], None] | None:

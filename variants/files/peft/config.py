@@ -15,7 +15,6 @@ HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 RESIDUAL_STARTS = ("pissa", "olora")  # methods here, whose start is made again from the weight
 UNSUPPORTED = {
     "lora_bias": "B has a bias",
-    "target_parameters": "bare parameters are adapted",
     "trainable_token_indices": "token embeddings are trained",
     "layer_replication": "layers are repeated",
     "loftq_config": "the base is quantised",
@@ -32,7 +31,15 @@ UNSUPPORTED = {
 KNOWN = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
     *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias", "fan_in_fan_out"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "ensure_weight_tying"),
+    *(
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "modules_to_save",
+        "ensure_weight_tying",
+    ),
     *("init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "runtime_config"),
     *("qalora_group_size", "init_r", "target_r", "tinit", "tfinal", "deltaT", "total_step"),
     *("beta1", "beta2", "orth_reg_weight"),
@@ -154,6 +161,8 @@ class PeftConfig:
     total_steps: int | None = None
     modules_to_save: tuple[str, ...] = ()
     targets: str | tuple[str, ...] | None = None  # a regular expression, or names and ends of names
+    parameters: tuple[str, ...] = ()  # bare parameters that are adapted, or ends of their names; PEFT's target_parameters
+    stacks: Mapping[str, str] = field(default_factory=dict)  # an expert's site -> the parameter that it is a part of
     excluded: str | tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None  # of `targets` that are no expression, those in these layers only
     layers_pattern: tuple[str, ...] = ()
@@ -186,6 +195,7 @@ class PeftConfig:
             "dropout": _number(values, "lora_dropout", 0.0),
             "modules_to_save": tuple(heads),
             "targets": _names(values, "target_modules"),
+            "parameters": tuple(values.get("target_parameters") or ()),
             "excluded": _names(values, "exclude_modules"),
             "layers": (layers,) if isinstance(layers, int) else tuple(layers) if layers else None,
             "layers_pattern": (stacks,) if isinstance(stacks, str) else tuple(stacks),
@@ -239,10 +249,14 @@ class PeftConfig:
 
     def rank_of(self, site: str) -> float:
         """Of a LORA."""
-        return _of(self.rank_pattern, site, self.rank)
+        return _of(self.rank_pattern, self.stacks.get(site, site), self.rank)
 
     def alpha_of(self, site: str) -> float:
-        return _of(self.alpha_pattern, site, self.alpha)
+        return _of(self.alpha_pattern, self.stacks.get(site, site), self.alpha)
+
+    def takes_parameter(self, name: str) -> bool:
+        """Whether PEFT adapts the bare parameter of that name."""
+        return _is_one_of(self.parameters, name)
 
     def takes(self, name: str) -> bool:
         """Whether PEFT adapts the module of that name, where it is of a kind that it can adapt: check_target_module_exists."""

@@ -3,17 +3,17 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.linears import find_kind
 from rankwise.variants.adapter.step import Uncalibrated
-from rankwise.variants.adapter.targets import matches
+from rankwise.variants.adapter.targets import matches, resolve
 from rankwise.variants.files.facts import Facts
 from rankwise.variants.files.folders import Contents
-from rankwise.variants.files.peft import vera
+from rankwise.variants.files.peft import experts, vera
 from rankwise.variants.files.peft.base import put_base, take_base
 from rankwise.variants.files.peft.checks import Sites, as_matrices, check_heads, check_sites, check_targets, heads_of
 from rankwise.variants.files.peft.config import RANK_EPSILON, PeftConfig
@@ -56,13 +56,18 @@ def load(model: nn.Module, contents: Contents) -> Adapter:
     config, facts = PeftConfig.read(contents.config), contents.facts
     sites, rest = _parts(contents.tensors)
     heads = heads_of(model, config)
+    mixtures, stacks = experts.take(model, sites, config)
+    config = replace(config, stacks=stacks)
     base = take_base(model, rest, heads)
     check_sites(model, sites, config)
-    if not sites and (not rest or (facts is not None and method(facts.method).takes_targets)):
+    if not sites and not mixtures and (not rest or (facts is not None and method(facts.method).takes_targets)):
         raise ValueError(f"{WEIGHTS} holds none of an adapter's tensors: a foreign file; save the adapter again")
     check_heads(model, rest, heads, config)
     check_targets(model, sites, config)
-    sites = as_matrices(model, sites, config, ours=facts is not None)
+    if facts is not None and facts.targets is not None and mixtures:  # PEFT's form has all experts of a parameter
+        meant = set(resolve(model, facts.targets, facts.head))
+        mixtures = {name: parts for name, parts in mixtures.items() if name in meant}
+    sites = as_matrices(model, sites, config, ours=facts is not None) | mixtures
     seeds = [facts.seed if facts is not None else 0]
     if not sites:
         adapter, fill = method("head").load()(seeds=seeds), {}
@@ -74,10 +79,13 @@ def load(model: nn.Module, contents: Contents) -> Adapter:
         adapter, fill = _lora(sites, config, facts)
     with detached_if_it_fails(adapter):
         known = [n for n, m in model.named_modules() if find_kind(m) is not None]
-        targets = [pattern_of(name, known) for name in fill] or "all-linear"
+        inside = experts.places(model, fill)
+        outside = [name for name in fill if name not in inside]
+        ends = list(experts.targets(model, inside))
+        targets = [*(pattern_of(name, known) for name in outside), *ends] or "all-linear"
         head = heads if facts is None else list(facts.head)
         adapter.attach(model, targets, head=head, calibration=Uncalibrated({name: slots.size for name, slots in fill.items()}))
-        adapter.targets = facts.targets if facts is not None and facts.targets is not None else list(fill)
+        adapter.targets = facts.targets if facts is not None and facts.targets is not None else [*outside, *ends]
         for name, key, parameter in trained(adapter.heads):
             copy(parameter, rest, f"{name}.{key}")
         _fill_sites(adapter, fill)
@@ -283,7 +291,8 @@ def _folded(sites: Sites, config: PeftConfig, facts: Facts) -> tuple[Adapter, di
         if parts is not None:  # not left out
             rank, configured, least = len(parts[A]), config.rank_of(name), 1
         count = len(acting)
-        if not configured == rank == max(count, least) or ("E" in undo and len(E) != count):
+        needed = max(rank, count) if name in config.stacks else max(count, least)  # PEFT's experts have one rank
+        if not configured == rank == needed or ("E" in undo and len(E) != count):
             raise ValueError(
                 f"{name} has rank {rank} in {WEIGHTS}, {configured} in {CONFIG} and {count} in the metadata: save it again"
             )

@@ -4,11 +4,12 @@ import inspect
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from rankwise.variants.adapter import experts
 from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.linears import is_linear, kind_of
 from rankwise.variants.allocation.allocated import AllocatedAdapter
@@ -16,6 +17,7 @@ from rankwise.variants.allocation.sites import Triplets
 from rankwise.variants.files.budget import excess
 from rankwise.variants.files.facts import Facts
 from rankwise.variants.files.folders import Contents
+from rankwise.variants.files.peft import experts as peft_experts
 from rankwise.variants.files.peft.checks import unlike_peft_at_start
 from rankwise.variants.files.peft.config import RANK_EPSILON
 from rankwise.variants.files.peft.names import (
@@ -197,8 +199,10 @@ def _factors(adapter: Adapter, alone: Adapter, member: int, plain: bool) -> Upda
     scales = {name: _scale_in_force(alone, name, site.low_rank, member) for name, site in adapter.named_sites()}
     folds = any(undo for _, _, undo in parts.values()) or any(is_own for _, is_own in scales.values())
     folds = folds or any(len(A) != alone.site_ranks(name, first_rank(settings))[0] for name, (A, _, _) in parts.items())
+    folds = folds or any(experts.is_expert(adapter.base(name)) for name in _unlike_neighbours(parts, scales))
     rooted = settings.get("scaling") == "alpha/sqrt(r)" and not folds
     tensors, ranks, alphas, folded = {}, {}, {}, {}
+    mixtures: dict[str, dict[str, tuple[Tensor, Tensor, float]]] = {}  # parameter -> site -> A, B and scale
     needed = next(iter(parts)) if not any(len(A) for A, _, _ in parts.values()) else None  # a LORA has at least one site
     for name, site in adapter.named_sites():
         (A, B, undo), (scale, is_own), magnitude = parts[name], scales[name], site.magnitude if site.has_magnitude else None
@@ -211,16 +215,23 @@ def _factors(adapter: Adapter, alone: Adapter, member: int, plain: bool) -> Upda
         if not len(A):
             A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
         base = adapter.base(name)
+        if experts.is_expert(base):
+            mixtures.setdefault(experts.stack_of(name), {})[name] = A, B, scale
+            continue
         tensors |= _named(name, base, A, B, None if plain else alone.init_lora_weights)
         if magnitude is not None:
             tensors[f"{name}.{MAGNITUDE}"] = magnitude[member].view(kind_of(base).magnitude_shape(base))
         ranks[name] = len(A)
-        alphas[name] = _plain_number(float(f"{scale * len(A) ** (0.5 if rooted else 1.0):.15g}"))
+        alphas[name] = _alpha(scale, len(A), rooted)
+    sites, names = list(ranks), list(dict(adapter.model.named_modules()))
+    for stack, factors, scale in _stacks(adapter.model, mixtures):
+        tensors |= factors
+        ranks[stack] = len(next(iter(factors.values()))) // len(adapter.model.get_submodule(stack)._modules)
+        alphas[stack] = _alpha(scale, ranks[stack], rooted)
     facts: dict[str, Any] = {"folded": folded} if folds else {}
     if folds:
         facts["total_step"] = adapter.total_steps
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    names = list(dict(adapter.model.named_modules()))
     config = {
         "peft_type": "LORA",
         **_lora(alone, plain),
@@ -230,13 +241,40 @@ def _factors(adapter: Adapter, alone: Adapter, member: int, plain: bool) -> Upda
         "alpha_pattern": {pattern_of(n, names): a for n, a in alphas.items() if a != alpha},
         "use_rslora": rooted,
         "use_dora": all(site.has_magnitude for _, site in adapter.named_sites()),
+        **({"target_parameters": list(mixtures)} if mixtures else {}),
     }
-    return Update(list(ranks), tensors, config, facts)
+    return Update(sites, tensors, config, facts)
+
+
+def _unlike_neighbours(parts: Mapping[str, tuple[Tensor, Tensor, dict]], scales: Mapping[str, tuple[float, bool]]) -> list[str]:
+    """Sites that have another rank or scale than one before them of the same parameter, which PEFT's experts cannot have."""
+    first: dict[str, tuple[int, float]] = {}
+    own = {name: (len(A), scales[name][0]) for name, (A, _, _) in parts.items()}
+    return [name for name, form in own.items() if first.setdefault(experts.stack_of(name), form) != form]
+
+
+def _stacks(
+    model: nn.Module, mixtures: Mapping[str, Mapping[str, tuple[Tensor, Tensor, float]]]
+) -> Iterator[tuple[str, dict[str, Tensor], float]]:
+    """Of each parameter that holds experts: its name, PEFT's tensors, and the scale of all its experts."""
+    keys, found = peft_experts.keys(model, list(mixtures)), experts.stacks(model)
+    for stack, sites in mixtures.items():
+        (scale, _), *_ = Counter(scale for *_, scale in sites.values()).most_common(1)
+        ours = [sites.get(f"{stack}.{index}") for index in model.get_submodule(stack)._modules]
+        pairs = [None if one is None else (one[0], one[1] if one[2] == scale else one[1] * (one[2] / scale)) for one in ours]
+        factors = peft_experts.stacked(pairs, peft_experts.is_swapped(*found[stack]))
+        a, b = FACTORS["linear"]
+        yield stack, dict(zip((f"{keys[stack]}.{a}.weight", f"{keys[stack]}.{b}.weight"), factors, strict=True)), scale
+
+
+def _alpha(scale: float, rank: int, rooted: bool) -> float | int:
+    return _plain_number(float(f"{scale * rank ** (0.5 if rooted else 1.0):.15g}"))
 
 
 def _has_adalora_form(adapter: Adapter, name: str) -> bool:
     """Triplets at a linear; PEFT's AdaLoRA adapts nothing else."""
-    return isinstance(adapter.site(name), Triplets) and is_linear(adapter.base(name))
+    base = adapter.base(name)
+    return isinstance(adapter.site(name), Triplets) and is_linear(base) and not experts.is_expert(base)
 
 
 def _named(name: str, base: nn.Module, A: Tensor, B: Tensor, start: str | None) -> dict[str, Tensor]:
