@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from rankwise import variants
@@ -11,7 +10,8 @@ from rankwise.variants.adapter.step import Step
 from torch import Tensor
 
 from tests.loop import BETA1, BETA2, EPSILON, Loop
-from tests.test_adalora import NAMES, Net, data, squared_error
+from tests.rank_by_rank import check_training
+from tests.test_adalora import NAMES, Net
 from tests.tiny import packed_batch, tiny
 
 TOTAL, WARMUP, FINAL, INTERVAL, RATIO = 30, 3, 5, 4, 2.0
@@ -105,24 +105,9 @@ def test_every_step_of_training_is_the_plain_version_s(name):
             assert (site.E[k, : INITIAL[k]] == 1).all() and not site.B.any()
             sites.append([Rank(site.A[k, j].detach().clone(), site.B[k, :, j].detach().clone()) for j in range(INITIAL[k])])
         plain.append(Plain(sites, k, CONFIGURATIONS[name]))
-    loop, moved = Loop(adapter, RATES, TOTAL, clip=0.5, losses=squared_error), set()
-    for t in range(1, TOTAL + 1):
-        batches = [data(k, t) for k in range(3)]
-        losses = loop.step(tuple(torch.cat(parts) for parts in zip(*batches, strict=True)))
-        expected = [one.step(t, *batches[k]) for k, one in enumerate(plain)]
-        np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-7, err_msg=str(t))
-        for k, one in enumerate(plain):
-            ranks = [int(rank[k]) for rank in adapter.ranks().values()]
-            assert ranks == [len(site) for site in one.sites], (t, k)
-            assert sum(ranks) == 3 * INITIAL[k]
-            moved.add((k, tuple(ranks)))
+    moved = check_training(adapter, plain, RATES, TOTAL)
     assert len(moved) > 4 or name == "open", "no rank moved"
     assert name != "open" or any((site.E == 1).any() for site in adapter.triplets())
-    for s, site in enumerate(adapter.triplets()):
-        for k, one in enumerate(plain):
-            for j, rank in enumerate(one.sites[s]):
-                torch.testing.assert_close(site.A[k, j], rank.leaves[0].detach(), rtol=1e-6, atol=1e-9)
-                torch.testing.assert_close(site.E[k, j], rank.leaves[2].detach(), rtol=1e-6, atol=1e-9)
 
 
 def test_freed_ranks_go_in_turn_to_those_whose_least_gate_is_greatest():
