@@ -10,6 +10,7 @@ from rankwise.reports.ranks.sites import module_labels, split_site
 from rankwise.variants.adapter import experts
 from rankwise.variants.adapter.probe import fill
 from rankwise.variants.doctor import reading as doctor
+from rankwise.variants.files.peft.config import PeftConfig
 from rankwise.variants.settings import METHODS
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -222,7 +223,7 @@ def test_a_rank_map_has_a_column_for_each_expert():
 # -- packing, methods, ranks -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", quick(NAMES[:3], ["mixtral"]))  # Llama 4 computes parts in float32: its probe refuses
+@pytest.mark.parametrize("name", quick(NAMES[:3], ["mixtral"]))  # Llama 4 computes parts in float32
 def test_packed_members_are_members_alone(name):
     """Outputs and gradients; the members' tokens go to experts in other numbers."""
     ranks, alphas = [2, 3, 1], [7.0, 2.0, 5.0]
@@ -391,3 +392,5 @@ def test_a_file_of_other_parameters_is_refused(tmp_path):
     peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"target_parameters = .* means .*mlp.gate.weight, which is no stack"):
         variants.load_pretrained(model, tmp_path)
+    with pytest.raises(ValueError, match="target_parameters of an ADALORA"):
+        PeftConfig.read({"peft_type": "ADALORA", "init_r": 2, "lora_alpha": 2, "target_parameters": ["experts.down_proj"]})

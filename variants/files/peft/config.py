@@ -283,6 +283,8 @@ def _refuse_unsupported(values: Mapping[str, Any]) -> None:
     if values.get("bias", "none") != "none":
         bias = shown(values["bias"])
         raise ValueError(f"{CONFIG}: bias = {bias}: biases trained beside LoRA are not supported; train with none")
+    if kind == "ADALORA" and values.get("target_parameters"):
+        raise ValueError(f"{CONFIG}: target_parameters of an ADALORA, which PEFT does not have: a foreign file; save it again")
     start = values.get("init_lora_weights", True)
     if kind == "LORA" and start not in (*HARMLESS_STARTS, *RESIDUAL_STARTS):
         raise ValueError(
