@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankwise.experiments import quantization as quantizing
 from rankwise.variants.adapter.kinds.scheme import Scheme
@@ -21,6 +21,9 @@ from rankwise.variants.files.peft.config import PeftConfig
 from rankwise.variants.files.peft.names import CONFIG, PICKLE, WEIGHTS
 from rankwise.variants.settings import nearest
 from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:
+    from rankwise.variants.doctor import llama_cpp, reading
 
 KINDS = ("lora", "merged")
 RECORD = "export.json"  # in every folder that was exported to: what it was made of
@@ -74,7 +77,7 @@ def find(path: Path, to: str, model: str | None, model_class: str | None = None)
         ValueError: no adapter there, one without the form that is asked for, or no base model to be told.
     """
     if to not in KINDS:
-        raise ValueError(f"--to {to}: give {' or '.join(KINDS)}, or kohya")
+        raise ValueError(f"--to {to}: give {', '.join(KINDS)}, kohya or gguf")
     adapter = path / "adapter" if (path / "adapter").is_dir() else path
     if not (adapter / WEIGHTS).is_file() and not (adapter / PICKLE).is_file():
         if (path / "config.json").is_file() and (path / "result.json").is_file():
@@ -135,9 +138,79 @@ def export_kohya(path: Path, out: Path, prefix: str) -> dict[str, Any]:
         raise ValueError(f"{path} is in {adapter.form}'s format already: rankwise doctor --fix writes it at other ranks")
     check_out(out, adapter.stored.path.parent)
     tensors = writing.as_kohya(adapter, prefix)
+    record = _record_of_file("kohya", path, adapter)
+    with replaced(out) as partial:
+        partial.mkdir(parents=True, exist_ok=True)
+        stored.write(partial / writing.KOHYA_FILE, tensors, {"format": "pt"})
+        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
+
+
+def export_gguf(path: Path, out: Path, model: str | None) -> dict[str, Any]:
+    """Writes `out`/adapter.gguf, a LoRA for llama.cpp, whole or not at all, from the adapter's file and its base's config.json.
+
+    Raises:
+        ValueError: no adapter there, one that llama.cpp cannot hold, no configuration of its base at hand, or no gguf package.
+    """
+    from rankwise.variants.doctor import llama_cpp, reading
+
+    try:
+        import gguf  # noqa: F401 (asked for before anything is read)
+    except ImportError:
+        raise ValueError("--to gguf needs the gguf package: pip install 'rankwise[gguf]'") from None
+    adapter = reading.read(path)
+    if adapter.form != "PEFT":
+        raise ValueError(f"{path} is in {adapter.form}'s format, and llama.cpp's is for language models: give a PEFT adapter")
+    check_out(out, adapter.stored.path.parent)
+    named = model or (adapter.config or {}).get("base_model_name_or_path")
+    if not named:
+        raise ValueError(f"{path} names no base model: name it with --model")
+    form = llama_cpp.as_llama_cpp(adapter, _base_model(named))
+    record = _record_of_file("gguf", path, adapter) | {"model": named, "architecture": form.architecture, "alpha": form.alpha}
+    with replaced(out) as partial:
+        partial.mkdir(parents=True, exist_ok=True)
+        _write_gguf(partial / llama_cpp.FILE, form)
+        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
+
+
+def _write_gguf(path: Path, form: "llama_cpp.LlamaCpp") -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(path, form.architecture)
+    try:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, form.alpha)
+        for name, values in form.tensors.items():
+            writer.add_tensor(name, values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def _base_model(named: str) -> "llama_cpp.BaseModel":
+    from rankwise.experiments.plan import shapes
+    from rankwise.variants.doctor import llama_cpp
+
+    given = shapes.configuration(named)
+    if given["model_type"] not in llama_cpp.ARCHITECTURES:  # refused by its type alone
+        return llama_cpp.BaseModel(given["model_type"], 0, 0, 0, False)
+    try:
+        config = shapes.read(given)
+        heads = config.num_attention_heads
+        groups = getattr(config, "num_key_value_heads", None) or heads
+        return llama_cpp.BaseModel(config.model_type, config.num_hidden_layers, heads, groups, bool(config.tie_word_embeddings))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{named}: its configuration cannot be read: {' '.join(str(error).split())[:300]}") from None
+
+
+def _record_of_file(to: str, path: Path, adapter: "reading.ThinAdapter") -> dict[str, Any]:
     ranks = [site.rank for site in adapter.sites]
-    record = {
-        "exported": "kohya",
+    return {
+        "exported": to,
         "of": str(path),
         "method": adapter.method,
         "model": (adapter.config or {}).get("base_model_name_or_path"),
@@ -145,11 +218,6 @@ def export_kohya(path: Path, out: Path, prefix: str) -> dict[str, Any]:
         "sites": sum(rank > 0 for rank in ranks),
         "truncated": False,
     }
-    with replaced(out) as partial:
-        partial.mkdir(parents=True, exist_ok=True)
-        stored.write(partial / writing.KOHYA_FILE, tensors, {"format": "pt"})
-        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return record
 
 
 def check_out(out: Path, adapter: Path, option: str = "--out") -> None:

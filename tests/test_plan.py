@@ -253,7 +253,7 @@ def test_a_study_of_images_is_planned_with_their_size(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--model", "no/such-model"], "no/such-model: its configuration is not here, and a plan downloads nothing"),
+        (["--model", "no/such-model"], "no/such-model: its configuration is not here, and nothing is downloaded"),
         (["--memory", "24"], "--memory 24: give a number with its unit"),
         (["--memory", "0GB"], "--memory 0GB: give"),
         (["--batch-size", "4"], "--batch-size has no effect without --model"),

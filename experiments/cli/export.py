@@ -12,7 +12,10 @@ from rankwise.experiments.cli.progress import Progress
 
 def export(
     path: Annotated[Path, typer.Argument(help="A run's folder, or any adapter's, ours or PEFT's.")],
-    to: Annotated[str, typer.Option(help="lora: a plain LoRA; kohya: the same in Kohya's names; merged: a whole model.")],
+    to: Annotated[
+        str,
+        typer.Option(help="lora: a plain LoRA; kohya, gguf: the same for Kohya's programs, llama.cpp; merged: a whole model."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write: a new or an empty one, or an earlier export.")],
     model: Annotated[str | None, typer.Option(help="Base model.  [default: the one that PATH names]")] = None,
     model_class: Annotated[str | None, typer.Option(help="Its class in transformers.  [default: the adapter's]")] = None,
@@ -36,15 +39,15 @@ def export(
     check_output_folder("--out", out)
     if prefix is not None and to != "kohya":
         raise ValueError(f"--prefix {prefix} has no effect without --to kohya")
-    if to == "kohya":
-        if prefix is None:
+    if to in ("kohya", "gguf"):
+        if to == "kohya" and prefix is None:
             raise ValueError("--to kohya: name what stands before the modules' names with --prefix: lora_unet, lora_te ...")
-        given = {"--model": model, "--model-class": model_class}
-        given |= {"--total-rank": total_rank, "--total-parameters": total_parameters}
+        given = {"--model-class": model_class, "--total-rank": total_rank, "--total-parameters": total_parameters}
+        given |= {"--model": model} if to == "kohya" else {}
         for option in (option for option, value in given.items() if value is not None):
-            raise ValueError(f"{option} has no effect with --to kohya, which needs no model; rankwise doctor --fix truncates")
+            raise ValueError(f"{option} has no effect with --to {to}, which loads no model; rankwise doctor --fix truncates")
         with nothing_kept_if_interrupted():
-            made = exports.export_kohya(path, out, prefix)
+            made = exports.export_kohya(path, out, prefix) if to == "kohya" else exports.export_gguf(path, out, model)
     else:
         source = exports.find(path, to, model, model_class)
         exports.check_out(out, source.adapter)

@@ -40,8 +40,8 @@ def configuration(model: str) -> dict[str, Any]:
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         raise ValueError(
-            f"{model}: its configuration is not here, and a plan downloads nothing: give a folder with config.json, or one of "
-            f"{', '.join(names())}"
+            f"{model}: its configuration is not here, and nothing is downloaded for it: give a folder with config.json, or "
+            f"one of {', '.join(names())}"
         )
     try:
         found = json_text.read(path)
@@ -61,16 +61,31 @@ def build(model: str, kind: Any, num_labels: int, precision: str) -> "nn.Module"
     return from_configuration(model, configuration(model), kind, num_labels, precision)
 
 
+def read(given: dict[str, Any], **settings: Any) -> Any:
+    """What a config.json says, and these settings instead of its own, as transformers' configuration with every default.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: transformers' own, of a configuration that is none.
+    """
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    own = {key: value for key, value in given.items() if key not in ("model_type", "architectures", "torch_dtype", "dtype")}
+    try:
+        return transformers.AutoConfig.for_model(given["model_type"], **{**own, **settings})
+    except StrictDataclassError as error:  # an Exception of its own kind, with lines of dashes
+        raise ValueError(" ".join(str(error.__cause__ or error).split())) from None
+
+
 def from_configuration(model: str, given: dict[str, Any], kind: Any, num_labels: int, precision: str) -> "nn.Module":
     """The same of what a config.json says; model: what it is called in an error."""
     import torch
     import transformers
     from rankwise.experiments.models import quiet
 
-    own = {key: value for key, value in given.items() if key not in ("model_type", "architectures", "torch_dtype", "dtype")}
     with quiet(), torch.device("meta"):
         try:
-            config = transformers.AutoConfig.for_model(given["model_type"], **{**own, **kind.model_settings(num_labels)})
+            config = read(given, **kind.model_settings(num_labels))
             if getattr(config, "pad_token_id", None) is None:
                 config.pad_token_id = 0
             auto = getattr(transformers, kind.model_class(config))

@@ -11,6 +11,7 @@
     examining.py  all that can be said of an adapter
     criteria.py   how many ranks each criterion would keep, and the error that this makes
     writing.py    the adapter at lower ranks as a plain LoRA, PEFT's or Kohya's; the error that was made
+    llama_cpp.py  the adapter as the GGUF file that llama.cpp loads
 
 `rankwise ranks` prints the ranks and the same faults of runs and PEFT folders; `rankwise doctor` asks what is wrong with a file
 and how small it can be.

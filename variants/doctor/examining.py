@@ -205,7 +205,7 @@ def _beside(
     base: Base | None, adapter: ThinAdapter, site: Site, update: faults.Update, shape: tuple[int, int]
 ) -> tuple[tuple[float, float] | None, float | None, list[Finding]]:
     """DoRA's drift and |dW|/|W|, where the base's weight is known."""
-    is_transposed = "embedding" in site.keys["A"] or bool((adapter.config or {}).get("fan_in_fan_out"))
+    is_transposed = site.is_embedding or bool((adapter.config or {}).get("fan_in_fan_out"))
     norms = None if base is None or site.expert is not None else base.row_norms(site.name, shape, is_transposed)
     if norms is None or not norms.any():
         message = "no weight of this site is in the base that was given" if base is not None and site.expert is None else None

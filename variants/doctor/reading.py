@@ -24,6 +24,7 @@ from rankwise.variants.files.peft.config import HARMLESS_STARTS, RANK_EPSILON, U
 from rankwise.variants.files.peft.names import (
     BASE_LAYER,
     CONFIG,
+    FACTORS,
     ORIGINAL_HEAD,
     PICKLE,
     PREFIX,
@@ -58,6 +59,11 @@ class Site:
     rule: str  # how the scale follows from alpha
     expert: int | None = None
     experts: int = 1
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether an embedding is adapted, whose update PEFT stores transposed.  (A linear's name may have the word too.)"""
+        return (of := peft_part(self.keys["A"])) is not None and of.part == FACTORS["embedding"][0]
 
 
 @dataclass

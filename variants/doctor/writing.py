@@ -16,6 +16,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 from rankwise.variants.doctor import kohya
 from rankwise.variants.doctor.reading import ThinAdapter, read
 from rankwise.variants.doctor.stored import STEPS, Raw, rounded, write
-from rankwise.variants.files.peft.names import CONFIG, FACTORS, PREFIX, WEIGHTS, exact_pattern
+from rankwise.variants.files.peft.names import BASE_LAYER, CONFIG, FACTORS, ORIGINAL_HEAD, PREFIX, WEIGHTS, exact_pattern
 from rankwise.variants.files.peft.names import part as peft_part
 
 KOHYA_FILE = "adapter.safetensors"
@@ -92,19 +93,15 @@ def as_kohya(adapter: ThinAdapter, prefix: str) -> dict[str, Raw]:
     Raises:
         ValueError: what a Kohya file has no place for, and two modules of one name there.
     """
-    reason = next((f.sentence for f in adapter.findings if f.rule in NOT_WRITTEN), None)
-    if adapter.heads:
-        reason = f"it holds a head, {adapter.heads[0].removeprefix(PREFIX)}"
+    reason = not_plain(adapter)
     tensors: dict[str, Raw] = {}
     modules: dict[str, str] = {}
     for site in adapter.sites:
         name = kohya.flat(site.name, prefix)
         shape_A, shape_B = (adapter.stored.shapes[site.keys[key]] for key in "AB")
-        if {"magnitude", "bias"} & site.keys.keys():
-            reason = f"{site.name} has {'a magnitude (DoRA)' if 'magnitude' in site.keys else 'a bias'}"
-        if site.expert is not None or "embedding" in site.keys["A"]:
+        if reason is None and (site.expert is not None or site.is_embedding):
             reason = f"{site.name} is {'an embedding' if site.expert is None else 'a bare parameter'}"
-        if name in modules:
+        if reason is None and name in modules:
             reason = f"{site.name} and {modules[name]} both become {name}"
         if reason is not None:
             break
@@ -122,6 +119,33 @@ def as_kohya(adapter: ThinAdapter, prefix: str) -> dict[str, Raw]:
     if reason is not None:
         raise ValueError(f"{adapter.path} has no exact form in Kohya's format: {reason}")
     return tensors
+
+
+def not_plain(adapter: ThinAdapter) -> str | None:
+    """Why the adapter is more, or less, than s B A at each of its sites; None where it is just that.
+
+    For forms that hold nothing else: no head, magnitude, bias or whole tensor.
+    """
+    for finding in adapter.findings:
+        if finding.rule in NOT_WRITTEN:
+            return finding.sentence
+    if adapter.heads:
+        return f"it holds a head, {adapter.heads[0].removeprefix(PREFIX)}"
+    trains_biases = (adapter.config or {}).get("bias", "none") != "none"
+    for name in adapter.rest:
+        is_copy = BASE_LAYER in name or ORIGINAL_HEAD in name
+        if not is_copy or (trains_biases and name.endswith(".bias")):
+            return f"it holds {name.removeprefix(PREFIX)}, a whole tensor of the model"
+    for site in adapter.sites:
+        if "magnitude" in site.keys:
+            return f"{site.name} has a magnitude (DoRA), which a plain LoRA cannot hold: use --to merged"
+        if "bias" in site.keys:
+            return f"{site.name} has a bias"
+        if not all(np.isfinite(part).all() for part in adapter.parts(site) if part is not None):
+            return f"{site.name} holds numbers that are not finite"
+        if not isfinite(site.scale):
+            return f"{site.name} has a scale of {site.scale}"
+    return None
 
 
 def best(B: np.ndarray, A: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
