@@ -1,7 +1,9 @@
 """What `rankwise doctor` prints of an examined adapter: its findings, its sites, and the criteria side by side."""
 
 from collections import Counter
+from collections.abc import Mapping
 from math import isfinite
+from typing import Any
 
 from rankwise.reports.ranks.sites import site_order
 from rankwise.reports.tables.table import Table
@@ -107,8 +109,46 @@ def finding_lines(findings: list[Finding]) -> list[str]:
     return lines
 
 
-def text(one: Examination, width: int) -> str:
-    shown = [table.text(width).rstrip("\n") for table in tables(one)]
+def measured_table(one: Examination, measured: Mapping[str, Any]) -> Table:
+    """measured: what `experiments.truncations.measure` gives."""
+    rows = []
+    errors = {name: f"{made.error:.2%}" for name, made in one.suggestions.items()}
+    ranks = {name: made.total for name, made in one.suggestions.items()}
+    whole = sum(site.site.rank for site in one.sites)
+    for name in ("base", "whole", *measured["criteria"]):
+        of = measured["criteria"].get(name) or measured[name]
+        rows.append(
+            (
+                name,
+                {"base": 0, "whole": whole}.get(name, ranks.get(name)),
+                {"base": "100.00%", "whole": "0.00%"}.get(name, errors.get(name)),
+                _with_error(of["loss"], of["standard_error"], ".4f"),
+                "" if name == "whole" else _with_error(of["difference"], of["difference_standard_error"], "+.4f"),
+                _with_error(of["score"], of["score_standard_error"], ".2f"),
+            )
+        )
+    columns = ("adapter", "ranks", "error", "loss", "from the whole adapter's", measured["metric"])
+    of_all = "" if measured["rows"] == measured["of_rows"] else f" of {measured['of_rows']:,}, drawn by a fixed seed"
+    labels = measured["labels"]
+    order = f" Outputs are taken for the labels {', '.join(labels[:10])}{', ...' * (len(labels) > 10)} in this order."
+    caption = (
+        f"{measured['rows']:,} rows{of_all} ({measured['reading']}), on {measured['model']}. Loss is the mean over rows, of a "
+        f"language model over all scored tokens, +- its standard error over rows; the difference is taken row by row. Base: "
+        f"the model with the adapter's head and no update. These are the rows that were given: held-out ones say what a "
+        f"smaller adapter costs elsewhere.{order if labels else ''}"
+    )
+    return Table("measured", f"Measured on {measured['data']}", columns, tuple(rows), (caption,))
+
+
+def _with_error(value: float | None, error: float | None, form: str) -> str:
+    if value is None:
+        return "no number"
+    return f"{value:{form}}" if error is None else f"{value:{form}} +- {error:{form.removeprefix('+')}}"
+
+
+def text(one: Examination, width: int, measured: Mapping[str, Any] | None = None) -> str:
+    made = tables(one) if measured is None else [*tables(one), measured_table(one, measured)]
+    shown = [table.text(width).rstrip("\n") for table in made]
     return "\n\n".join([*shown, "\n".join(map(printable, finding_lines(one.findings)))])
 
 

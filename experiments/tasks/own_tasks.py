@@ -69,13 +69,17 @@ class OwnTask(Task):
         )
 
 
-def task(data: OwnData) -> OwnTask:
+def task(data: OwnData, labels: tuple[str, ...] = (), scale: tuple[float, float] | None = None) -> OwnTask:
     """The task that this data makes; its files are read (once, as long as they stay as they are).
+
+    Args:
+        labels: of the model that is to be asked, in the order of its outputs; the data's own if none are given.
+        scale: mean and deviation by which targets of a regression were standardised; those of the training rows if not given.
 
     Raises:
         ValueError: one line for each fault: file, row, what is wrong, the remedy.
     """
-    return _made(data.model_dump_json(), _stamps(data))
+    return _made(data.model_dump_json(), _stamps(data), labels, scale)
 
 
 def _stamps(data: OwnData) -> tuple[tuple[str, int, int], ...]:
@@ -85,7 +89,9 @@ def _stamps(data: OwnData) -> tuple[tuple[str, int, int], ...]:
 
 
 @functools.lru_cache(maxsize=8)
-def _made(dumped: str, stamps: tuple[tuple[str, int, int], ...]) -> OwnTask:
+def _made(
+    dumped: str, stamps: tuple[tuple[str, int, int], ...], known: tuple[str, ...], scale: tuple[float, float] | None
+) -> OwnTask:
     data = OwnData.model_validate_json(dumped)
     parts = own.read(data)
     name = parts.reading.kind
@@ -94,8 +100,13 @@ def _made(dumped: str, stamps: tuple[tuple[str, int, int], ...]) -> OwnTask:
     kind = KINDS[name]
     _check_rows(parts, name, data)
     labels = kind.classes(parts)
+    if known and labels:
+        for label in (label for label in labels if label not in known):
+            raise ValueError(f'{data.train}: label "{label}" is none of the model\'s: {", ".join(known)}')
+        labels = known
     chosen = _metrics(data, kind, labels)
-    scale = _scale([row.target for row in parts.rows["train"]]) if name == "regression" else (0.0, 1.0)
+    if scale is None:
+        scale = _scale([row.target for row in parts.rows["train"]]) if name == "regression" else (0.0, 1.0)
     notes = [f"{parts.notes[0]}{_classes(name, parts.labels)}", *parts.notes[1:]]
     if name == "regression":
         notes.append(

@@ -87,6 +87,22 @@ class Evaluator:
             collected.add(rows, size, outputs)
         return (sums[0] / sums[1]).tolist(), collected.of_members()
 
+    @torch.no_grad()
+    def of_rows(self, data: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray | Undefined]:
+        """Of an adapter of one member: each row's loss (n,), of how many tokens it is the mean (n,), and the predictions.
+
+        Where a row has one loss it is the mean of 1.
+        """
+        losses, counts = np.zeros(len(data)), np.zeros(len(data))
+        collected = Predictions(self.kind, data, 1, self.processor)
+        for rows, size in self.kind.evaluation_plan(data, self.batch_size):
+            outputs, inputs, labels = self._forward(data, rows, size, 1)
+            with autocast(self.adapter.device, self.precision):  # a loss is taken of each member's rows: here of each row
+                found = self.kind.evaluation_losses(self.adapter.model, inputs, outputs, labels, len(rows))
+            losses[rows], counts[rows] = found.double().cpu().numpy(), self.kind.counts(labels, len(rows)).cpu().numpy()
+            collected.add(rows, size, outputs)
+        return losses, counts, collected.of_members()[0]
+
     @property
     def can_merge(self) -> bool:
         """Whether one member after the other is quicker than all at once, and as exact."""

@@ -49,7 +49,7 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """What stands in the file.  architecture: as GGUF names it.  tensors: float32, in numpy's order of axes (GGUF reverses it)."""
+    """What stands in the file.  architecture: as GGUF names it.  tensors: float32, in numpy's order of axes, not GGUF's."""
 
     architecture: str
     alpha: float

@@ -38,6 +38,7 @@ from rankwise.variants.settings import shown
 # Tensors that PEFT writes of the base: an adapted output layer or embedding, a resized vocabulary, new tokens.
 OF_THE_BASE = (BASE_LAYER, ORIGINAL_HEAD, "embed", "lm_head", "wte", "token_adapter", "trainable_tokens")
 EXPERTS = ("gate_up_proj", "up_proj", "down_proj")  # as modules of transformers hold them, in their order
+CLASSIFIERS = ("classifier", "score")  # peft_model.py: those of which PEFT takes whichever a classifier has
 HARMLESS_SETTINGS = ("lora_bias", "trainable_token_indices", "layer_replication", "loftq_config")
 
 
@@ -351,9 +352,7 @@ def _note_settings(adapter: ThinAdapter) -> None:
         if config.get(key) and key not in HARMLESS_SETTINGS:
             message = f"{key} = {shown(config[key])}: {meaning}; only s B A is examined"
             adapter.findings.append(Finding("acts-otherwise", message))
-    for head in config.get("modules_to_save") or ():
-        if not any(_is_head(name.removeprefix(PREFIX), {"modules_to_save": [head]}) for name in adapter.heads):
-            adapter.findings.append(Finding("head-missing", f"modules_to_save names {head}, and the file has no tensor of it"))
+    _note_heads(adapter, config)
     for name in adapter.rest:
         if config.get("bias", "none") == "none" and not any(word in name for word in OF_THE_BASE):
             message = f"{name} is no part of an update and of no head in modules_to_save"
@@ -363,6 +362,21 @@ def _note_settings(adapter: ThinAdapter) -> None:
         what = {"rank": "ranks"}.get(unit := str(unfinished.get("unit")), unit)
         message = f"training ended at {unfinished.get('has')} {what}; its schedule ends with {unfinished.get('budget')}"
         adapter.findings.append(Finding("unfinished", message))
+
+
+def _note_heads(adapter: ThinAdapter, config: Mapping[str, Any]) -> None:
+    """PEFT passes over a name in modules_to_save that no module has, and names two for every classifier."""
+    named = config.get("modules_to_save") or []
+    lacking = [h for h in named if not any(_is_head(n.removeprefix(PREFIX), {"modules_to_save": [h]}) for n in adapter.heads)]
+    if named and len(lacking) == len(named):
+        message = f"modules_to_save names {' and '.join(named)}, and the file has no tensor of it"
+        adapter.findings.append(Finding("head-missing", message))
+        return
+    if config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
+        lacking = [head for head in lacking if head not in CLASSIFIERS]
+    for head in lacking:
+        message = f"modules_to_save names {head} beside others, and the file has no tensor of it"
+        adapter.findings.append(Finding("head-unmatched", message))
 
 
 def _facts(path: Path, stored: Stored) -> dict[str, Any]:

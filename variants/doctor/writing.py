@@ -66,8 +66,7 @@ def truncated(adapter: ThinAdapter, ranks: Mapping[str, int], folder: Path) -> C
         ValueError: an adapter of which no other rank can be written, or nothing is left.
         OSError: the file could not be written.
     """
-    reason = next((f.sentence for f in adapter.findings if f.rule in NOT_WRITTEN), None)
-    if reason is not None:
+    if (reason := not_written(adapter)) is not None:
         raise ValueError(f"{adapter.path} cannot be written at other ranks: {reason}")
     if not any(ranks.values()):
         raise ValueError(f"{adapter.path}: nothing would be left: every site's update is zero, or the criterion keeps no rank")
@@ -121,14 +120,26 @@ def as_kohya(adapter: ThinAdapter, prefix: str) -> dict[str, Raw]:
     return tensors
 
 
+def not_written(adapter: ThinAdapter) -> str | None:
+    """Why no other ranks of the adapter can be written; None where they can."""
+    for finding in adapter.findings:
+        if finding.rule in NOT_WRITTEN:
+            return finding.sentence
+    for site in adapter.sites:
+        if not all(np.isfinite(part).all() for part in adapter.parts(site) if part is not None):
+            return f"{site.name} holds numbers that are not finite"
+        if not isfinite(site.scale):
+            return f"{site.name} has a scale of {site.scale}"
+    return None
+
+
 def not_plain(adapter: ThinAdapter) -> str | None:
     """Why the adapter is more, or less, than s B A at each of its sites; None where it is just that.
 
     For forms that hold nothing else: no head, magnitude, bias or whole tensor.
     """
-    for finding in adapter.findings:
-        if finding.rule in NOT_WRITTEN:
-            return finding.sentence
+    if (reason := not_written(adapter)) is not None:
+        return reason
     if adapter.heads:
         return f"it holds a head, {adapter.heads[0].removeprefix(PREFIX)}"
     trains_biases = (adapter.config or {}).get("bias", "none") != "none"
@@ -141,10 +152,6 @@ def not_plain(adapter: ThinAdapter) -> str | None:
             return f"{site.name} has a magnitude (DoRA), which a plain LoRA cannot hold: use --to merged"
         if "bias" in site.keys:
             return f"{site.name} has a bias"
-        if not all(np.isfinite(part).all() for part in adapter.parts(site) if part is not None):
-            return f"{site.name} holds numbers that are not finite"
-        if not isfinite(site.scale):
-            return f"{site.name} has a scale of {site.scale}"
     return None
 
 
@@ -186,8 +193,6 @@ def _contents(
     bounds, sizes, scales, folded = {}, {}, {}, {}
     for site in adapter.sites:
         B, A = adapter.factors(site)
-        if not (np.isfinite(A).all() and np.isfinite(B).all()):
-            raise ValueError(f"{adapter.path} cannot be written at other ranks: {site.name} holds numbers that are not finite")
         U, sigma, Vt = best(B, A)
         rank = ranks[site.name]
         kind = adapter.kind(site)
