@@ -19,7 +19,7 @@ SITES = (
 )
 CRITERIA = (
     "Error is |dW - dW'|/|dW| over all sites, exact (Eckart & Young 1936); worst that of the worst site. It is an error of the "
-    "weights, not of the task: measure the loss before you keep a smaller adapter."
+    "weights, not of the task: --data FILE measures the loss too."
 )
 MOST_ALIKE = 5  # findings of one rule that are printed; --json and --sarif have all
 

@@ -267,6 +267,81 @@ def test_diffusers_scale_is_that_of_its_metadata_and_is_kept(tmp_path):
     assert cut.measured == pytest.approx(one.suggestions["total"].error, rel=1e-5)
 
 
+def lycoris(path, change):
+    """A LoCon file that is changed."""
+    kohya_file(path)
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    return path
+
+
+Q = "lora_unet_mid_q"
+
+
+def replaced_by(**parts):
+    """Another kind of update in place of the one of `lora_unet_mid_q`; its alpha stays, as LyCORIS has one too."""
+
+    def change(t):
+        for end in ("lora_down.weight", "lora_up.weight"):
+            del t[f"{Q}.{end}"]
+        t |= {f"{Q}.{name}": torch.randn(shape) for name, shape in parts.items()}
+
+    return change
+
+
+KINDS = {
+    "LoHa": replaced_by(hada_w1_a=(17, 4), hada_w1_b=(4, 12), hada_w2_a=(17, 4), hada_w2_b=(4, 12)),
+    "LoKr": replaced_by(lokr_w1=(2, 2), lokr_w2=(9, 6)),
+    "OFT": replaced_by(oft_blocks=(3, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_updates_are_said_and_a_file_of_nothing_else_is_refused(kind, tmp_path, capsys):
+    mixed = lycoris(tmp_path / "mixed.safetensors", KINDS[kind])
+    assert rankwise("doctor", mixed, "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [f["rule"] for f in said["findings"] if f["level"] != "note"] == ["acts-otherwise"]
+    assert Q not in {site["site"] for site in said["sites"]} and len(said["sites"]) == 3
+    alone = tmp_path / "alone.safetensors"
+    save_file({name: value for name, value in load_file(mixed).items() if name.startswith(Q)}, alone)
+    assert rankwise("doctor", alone) == 2
+    said = capsys.readouterr().err
+    assert "LoHa, LoKr, OFT or whole differences" in said and len(said.splitlines()) == 1
+
+
+FAULTS = {
+    "an alpha of no number": (lambda t: t.update({f"{Q}.alpha": torch.zeros(0)}), "its alpha has shape (0,)"),
+    "a core of another rank": (
+        lambda t: t.update({"lora_unet_conv_2.lora_mid.weight": torch.ones(4, 3, 3, 3)}),
+        "their Tucker core (4, 3, 3, 3), which is not (4, 4, h, w)",
+    ),
+    "no up": (lambda t: t.pop(f"{Q}.lora_up.weight"), "B is missing (it has A)"),
+    "alpha alone": (lambda t: (t.pop(f"{Q}.lora_up.weight"), t.pop(f"{Q}.lora_down.weight")), "A and B are missing"),
+    "an alpha of NaN": (lambda t: t.update({f"{Q}.alpha": torch.tensor(float("nan"))}), "alpha is nan"),
+    "an integer type": (lambda t: t.update({f"{Q}.lora_up.weight": torch.ones(17, 4, dtype=torch.int8)}), "stored as I8"),
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_faults_of_kohya_s_files_are_errors(what, tmp_path, capsys):
+    change, message = FAULTS[what]
+    assert rankwise("doctor", lycoris(tmp_path / "one.safetensors", change), "--json") == 1
+    found = [f for f in json.loads(capsys.readouterr().out)["findings"] if f["level"] == "error"]
+    assert len(found) == 1 and message in found[0]["message"], found
+
+
+def test_metadata_of_the_wrong_type_and_a_whole_model_are_refused(tmp_path, capsys):
+    tensors = {"unet.a.to_q.lora_A.weight": torch.randn(4, 12), "unet.a.to_q.lora_B.weight": torch.randn(9, 4)}
+    save_file(tensors, tmp_path / "a.safetensors", {kohya.METADATA: json.dumps({"unet.lora_alpha": "x"})})
+    assert rankwise("doctor", tmp_path / "a.safetensors") == 2
+    assert "lora_alpha = 'x' is no number" in capsys.readouterr().err
+    save_file({"model.layers.0.q.weight": torch.randn(4, 4)}, tmp_path / "b.safetensors")
+    assert rankwise("doctor", tmp_path / "b.safetensors") == 2
+    assert "holds no low-rank update" in capsys.readouterr().err
+
+
 # -- broken files ----------------------------------------------------------------------------------------------------------
 
 SITE = "layers.1.k"
@@ -331,7 +406,26 @@ def loud(t):
     t[f"{KEY}B.weight"].mul_(50)
 
 
+def gone(t):
+    del t[f"{KEY}A.weight"], t[f"{KEY}B.weight"]
+
+
+def without_ranks(t):
+    t[f"{KEY}A.weight"], t[f"{KEY}B.weight"] = torch.zeros(0, 12), torch.zeros(9, 0)
+
+
 BROKEN = {
+    "site gone": (gone, {}, "site-missing", "note", "k has tensors in 1 of 2 layers of layers, and none in 1"),
+    "target gone": (None, {"target_modules": ["q", "k", "v"]}, "site-missing", "note", "target_modules names v"),
+    "no ranks": (without_ranks, {}, "rank-contradiction", "error", "its tensors have rank 0"),
+    "one of two heads": (None, {"modules_to_save": ["classifier", "lm_head"]}, "head-unmatched", "warning", "lm_head"),
+    "trained biases": (
+        lambda t: t.update({"base_model.model.layers.0.q.base_layer.bias": torch.ones(17)}),
+        {"bias": "all"},
+        "whole-tensors",
+        "note",
+        "biases are trained beside the updates (1 tensors, layers.0.q.base_layer.bias among them)",
+    ),
     "NaN": (nan, {}, "not-finite", "error", "A holds 1 of 48 numbers that are NaN"),
     "dead ranks": (dead, {}, "dead-ranks", "warning", "2 of 4 ranks are dead (row of A zero at 3; column of B zero at 1)"),
     "dependent": (dependent, {}, "dependent-ranks", "warning", "live ranks of A span 3 dimensions"),
@@ -375,6 +469,13 @@ def test_what_is_broken_is_said_with_rule_level_site_and_remedy(what, healthy, t
         assert run["tool"]["driver"]["rules"][result["ruleIndex"]]["id"] == result["ruleId"]
     others = {f["rule"] for f in said["findings"] if f["level"] != "note"} - {rule}
     assert not others, others
+
+
+def test_a_classifier_of_peft_s_lacks_no_head(healthy, tmp_path, capsys):
+    """PEFT names classifier and score in every one."""
+    folder = changed(healthy, tmp_path / "adapter", modules_to_save=["classifier", "score"], task_type="SEQ_CLS")
+    assert rankwise("doctor", folder) == 0
+    assert "No finding: nothing is wrong" in capsys.readouterr().out
 
 
 def test_a_healthy_adapter_has_no_finding(healthy, capsys):

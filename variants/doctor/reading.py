@@ -11,14 +11,14 @@ A and column j E + e of B are rank j of expert e.  Each expert is a site here.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import isfinite, sqrt
+from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rankwise.variants.doctor import kohya
 from rankwise.variants.doctor.findings import Finding
-from rankwise.variants.doctor.stored import TYPES, Stored
+from rankwise.variants.doctor.stored import STEPS, Stored
 from rankwise.variants.files import json_text
 from rankwise.variants.files.peft.config import HARMLESS_STARTS, RANK_EPSILON, UNSUPPORTED, check_kinds
 from rankwise.variants.files.peft.names import (
@@ -97,7 +97,7 @@ class ThinAdapter:
         if "mid" in site.keys:
             mid = self.stored[site.keys["mid"]][0]  # (R, R, h, w)
             A = np.tensordot(mid, A.reshape(A.shape[0], -1), (1, 0)).transpose(0, 3, 1, 2)  # (R, I, h, w)
-        A, B = A.reshape(A.shape[0], -1), B.reshape(B.shape[0], -1)
+        A, B = (factor.reshape(len(factor), prod(factor.shape[1:])) for factor in (A, B))  # AdaLoRA's may have no ranks
         if site.expert is not None:
             A, B = A[site.expert * site.rank : (site.expert + 1) * site.rank], B[:, site.expert :: site.experts]
         return A, B, self.stored[site.keys["E"]][0].reshape(-1) if "E" in site.keys else None
@@ -126,7 +126,7 @@ def read(path: str | Path) -> ThinAdapter:
         raise ValueError(f"{path} holds layers, full fine-tuning or BitFit, which have no ranks; give a low-rank adapter")
     others = sorted({match[1] for name in stored.shapes if (match := kohya.OTHER_KINDS.search(name))})
     known = [name for name in stored.shapes if peft_part(name.removeprefix(PREFIX)) or kohya.part(name)]
-    if others and not any(kohya.part(name) for name in stored.shapes):
+    if others and all(of.part == "alpha" for name in stored.shapes if (of := kohya.part(name))):  # LyCORIS has alphas too
         raise ValueError(
             f"{path} holds LoHa, LoKr, OFT or whole differences ({others[0]}), which are no product of two thin factors"
         )
@@ -136,7 +136,7 @@ def read(path: str | Path) -> ThinAdapter:
         raise ValueError(f"{file.parent} has no {CONFIG}, which says the scale; copy the one that was saved with the weights")
     else:
         adapter = _single_file(path, stored)
-    if not adapter.sites and not adapter.findings:
+    if not adapter.sites and all(finding.rule == "stray-tensor" for finding in adapter.findings):
         raise ValueError(f"{path} holds no low-rank update: head only, or a foreign file")
     if others:
         message = f"tensors of another kind ({', '.join(others)}) are in the file too and are not examined"
@@ -306,19 +306,34 @@ def _checked(adapter: ThinAdapter, name: str, keys: Mapping[str, str]) -> int | 
     missing = [part for part in "AB" if part not in keys]
     if missing:
         there = ", ".join(part for part in keys if part not in ("alpha",)) or "alpha"
-        adapter.findings.append(Finding("missing-factor", f"{' and '.join(missing)} is missing (it has {there})", name))
+        adapter.findings.append(
+            Finding(
+                "missing-factor",
+                f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing (it has {there})",
+                name,
+            )
+        )
         return None
     shapes = {part: adapter.stored.shapes[keys[part]] for part in "AB"}
     if any(len(shape) < 2 for shape in shapes.values()) or shapes["A"][0] != shapes["B"][1]:
         message = f"A has shape {shapes['A']} and B {shapes['B']}: the rows of A must be the columns of B"
         adapter.findings.append(Finding("factors-do-not-fit", message, name))
         return None
-    unread = [part for part, key in keys.items() if adapter.stored.kind(key) not in TYPES]
+    unread = [part for part, key in keys.items() if adapter.stored.kind(key) not in STEPS]
     if unread:
         message = f"{unread[0]} is stored as {adapter.stored.kind(keys[unread[0]])}, which is not read here"
         adapter.findings.append(Finding("unreadable-type", message, name))
         return None
     rank = shapes["A"][0]
+    mid = None if "mid" not in keys else adapter.stored.shapes[keys["mid"]]
+    if mid is not None and (len(mid) != 4 or mid[:2] != (rank, rank) or prod(shapes["A"][2:]) != 1):
+        message = f"A has shape {shapes['A']}, B {shapes['B']} and their Tucker core {mid}, which is not ({rank}, {rank}, h, w)"
+        adapter.findings.append(Finding("factors-do-not-fit", message, name))
+        return None
+    if "alpha" in keys and prod(adapter.stored.shapes[keys["alpha"]]) != 1:
+        message = f"its alpha has shape {adapter.stored.shapes[keys['alpha']]}, and is one number"
+        adapter.findings.append(Finding("factors-do-not-fit", message, name))
+        return None
     if "E" in keys and int(np.prod(adapter.stored.shapes[keys["E"]])) != rank:
         message = f"A has {rank} rows and E shape {adapter.stored.shapes[keys['E']]}"
         adapter.findings.append(Finding("factors-do-not-fit", message, name))
@@ -357,6 +372,8 @@ def _note_settings(adapter: ThinAdapter) -> None:
         if config.get("bias", "none") == "none" and not any(word in name for word in OF_THE_BASE):
             message = f"{name} is no part of an update and of no head in modules_to_save"
             adapter.findings.append(Finding("stray-tensor", message))
+    _note_whole_tensors(adapter, config)
+    _note_gaps(adapter, config)
     unfinished = adapter.facts.get("unfinished")
     if isinstance(unfinished, dict):
         what = {"rank": "ranks"}.get(unit := str(unfinished.get("unit")), unit)
@@ -379,6 +396,40 @@ def _note_heads(adapter: ThinAdapter, config: Mapping[str, Any]) -> None:
         adapter.findings.append(Finding("head-unmatched", message))
 
 
+def _note_whole_tensors(adapter: ThinAdapter, config: Mapping[str, Any]) -> None:
+    trains_biases = config.get("bias", "none") != "none"
+    whole = [name.removeprefix(PREFIX) for name in adapter.rest]
+    biases = [name for name in whole if trains_biases and name.endswith(".bias")]
+    tokens = [name for name in whole if "trainable_tokens" in name or "token_adapter" in name]
+    for names, what in ((biases, f"bias = {shown(config.get('bias'))}: biases"), (tokens, "embeddings of tokens")):
+        if names:
+            message = f"{what} are trained beside the updates ({len(names)} tensors, {names[0]} among them)"
+            adapter.findings.append(Finding("whole-tensors", message))
+
+
+def _note_gaps(adapter: ThinAdapter, config: Mapping[str, Any]) -> None:
+    """Targets without tensors, in the whole file or in some layers: such a file loads, and the update is not there."""
+    targets = config.get("target_modules")
+    sites = [re.sub(r"\[\d+\]$", "", site.name) for site in adapter.sites]
+    sites += [finding.site for finding in adapter.findings if finding.site is not None]  # it has tensors, if faulty ones
+    if not isinstance(targets, list) or config.get("layers_to_transform") is not None or set(targets) & set(sites):
+        return  # names of whole sites are chosen one by one
+    stacks: dict[str, set[int]] = {}
+    layers: dict[tuple[str, str], set[int]] = {}
+    for site in sites:
+        if match := re.match(r"(.+?)\.(\d+)\.(.+)", site):
+            stacks.setdefault(match[1], set()).add(int(match[2]))
+            layers.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    for target in targets:
+        if not any(site == target or site.endswith(f".{target}") for site in sites):
+            adapter.findings.append(Finding("site-missing", f"target_modules names {target}, and the file has no tensor of it"))
+    for (stack, module), there in layers.items():
+        if lacking := sorted(stacks[stack] - there):
+            numbers = ", ".join(map(str, lacking[:8])) + ", ..." * (len(lacking) > 8)
+            message = f"{module} has tensors in {len(there)} of {len(stacks[stack])} layers of {stack}, and none in {numbers}"
+            adapter.findings.append(Finding("site-missing", message))
+
+
 def _facts(path: Path, stored: Stored) -> dict[str, Any]:
     try:
         facts = json_text.parse(stored.metadata.get("rankwise", "{}"))
@@ -395,10 +446,14 @@ def _single_file(path: Path, stored: Stored) -> ThinAdapter:
     rest = []
     for name in stored.shapes:
         of = kohya.part(name)
-        if of is None:
-            rest.append(name)
-        else:
+        if of is not None:
             grouped.setdefault(of.site, {})[of.part] = name
+        elif not kohya.OTHER_KINDS.search(name):
+            rest.append(name)
+    elsewhere = {name[: match.start()] for name in stored.shapes if (match := kohya.OTHER_KINDS.search(name))}
+    for site in elsewhere & grouped.keys():  # an update of another kind, which has an alpha too
+        if grouped[site].keys() == {"alpha"}:
+            del grouped[site]
     is_kohya = any(kohya.is_kohya(site) for site in grouped)
     settings = _diffusers_metadata(path, stored)
     method = "DoRA" if any("magnitude" in keys for keys in grouped.values()) else "LoRA"
@@ -439,4 +494,6 @@ def _diffusers_metadata(path: Path, stored: Stored) -> dict[str, dict[str, Any]]
     for key, value in flat.items() if isinstance(flat, dict) else ():
         component, _, name = key.partition(".")
         settings.setdefault(component, {})[name] = value
+    for component, own in settings.items():
+        check_kinds({"peft_type": "LORA", **own}, f'{path}: its "{kohya.METADATA}" metadata, {component}')
     return settings
