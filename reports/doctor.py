@@ -14,13 +14,15 @@ from rankwise.variants.settings import printable
 
 SITES = (
     "dW is s B A; |dW| in the Frobenius norm, share of the energy |dW|^2 of all sites. Effective is exp of the entropy of the "
-    "singular values' shares (Roy & Vetterli 2007), stable |dW|_F^2/|dW|_2^2, 95 % how many hold that share of |dW|^2, first "
-    "how much of it the greatest one holds, spikes how many stand above the Marchenko-Pastur edge of noise of the same size."
+    "singular values' shares (Roy & Vetterli 2007), stable |dW|_F^2/|dW|_2^2, 95 % how many hold that share of |dW|^2; then "
+    "how much of it each of the greatest holds (--json has all), and spikes how many stand above the Marchenko-Pastur edge of "
+    "noise of the same size."
 )
 CRITERIA = (
     "Error is |dW - dW'|/|dW| over all sites, exact (Eckart & Young 1936); worst that of the worst site. It is an error of the "
     "weights, not of the task: --data FILE measures the loss too."
 )
+SHOWN = 4  # ranks whose energy is printed; --json has all
 MOST_ALIKE = 5  # findings of one rule that are printed; --json and --sarif have all
 
 
@@ -32,7 +34,7 @@ def site_table(one: Examination) -> Table:
     by_name = {site.site.name: site for site in one.sites}
     rows = [_row(by_name[name]) for name in site_order(by_name)]
     total = sum(site.site.rank for site in one.sites)
-    columns = ("site", "rank", "live", "scale", "|dW|", "share", "effective", "stable", "95 %", "first", "spikes")
+    columns = ("site", "rank", "live", "scale", "|dW|", "share", "effective", "stable", "95 %", "of each rank [%]", "spikes")
     more = [name for name, field in (("|dW|/|W|", "relative"), ("drift", "drift")) if _has(one, field)]
     rows = [(*row, *_more(by_name[row[0]], more)) for row in rows]
     title = f"{one.adapter.path.resolve().name}: {one.adapter.method}, {one.adapter.form}'s format, "
@@ -72,7 +74,7 @@ def _row(one: Examined) -> tuple:
         f"{update.effective_rank:.2f}" if is_known else "",
         f"{update.stable_rank:.2f}" if is_known else "",
         update.energy_rank if is_known else "",
-        f"{energies[0]:.3f}" if energies else "",
+        " ".join(f"{100 * energy:.3g}" for energy in energies[:SHOWN]) + " ..." * (len(energies) > SHOWN),
         one.spikes if is_known else "",
     )
 

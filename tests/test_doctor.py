@@ -471,6 +471,29 @@ def test_what_is_broken_is_said_with_rule_level_site_and_remedy(what, healthy, t
     assert not others, others
 
 
+def test_sarif_has_what_2_1_0_requires(healthy, tmp_path):
+    """OASIS sarif-schema-2.1.0: what is required, the levels that there are, and URIs."""
+    from urllib.parse import unquote, urlsplit
+
+    folder = changed(healthy, tmp_path / "an adapter #1", nan, lora_alpha=-6)
+    assert rankwise("doctor", folder, "--sarif", tmp_path / "out.sarif") == 1
+    log = json.loads((tmp_path / "out.sarif").read_text())
+    assert log["version"] == "2.1.0" and log["$schema"].endswith("sarif-2.1.0.json")
+    (run,) = log["runs"]
+    driver = run["tool"]["driver"]
+    assert driver["name"] and len({rule["id"] for rule in driver["rules"]}) == len(driver["rules"]) == 2
+    for rule in driver["rules"]:
+        assert rule["shortDescription"]["text"] and rule["help"]["text"]
+        assert rule["defaultConfiguration"]["level"] in ("none", "note", "warning", "error")
+    assert len(run["results"]) == 5  # a NaN, and four sites of a negative scale
+    for result in run["results"]:
+        assert result["message"]["text"] and result["level"] in ("none", "note", "warning", "error")
+        uri = result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
+        parts = urlsplit(uri)
+        assert not parts.fragment and " " not in uri
+        assert unquote(parts.path) == str(folder / "adapter_model.safetensors")
+
+
 def test_a_classifier_of_peft_s_lacks_no_head(healthy, tmp_path, capsys):
     """PEFT names classifier and score in every one."""
     folder = changed(healthy, tmp_path / "adapter", modules_to_save=["classifier", "score"], task_type="SEQ_CLS")
@@ -482,6 +505,9 @@ def test_a_healthy_adapter_has_no_finding(healthy, capsys):
     assert rankwise("doctor", healthy) == 0
     out = capsys.readouterr().out
     assert "No finding: nothing is wrong" in out and "sv_ratio" in out and SITE in out
+    row = next(line for line in out.splitlines() if line.startswith(SITE))
+    energies = np.square(examining.examine(reading.read(healthy)).sites[2].update.singular_values)
+    assert f" {' '.join(f'{100 * share:.3g}' for share in energies / energies.sum())} " in row
 
 
 def cut_short(folder):

@@ -90,8 +90,9 @@ def doctor(
         cut = cut.moved(fix)
     if sarif is not None:
         from importlib.metadata import version
+        from urllib.parse import quote
 
-        uri = adapter.stored.path.as_posix()
+        uri = quote(adapter.stored.path.as_posix())  # a blank or a "#" in a path is none in a URI
         write_file(sarif, json.dumps(findings.sarif(one.findings, uri, version("rankwise")), indent=1, allow_nan=False) + "\n")
     if figures is not None:
         from rankwise.reports import figures as drawn
