@@ -477,6 +477,13 @@ def test_a_study_is_shown_with_its_tables_and_every_run(examined, tmp_path):
         listing.drawings(examined, tmp_path)
 
 
+def test_a_setting_s_name_is_no_formula_in_the_csv(tmp_path):
+    for setting in ("=1+1", "lora"):
+        write_run(tmp_path / "study", setting=setting)
+    lines = list(csv.DictReader(listing.as_csv(tmp_path / "study").splitlines()))
+    assert {line["setting"] for line in lines} == {"'=1+1", "lora"}
+
+
 def test_the_report_holds_these_tables_and_a_study_without_them_does_not(examined, tmp_path, figures_undrawn):
     text = page.write(examined, tmp_path / "report").read_text()
     for words in ("## What became of the weights", "## What each site is worth", "## The allocation at another seed"):

@@ -268,6 +268,19 @@ def test_csv_has_full_precision_and_one_value_a_column():
     assert rows[1]["score mean"] == ""
 
 
+FORMULAS = ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "-", "lora", "--"]
+
+
+def test_no_name_of_a_user_is_a_formula_of_a_spreadsheet_and_numbers_stay_numbers():
+    numbers = (-1.5, "-2.5e-4", "+3", "-inf", "-1;2;-3", "-3.71 to 14.63", "-0.07 (-0.46 to 0.38)", "-1 to +1 (95.3 %)")
+    columns = ("=HYPERLINK(A1)", *"abcdefgh")
+    made = tables.Table("t", "", columns, tuple((label, *numbers) for label in FORMULAS), ()).csv()
+    head, *rows = csv.reader(io.StringIO(made, newline=""))
+    assert head == ["'=HYPERLINK(A1)", *"abcdefgh"]
+    assert [row[0] for row in rows] == [*(f"'{label}" for label in FORMULAS[:5]), "' =1", "-", "lora", "'--"]
+    assert all(row[1:] == [str(number) for number in numbers] for row in rows)
+
+
 def test_records_are_strict_json():
     assert json.loads(json.dumps(TRICKY.records(), allow_nan=False))[1]["score mean"] is None
 

@@ -3,8 +3,6 @@
 PATH is a run, a folder of runs, or an adapter in PEFT's format.
 """
 
-import csv
-import io
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from rankwise.reports.ranks.folders import read
 from rankwise.reports.ranks.maps import RankMap, SiteRank, of_run
 from rankwise.reports.results import Arm, Study, is_study, load_all
 from rankwise.reports.tables.site_tables import study_tables
-from rankwise.reports.tables.table import Table
+from rankwise.reports.tables.table import Table, csv_text
 
 
 def parts(path: Path) -> list[Study]:
@@ -79,11 +77,8 @@ def as_csv(path: Path) -> str:
     else:
         heads = [({}, read(path))]
     rows = [{**head, "method": one.method, **_flat(site)} for head, one in heads for site in one.sites]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    columns = list(rows[0]) if rows else []
+    return csv_text(columns, [[row[name] for name in columns] for row in rows])
 
 
 def _flat(site: SiteRank) -> dict:

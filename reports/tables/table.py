@@ -5,12 +5,17 @@ The renderers know nothing of runs: a table is columns, rows of cells (cells.py)
 
 import csv
 import io
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 
 from rankwise.reports.tables.cells import Cell, cell_text
 from rankwise.variants.settings import printable
+
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|[-+]?inf"
+# A number, several with semicolons between, an interval, a difference with its interval, and shares in percent.
+OF_NUMBERS = re.compile(rf"(?:{NUMBER})(?:;(?:{NUMBER})| to (?:{NUMBER})| \((?:{NUMBER})| %|\))*")
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,7 @@ class Table:
 
     def csv(self) -> str:
         rows = self.records()
-        out = io.StringIO()
-        writer = csv.DictWriter(out, list(rows[0]) if rows else self.columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return out.getvalue()
+        return csv_text(list(rows[0]) if rows else self.columns, [list(row.values()) for row in rows])
 
     def latex(self) -> str:
         spec = "".join("l" if self.is_text(i) else "r" for i in range(len(self.columns)))
@@ -124,6 +125,25 @@ def _plain(value: object) -> object:
     if not isinstance(value, tuple):
         return value
     return value[0] if len(value) == 1 else ";".join(map(str, value))
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A CSV for people and for programs: numbers in full precision, and no name of a user's that a spreadsheet would compute.
+
+    A spreadsheet takes a cell that begins with =, +, -, @, a tab or a return for a formula; an apostrophe before it makes it
+    text (OWASP, "CSV Injection").  Numbers and intervals of numbers stay as they are.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerows([_no_formula(cell) for cell in row] for row in ([columns, *rows] if columns else []))
+    return out.getvalue()
+
+
+def _no_formula(cell: object) -> object:
+    if not isinstance(cell, str):
+        return cell
+    is_safe = not cell.startswith(("=", "+", "-", "@", "\t", "\r")) or cell == "-" or OF_NUMBERS.fullmatch(cell)
+    return (cell if is_safe else f"'{cell}").replace("\r", " ")  # which Python's csv leaves without quotes before 3.13
 
 
 def escape_markdown(text: str) -> str:
