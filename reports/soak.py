@@ -24,11 +24,13 @@ def growth(found: dict[str, Any], key: str) -> float:
 def sentences(found: dict[str, Any]) -> list[str]:
     rows, machine = found["rows"], found["machine"]
     first, last = rows[int(START * len(rows))], rows[-1]
-    methods, seconds = len({row["method"] for row in rows}), found["seconds"] / len(rows)
+    number, methods = last["run"], found["methods"]
+    seconds = found["seconds"] / number
+    stopped = f", of {found['asked']:,} asked for," if number < found["asked"] else ""
     where = f"{machine['device_name']}, torch {machine['versions']['torch']}"
     before, after = (f"{row['resident_bytes'] / 1e6:,.1f} MB" for row in (first, last))
     return [
-        f"{len(rows):,} runs of {methods} methods in one process, {seconds:.1f} s each; {where}.",
+        f"{number:,} runs{stopped} of {methods} methods in one process, {seconds:.1f} s each; {where}.",
         f"Resident memory {before} after run {first['run']:,} and {after} after the last: "
         f"{growth(found, 'resident_bytes') / 1e3:+.2f} kB a run.",
         f"Open files {first['files']} and {last['files']}, threads {first['threads']} and {last['threads']}.",
@@ -52,7 +54,7 @@ def drawing(found: dict[str, Any]) -> figures.Drawing:
             ax.set_ylim(0, 1.15 * max(values))
             ax.set_ylabel(label)
         axes[-1].set_xlabel("runs in this process")
-        title = f"What one process holds over {len(runs):,} runs"
+        title = f"What one process holds over {runs[-1]:,} runs"
         figures.title_above(figure, title)
     return figures.Drawing(NAME, title, " ".join(sentences(found)), figure)
 

@@ -12,7 +12,8 @@ def found(numbers, files=20):
         {"run": i + 1, "method": "lora", "resident_bytes": n, "files": files + i, "threads": 1, "objects": 5}
         for i, n in enumerate(numbers)
     ]
-    return {"rows": rows, "seconds": 1.0, "machine": {"device_name": "a CPU", "versions": {"torch": "2"}}}
+    machine = {"device_name": "a CPU", "versions": {"torch": "2"}}
+    return {"rows": rows, "asked": len(rows), "methods": 5, "seconds": 1.0, "machine": machine}
 
 
 def test_growth_is_that_of_the_runs_after_the_start():
@@ -20,6 +21,41 @@ def test_growth_is_that_of_the_runs_after_the_start():
     assert report.growth(found(steep_start), "resident_bytes") == pytest.approx(7)
     assert report.growth(found(steep_start), "files") == pytest.approx(1)
     assert "+0.01 kB a run" in " ".join(report.sentences(found(steep_start)))
+
+
+def test_runs_are_counted_and_not_the_rows():
+    every_tenth = found([100, 200, 300])
+    for row in every_tenth["rows"]:
+        row["run"] *= 10
+    assert report.sentences(every_tenth | {"asked": 30})[0].startswith("30 runs of 5 methods")
+    assert report.sentences(every_tenth | {"asked": 40})[0].startswith("30 runs, of 40 asked for, of 5 methods")
+
+
+@pytest.mark.parametrize("number, counted", [(3, [1, 2, 3]), (401, [*range(2, 401, 2), 401])])
+def test_many_runs_are_not_counted_one_by_one(number, counted, monkeypatch):
+    class Quick:
+        def __init__(self, study, out, device):
+            out.mkdir()
+
+        def prepare(self):
+            pass
+
+        def run(self):
+            return [{"status": "completed"}]
+
+    monkeypatch.setattr(soak, "Runner", Quick)
+    monkeypatch.setattr(soak, "held", dict)
+    assert [row["run"] for row in soak.run(number)] == counted
+
+
+def test_an_interrupted_soak_keeps_the_runs_until_then(tmp_path, capsys, monkeypatch):
+    def rows(number, progress):
+        yield from found([100.0, 200.0, 300.0, 400.0])["rows"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(soak, "run", rows)
+    assert rankwise("bench", "--soak", "9", "--out", tmp_path, "--threads", "1") == 130
+    assert "4 runs, of 9 asked for," in capsys.readouterr().out and (tmp_path / "soak.svg").exists()
 
 
 def test_two_runs_leave_no_file_open(monkeypatch):
