@@ -12,7 +12,11 @@ from rankwise.experiments.cli.progress import Progress
 from rankwise.experiments.cli.start import start_torch
 
 OUT = Path("runs/bench")
-READ = {"--quantised": ("--out", "--device"), "--soak": ("--out",)}  # by a measurement in the place of the usual one
+READ = {
+    "--quantised": ("--out", "--device"),
+    "--soak": ("--out",),
+    "--fleet": ("--out",),
+}  # by a measurement in the place of the usual one
 
 
 def bench(
@@ -38,13 +42,16 @@ def bench(
     soak: Annotated[
         int | None, typer.Option(metavar="RUNS", help="Instead: what one process holds after so many tiny runs.")
     ] = None,
+    fleet: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Instead: 10,000 runs on many machines, by the packs' times in FILE.")
+    ] = None,
 ) -> None:
     """Time our steps beside PEFT's and beside the frozen model's floor."""
     from rankwise.experiments.bench import cases as known
 
     _refuse_idle(
         {"--ablation": ablation, "--tried": tried, "--mixed": mixed, "--planned": planned, "--quantised": quantised}
-        | {"--optimizer-states": optimizer_states, "--soak": soak is not None},
+        | {"--optimizer-states": optimizer_states, "--soak": soak is not None, "--fleet": fleet is not None},
         idle={"--out": out, "--full": full or None, "--device": None if device == "auto" else device},
         also={
             "--tried": {"--json": json_file, "--cases": cases, "--repetitions": repetitions},
@@ -53,6 +60,7 @@ def bench(
             "--planned": {"--cases": cases, "--repetitions": repetitions},
             "--quantised": {"--cases": cases, "--repetitions": repetitions},
             "--soak": {"--cases": cases, "--repetitions": repetitions},
+            "--fleet": {"--cases": cases, "--repetitions": repetitions},
         },
     )
     check_least("--threads", threads)
@@ -69,6 +77,8 @@ def bench(
         return _quantised(json_file, out or OUT, device, threads)
     if soak is not None:
         return _soak(soak, json_file, out or OUT, threads)
+    if fleet is not None:
+        return _fleet(fleet, json_file, out or OUT, threads)
     if mixed:
         known.check_peft()
         return _mixed(threads)
@@ -199,10 +209,12 @@ def _quantised(json_file: Path | None, out: Path, device: str, threads: int | No
 
 
 def _soak(number: int, json_file: Path | None, out: Path, threads: int | None) -> None:
-    """Runs, prints what was held, and writes it."""
+    """Runs, prints what was held, and writes it; one that is interrupted has the runs until then."""
     import time
 
-    with Progress() as bar, nothing_kept_if_interrupted():
+    rows: list[dict[str, Any]] = []
+    is_whole = True
+    with Progress() as bar:
         bar.say("bench: loading torch ...")
         _start(bar, threads)
         import torch
@@ -212,14 +224,49 @@ def _soak(number: int, json_file: Path | None, out: Path, threads: int | None) -
 
         bar.start(number)
         began = time.perf_counter()
-        rows = list(soak.run(number, bar.advance))
+        try:
+            for row in soak.run(number, bar.advance):
+                rows.append(row)
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            is_whole = False
         machine = {"device_name": measure.device_name(torch.device("cpu")), "versions": measure.versions(), **measure.commit()}
-        result = {"machine": machine, "seconds": time.perf_counter() - began, "rows": rows}
+        seconds = time.perf_counter() - began
+        result = {"machine": machine, "asked": number, "methods": len(soak.METHODS), "seconds": seconds, "rows": rows}
         if json_file is not None:
             write_json(json_file, result, indent=None)
     from rankwise.reports import soak as report
 
     print("\n".join(report.sentences(result)))
+    print(f"report: {report.write(result, out)}")
+    if not is_whole:
+        raise typer.Exit(130)
+
+
+def _fleet(times: Path, json_file: Path | None, out: Path, threads: int | None) -> None:
+    """Measures the writer, simulates, prints the tables, and writes them."""
+    from rankwise.experiments.plan.fleet import read_times
+
+    measured = read_times(times)
+    with Progress() as bar, nothing_kept_if_interrupted():
+        bar.say("bench: loading torch ...")
+        is_shared = _start(bar, threads)
+        import torch
+        from rankwise.experiments import measure
+        from rankwise.experiments.bench import fleet
+        from rankwise.experiments.files import write_json
+
+        bar.start(2)  # kinds of machines
+        found = fleet.run(measured, out, bar.advance)
+        machine = {"device_name": measure.device_name(torch.device("cpu")), "versions": measure.versions(), **measure.commit()}
+        found["times"]["file"] = str(times)
+        result = {"machine": {**machine, "shared": is_shared}, **found}
+        if json_file is not None:
+            write_json(json_file, result)
+    from rankwise.reports import fleet as report
+
+    print(report.text(result, terminal_width()))
     print(f"report: {report.write(result, out)}")
 
 
