@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import io
 import json
+import shutil
 import signal
 import struct
 import tomllib
@@ -23,9 +24,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from rankwise import variants
 from rankwise.experiments import config, recipes
-from rankwise.variants.files.peft.names import CONFIG, WEIGHTS
+from rankwise.variants.files.peft.names import CONFIG
 
 from tests.command import rankwise
+from tests.test_doctor import kohya_file
 from tests.test_study_files import VALUES, changed, places
 from tests.tiny import tiny
 
@@ -46,6 +48,7 @@ learning_rate = 1e-3
 ROWS = "text,label\n" + "".join(f"row {i},{'ab'[i % 2]}\n" for i in range(40))
 SOURCES = {**config.shipped(), **{f"papers/{path.stem}": path for path in sorted(config.PAPERS.glob("*.toml"))}}
 TEXTS = {name: path.read_bytes() for name, path in SOURCES.items()} | {"own": OWN_DATA.encode()}
+SUFFIX, KOHYA, DIFFUSERS = ".safetensors", "kohya", "diffusers"
 FACTS = "facts"  # our metadata in an adapter's file, JSON in the JSON of its header
 
 
@@ -225,15 +228,17 @@ def studies(draw: st.DrawFn) -> tuple[str, bytes]:
 
 
 def check_studies(desk: Path, number: int) -> None:
-    codes = []
+    codes, names = [], set()
 
     @tried(number)
     @given(studies())
     def check(case: tuple[str, bytes]) -> None:
+        names.add(case[0])
         codes.append(compared(desk, *case))
 
     check()
     assert len(codes) >= number and {0, 2} == set(codes)
+    assert number < 20 * len(TEXTS) or names == set(TEXTS)
 
 
 def test_a_study_s_file_with_any_fault_is_read_or_refused(desk):
@@ -249,13 +254,21 @@ def test_a_study_s_file_with_any_fault_is_read_or_refused_1200_times(desk):
 
 
 def of_rankwise(folder: Path) -> None:
+    """A method of each form that a file can have (PEFT's forms; our own, which full fine-tuning and BitFit have)."""
     for method, given_ in {
         "lora": {"rank": 3, "alpha": 5, "rank_pattern": {"query": 2}},
         "dora": {"rank": 2},
         "adalora": {"initial_rank": 3, "target_rank": 2},
+        "adalora+dora": {"initial_rank": 3, "target_rank": 2},
+        "vera": {"rank": 3},
+        "ia3": {},
+        "houlsby": {"bottleneck": 3},
         "bitfit": {},
     }.items():
         adapter = variants.create(method, **given_).attach(tiny("bert"))
+        variants.save_pretrained(adapter, folder / method)
+    for method in ("prompt-tuning", "prefix-tuning"):
+        adapter = variants.create(method, tokens=3).attach(tiny("bert"))
         variants.save_pretrained(adapter, folder / method)
 
 
@@ -267,9 +280,21 @@ def of_peft(folder: Path) -> None:
         "peft-lora": peft.LoraConfig(r=3, target_modules=["query", "value"], **classifier),
         "peft-dora": peft.LoraConfig(r=3, use_dora=True, target_modules=r".*\.(query|dense)", rank_pattern={"query": 2}),
         "peft-adalora": peft.AdaLoraConfig(init_r=4, target_r=2, total_step=100, tinit=10, tfinal=10, target_modules=["query"]),
+        "peft-vera": peft.VeraConfig(r=3, target_modules=["query", "value"]),
+        "peft-ia3": peft.IA3Config(target_modules=["key", "value"], feedforward_modules=[]),
+        "peft-prompt-tuning": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"),
     }
     for name, one in kinds.items():
         peft.get_peft_model(tiny("bert"), one).save_pretrained(folder / name)
+
+
+def of_images(folder: Path) -> None:
+    """The files of programs that make images: one of Kohya's, and one of diffusers of the tiny model as a component."""
+    for name in (KOHYA, DIFFUSERS):
+        (folder / name).mkdir(parents=True)
+    kohya_file(folder / KOHYA / "one.safetensors")
+    adapter = variants.create("lora", rank=3, alpha=5).attach(tiny("bert"), head=())
+    variants.save_diffusers(adapter, folder / DIFFUSERS)
 
 
 def header(content: bytes) -> tuple[dict[str, Any], bytes]:
@@ -300,7 +325,7 @@ def adapters(draw: st.DrawFn, whole: dict[str, dict[str, bytes]]) -> tuple[str, 
     if how == "bytes":
         early = draw(st.booleans())  # in the header rather than anywhere
         content = files[which]
-        end = min(len(content), 8 + int.from_bytes(content[:8], "little")) if early and which == WEIGHTS else len(content)
+        end = min(len(content), 8 + int.from_bytes(content[:8], "little")) if early and which != CONFIG else len(content)
         files[which] = draw(damaged(content[:end])) + content[end:]
     elif which == CONFIG:
         files[which] = json.dumps(draw(altered(json.loads(files[which])))).encode()
@@ -345,26 +370,29 @@ def test_a_value_of_another_kind_is_refused_by_every_reader(name, tmp_path):
 
 def check_adapters(folder: Path, number: int) -> None:
     whole = {
-        one.name: {path.name: path.read_bytes() for path in one.iterdir() if path.name in (CONFIG, WEIGHTS)}
+        one.name: {path.name: path.read_bytes() for path in one.iterdir() if path.name == CONFIG or path.suffix == SUFFIX}
         for one in sorted(folder.iterdir())
     }
-    codes, spot, model = [], folder.parent / "changed", tiny("bert")
-    spot.mkdir(exist_ok=True)
+    codes, names, spot, model = [], set(), folder.parent / "changed", tiny("bert")
 
     @tried(number)
     @given(adapters(whole), st.sampled_from(["ranks", "doctor", "load"]))
     def check(case: tuple[str, dict[str, bytes]], command: str) -> None:
-        for name in (CONFIG, WEIGHTS):
-            (spot / name).unlink(missing_ok=True)
-        for name, content in case[1].items():
+        form, files = case
+        names.add(form)
+        shutil.rmtree(spot, ignore_errors=True)
+        spot.mkdir()
+        for name, content in files.items():
             (spot / name).write_bytes(content)
-        if command != "load":
-            codes.append(answered(command, spot))
+        if command != "load" or form == KOHYA:
+            alone = spot / next(iter(files)) if form in (KOHYA, DIFFUSERS) else spot
+            codes.append(answered("doctor" if form == KOHYA else command, alone))
             return
         with in_time(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            load = variants.load_diffusers if form == DIFFUSERS else variants.load_pretrained
             try:
-                variants.load_pretrained(model, spot).detach()
+                load(model, spot).detach()
                 codes.append(0)
             except ValueError as error:
                 assert type(error) is ValueError and str(error)
@@ -372,6 +400,7 @@ def check_adapters(folder: Path, number: int) -> None:
 
     check()
     assert len(codes) >= number and {0, 2} <= set(codes)
+    assert number < 40 * len(whole) or names == set(whole)
 
 
 def test_an_adapter_s_folder_with_any_fault_is_read_or_refused(tmp_path):
@@ -383,4 +412,5 @@ def test_an_adapter_s_folder_with_any_fault_is_read_or_refused(tmp_path):
 def test_an_adapter_s_folder_with_any_fault_is_read_or_refused_1200_times(tmp_path):
     of_rankwise(tmp_path / "whole")
     of_peft(tmp_path / "whole")
+    of_images(tmp_path / "whole")
     check_adapters(tmp_path / "whole", 1200)
