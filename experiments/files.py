@@ -7,13 +7,13 @@ import contextlib
 import glob
 import json
 import os
-import re
 from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from rankwise.variants.files import json_text
+from rankwise.variants.files.system import system_error
 
 
 @contextlib.contextmanager
@@ -51,8 +51,7 @@ def _is_alive(process: int) -> bool:
 
 @contextlib.contextmanager
 def system_errors(path: Path) -> Iterator[None]:
-    """What safetensors says of a full disk, "... I/O error: ... (os error 28)", as what the system said.
-
+    """
     Raises:
         OSError: it could not write.
     """
@@ -61,10 +60,7 @@ def system_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ != "SafetensorError":  # by name: most of what writes files needs no safetensors
             raise
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise OSError(str(error)) from None
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        raise system_error(error, path) from None
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -71,6 +71,8 @@ def ran(what: Any, out: Path) -> list[dict[str, Any]]:
 
 # -- killed in every phase ---------------------------------------------------------------------------------------------------
 
+SWEPT = {"method": "lora", "rank": 2, "learning_rates": [1e-2, 3e-3]}
+ADALORA = {"method": "adalora", "initial_rank": 4, "target_rank": 2, "warmup_steps": 1, "final_steps": 1, "learning_rate": 1e-2}
 PHASES = ("sweep", "final", "placement", "knock-out", "export", "report", "archive")
 
 
@@ -153,18 +155,9 @@ def of_runs(out: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_killed_in_every_phase_everything_ends_with_the_same_bytes(model, cache, tmp_path, figures_undrawn):
-    swept = {"method": "lora", "rank": 2, "learning_rates": [1e-2, 3e-3]}
-    adalora = {
-        "method": "adalora",
-        "initial_rank": 4,
-        "target_rank": 2,
-        "warmup_steps": 1,
-        "final_steps": 1,
-        "learning_rate": 1e-2,
-    }
     placed = {"method": "lora", "label": "placed", "ranks_of": "adalora", "learning_rate": 1e-2}
     sweep = {"seeds": [0], "max_steps": 3, "trials": 3}
-    what = study(model, [swept, adalora, placed], quick=True, sweep=sweep, knock_out=True)
+    what = study(model, [SWEPT, ADALORA, placed], quick=True, sweep=sweep, knock_out=True)
     ended(what, tmp_path / "whole", cache)
     whole = of_runs(tmp_path / "whole")
     assert sum(name.endswith("knockout.json") for name in whole) > 2 and any(name.startswith("exported/") for name in whole)
@@ -209,14 +202,22 @@ def small_disk():
     folder.rmdir()
 
 
+ON_A_SMALL_DISK = {
+    "one run": (4, ["head"], {"seeds": 1}),
+    "sweep, packs and knock-outs": (16, [SWEPT, ADALORA], {"quick": True, "sweep": {"seeds": [0]}, "knock_out": True}),
+}
+
+
 @pytest.mark.slow
-def test_a_disk_that_is_full_at_every_size_loses_nothing(model, cache, tmp_path, small_disk):
+@pytest.mark.parametrize("name", ON_A_SMALL_DISK)
+def test_a_disk_that_is_full_at_every_size_loses_nothing(name, model, cache, tmp_path, small_disk):
     """A disk that grows by a few KiB each time a study stopped on it: at last the study is whole, and so it is read."""
     folder, resize = small_disk
-    what = study(model, ["head"], seeds=1)
+    step, methods, changes = ON_A_SMALL_DISK[name]
+    what = study(model, methods, **changes)
     ran(what, tmp_path / "whole")
     whole, stops = contents(tmp_path / "whole"), 0
-    for kib in itertools.count(8, 4):
+    for kib in itertools.count(8, step):
         resize(kib)
         try:
             ran(what, folder / "runs")
@@ -230,25 +231,76 @@ def test_a_disk_that_is_full_at_every_size_loses_nothing(model, cache, tmp_path,
     assert stops > 3 and contents(folder / "runs") == whole
 
 
-@pytest.mark.parametrize("command", quick(["report", "archive", "ranks"], ["ranks"]))
+COMMANDS = ("report", "archive", "ranks", "export")
+
+
+def words_of(command: str, runs: Path, out: Path) -> list[Any]:
+    """The command over a folder of runs; `export` takes the first one with an adapter."""
+    return {
+        "report": ["report", runs, "--out", out / "report"],
+        "archive": ["report", runs, "--with-runs", "--out", out / "kept"],
+        "ranks": ["ranks", runs, "--csv", out / "ranks.csv"],
+        "export": [
+            "export",
+            *sorted(path.parent for path in runs.glob("*/adapter"))[:1],
+            "--to",
+            "lora",
+            "--out",
+            out / "exported",
+        ],
+    }[command]
+
+
+def read_by(command: str, model: str, folder: Path) -> Path:
+    """Runs as the command needs them: an export has tensors, the others only read what runs have written."""
+    if command == "export":
+        ran(study(model, ["lora"], seeds=1), folder)
+        return folder
+    return write_study(folder, methods=("full", "lora"), seeds=(0,), sweep=False)
+
+
+def left_half(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if ".tmp" in path.name or path.name.endswith((".partial", ".new", ".old"))]
+
+
+@pytest.mark.parametrize("command", quick(COMMANDS, ["ranks"]))
 def test_a_full_disk_under_a_command_is_one_line_and_leaves_nothing_half(
-    command, small_disk, tmp_path, capsys, figures_undrawn
+    command, small_disk, model, tmp_path, capsys, figures_undrawn
 ):
     folder, resize = small_disk
-    runs = write_study(tmp_path / "runs", methods=("full", "lora"), seeds=(0,), sweep=False)
+    runs = read_by(command, model, tmp_path / "runs")
     resize(8)
-    words = {
-        "report": ["report", runs, "--out", folder / "made"],
-        "archive": ["report", runs, "--with-runs", "--out", folder / "made"],
-        "ranks": ["ranks", runs, "--csv", folder / "made" / "ranks.csv"],
-    }[command]
-    (folder / "filler").write_bytes(b"x" * (4096 if command == "ranks" else 1024))
+    words = words_of(command, runs, folder / "made")
+    (folder / "filler").write_bytes(b"x" * (4096 if command in ("ranks", "export") else 1024))
+    capsys.readouterr()
     assert rankwise(*words) == 2
     said = capsys.readouterr().err.splitlines()
     assert len([line for line in said if "the disk is full" in line]) == 1 and "Traceback" not in "".join(said)
-    assert not [path for path in folder.rglob("*") if ".tmp" in path.name]
+    assert not left_half(folder)
     resize(64 << 10)
     assert rankwise(*words) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "ranks"])  # whose file is a page
+def test_a_disk_that_is_full_anywhere_in_a_command_leaves_nothing_half(
+    command, small_disk, model, tmp_path, capsys, figures_undrawn
+):
+    """The disk grows in some 24 steps until the command goes through: what it leaves then is what it leaves elsewhere."""
+    folder, resize = small_disk
+    runs = read_by(command, model, tmp_path / "runs")
+    assert rankwise(*words_of(command, runs, tmp_path / "made")) == 0
+    whole, stops = contents(tmp_path / "made"), 0
+    pages = sum(-(-path.stat().st_size // 4096) for path in (tmp_path / "made").rglob("*") if path.is_file())
+    for kib in itertools.count(8, 4 * max(1, pages // 24)):
+        resize(kib)
+        capsys.readouterr()
+        if rankwise(*words_of(command, runs, folder / "made")) == 0:
+            break
+        assert "the disk is full" in capsys.readouterr().err
+        assert not left_half(folder)
+        stops += 1
+    assert stops > 0 and contents(folder / "made") == whole
 
 
 @pytest.mark.parametrize("what", ["predictions", "labels"])
@@ -289,8 +341,10 @@ def read_only(request):
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("command", quick(["report", "ranks", "compare", "archive"], ["ranks", "report"]))
-def test_a_folder_that_cannot_be_written_to_is_one_line(command, read_only, capsys, figures_undrawn, monkeypatch, model):
+@pytest.mark.parametrize("command", quick([*COMMANDS, "compare"], ["ranks", "report"]))
+def test_a_folder_that_cannot_be_written_to_is_one_line(
+    command, read_only, capsys, figures_undrawn, monkeypatch, model, tmp_path
+):
     runs = read_only / "runs"
     before = sorted(read_only.rglob("*"))
     if command == "compare":
@@ -298,12 +352,9 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(command, read_only, caps
             ran(study(model, ["head"]), runs)
         assert REFUSED.search(str(refused.value))
     else:
-        words = {
-            "report": ["report", runs, "--out", runs / "report"],
-            "archive": ["report", runs, "--with-runs", "--out", runs / "kept"],
-            "ranks": ["ranks", runs, "--csv", runs / "ranks.csv"],
-        }[command]
-        assert rankwise(*words) == 2
+        read = read_by(command, model, tmp_path / "runs") if command == "export" else runs
+        capsys.readouterr()
+        assert rankwise(*words_of(command, read, runs)) == 2
         said = capsys.readouterr().err.splitlines()
         assert len(said) == 1 and REFUSED.search(said[0]) and str(runs) in said[0]
     assert sorted(read_only.rglob("*")) == before
@@ -388,6 +439,26 @@ def of_members(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in contents(folder).items() if name.startswith("member-")}
 
 
+# -- memory ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pack_for_which_the_processor_s_memory_is_too_small_is_split(model, tmp_path, monkeypatch):
+    """What torch's own allocator says is no class of its own: an allocation that no machine grants."""
+    run, tried = Trainer.run, []
+
+    def scarce(self):
+        tried.append(self.pack.members)
+        if self.pack.members > 1:
+            torch.empty(1 << 58)
+        return run(self)
+
+    monkeypatch.setattr(Trainer, "run", scarce)
+    results = ran(study(model, ["head"], seeds=2, anatomy=False), tmp_path)
+    assert tried == [2, 1, 1]
+    assert [(r["status"], r["pack_size"]) for r in results] == [("completed", 1)] * 2
+    assert all("does not fit in memory" in r["packing_note"] for r in results)
+
+
 # -- the clock, the cache, the neighbours ------------------------------------------------------------------------------------
 
 
@@ -446,6 +517,26 @@ def race(what: Any, out: Path, cache: str, said: Any) -> None:
         said.put("ended")
     except ValueError as error:
         said.put(str(error))
+
+
+def reported(runs: Path, out: Path) -> None:
+    Figure.savefig = lambda figure, out, **_: out.write(b"a figure")
+    page.write(runs, out)
+
+
+@pytest.mark.slow
+def test_two_reports_into_one_folder_leave_what_one_leaves(tmp_path, figures_undrawn):
+    runs = write_study(tmp_path / "runs", methods=("full", "lora"), seeds=(0, 1), sweep=False)
+    page.write(runs, tmp_path / "alone")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_faults"])
+    both = [context.Process(target=reported, args=(runs, tmp_path / "both")) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert contents(tmp_path / "both") == contents(tmp_path / "alone")
 
 
 @pytest.mark.slow

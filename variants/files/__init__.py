@@ -27,6 +27,7 @@ A file must hold what its configuration promises: every module that target_modul
     own.py         the format of methods that PEFT has no form for
     json_text.py   JSON of others, bounded
     facts.py       the "rankwise" metadata
+    system.py      what safetensors says of a full disk, as what the system said
     folders.py     a folder read, and written whole or not at all
     state.py       what of an adapter, and of its model, goes into a file
     budget.py      whether training ended before its rank budget was reached

@@ -11,6 +11,7 @@ from typing import Any
 from rankwise.variants.files import json_text
 from rankwise.variants.files.facts import Facts
 from rankwise.variants.files.peft.names import CONFIG, PICKLE, WEIGHTS
+from rankwise.variants.files.system import system_error
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -107,7 +108,7 @@ def placed(folder: Path) -> Iterator[Path]:
         for file in sorted(partial.iterdir(), key=lambda file: file.suffix != ".safetensors"):
             file.replace(folder / file.name)
     except SafetensorError as error:
-        raise OSError(f"{folder} cannot be written: {error}") from error
+        raise system_error(error, folder) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
