@@ -7,6 +7,7 @@ experiments, variants and reports together.
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -79,4 +80,7 @@ def usage(error: Any) -> str:
     if isinstance(error.__cause__, ValidationError):  # typer since 0.29 converts with pydantic and leaves out the value
         fault = error.__cause__.errors()[0]
         return f"{error.param.opts[0]} {fault['input']}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+    before = re.fullmatch(r"'(?P<value>.*)' (?P<fault>is not .*?)\.?", getattr(error, "message", "") or "")
+    if before is not None and getattr(error, "param", None) is not None:
+        return f"{error.param.opts[0]} {before['value']}: {before['fault']}"
     return error.format_message()
