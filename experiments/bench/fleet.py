@@ -123,7 +123,7 @@ def step_seconds(times: dict[str, Any]) -> Callable[[str, int], float]:
         points = sorted(measured.get(UNMEASURED.get(method, method), []))
         if not points or members > points[-1][0]:
             raise ValueError(f"no step of {method} in a pack of {members} was measured: make the file with --full")
-        return float(np.interp(members, *zip(*points, strict=True)))
+        return float(np.interp(members, [size for size, _ in points], [taken for _, taken in points]))
 
     return seconds
 
@@ -158,10 +158,13 @@ def jobs(study: Study, machine: Machine, seconds: Callable[[str, int], float]) -
 
 
 def _rows(study: Study, task: Task) -> dict[str, int]:
-    training = study.training
-    most = {"train": training.train_examples, **dict.fromkeys(splits.evaluated(study, task), training.evaluation_examples)}
-    sizes = {name: task.sizes[splits.trained(study, task) if name == "train" else name] for name in most}
-    return {name: size if most[name] is None else min(size, most[name]) for name, size in sizes.items()}
+    most = {"train": study.training.train_examples}
+    most |= dict.fromkeys(splits.evaluated(study, task), study.training.evaluation_examples)
+    found = {}
+    for name, limit in most.items():
+        size = (task.sizes or {})[splits.trained(study, task) if name == "train" else name]
+        found[name] = size if limit is None else min(size, limit)
+    return found
 
 
 def _cost(study: Study, entry: Entry, task: Task, members: int) -> step.StepCost:
