@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rankwise import variants
 from rankwise.experiments import cli, models, tasks
 from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.probe import fill
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests import small_world
@@ -76,6 +78,33 @@ def test_transformers_loads_a_merged_model_with_equal_outputs(method, tmp_path):
         assert (outputs(loaded, batch(0)) - outputs(tiny("bert", torch.float32).eval(), batch(0))).abs().max() > 0.05
     assert not adapter.is_merged and vars(base.config) == told
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("lora", {"rank": 4, "alpha": 6.0, "rank_pattern": {"query": 2}, "alpha_pattern": {"value": 9.0}}),
+        ("lora", {"rank": 4, "alpha": 6.0, "scaling": "alpha/sqrt(r)", "rank_pattern": {"query": 2}}),
+        ("adalora", {"initial_rank": 5, "target_rank": 2, "alpha": 6.0}),
+        ("trained-alpha", {"rank": 3, "alpha": 4.0}),
+    ],
+)
+def test_an_exported_lora_is_right_by_the_rules_of_vllm(method, settings, tmp_path):
+    """As vLLM's PEFTHelper and parse_fine_tuned_lora_name read a folder: one scale, no patterns, no bias, no heads, no DoRA."""
+    adapter = changed(variants.create(method, **settings).attach(tiny("bert", torch.float32), head=[]))
+    variants.export_lora(adapter, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["bias"] == "none" and not config["modules_to_save"] and not config["use_dora"]
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
+        module, factor = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", name).groups()
+        found.setdefault(module, {})[factor] = tensor
+    for name, _ in adapter.named_sites():
+        delta = adapter.delta(name)[0]
+        served = scale * found[name]["lora_B"] @ found[name]["lora_A"] if name in found else torch.zeros_like(delta)
+        torch.testing.assert_close(served, delta, rtol=1e-5, atol=1e-6)
+    assert found.keys() <= {name for name, _ in adapter.named_sites()} and len(found) > 8
 
 
 @pytest.mark.parametrize("name", ["gpt2", "albert", "llama"])

@@ -77,8 +77,11 @@ def test_a_file_is_a_plain_lora_with_the_alphas_in_force(more, sign, tmp_path):
         again = variants.load_pretrained(build("bert"), tmp_path / write.__name__)
         assert close(logits(again.model, data("bert")), expected, 1e-5)
     assert again.method == ("dora" if more.get("magnitude") else "lora")
-    config = json.loads((tmp_path / "export_lora" / "adapter_config.json").read_text())
+    config, plain = (
+        json.loads((tmp_path / write / "adapter_config.json").read_text()) for write in ("save_pretrained", "export_lora")
+    )
     assert len({config["lora_alpha"], *config["alpha_pattern"].values()}) == len(list(adapter.named_sites()))
+    assert plain["alpha_pattern"] == {}  # one scale for all, which programs that serve LoRA read
     own = variants.load_pretrained(build("bert"), tmp_path / "save_pretrained")
     assert own.method == "trained-alpha" and own.settings == adapter.settings
     for name, scale in own.scales().items():

@@ -18,7 +18,8 @@ NOTED = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4b
 def export_lora(adapter: Adapter, folder: str | Path, member: int = 0) -> None:
     """Writes one member as a plain PEFT LORA (with use_dora where there are magnitudes), for programs that serve LoRA only.
 
-    Exact: A' = A diag(E), and the scale of each site goes into its alpha.  A site at rank 0 is left out.
+    A' = A diag(E), and every site has the same scale: what differs from it goes into B, since programs such as vLLM read one
+    scale for all sites (variants/bank/bank.md).  A site at rank 0 is left out.
 
     Raises:
         ValueError: as `save_pretrained`, and for a method that has no low-rank form.

@@ -203,6 +203,8 @@ def _factors(adapter: Adapter, alone: Adapter, member: int, plain: bool) -> Upda
     rooted = settings.get("scaling") == "alpha/sqrt(r)" and not folds
     tensors, ranks, alphas, folded = {}, {}, {}, {}
     mixtures: dict[str, dict[str, tuple[Tensor, Tensor, float]]] = {}  # parameter -> site -> A, B and scale
+    # Programs that serve LoRA may read one scale for all sites: a plain file has one, and B what differs from it.
+    usual = Counter(abs(scale) for scale, _ in scales.values()).most_common(1)[0][0] if plain else 0.0
     needed = next(iter(parts)) if not any(len(A) for A, _, _ in parts.values()) else None  # a LORA has at least one site
     for name, site in adapter.named_sites():
         (A, B, undo), (scale, is_own), magnitude = parts[name], scales[name], site.magnitude if site.has_magnitude else None
@@ -212,6 +214,8 @@ def _factors(adapter: Adapter, alone: Adapter, member: int, plain: bool) -> Upda
         if scale < 0:  # a trained one; readers take no negative alpha
             B, scale = -B, -scale
             folded[name]["scale"] = scale
+        if usual and scale != usual:
+            B, scale = B * (scale / usual), usual
         if not len(A):
             A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
         base = adapter.base(name)
