@@ -69,36 +69,6 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-class PeakMemory:
-    """The greatest memory in use since `start`, in bytes; None where the mark cannot be reset."""
-
-    def __init__(self, where: torch.device):
-        self.where = where
-
-    def start(self) -> None:
-        self._reset = False
-        if self.where.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.where)
-            self._reset = True
-            return
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed goes back first, so that it is not counted again
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
-            self._reset = True
-
-    def read(self) -> int | None:
-        if not self._reset:
-            return None
-        if self.where.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.where)
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-        return None
-
-
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "platform": f"{sys.platform}-{platform.machine()}"}
     for name in PACKAGES:

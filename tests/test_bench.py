@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from rankwise.experiments import cli
+from rankwise.experiments import cli, memory
 from rankwise.experiments.bench import ablation, cases, run, throughput, timing, workloads
 from rankwise.experiments.bench.arms import Floor, Ours, Setup
 from rankwise.experiments.bench.cases import PEFT_METHODS, ImageSize, LlamaSize, Plan, Shape, StudySize
@@ -224,14 +224,14 @@ def test_peak_counts_what_lives_at_once():
         third = torch.empty(250, 1000)
         del second, third
 
-    assert timing.peak_growth(step, CPU) == 4 * 1_500_000
+    assert memory.peak_growth(step, CPU) == 4 * 1_500_000
 
 
 def test_live_memory_counts_a_storage_once():
     base = torch.empty(10, 10)
     module = torch.nn.Linear(4, 3)
-    tensors = timing.tensors_in(module, {"state": [base, base[2:], base.T], 7: "no tensor"})
-    assert timing.live_bytes(tensors) == 4 * (100 + 15)
+    tensors = memory.tensors_in(module, {"state": [base, base[2:], base.T], 7: "no tensor"})
+    assert memory.live_bytes(tensors) == 4 * (100 + 15)
 
 
 def test_floor_has_no_gradient_of_a_parameter_and_goes_back_to_the_first_layer(model, setup):

@@ -52,9 +52,9 @@ def test_the_peak_is_that_of_a_real_step(model, method, checkpointing):
         pytest.skip("its ranks come from what it measures: a plan takes equal ones")
     if checkpointing and not METHODS[method].load().checkpointable:
         with pytest.raises(ValueError, match=f"{method} cannot train with gradient checkpointing: plan without it"):
-            planned.compared(model, "classification", method, one, shape)
+            planned.compared(planned.Case(model, "classification", method, shape), one)
         return
-    row = planned.compared(model, "classification", method, one, shape)
+    row = planned.compared(planned.Case(model, "classification", method, shape), one)
     assert row["ratio"] == pytest.approx(1.0, abs=0.06), row
 
 
@@ -68,21 +68,41 @@ def test_every_kind_has_an_example_of_its_shapes(tmp_path, model, kind):
         model = image_models.saved(tmp_path / "vit")
     elif kind in DECODED:
         model = language_models.saved("llama", tmp_path / "llama")
-    row = planned.compared(model, kind, "lora", settings("lora"), step.Shape(4, 16))
+    row = planned.compared(planned.Case(model, kind, "lora", step.Shape(4, 16)), settings("lora"))
     assert row["ratio"] == pytest.approx(1.0, abs=0.06), row
+
+
+def test_a_weight_that_two_modules_share_is_trained_once(tmp_path):
+    """GPT-2's output layer is its embedding; at this size the count of the peak is rough."""
+    model = language_models.saved("gpt2", tmp_path / "gpt2")
+    row = planned.compared(planned.Case(model, "generation", "full", step.Shape(2, 8)), {})
+    assert row["planned_optimizer_bytes"] == row["measured_optimizer_bytes"] > 0
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2"])
 def test_images_are_as_large_as_a_study_says(tmp_path, name):
     model = image_models.saved(tmp_path / name, name)
     rows = {
-        size: planned.compared(model, "image-classification", "lora", settings("lora"), step.Shape(4, 16, image_size=size))
+        size: planned.compared(
+            planned.Case(model, "image-classification", "lora", step.Shape(4, 16, image_size=size)), settings("lora")
+        )
         for size in (None, image_models.SIDE, 2 * image_models.SIDE)
     }
     for row in rows.values():
         assert row["ratio"] == pytest.approx(1.0, abs=0.06), row
     assert rows[None]["planned_bytes"] == rows[image_models.SIDE]["planned_bytes"]
     assert rows[2 * image_models.SIDE]["planned_bytes"] > 2 * rows[None]["planned_bytes"]
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_a_step_is_timed_and_planned_beside_it(tmp_path, name):
+    """The rate is that of a model of one layer; dinov2's configuration names layers that it does not have."""
+    case = planned.Case(image_models.saved(tmp_path / name, name), "image-classification", "lora", step.Shape(4, 16))
+    row = planned.compared(case, settings("lora"), is_timed=True)
+    assert row["measured_seconds"] > 0 and row["planned_seconds"] > 0
+    assert row["seconds_ratio"] == pytest.approx(row["planned_seconds"] / row["measured_seconds"])
+    again = planned.compared(case, settings("lora"), is_timed=True, before={**row, "measured_bytes": row["planned_bytes"]})
+    assert again["measured_seconds"] == row["measured_seconds"] and again["ratio"] == 1.0  # nothing is measured twice
 
 
 def test_what_a_step_takes_is_the_sum_of_its_parts(model):
@@ -106,11 +126,23 @@ def test_active_parameters_are_those_at_the_end(model):
     assert step.cost(model, kind, 3, "adalora", budgeted, step.Shape(2, 8)).active == 1000
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("states", ["8-bit", "32-bit"])
+def test_averages_are_counted_as_they_are_stored(tmp_path, states, method):
+    """Large enough that tensors reach 4,096 numbers, below which they stay in fp32."""
+    model = str(small_world.model(tmp_path / "model"))
+    shape = step.Shape(2, 8, members=3 if method == "lora" else 1, optimizer_states=states)
+    settings = {"rank": 200} if method == "lora" else {}
+    row = planned.compared(planned.Case(model, "classification", method, shape), settings)
+    assert row["ratio"] == pytest.approx(1.0, abs=0.06), row
+    assert row["planned_optimizer_bytes"] == row["measured_optimizer_bytes"] > 0
+
+
 @pytest.mark.parametrize("form", [Scheme("nf4"), Scheme("nf4", True), Scheme("int8")], ids=str)
 def test_the_peak_over_a_quantised_base_is_that_of_a_real_step(model, form):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     shape = step.Shape(8, 24, precision="bf16", quantization=form)
-    row = planned.compared(model, "classification", "lora", settings("lora"), shape)
+    row = planned.compared(planned.Case(model, "classification", "lora", shape), settings("lora"))
     assert row["ratio"] == pytest.approx(1.0, abs=0.06), row
 
 
@@ -141,6 +173,38 @@ def test_lora_of_llama_7b_has_the_parameters_that_are_quoted(targets, rank, para
     assert int(adapter.parameter_counts()["trainable"]) == parameters
     # Full fine-tuning with AdamW in fp32: weights, gradients, two averages; about 108 GB, not 280.
     assert 16 * total == pytest.approx(108e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("size", "sites", "rank", "parameters", "share"),
+    [
+        (1024, 1, 8, 16_384, 1.5625e-2),
+        (4096, 1, 8, 65_536, 3.90625e-3),
+        (12_288, 96, 16, 37_748_736, None),  # GPT-3's queries alone: not 1.4M, as is said
+    ],
+)
+def test_lora_of_square_matrices_has_the_parameters_that_are_quoted(size, sites, rank, parameters, share):
+    from rankwise import variants
+
+    with torch.device("meta"):
+        model = torch.nn.ModuleDict({f"q{i}": torch.nn.Linear(size, size, bias=False) for i in range(sites)})
+    adapter = variants.create("lora", rank=rank).attach(model, head=[])
+    assert int(adapter.parameter_counts()["trainable"]) == parameters
+    assert share is None or parameters / size**2 == pytest.approx(share)
+
+
+@pytest.mark.slow
+def test_what_a_rank_and_a_base_in_four_bits_take_of_large_models():
+    """Twice the rank at query and value of 7B costs 67 MB, not 8 GB; of 8 GB, 13B in 4 bits leaves less than one."""
+    kind = kinds.get("generation")
+    shape = step.Shape(1, 8, precision="bf16", targets=["q_proj", "v_proj"])
+    low, high = (step.cost("llama-7b", kind, 0, "lora", {"rank": rank}, shape) for rank in (8, 16))
+    parts = [cost.adapter + cost.gradients + cost.optimizer for cost in (low, high)]
+    assert parts[1] - parts[0] == pytest.approx(16 * 4_194_304, rel=1e-3)
+    assert high.peak - low.peak < 70e6
+    packed = step.Shape(1, 8, precision="bf16", targets=["q_proj"], quantization=Scheme("nf4", True))
+    found = step.cost("llama-13b", kind, 0, "lora", {"rank": 8}, packed)
+    assert found.weights == pytest.approx(7.2e9, rel=0.01) and 8e9 - found.peak < 1e9
 
 
 @pytest.mark.parametrize(("name", "billions"), [("llama-13b", 13.016), ("llama-70b", 68.977), ("mistral-7b", 7.242)])
@@ -195,6 +259,22 @@ def test_the_command_says_what_fits_and_what_a_rank_costs(model, capsys):
     assert rankwise(*words[:-3], "--no-time", "--methods", "lora,dora", "--precision", "bf16") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "Nothing was trained or downloaded" in shown and "bf16" in shown and "adalora" not in shown
+
+
+def test_averages_in_eight_bits_are_a_quarter_and_offloaded_ones_are_not_on_the_device(model, capsys):
+    from rankwise.experiments.training.stored_states import STORED
+
+    words = ("plan", "--model", model, "--kind", "classification", "--methods", "lora", "--rank", 200, "--batch-size", 2)
+    words += ("--length", 8, "--no-time", "--precision", "fp32")
+    found = {}
+    for states in STORED:
+        assert rankwise(*words, "--json", "--optimizer-states", states) == 0
+        found[states] = json.loads(capsys.readouterr().out)["rows"][0]
+    assert found["offloaded"]["optimizer_bytes"] == 0
+    assert 0.25 < found["8-bit"]["optimizer_bytes"] / found["32-bit"]["optimizer_bytes"] < 0.27
+    assert found["8-bit"]["peak_bytes"] < found["32-bit"]["peak_bytes"]
+    assert rankwise(*words, "--optimizer-states", "8-bit") == 0
+    assert "fp32, averages in 8 bits" in " ".join(capsys.readouterr().out.split())
 
 
 STUDY = """
@@ -262,6 +342,8 @@ def test_a_study_of_images_is_planned_with_their_size(tmp_path, capsys):
         (["--model", "llama-7b", "--methods", "lora,lorax"], '"lorax" is not in'),
         (["--model", "llama-7b", "--quantization", "nf5"], "--quantization nf5: give nf4 or int8"),
         (["--model", "llama-7b", "--double-quantization"], "has no effect with no quantization"),
+        (["--model", "llama-7b", "--optimizer-states", "4-bit"], "--optimizer-states 4-bit: give 32-bit, 8-bit or offloaded"),
+        (["--optimizer-states", "8-bit"], "--optimizer-states has no effect without --model"),
         (["--precision", "fp8"], "--precision fp8: give fp32 or bf16"),
         (["--model", "all-MiniLM-L6-v2", "--no-time"], "it is an encoder, whose tokens see those after them"),
     ],

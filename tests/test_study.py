@@ -699,7 +699,7 @@ def test_a_probe_measures_real_steps(model, tmp_path):
     runner = Runner(study(model), tmp_path, device="cpu")
     runner.prepare()
     found = runner.equalizer._probe(runner.study.methods[0], runner.study.tasks[0], 1)
-    assert found["seconds_per_step"] > 0 and found["peak_bytes"] > 10 * 2**20
+    assert found["seconds_per_step"] > 0 and found["peak_bytes"] > 10**5
 
 
 # -- a paper's own protocol ----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rankwise.experiments import tasks
+from rankwise.experiments import memory, tasks
 from rankwise.experiments.bench import timing
 from rankwise.experiments.bench.cases import FIRST_STEP, RECIPE, TOTAL_STEPS, Shape, settings
 from rankwise.experiments.config import Training
@@ -65,7 +65,7 @@ class Ours:
         return _share(self.trainer.adapter, "after_step", self.train, steps, self.device)
 
     def tensors(self) -> Iterator[Tensor]:
-        return timing.tensors_in(self.trainer.model, self.trainer.adapter, vars(self.trainer.optimizer))
+        return memory.tensors_in(self.trainer.model, self.trainer.adapter, vars(self.trainer.optimizer))
 
 
 def trainer(method: str, setup: Setup, model: str, shape: Shape, rows: Dataset, task: Task = TASK) -> Trainer:
@@ -153,7 +153,7 @@ class OursAlone:
                 self.adapter.model(self.x)
 
     def tensors(self) -> Iterator[Tensor]:
-        return timing.tensors_in(self.adapter.model, self.adapter, vars(self.optimizer))
+        return memory.tensors_in(self.adapter.model, self.adapter, vars(self.optimizer))
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.x.device.type, dtype=torch.bfloat16) if self.autocast else contextlib.nullcontext()
@@ -212,7 +212,7 @@ class Peft:
         return _share(self.model.base_model, "update_and_allocate", self.train, steps, self.device)
 
     def tensors(self) -> Iterator[Tensor]:
-        return timing.tensors_in(self.model, vars(self.optimizer))
+        return memory.tensors_in(self.model, vars(self.optimizer))
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.autocast else contextlib.nullcontext()
@@ -249,7 +249,7 @@ class Floor:
             self._forward(self.inputs, training=False)
 
     def tensors(self) -> Iterator[Tensor]:
-        return timing.tensors_in(self.model)
+        return memory.tensors_in(self.model)
 
     def _forward(self, inputs: dict[str, Tensor], training: bool) -> Tensor:
         return self.model(**inputs).loss

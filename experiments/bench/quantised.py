@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from rankwise.experiments import kinds, sources, tasks
+from rankwise.experiments import kinds, memory, sources, tasks
 from rankwise.experiments.bench import timing
 from rankwise.experiments.bench.cases import MINILM, RECIPE, settings
 from rankwise.experiments.config import Training
@@ -129,12 +129,12 @@ def measured(
 def weight_bytes(trainer: Trainer) -> tuple[int, int, int]:
     """Bytes of all tensors of the frozen model, of its adapted linears, and how many weights these have."""
     of_adapter = {id(tensor) for tensor in (*trainer.adapter.parameters(), *trainer.adapter.buffers())}
-    whole = [t for t in timing.tensors_in(trainer.model) if id(t) not in of_adapter]
+    whole = [t for t in memory.tensors_in(trainer.model) if id(t) not in of_adapter]
     linears = [trainer.adapter.base(name) for name, _ in trainer.adapter.named_sites()]
     extra = [t for module in trainer.model.modules() for t in scales(module)]
     held = [t for module in linears for t in (module.weight, *scales(module))]
     size = sum(module.in_features * module.out_features for module in linears)
-    return timing.live_bytes([*whole, *extra]), timing.live_bytes(held), size
+    return memory.live_bytes([*whole, *extra]), memory.live_bytes(held), size
 
 
 def scales(module: nn.Module) -> list[Tensor]:

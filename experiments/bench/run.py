@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rankwise.experiments import measure
+from rankwise.experiments import measure, memory
 from rankwise.experiments.bench import throughput, timing
 from rankwise.experiments.bench.arms import Setup
 from rankwise.experiments.bench.cases import PEFT_METHODS, RECIPE, TARGETS, Case, Plan, of_group
@@ -187,7 +187,7 @@ class Bench:
 
     def _memory(self, step: Callable[[], None], arm: Any) -> int:
         """Most bytes in use at one moment of one step of this arm: its own tensors, and what the step adds."""
-        return timing.live_bytes(arm.tensors()) + timing.peak_growth(step, self.device)
+        return memory.live_bytes(arm.tensors()) + memory.peak_growth(step, self.device)
 
     def _worth_trying(self, arms: Arms) -> list[str]:
         """PEFT's precisions within `CLOSE` of its fastest, found by training steps of LoRA; the trial goes into the JSON."""

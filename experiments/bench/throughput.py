@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rankwise.experiments import config, models
+from rankwise.experiments import config, memory, models
 from rankwise.experiments.bench import timing
 from rankwise.experiments.bench.arms import Setup, with_peft
 from rankwise.experiments.bench.cases import PEFT_METHODS, RECIPE, Case, Plan, Shape, settings
@@ -68,7 +68,7 @@ def _too_large(method: str, members: int, arms: Callable[[int], EncoderArms]) ->
     tried = arms(TRIED)
     arm, device = tried.ours(method), tried.setup.device
     arm.train()
-    needed = (timing.live_bytes(arm.tensors()) + timing.peak_growth(arm.train, device)) / TRIED * members
+    needed = (memory.live_bytes(arm.tensors()) + memory.peak_growth(arm.train, device)) / TRIED * members
     free = _free_memory(device)
     if free is None or needed <= SPARE * free:
         return None

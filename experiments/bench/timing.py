@@ -1,4 +1,4 @@
-"""The clock: arms in turn, medians with their spread; the memory of one step; the rate of the machine's products."""
+"""The clock: arms in turn, medians with their spread; the rate of the machine's products."""
 
 import contextlib
 import gc
@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -71,49 +70,6 @@ def quartiles(values: Iterable[float]) -> list[float]:
         return [values[0], values[0]]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return [low, high]
-
-
-# -- memory ------------------------------------------------------------------------------------------------------------
-
-
-def tensors_in(*things: Any) -> Iterable[Tensor]:
-    """Every tensor among these: of modules their parameters and buffers, of lists and dicts what is in them."""
-    for thing in things:
-        if isinstance(thing, Tensor):
-            yield thing
-        elif isinstance(thing, nn.Module):
-            yield from thing.parameters()
-            yield from thing.buffers()
-        elif isinstance(thing, Mapping):
-            yield from tensors_in(*thing.keys(), *thing.values())
-        elif isinstance(thing, list | tuple | set):
-            yield from tensors_in(*thing)
-
-
-def live_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages under these tensors, each storage once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
-def peak_growth(step: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes that were allocated at one moment of `step` beyond those at its start."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        torch.cuda.synchronize(device)
-        return max(torch.cuda.max_memory_allocated(device) - before, 0)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    now = peak = 0
-    for event in events:
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 # -- the machine ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ READ = {
     "--quantised": ("--out", "--device"),
     "--soak": ("--out",),
     "--fleet": ("--out",),
+    "--planned": ("--out",),
 }  # by a measurement in the place of the usual one
 
 
@@ -32,7 +33,7 @@ def bench(
     ] = False,
     tried: Annotated[bool, typer.Option("--tried", help="Instead: attention kernels and packed weights, not kept.")] = False,
     mixed: Annotated[bool, typer.Option("--mixed", help="Instead: a bank's mixed batch beside PEFT's.")] = False,
-    planned: Annotated[bool, typer.Option("--planned", help="Instead: a plan's memory beside what a step takes.")] = False,
+    planned: Annotated[bool, typer.Option("--planned", help="Instead: plans beside what a step takes.")] = False,
     optimizer_states: Annotated[
         bool, typer.Option("--optimizer-states", help="Instead: AdamW's averages in 8 bits beside fp32.")
     ] = False,
@@ -72,7 +73,7 @@ def bench(
     if tried:
         return _tried(threads)
     if planned:
-        return _planned(json_file, threads)
+        return _planned(json_file, out or OUT, threads)
     if quantised:
         return _quantised(json_file, out or OUT, device, threads)
     if soak is not None:
@@ -91,8 +92,6 @@ def bench(
 
     with Progress() as bar, nothing_kept_if_interrupted():
         bar.say("bench: loading torch and models ...")
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts memory, reports every start
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what a study sets on a GPU
         _start(bar, threads)
         from rankwise.experiments import measure
@@ -161,21 +160,36 @@ def _mixed(threads: int | None) -> None:
             print(line, flush=True)
 
 
-def _planned(json_file: Path | None, threads: int | None) -> None:
-    """Prints a line for each model, method and precision as it is measured."""
-    with Progress() as bar, nothing_kept_if_interrupted():
+def _planned(json_file: Path | None, out: Path, threads: int | None) -> None:
+    """Prints a line for each step as it is measured, then the table, and writes it.
+
+    The JSON file is written after each row: a run that is cut off goes on from it.
+    """
+    with Progress() as bar:
         bar.say("bench: loading torch and models ...")
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts memory, reports every start
-        _start(bar, threads)
+        is_shared = _start(bar, threads)
+        import torch
+        from rankwise.experiments import measure
         from rankwise.experiments.bench import planned
         from rankwise.experiments.files import write_json
+        from rankwise.experiments.records import read_object
+        from rankwise.reports import planned as report
 
-        rows = []
-        for row in planned.run():
-            print(planned.line(row), flush=True)
-            rows.append(row)
-        if json_file is not None:
-            write_json(json_file, {"versions": planned.versions(), "rows": rows})
+        file = json_file or out / "planned.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        versions, before = measure.versions(), read_object(file)
+        earlier = planned.taken(before, versions)
+        machine = {"device_name": measure.device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
+        machine |= {"versions": versions, **measure.commit(), "shared": is_shared}
+        if earlier:  # of any sitting
+            machine["shared"] |= before["machine"]["shared"]
+        found: dict[str, Any] = {"machine": machine, "rows": earlier}
+        for done, rows in enumerate(planned.run(planned.cases(), earlier)):
+            print(planned.line(rows[done]), flush=True)
+            found["rows"] = rows
+            write_json(file, found)
+    print(report.text(found, terminal_width()))
+    print(f"report: {report.write(found, out if json_file is None else json_file.parent)}")
 
 
 def _quantised(json_file: Path | None, out: Path, device: str, threads: int | None) -> None:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 WITHOUT = "Without a study"
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+OPTIMIZER_STATES = ("32-bit", "8-bit", "offloaded")  # experiments/training/stored_states.py
 LABELS = 2  # of a model planned without data
+SAID = {"8-bit": "in 8 bits", "offloaded": "in the CPU's memory"}
 STEPS = 1000  # of a run planned without data: phases are shares of it
 
 
@@ -49,6 +51,9 @@ def plan(
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="With gradient checkpointing.", rich_help_panel=WITHOUT)
     ] = False,
+    optimizer_states: Annotated[
+        str | None, typer.Option(help="32-bit, 8-bit or offloaded.  [default: 32-bit]", rich_help_panel=WITHOUT)
+    ] = None,
 ) -> None:
     """Say what each method will take: parameters, memory, time; nothing is trained or downloaded."""
     check_device(device)
@@ -60,7 +65,11 @@ def plan(
     there = None if memory is None else in_bytes(memory)
     alone = {"--data": data, "--kind": kind, "--rank": rank, "--targets": targets, "--batch-size": batch_size}
     alone |= {"--length": length, "--checkpointing": checkpointing or None, "--quantization": quantization}
-    alone |= {"--double-quantization": double_quantization or None}
+    alone |= {"--double-quantization": double_quantization or None, "--optimizer-states": optimizer_states}
+    if optimizer_states not in (None, *OPTIMIZER_STATES):
+        raise ValueError(
+            f"--optimizer-states {optimizer_states}: give {', '.join(OPTIMIZER_STATES[:-1])} or {OPTIMIZER_STATES[-1]}"
+        )
     form = _scheme(quantization, double_quantization)
     if model is None:
         for option, value in alone.items():
@@ -85,6 +94,7 @@ def plan(
             entries = _entries(methods, rank, targets, form is not None)
             shape = {"rows": batch_size or 8, "length": length or 512, "members": pack or 1}
             shape |= {"checkpointing": checkpointing, "precision": taken, "quantization": form}
+            shape |= {"optimizer_states": optimizer_states or OPTIMIZER_STATES[0]}
             asked = [_of_model(model, data, kind, entries, shape)]
             if length is not None and asked[0].of_kind.has_images:
                 raise ValueError(f"--length {length}: rows of kind = {asked[0].kind} have no tokens: take it out")
@@ -210,6 +220,7 @@ def _shown(asked: "Asked", rows: "list[Row]", memory: int | None) -> str:
         size = "images as large as its configuration says" if side is None else f"images of {side} x {side} pixels"
     form = shape.precision if shape.quantization is None else f"{shape.precision} over {shape.quantization}"
     form += ", gradient checkpointing" if shape.checkpointing else ""
+    form += "" if shape.optimizer_states == "32-bit" else f", averages {SAID[shape.optimizer_states]}"
     caption = (
         f"{asked.kind} on {asked.model}: {shape.micro_rows} {size} a member at a time, {form}. "
         "Nothing was trained or downloaded.",

@@ -22,6 +22,7 @@ def start_torch(bar: Progress, threads: int | None = None) -> bool:
     busy = others_compute()
     if busy:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a count of memory warns of what is freed in it and was there before
     import torch
     from rankwise.experiments.measure import keep_freed_memory
 

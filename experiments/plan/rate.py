@@ -15,6 +15,7 @@ from rankwise.variants.adapter.step import Step
 REPETITIONS = 3  # after one that is not timed
 TOKENS = 512  # of all rows together, about
 VOCABULARY = 1000  # embeddings are looked up, not multiplied
+BY_LAYER = ("out_features", "out_indices", "stage_names")  # settings of a backbone that name layers, of which one is left
 MOST_WEIGHTS = 4 << 30  # bytes; of a wider layer the rate is that of a plain product
 
 
@@ -26,7 +27,8 @@ def products_per_second(model: str, kind: Any, num_labels: int, shape: Shape, de
     Raises:
         ValueError: the model's configuration is not at hand.
     """
-    given = {**shapes.configuration(model), "num_hidden_layers": 1}
+    given = {key: value for key, value in shapes.configuration(model).items() if key not in BY_LAYER}
+    given["num_hidden_layers"] = 1
     given |= {"vocab_size": VOCABULARY} if "vocab_size" in given else {}
     given |= {key: 0 for key in ("bos_token_id", "eos_token_id", "pad_token_id") if isinstance(given.get(key), int)}
     precision = shape.precision

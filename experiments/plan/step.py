@@ -3,7 +3,8 @@
 The model is built on the meta device and the adapter attached to it, as before a run.  Then forward and backward pass run
 on fake tensors: torch goes through the same operations, saves the same tensors for the backward pass and frees them at the
 same moments, and computes nothing.  So activations are not estimated by a formula of one architecture; checkpointing,
-packing and every method's own tensors are in them.  The optimizer's averages are two numbers in fp32 for each trained one.
+packing and every method's own tensors are in them.  The optimizer's averages are two numbers in fp32 for each trained one, or
+what is stored of them in 8 bits (training/stored_states.py), of which one parameter's are whole at a time.
 """
 
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from rankwise.experiments.plan import shapes
 from rankwise.experiments.plan.live import Taken, unique_bytes
 from rankwise.experiments.training import first_token
 from rankwise.experiments.training.evaluation import autocast
+from rankwise.experiments.training.stored_states import STORED, StoredAdamW
 from rankwise.variants import native
 from rankwise.variants.adapter.kinds.scheme import Scheme
 from rankwise.variants.adapter.step import Step
@@ -35,9 +37,10 @@ class StepCost:
 
     trainable, active, head: parameters of one member, without the head and the head's.  The rest in bytes but products:
     weights: of the frozen model, or of the one that is trained. adapter: tensors of the K members, averages of a rank
-    allocator's scores among them. gradients, optimizer: of all that is trained. activations: what is kept between forward and
-    backward pass, of one micro-batch. logits: the most that the loss reads at one time. peak: the most at one moment.
-    products: floating-point operations of forward and backward pass, each multiplication and each addition as one.
+    allocator's scores among them. gradients, optimizer: of all that is trained, on the model's device. activations: what is
+    kept between forward and backward pass, of one micro-batch. logits: the most that the loss reads at one time. peak: the
+    most at one moment. products: floating-point operations of forward and backward pass, each multiplication and each
+    addition as one.
     """
 
     trainable: int
@@ -57,7 +60,7 @@ class StepCost:
 class Shape:
     """The rows of a step: of one member, cut into micro-batches, each of so many tokens, or pixels a side.
 
-    image_size: None where it is that of the model's configuration.
+    image_size: None where it is that of the model's configuration. optimizer_states: as a study has them.
     """
 
     rows: int
@@ -69,6 +72,7 @@ class Shape:
     quantization: Scheme | None = None
     targets: str | list[str] | tuple[str, ...] = "all-linear"
     image_size: int | None = None
+    optimizer_states: str = "32-bit"
 
     @property
     def micro_rows(self) -> int:
@@ -186,7 +190,8 @@ def _on_fake_tensors(
         _give_shapes_a_device([*(modules | own_modules).values()])
         own = [tensor for module in own_modules.values() for tensor in tensors_of(module)]
         frozen = [tensor for key, module in modules.items() if key not in own_modules for tensor in tensors_of(module)]
-        trained = [tensor for tensor in (*own, *frozen) if tensor.requires_grad]
+        # Each once: an output layer may be the embedding.
+        trained = list({id(tensor): tensor for tensor in (*own, *frozen) if tensor.requires_grad}.values())
         batch = kind.example(model.config, num_labels, shape.members * shape.micro_rows, shape.size(kind))
         labels = batch.pop("labels")
         model.train()
@@ -204,7 +209,7 @@ def _on_fake_tensors(
     if trains_base:  # its trained copies: the model gets its own back when it is detached
         kept = [tensor for tensor in frozen if isinstance(tensor, nn.Parameter) and not tensor.requires_grad]
         adapters = weights - unique_bytes(kept)
-    optimizer = MOMENTS * sum(p.numel() * p.element_size() for p in trained)
+    optimizer, opened = _averages(shape.optimizer_states, trained, 1 if trains_base else shape.members)
     return StepCost(
         trainable=counts["trainable"],
         active=counts["active"],
@@ -215,9 +220,25 @@ def _on_fake_tensors(
         optimizer=optimizer,
         activations=after_forward,
         logits=logits,
-        peak=weights + adapters + optimizer + taken.peak,
+        peak=weights + adapters + optimizer + max(taken.peak, gradients + opened),
         products=taken.products * shape.accumulation,
     )
+
+
+def _averages(states: str, trained: Iterable[Tensor], members: int) -> tuple[int, int]:
+    """Bytes of the optimizer's averages between steps, and what opening those of one parameter takes, at most."""
+    kind = STORED[states]
+    if not issubclass(kind, StoredAdamW):
+        return MOMENTS * sum(p.numel() * p.element_size() for p in trained), 0
+    total = most = 0
+    for p in trained:
+        average = torch.empty(members, p.numel() // members, dtype=p.dtype, device="meta")
+        with Taken([average]) as taken:
+            opened = average.clone(), average.clone()
+            stored = [kind.store(one, is_second) for is_second, one in enumerate(opened)] if kind.on_device else []
+        total += unique_bytes(tensor for parts in stored for tensor in parts.values())
+        most = max(most, taken.peak)
+    return total, most
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

@@ -110,6 +110,7 @@ def _of_task(study: Study, task: Task, precision: str, say: Callable[[str], None
         checkpointing=training.gradient_checkpointing,
         precision=precision,
         image_size=training.image_size,
+        optimizer_states=training.optimizer_states,
     )
     return Asked(task.name, study.model, task.kind, task.num_labels, tuple(entries), shape, total)
 

@@ -17,7 +17,7 @@ from rankwise.experiments.study.plan import PackPlan
 from rankwise.experiments.study.runs import PlannedRun, as_pack
 from rankwise.experiments.training.trainer import Trainer
 
-PROBE_STEPS = 6  # a step's time is the median of so many, the first left out; its peak that of all
+PROBE_STEPS = 6  # a step's time is the median of so many, the first left out; its peak that of the fullest step
 
 
 class Equalizer:
@@ -95,7 +95,9 @@ class Equalizer:
             data = context.tasks[task].data
             trainer = Trainer(as_pack(context, [run]), data, Path(folder) / "checkpoint", [Path(folder)])
             seconds = []
-            for step in range(1, min(PROBE_STEPS, trainer.total) + 1):
+            steps = range(1, trainer.total + 1)
+            fullest = max(steps[: trainer.batches.per_epoch], key=trainer.batches.size)
+            for step in dict.fromkeys([*steps[:PROBE_STEPS], fullest]):
                 trainer.step = step
                 began = time.perf_counter()
                 trainer.train_step()
@@ -103,6 +105,6 @@ class Equalizer:
                     torch.cuda.synchronize(context.device)
                 seconds.append(time.perf_counter() - began)
             peak = trainer.memory.read()
-        if peak is None and context.study.budget.equal == "memory":
-            raise ValueError('budget.equal = "memory": this system does not tell the peak; take another budget')
-        return {"seconds_per_step": statistics.median(seconds[1:] or seconds), "peak_bytes": peak or 0}
+        if not peak and context.study.budget.equal == "memory":
+            raise ValueError('budget.equal = "memory": another profiler is at work here: end it, or take another budget')
+        return {"seconds_per_step": statistics.median(seconds[1:PROBE_STEPS] or seconds), "peak_bytes": peak or 0}

@@ -31,6 +31,7 @@ class Batches:
         self.per_epoch = training.steps_per_epoch(len(data))
         self.seeds, self.device = list(seeds), device
         self._plan: tuple[int, list[list[Planned]]] | None = None  # of one epoch, for each member
+        self._largest: tuple[int, int] | None = None  # of one epoch
 
     def rows(self, step: int) -> list[Planned]:
         """For each member its rows of this step (1-based), and the size they are brought to, the same for all members."""
@@ -38,6 +39,19 @@ class Batches:
         if self._plan is None or self._plan[0] != epoch:
             self._plan = epoch, [self.kind.plan(self.data, self.batch_size, seed, epoch) for seed in self.seeds]
         return [plan[at] for plan in self._plan[1]]
+
+    def size(self, step: int) -> int:
+        """Rows of one member at this step, times the tokens that each is brought to, where rows have tokens."""
+        rows, size = self.rows(step)[0]
+        return len(rows) * (size or 1)
+
+    def largest(self, step: int, last: int) -> int:
+        """The most that any step of the same epoch has, up to the last one that is taken."""
+        epoch = (step - 1) // self.per_epoch
+        if self._largest is None or self._largest[0] != epoch:
+            steps = range(epoch * self.per_epoch + 1, min(last, (epoch + 1) * self.per_epoch) + 1)
+            self._largest = epoch, max(map(self.size, steps))
+        return self._largest[1]
 
     def num_rows(self, step: int) -> int:
         """Rows of this step, all members together."""

@@ -28,6 +28,7 @@ class Evaluator:
     processor: of the model's inputs, as `models.load` gave it. step: where training stands.
     progress: called with the rows done since the last call, an evaluated row counted as a third of a trained one.
     processes: predict in turn, batch by batch; the first one has what all of them predicted.
+    counted: gives what counts the memory of the largest batch, called with its size: rows x tokens.
     """
 
     adapter: Adapter
@@ -38,6 +39,7 @@ class Evaluator:
     step: Step = AT_REST
     progress: Callable[[float], None] = lambda rows: None
     processes: Processes = ALONE
+    counted: Callable[[int], contextlib.AbstractContextManager] = lambda size: contextlib.nullcontext()
 
     @torch.no_grad()
     def predictions(self, data: Dataset) -> list[np.ndarray | Undefined]:
@@ -62,8 +64,13 @@ class Evaluator:
                 for rows, size, outputs in self._merged(data):
                     collected.add(rows, size, outputs)
                 return
-        for rows, size in self._own(self.kind.evaluation_plan(data, self.batch_size)):
+        for rows, size in self._own(self._plan(data, self.batch_size)):
             collected.add(rows, size, self._forward(data, rows, size, self.adapter.members)[0])
+
+    def _plan(self, data: Dataset, batch_size: int) -> list[Planned]:
+        plan = self.kind.evaluation_plan(data, batch_size)
+        self._largest = max((_size(rows, size) for rows, size in plan), default=0)
+        return plan
 
     def _own(self, plan: list[Planned]) -> list[Planned]:
         """The batches that are this process's."""
@@ -77,7 +84,7 @@ class Evaluator:
         """
         sums = torch.zeros(2, members, dtype=torch.float64, device=self.adapter.device)  # losses; over how many rows or tokens
         collected = Predictions(self.kind, data, members, self.processor)
-        for rows, size in self.kind.evaluation_plan(data, self.batch_size):
+        for rows, size in self._plan(data, self.batch_size):
             outputs, inputs, labels = self._forward(data, rows, size, members)
             with autocast(self.adapter.device, self.precision):
                 losses = self.kind.evaluation_losses(self.adapter.model, inputs, outputs, labels, members)
@@ -113,7 +120,7 @@ class Evaluator:
         """For each batch its rows, their size, and the outputs of every member, (K*N, ...), each merged in its turn."""
         members = self.adapter.members
         size = max(self.batch_size, min(self.batch_size * members, MERGED_ROWS))  # never more than the whole pack would have
-        plan = self._own(self.kind.evaluation_plan(data, size))
+        plan = self._own(self._plan(data, size))
         outputs: list[list[Tensor]] = [[] for _ in plan]
         for member in range(members):
             try:
@@ -133,7 +140,9 @@ class Evaluator:
         batch = {name: repeat(tensor, "n ... -> (k n) ...", k=members) for name, tensor in self._tensors(arrays).items()}
         labels = batch.pop("labels")
         self.adapter.begin(self.step, training=False)
-        with autocast(self.adapter.device, self.precision):
+        is_largest = _size(rows, size) == self._largest
+        counted = self.counted(members * self._largest) if is_largest else contextlib.nullcontext()
+        with counted, autocast(self.adapter.device, self.precision):
             inputs = self.adapter.prepare(batch)
             outputs = self.kind.outputs(self.adapter.model, inputs)
         self.progress(self.processes.size * members * len(rows) / 3)  # a forward pass alone costs about a third of a step
@@ -141,6 +150,10 @@ class Evaluator:
 
     def _tensors(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         return {name: torch.from_numpy(array).to(self.adapter.device) for name, array in arrays.items()}
+
+
+def _size(rows: np.ndarray, size: int | None) -> int:
+    return len(rows) * (size or 1)
 
 
 class Predictions:

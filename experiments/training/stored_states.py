@@ -20,7 +20,7 @@ is whole at a time.  What a member that is not taken has stored stays bit for bi
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rankwise.experiments.training.optim import MemberAdamW
@@ -34,7 +34,12 @@ Parts = dict[str, Tensor]  # what is kept of an average, by name; each has the m
 
 
 class StoredAdamW(MemberAdamW):
-    """AdamW whose averages are stored between steps as a subclass says."""
+    """AdamW whose averages are stored between steps as a subclass says.
+
+    on_device: whether what is stored lies where the parameters do.
+    """
+
+    on_device: ClassVar[bool] = True
 
     def __init__(self, groups: Sequence[Group], learning_rates: Tensor, weight_decay: float = 0.01, **options: Any):
         super().__init__(groups, learning_rates, weight_decay, **options)
@@ -43,11 +48,13 @@ class StoredAdamW(MemberAdamW):
         for i in range(len(self.params)):
             self._close(i)
 
-    def store(self, average: Tensor, is_second: bool) -> Parts:
+    @staticmethod
+    def store(average: Tensor, is_second: bool) -> Parts:
         """What is kept of an average (K, ...); nothing that shares its memory."""
         raise NotImplementedError
 
-    def whole(self, parts: Parts, shape: torch.Size, like: Tensor) -> Tensor:
+    @staticmethod
+    def whole(parts: Parts, shape: torch.Size, like: Tensor) -> Tensor:
         """The average again, of this shape, and of the type and device of `like`."""
         raise NotImplementedError
 
@@ -116,13 +123,15 @@ class StoredAdamW(MemberAdamW):
 class EightBitAdamW(StoredAdamW):
     """AdamW whose averages are stored in 8 bits."""
 
-    def store(self, average: Tensor, is_second: bool) -> Parts:
+    @staticmethod
+    def store(average: Tensor, is_second: bool) -> Parts:
         if average[0].numel() < LEAST:
             return {"plain": average.clone()}
         codes, scales = encoded(average.sqrt() if is_second else average, signed=not is_second)
         return {"root_codes" if is_second else "codes": codes, "scales": scales}
 
-    def whole(self, parts: Parts, shape: torch.Size, like: Tensor) -> Tensor:
+    @staticmethod
+    def whole(parts: Parts, shape: torch.Size, like: Tensor) -> Tensor:
         if "plain" in parts:
             return parts["plain"].clone()
         if "codes" in parts:
@@ -133,10 +142,14 @@ class EightBitAdamW(StoredAdamW):
 class OffloadedAdamW(StoredAdamW):
     """AdamW whose averages lie in the CPU's memory, one parameter's at a time on the device."""
 
-    def store(self, average: Tensor, is_second: bool) -> Parts:
+    on_device: ClassVar[bool] = False
+
+    @staticmethod
+    def store(average: Tensor, is_second: bool) -> Parts:
         return {"plain": average.to("cpu", copy=True)}
 
-    def whole(self, parts: Parts, shape: torch.Size, like: Tensor) -> Tensor:
+    @staticmethod
+    def whole(parts: Parts, shape: torch.Size, like: Tensor) -> Tensor:
         return parts["plain"].to(like.device, copy=True)
 
 

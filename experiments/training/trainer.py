@@ -9,6 +9,7 @@ Everything random is keyed by (seed, step, ...), so a checkpoint holds no genera
 optimizer's averages and a few counts are all that a killed run needs to end bit for bit where it would have ended.
 """
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from rankwise import variants
-from rankwise.experiments import kinds, measure, models
+from rankwise.experiments import kinds, memory, models
 from rankwise.experiments.data.dataset import Dataset
 from rankwise.experiments.kinds import Undefined
 from rankwise.experiments.training import first_token, outcomes, state
@@ -68,7 +69,7 @@ class Trainer:
         self.log = Log(logs, written) if processes.is_first else Unwritten()
         self.checkpoint_seconds, self.progress = checkpoint_seconds, progress
         training = pack.training
-        self.memory = measure.PeakMemory(pack.device)
+        self.memory = memory.PeakMemory(pack.device)
         self.memory.start()
         # What trains the model's own weights starts from them in full precision.
         precision = "fp32" if method(pack.method).load().trains_base else pack.precision
@@ -159,12 +160,33 @@ class Trainer:
 
     def train_step(self) -> None:
         """One optimizer step of every member that is alive."""
-        pack, adapter = self.pack, self.adapter
+        pack = self.pack
         began = time.perf_counter()
         self.model.train()
         factor = schedule_factor(pack.training.schedule, self.step, self.total, self.warmup)
         rates = self.optimizer.learning_rates * factor
         now = Step(self.step, self.total, learning_rates=rates, factor=factor)
+        with self._counted_if_fullest():
+            taken, loss, penalty = self._updated(now)
+        self.alive &= self.skipped <= pack.training.max_skipped_steps
+        self.sums += torch.where(taken, torch.stack([loss, penalty.detach().double(), torch.ones_like(loss)]), 0.0)
+        self.training_seconds += time.perf_counter() - began
+        self.progress(self.batches.num_rows(self.step))
+
+    def _counted_if_fullest(self) -> contextlib.AbstractContextManager[None]:
+        """Counts the memory of this step where it is the largest of its epoch, and of those before it."""
+        size = self.batches.size(self.step)
+        if size < self.batches.largest(self.step, self.total):
+            return contextlib.nullcontext()
+        trained = sum(p.numel() for p in self.optimizer.params if p.requires_grad)
+        return self.memory.part("step", (size, trained), self._tensors)
+
+    def _tensors(self) -> list[Tensor]:
+        return memory.of_training(self.model, self.adapter, self.optimizer)
+
+    def _updated(self, now: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Takes the step: (K,) which members took it, their losses and penalties."""
+        pack, adapter = self.pack, self.adapter
         chunks = self.batches.parts(self.step, self.processes)
         totals = self._totals(chunks)
         loss, penalty = self.processes.attempt(lambda: self._backward(now, chunks, totals))
@@ -179,14 +201,11 @@ class Trainer:
             self.optimizer.clip(norms, pack.training.clip)
         now = replace(now, taken=None if bool(taken.all()) else taken, losses=loss)
         adapter.before_step(now)
-        self.optimizer.step(factor, now.taken)
+        self.optimizer.step(now.factor, now.taken)
         adapter.after_step(now)
         self.optimizer.follow(adapter.take_changes())
         self.optimizer.zero_grad()
-        self.alive &= self.skipped <= pack.training.max_skipped_steps
-        self.sums += torch.where(taken, torch.stack([loss, penalty.detach().double(), torch.ones_like(loss)]), 0.0)
-        self.training_seconds += time.perf_counter() - began
-        self.progress(self.batches.num_rows(self.step))
+        return taken, loss, penalty
 
     def _totals(self, chunks: Sequence[Part]) -> Tensor:
         """(K,): over how many rows or scored tokens each member's mean of this step is; counts the step's tokens."""
@@ -249,7 +268,15 @@ class Trainer:
         """Each member's predictions for a split, in the order of its rows, as `Task.metrics` takes them."""
         size, step = self.pack.training.evaluation_batch_size, Step(max(self.step, 1), self.total)
         evaluator = Evaluator(
-            self.adapter, self.kind, self.processor, size, self.pack.precision, step, self.progress, self.processes
+            self.adapter,
+            self.kind,
+            self.processor,
+            size,
+            self.pack.precision,
+            step,
+            self.progress,
+            self.processes,
+            lambda size: self.memory.part("evaluation", (size,), self._tensors),
         )
         return evaluator.predictions(self.data[split])
 
@@ -286,8 +313,8 @@ class Trainer:
                 "skipped_steps": int(self.skipped[member]),
                 "scored_step": scored[member],
                 "tokens_per_second": self.tokens / self.training_seconds if self.tokens else None,
-                "peak_memory_bytes": self.peak if self.pack.members == 1 else None,
-                "pack_peak_memory_bytes": self.peak,
+                "peak_memory_bytes": self.peak or None if self.pack.members == 1 else None,
+                "pack_peak_memory_bytes": self.peak or None,
                 **facts,
                 "final_train_loss": None if self.last_loss[member].isnan() else float(self.last_loss[member]),
                 "dropout_note": None
