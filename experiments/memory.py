@@ -47,7 +47,7 @@ class Growth:
 
 @contextlib.contextmanager
 def growth(device: torch.device) -> Iterator[Growth]:
-    """Counts in what is done within it; on a CPU by torch's profiler, which costs about half as much again.
+    """Counts in what is done within it; on a CPU by torch's profiler.
 
     A block that was there before and is freed within is not seen to be freed on a CPU.  Nothing is counted on a CPU where
     another profiler is at work.
@@ -84,8 +84,9 @@ class PeakMemory:
     On a GPU torch counts all the time, from `start`.  On a CPU a part of the run is counted where it can be fuller than all
     that were counted before: what stood at its start, and what it added.  What a part takes is known by its sizes.
 
-    Equal runs have equal peaks, whatever ran before them in the process.  What it costs: the first count of a process takes
-    about a second, and a step that is counted about half as much again; of most runs one step is.
+    Equal runs have equal peaks, whatever ran before them in the process.  What it costs: a counted step of MiniLM (32 x 32
+    tokens, LoRA) takes 1.2 % more of the processor, one of a tiny model half as much again, and the first count of a process
+    up to a second more; of most runs one step is counted, and one batch of an evaluation.
     """
 
     def __init__(self, device: torch.device):
