@@ -140,12 +140,15 @@ class Training(_Section):
     optimizer_states: Literal["32-bit", "8-bit", "offloaded"] = "32-bit"
     """How AdamW's averages are kept between steps: "8-bit" in codes by blocks, of tensors of 4096 numbers or more
     (experiments/training/stored_states.py); "offloaded" in the CPU's memory, of a run on a GPU."""
+    shard_base: bool = False
+    """Of several processes (torchrun) each holds its share of every layer's frozen weights and gathers a layer while it is
+    computed; the same result to rounding, and no part of a run's identity.  In one process it changes nothing."""
     head_learning_rate: Positive | None = None
     """Learning rate of the task head of every method that trains more than the head; that of the rest, if not given."""
 
     def identity(self) -> dict[str, Any]:
         """What tells one run from another; a setting that came later is left out while it has its default."""
-        values = self.model_dump(mode="json", exclude={"log_every"})
+        values = self.model_dump(mode="json", exclude={"log_every", "shard_base"})
         later = {"head_learning_rate": None, "image_size": None, "augmentation": [], "optimizer_states": "32-bit"}
         return {k: v for k, v in values.items() if k not in later or v != later[k]}
 

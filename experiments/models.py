@@ -3,9 +3,10 @@
 `tiny` builds the five small random models that tests run on; no file is needed for them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def load(
     device: str = "cpu",
     image_size: int | None = None,
     quantization: Scheme | None = None,
+    heads: Sequence[str] | None = None,
 ) -> tuple[Any, Any, ModelInfo]:
     """A pretrained model with a head for `task`, its processor (of text: the tokenizer), and what is known of it.
 
@@ -57,6 +59,7 @@ def load(
     precision: "fp32" or "bf16", of every tensor, the head's included. The model comes in evaluation mode.
     image_size: `Training.image_size`, in pixels.
     quantization: of the linears but for heads, poolers and output layers; None leaves the model as its files have it.
+    heads: those that another process found when it loaded the model; this one then has shapes alone, on the meta device.
     Raises: Unavailable: no source could give it. ValueError: unknown precision, no such device, another kind of model, or no
     bitsandbytes for a quantised one.
     """
@@ -69,7 +72,7 @@ def load(
     import transformers
     from rankwise.variants.adapter.kinds.quantised import scheme_of
 
-    target = _device(device)
+    target = _device(device if heads is None else "meta")
     kind = kinds.get(task.kind)
     wanted = kind.model_settings(task.num_labels)
     names = getattr(task, "label_names", ())
@@ -85,6 +88,11 @@ def load(
             own = getattr(config, "quantization_config", None)
             if own is not None and quantization is not None:
                 raise ValueError(f"its files are quantised already, and not to be quantised to {quantization}: leave that out")
+            if own is not None and heads is not None:
+                raise ValueError(
+                    "its files are quantised, and training.shard_base = true cannot cut codes and their scales into parts: "
+                    "take another model, or shard_base out"
+                )
             options = {
                 "config": config,
                 "dtype": torch.float32 if precision == "fp32" else torch.bfloat16,
@@ -100,16 +108,17 @@ def load(
                 options |= quantized.options(quantization, options["dtype"], target, skipped)
             elif own is not None:
                 options["device_map"] = {"": str(target)}
+            make = partial(auto.from_pretrained, folder) if heads is None else partial(_skeleton, auto)
             try:
-                model, loading = auto.from_pretrained(folder, attn_implementation="sdpa", **options)
+                model, loading = make(attn_implementation="sdpa", **options)
             except (ValueError, ImportError) as error:
                 if "scaled_dot_product_attention" not in str(error) and "sdpa" not in str(error).lower():
                     raise
-                model, loading = auto.from_pretrained(folder, attn_implementation="eager", **options)
+                model, loading = make(attn_implementation="eager", **options)
         except (ValueError, KeyError, ImportError, OSError, RuntimeError, safetensors.SafetensorError) as error:
             raise ValueError(f"{model_id} cannot be loaded for {task.kind}: {_one_line(error)}") from error
     missing = [*loading["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"])]
-    heads = kind.head_names(model, missing)
+    heads = kind.head_names(model, missing) if heads is None else heads
     lacking = sorted(key for key in missing if not any(key.startswith(f"{head}.") for head in heads))
     if lacking:
         raise ValueError(
@@ -133,6 +142,15 @@ def load(
         quantization=scheme_of(model),
     )
     return model, processor, info
+
+
+def _skeleton(auto: Any, *, config: Any, dtype: Any, attn_implementation: str, **_: Any) -> tuple[Any, dict[str, list[str]]]:
+    """The model in evaluation mode on the meta device, as if its files lacked nothing."""
+    import torch
+
+    with torch.device("meta"):
+        model = auto.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    return model.eval(), {"missing_keys": [], "mismatched_keys": []}
 
 
 def unquantised(skeleton: Any, kind: Any) -> list[str]:

@@ -164,12 +164,13 @@ def pack(
     kind: str = "regression",
     changes: dict[str, Any] | None = None,
     precision: str = "fp32",
+    targets: Sequence[str] = ("query", "intermediate.dense"),  # of a BERT four sites of two shapes: enough, and quick
     **training_changes: Any,
 ) -> Pack:
     return Pack(
         method=method,
         settings=check(method, settings(method) | (changes or {})),
-        targets=["query", "intermediate.dense"],  # four sites of two shapes: enough, and quick
+        targets=list(targets),
         task=task(kind),
         model=model_id,
         training=training(**training_changes),

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,14 +51,16 @@ def model(tmp_path_factory, request):
     return small_world.model(tmp_path_factory.mktemp("model"))
 
 
-def assert_equals_one(model: str, folder: Path, size: int, changes: dict, is_double: bool, tolerance: float) -> None:
+def assert_equals_one(
+    model: str, folder: Path, size: int, changes: dict, is_double: bool, tolerance: float, train: Callable = world.train
+) -> None:
     """Trained by one process and by several: weights, averages, losses, predictions; and all processes are alike."""
     one, many = folder / "one", folder / f"{size}"
     many.mkdir(parents=True)
     if not one.exists():
         one.mkdir()
         world.train(ALONE, one, model, changes, is_double)
-    world.run(size, world.train, many, model, changes, is_double)
+    world.run(size, train, many, model, changes, is_double)
     expected, found = world.state(one), world.state(many)
     for rank in range(1, size):
         other = world.state(many, rank)

@@ -416,6 +416,7 @@ def test_fingerprints_change_with_each_setting_that_changes_results_and_with_no_
 
     same = [
         changed(training_changes={"log_every": 7}),
+        changed(training_changes={"shard_base": True}),
         changed(checkpoint_seconds=5.0),
         changed(pack=1),
         changed(title="another", quick=True),
@@ -451,7 +452,8 @@ def test_fingerprints_change_with_each_setting_that_changes_results_and_with_no_
         "optimizer_states": "8-bit",
     }
     of_images = {"image_size": 24, "augmentation": ["flip"]}  # refused for texts
-    assert {*others, *of_images, "precision", "log_every"} == set(config.Training.model_fields)  # sort in a new one
+    beside = {"precision", "log_every", "shard_base"}
+    assert {*others, *of_images, *beside} == set(config.Training.model_fields)  # sort in a new one
     plain = config.Training().identity()
     assert all(config.Training(**{name: value}).identity() != plain for name, value in of_images.items())
     different |= {name: changed(training_changes={name: value}) for name, value in others.items()}

@@ -128,7 +128,8 @@ class AdapterCallback(TrainerCallback):
         if args.fsdp or args.deepspeed:
             raise ValueError(
                 "fsdp or deepspeed: they cut the adapter's tensors into pieces, and a method that allocates needs them whole: "
-                "leave both out, so that each process has the model"
+                "leave both out, so that each process has the model; torchrun -m rankwise compare shares a base that does not "
+                "fit (training.shard_base)"
             )
         settings = self.adapter.settings
         resizing = "shrink = True" if getattr(settings, "shrink", False) else getattr(settings, "grows", False) and "growing"

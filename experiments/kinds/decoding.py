@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rankwise.variants.adapter.shards import is_sharded
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -50,6 +51,7 @@ def generated(
         early_stopping=False,
         eos_token_id=end,
         pad_token_id=pad,
+        synced_gpus=is_sharded(model),  # then every process takes as many steps: each layer is gathered by all, or by none
         logits_processor=None if sampling is None else _draws(sampling),
     )
     made = made[:, 1 if model.config.is_encoder_decoder else ids.shape[1] :]

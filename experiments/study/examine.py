@@ -1,5 +1,6 @@
 """What is measured of a pack once it has trained: what became of each weight, and what each site's rank is worth."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,15 @@ class Examiner:
         members = [k for k, (run, new) in enumerate(zip(runs, is_new, strict=True)) if new and run.seed in seeds]
         if members:
             self._write_knock_outs(trainer, runs, members)
+
+    def reads_weights(self, trainer: Trainer, is_new: Sequence[bool]) -> bool:
+        """Whether `examine` reads the frozen weights, which other processes that share them must do at the same time."""
+        return any(is_new) and self.context.study.anatomy and bool(trainer.adapter.changed_weights())
+
+    def follow(self, trainer: Trainer) -> None:
+        """What every process but the first does meanwhile, where they share the base: reads each weight when the first does."""
+        with contextlib.suppress(np.linalg.LinAlgError, torch.linalg.LinAlgError):
+            anatomy(trainer.adapter, bases=self._bases)
 
     def _write_sites(self, trainer: Trainer, runs: Sequence[PlannedRun], is_new: Sequence[bool]) -> None:
         try:

@@ -129,7 +129,7 @@ class PackRunner:
         label = f"{what}, {len(runs)} packed" if len(runs) > 1 else what
         logs = [self.context.out / run.fingerprint for run in runs]
         checkpoint = folder / "checkpoint.safetensors"
-        processes = self.context.processes
+        processes, shares_base = self.context.processes, pack.training.shard_base
         if processes.size > 1:
             processes.told({"pack": pack.as_words(), **self._inputs(runs[0].task, pack.model)})
         try:
@@ -143,7 +143,8 @@ class PackRunner:
                     lambda rows: self.context.progress(label, rows),
                     self.context.written,
                     processes,
-                )
+                ),
+                shares_base,
             )
             return trainer, trainer.run()
         except OSError:
@@ -184,8 +185,10 @@ class PackRunner:
                 return Trainer(pack, prepared.data, Path(), [], processes=processes)
 
             try:
-                trainer = processes.attempt(started)
+                trainer = processes.attempt(started, told["pack"]["training"]["shard_base"])
                 trainer.run()
+                if trainer.shares_base and processes.told():
+                    self.examiner.follow(trainer)
             except Exception as error:
                 if not processes.agreed(error):
                     raise
@@ -205,9 +208,12 @@ class PackRunner:
         note: str | None,
     ) -> None:
         """Writes what became of each run, but for those that finished before the pack was cut off."""
-        if runs[0].phase == "final" and trainer is not None and any(outcome.error is None for outcome in outcomes):
-            completed = [outcome.error is None for outcome in outcomes]
+        if trainer is not None:
+            is_final = runs[0].phase == "final"
+            completed = [is_final and outcome.error is None for outcome in outcomes]
             is_new = [done and self.store.result(run) is None for run, done in zip(runs, completed, strict=True)]
+            if trainer.shares_base:
+                self.context.processes.told(self.examiner.reads_weights(trainer, is_new))
             self.examiner.examine(trainer, runs, is_new)
         for member, (run, outcome) in enumerate(zip(runs, outcomes, strict=True)):
             if self.store.result(run) is not None:

@@ -27,6 +27,7 @@ class PreparedTask:
     targets: dict[str, list[str]]  # entry label -> names of the sites
     shapes: dict[str, tuple[int, int]]  # site -> (out, in)
     captions: list[str]
+    heads: tuple[str, ...]  # names of the modules made fresh for the task
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,17 @@ class PreparedStudy:
     tasks: dict[str, PreparedTask]
 
 
-def prepare(study: Study, sources: Sequence[Entry], say: Callable[[str], None] = lambda line: None) -> PreparedStudy:
+def prepare(
+    study: Study,
+    sources: Sequence[Entry],
+    say: Callable[[str], None] = lambda line: None,
+    precision: str = "fp32",
+    heads: Mapping[str, Sequence[str]] | None = None,
+) -> PreparedStudy:
     """Fetches and encodes the data, loads the model once a task, and finds every entry's targets in it.
 
-    say: called with each line about the user's own data that the user should see.
+    say: called with each line about the user's own data that the user should see. precision: of the model that is looked at.
+    heads: of each task, as another process has prepared it; the model is then looked at without its values.
 
     Raises:
         ValueError: what the user can correct, one line for each fault, before anything has run.
@@ -57,7 +65,8 @@ def prepare(study: Study, sources: Sequence[Entry], say: Callable[[str], None] =
         faults.extend(_without_effect(task, training))
         if faults:
             continue
-        model, processor, info = models.load(study.model, task, "fp32", "cpu", training.image_size, form)
+        known = None if heads is None else heads[name]
+        model, processor, info = models.load(study.model, task, precision, "cpu", training.image_size, form, known)
         faults.extend(models.unfit(model, training))
         if faults:
             continue
@@ -71,7 +80,7 @@ def prepare(study: Study, sources: Sequence[Entry], say: Callable[[str], None] =
         for entry in every:
             if entry.scheme != form:
                 form = entry.scheme
-                model, _, info = models.load(study.model, task, "fp32", "cpu", training.image_size, form)
+                model, _, info = models.load(study.model, task, precision, "cpu", training.image_size, form, known)
             with collecting(faults):
                 adapter = variants.create(entry.method, **_given(entry.resolved(total)))
                 adapter.attach(model, entry.targets, head=info.heads, fresh_head=True, calibration=variants.Uncalibrated())
@@ -93,7 +102,7 @@ def prepare(study: Study, sources: Sequence[Entry], say: Callable[[str], None] =
             captions += [f"{name}: {line}." for line in cut if line]
             for line in (*task.notes, *filter(None, cut)):
                 say(f"{name}: {line}")
-        tasks[name] = PreparedTask(task, data, _content_hash(data), targets, shapes, captions)
+        tasks[name] = PreparedTask(task, data, _content_hash(data), targets, shapes, captions, info.heads)
     if faults:
         raise ValueError("\n".join(dict.fromkeys(faults)))
     return PreparedStudy(study, list(sources), tasks)

@@ -20,6 +20,7 @@ from rankwise.experiments.study.plan import PackPlan, groups
 from rankwise.experiments.study.prepare import PreparedTask, prepare
 from rankwise.experiments.study.store import RunStore, begun_in
 from rankwise.experiments.tracking import Tracking
+from rankwise.experiments.training import sharding
 from rankwise.experiments.training.parallel import ALONE, Processes
 
 COMMITTED = Path(__file__).parents[2] / "reports" / "studies"
@@ -76,12 +77,16 @@ class Runner:
             ValueError: what the user can correct, one line for each fault, before anything has run.
             Unavailable: model or data cannot be had.
         """
+        shared = self._shared()
         if self.processes.is_first:
-            ready = prepare(self.study, self.sources, self.say)
+            ready = prepare(self.study, self.sources, self.say, self.precision if shared else "fp32")
         if self.processes.size > 1:
-            self.processes.told("the cache is filled")
+            heads = self.processes.told(
+                {name: one.heads for name, one in ready.tasks.items()} if self.processes.is_first else None
+            )
+            own = {"precision": self.precision, "heads": heads} if shared else {}  # the first alone reads what is shared
             ready = self.processes.attempt(
-                lambda: ready if self.processes.is_first else prepare(self.study, self.sources, self.say)
+                lambda: ready if self.processes.is_first else prepare(self.study, self.sources, self.say, **own)
             )
         self.study, self.sources, self.prepared = ready.study, ready.sources, ready.tasks
         self.context = Context(
@@ -102,6 +107,21 @@ class Runner:
         self.equalizer = Equalizer(self.context)
         self.known = KnownPacks(self.context, self.sources, self.pack, self.store, self.equalizer)
         self.packs = PackRunner(self.context, self.store)
+
+    def _shared(self) -> bool:
+        """Whether the processes share the base.
+
+        Raises:
+            ValueError: a study that asks for it, and cannot.
+        """
+        if not self.study.training.shard_base:
+            return False
+        if self.processes.size == 1:
+            self.say("note: training.shard_base = true shares the base among processes, and there is one: it changes nothing")
+            return False
+        if faults := sharding.faults(self.study):
+            raise ValueError("\n".join(faults))
+        return True
 
     def _precision(self) -> str:
         """The study's precision; "auto" is that of the runs in its folder, which another machine may have begun.

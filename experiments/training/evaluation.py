@@ -14,6 +14,7 @@ from rankwise.experiments.kinds.interface import Planned
 from rankwise.experiments.training.parallel import ALONE, Processes, as_bytes, from_bytes
 from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.kinds.quantised import scheme_of
+from rankwise.variants.adapter.shards import is_sharded
 from rankwise.variants.adapter.step import CannotMerge, Step
 from torch import Tensor
 
@@ -55,7 +56,7 @@ class Evaluator:
         """
         self.adapter.model.eval()
         collected = Predictions(self.kind, data, self.adapter.members, self.processor, self.processes)
-        self.processes.attempt(lambda: self._predict(data, collected))
+        self.processes.attempt(lambda: self._predict(data, collected), is_sharded(self.adapter.model))
         return collected.of_members()
 
     def _predict(self, data: Dataset, collected: "Predictions") -> None:
@@ -64,8 +65,13 @@ class Evaluator:
                 for rows, size, outputs in self._merged(data):
                     collected.add(rows, size, outputs)
                 return
-        for rows, size in self._own(self._plan(data, self.batch_size)):
+        plan = self._plan(data, self.batch_size)
+        own = self._own(plan)
+        for rows, size in own:
             collected.add(rows, size, self._forward(data, rows, size, self.adapter.members)[0])
+        if is_sharded(self.adapter.model):  # each layer is gathered by all processes, or by none
+            for rows, size in plan[: -(-len(plan) // self.processes.size) - len(own)]:
+                self._forward(data, rows, size, self.adapter.members)
 
     def _plan(self, data: Dataset, batch_size: int) -> list[Planned]:
         plan = self.kind.evaluation_plan(data, batch_size)

@@ -16,6 +16,7 @@ import io
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ T = TypeVar("T")
 
 # For which the others wait while the first one fetches data, scores, or takes sites out one by one.
 PATIENCE = timedelta(days=30)
+ALIKE = 60.0  # seconds in which the others meet with the same error, where the work is one of all processes
 LOST = "another process of this run has ended, and so does this one; the same command goes on where it stopped"
 GONE = ("onnection", "peer", "imed out", "imeout", "NCCL", "aborted")  # what errors of a process that is gone say
 
@@ -51,6 +53,7 @@ class Processes:
         self.rank, self.size, self.device = rank, size, device
         self._words, self._store = words, store
         self._failure: BaseException | None = None
+        self._attempts = 0  # so many so far, the same in every process
 
     @property
     def is_first(self) -> bool:
@@ -118,11 +121,15 @@ class Processes:
         tensors = {}
         for name, dtype, shape in told["tensors"]:
             one = kept[0][name].contiguous() if kept else torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-            if one.numel():
-                with _connected():
-                    dist.broadcast(one.view(-1).view(torch.uint8), 0)
+            self.give(one)
             tensors[name] = one
         return tensors, told["facts"]
+
+    def give(self, tensor: Tensor) -> None:
+        """The first process's values, written into this tensor of each other one; it is contiguous."""
+        if tensor.numel():
+            with _connected():
+                dist.broadcast(tensor.view(-1).view(torch.uint8), 0)
 
     # -- words -------------------------------------------------------------------------------------------------------
 
@@ -157,8 +164,12 @@ class Processes:
             dist.gather(torch.frombuffer(bytearray(content.ljust(room)), dtype=torch.uint8), found, 0, group=self._words)
         return [one[: int(size)].numpy().tobytes() for one, size in zip(found or [], sizes, strict=False)]
 
-    def attempt(self, work: Callable[[], T]) -> T:
+    def attempt(self, work: Callable[[], T], together: bool = False) -> T:
         """What `work` returns, once every process has done it; where it failed in one it fails in all.
+
+        Args:
+            together: the processes wait for each other within the work, as over weights that they share: an error that only
+                some of them meet with leaves the others waiting, and so ends the run.
 
         Raises:
             NotPackable, torch.OutOfMemoryError, ValueError, OSError, RuntimeError: after the first failure, where another
@@ -167,11 +178,16 @@ class Processes:
         if self.size == 1:
             return work()
         result, error = None, None
+        self._attempts += 1
         try:
             result = work()
         except ProcessLost:
             raise
         except Exception as caught:
+            if together and _is_lost(caught):
+                raise ProcessLost(LOST) from caught
+            if together and not self._all_failed():
+                raise
             error = caught
         if not self.most(error is not None):
             return result
@@ -180,6 +196,15 @@ class Processes:
         elsewhere = self.told(failures[0] if failures else None)
         self._failure = _failure(*elsewhere) if error is None else error
         raise self._failure
+
+    def _all_failed(self) -> bool:
+        """Whether every process says, within a minute, that the work of this attempt has failed."""
+        name, until = f"rankwise failed at attempt {self._attempts}", time.monotonic() + ALIKE
+        failed = self._store.add(name, 1)
+        while failed < self.size and time.monotonic() < until:
+            time.sleep(0.05)
+            failed = self._store.add(name, 0)
+        return failed == self.size
 
     def agreed(self, error: BaseException) -> bool:
         """Whether every process met with this error, so that all can go on to the next pack."""
@@ -256,9 +281,14 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if any(word in str(error) for word in GONE):
+        if _is_lost(error):
             raise ProcessLost(LOST) from error
         raise
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether it is torch.distributed's, of another process that is gone."""
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in GONE)
 
 
 def _described(error: Exception) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from rankwise import variants
 from rankwise.experiments import kinds, memory, models
 from rankwise.experiments.data.dataset import Dataset
 from rankwise.experiments.kinds import Undefined
-from rankwise.experiments.training import first_token, outcomes, state
+from rankwise.experiments.training import first_token, outcomes, sharding, state
 from rankwise.experiments.training.batches import Batches, Part
 from rankwise.experiments.training.evaluation import Evaluator, autocast
 from rankwise.experiments.training.log import Log, Unwritten
@@ -73,9 +73,13 @@ class Trainer:
         self.memory.start()
         # What trains the model's own weights starts from them in full precision.
         precision = "fp32" if method(pack.method).load().trains_base else pack.precision
-        self.model, self.processor, self.info = models.load(
-            pack.model, pack.task, precision, str(pack.device), training.image_size, pack.quantization
-        )
+        self.shares_base = training.shard_base and processes.size > 1
+        if self.shares_base:
+            self.model, self.processor, self.info = sharding.load(pack, precision, processes)
+        else:
+            self.model, self.processor, self.info = models.load(
+                pack.model, pack.task, precision, str(pack.device), training.image_size, pack.quantization
+            )
         settings = pack.settings.model_dump(exclude_unset=True)
         self.adapter: Adapter = variants.create(pack.method, members=pack.members, seeds=list(pack.seeds), **settings)
         self.batches = Batches(self.kind, data["train"], self.processor, training, pack.seeds, pack.device)
@@ -189,7 +193,7 @@ class Trainer:
         pack, adapter = self.pack, self.adapter
         chunks = self.batches.parts(self.step, self.processes)
         totals = self._totals(chunks)
-        loss, penalty = self.processes.attempt(lambda: self._backward(now, chunks, totals))
+        loss, penalty = self.processes.attempt(lambda: self._backward(now, chunks, totals), self.shares_base)
         if self.silent is None:
             self.silent = adapter.silent_dropout()
         loss = self.processes.sum(loss)

@@ -150,6 +150,10 @@ class Adapter(nn.Module):
         return next((t.device for t in self.parameters()), torch.device("cpu"))
 
     @property
+    def is_attached(self) -> bool:
+        return self._surgery is not None
+
+    @property
     def model(self) -> nn.Module:
         """The model this adapter is attached to.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from rankwise.variants.adapter.kinds.quantised import bits, requantised, scheme_of
 from rankwise.variants.adapter.linears import kind_of, weight_of
+from rankwise.variants.adapter.shards import is_sharded
 from rankwise.variants.adapter.step import CannotMerge
 from rankwise.variants.adapter.surgery import Adapted, Surgery, parameter_places
 from torch import nn
@@ -24,9 +25,14 @@ def merge(surgery: Surgery, member: int) -> None:
     A quantised weight holds no sum: a dequantised one takes its place until `unmerge`, which is warned of.
 
     Raises:
-        CannotMerge: a weight that is also used elsewhere (tied).
+        CannotMerge: a weight that is also used elsewhere (tied), or that several processes share.
     """
     model = surgery.model
+    if is_sharded(model):
+        raise CannotMerge(
+            "the processes of this run share the base (shard_base), and none has a whole weight to write into: save the "
+            "adapter, and merge it where the base is whole (rankwise export)"
+        )
     adapted = [(n, m) for n, m in model.named_modules() if isinstance(m, Adapted)]
     places = parameter_places(model)
     news, bases = [], []

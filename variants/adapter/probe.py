@@ -1,4 +1,7 @@
-"""The probe of packing: members that share one forward pass must equal members alone, in this very model."""
+"""The probe of packing: members that share one forward pass must equal members alone, in this very model.
+
+It is made on a copy in float64, or, where several processes share the weights, on the model itself in its own type.
+"""
 
 import contextlib
 import copy
@@ -8,8 +11,12 @@ from typing import Any, Protocol
 
 import torch
 from rankwise.variants.adapter import experts, initialization
+from rankwise.variants.adapter.shards import is_sharded
 from rankwise.variants.adapter.step import Calibration, NotPackable, Step, Uncalibrated
 from torch import Tensor, nn
+
+# Of outputs in the model's own type, relative and absolute: rounding, far below what a member's update is (`fill`).
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 class Packable(Protocol):
@@ -26,6 +33,8 @@ class Packable(Protocol):
     def alone(self, member: int) -> "Packable": ...
     def copy_member(self, source: Any, member: int) -> None: ...
     def detach(self) -> nn.Module: ...
+    @property
+    def is_attached(self) -> bool: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def named_sites(self) -> Iterator[tuple[str, nn.Module]]: ...
 
@@ -37,42 +46,70 @@ def probe(
     head: Sequence[str],
     calibration: Calibration | Uncalibrated | None,
 ) -> None:
-    """One forward of up to three members with different rows must equal as many forwards apart, in float64.
+    """One forward of up to three members with different rows must equal as many forwards apart.
 
     Raises:
         NotPackable: it does not, or it cannot be tried.
     """
     members, rows = min(adapter.members, 3), 5
+    is_own = is_sharded(model)
+    tried = model if is_own else _in_double(model)
+    dtype = next(p.dtype for p in tried.parameters() if p.is_floating_point())
+    rtol, atol = (ROUNDING[dtype],) * 2 if is_own else (1e-9, 1e-12)
+    batch = _for_decoder(model, _rows(_example(model, members * rows, calibration), members * rows, dtype))
+    settings = adapter.settings.first_members(members).model_dump(exclude_unset=True)
+    packed = type(adapter)(members=members, seeds=adapter.seeds[:members], **settings)
+    made, reason = [packed], None
+    with _training(tried):
+        packed._insert(tried, packed.choose(tried, targets, head), head)
+        try:
+            fill(packed)
+            together = _forward(packed, tried, batch)
+            packed.detach()
+            for k in range(members):
+                alone = packed.alone(k)
+                made.append(alone)
+                alone._insert(tried, alone.choose(tried, targets, head), head)
+                alone.copy_member(packed, k)
+                apart = _forward(alone, tried, _slice(batch, k * rows, (k + 1) * rows))
+                alone.detach()
+                if not torch.allclose(together[k * rows : (k + 1) * rows], apart, rtol=rtol, atol=atol):
+                    worst = (together[k * rows : (k + 1) * rows] - apart).abs().max().item()
+                    reason = reason or f"the output of a packed member differs from its output alone by {worst:.1e}"
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+        for one in made:
+            if one.is_attached:
+                one.detach()
+    if reason is not None:
+        raise NotPackable(f"{type(model).__name__} cannot pack {adapter.method}: {reason}; run its members with K = 1")
+
+
+def _in_double(model: nn.Module) -> nn.Module:
+    """
+    Raises:
+        NotPackable: the model cannot be copied.
+    """
     try:
-        double = copy.deepcopy(model).double().train()
+        double = copy.deepcopy(model).double()
     except Exception as error:
         raise NotPackable(
             f"{type(model).__name__} cannot be copied to probe packing ({error}); run its members with K = 1"
         ) from None
     experts.compute_eagerly(double)
-    batch = _for_decoder(model, _rows(_example(model, members * rows, calibration), members * rows))
-    settings = adapter.settings.first_members(members).model_dump(exclude_unset=True)
-    packed = type(adapter)(members=members, seeds=adapter.seeds[:members], **settings)
-    reason = None
-    packed._insert(double, packed.choose(double, targets, head), head)
+    return double
+
+
+@contextlib.contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """While every module of the model trains."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
     try:
-        fill(packed)
-        together = _forward(packed, double, batch)
-        packed.detach()
-        for k in range(members):
-            alone = packed.alone(k)
-            alone._insert(double, alone.choose(double, targets, head), head)
-            alone.copy_member(packed, k)
-            apart = _forward(alone, double, _slice(batch, k * rows, (k + 1) * rows))
-            alone.detach()
-            if not torch.allclose(together[k * rows : (k + 1) * rows], apart, rtol=1e-9, atol=1e-12):
-                worst = (together[k * rows : (k + 1) * rows] - apart).abs().max().item()
-                reason = f"the output of a packed member differs from its output alone by {worst:.1e}"
-                break
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-    if reason is not None:
-        raise NotPackable(f"{type(model).__name__} cannot pack {adapter.method}: {reason}; run its members with K = 1")
+        yield
+    finally:
+        for module, was in modes:
+            module.training = was
 
 
 def fill(adapter: Packable, spread: float = 0.1, seed: int = 0) -> None:
@@ -142,14 +179,14 @@ def _for_decoder(model: nn.Module, batch: Any) -> Any:
     return {"decoder_input_ids": batch["input_ids"], **batch}
 
 
-def _rows(batch: Any, rows: int) -> Any:
-    """The batch with exactly `rows` rows, repeated from its start where it has fewer, floats in float64."""
+def _rows(batch: Any, rows: int, dtype: torch.dtype = torch.float64) -> Any:
+    """The batch with exactly `rows` rows, repeated from its start where it has fewer, floats in that type."""
 
     def cut(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dim() == 0:
             return value
         value = value[torch.arange(rows, device=value.device) % value.shape[0]]
-        return value.double() if value.is_floating_point() else value
+        return value.to(dtype) if value.is_floating_point() else value
 
     if isinstance(batch, Mapping):
         return {k: cut(v) for k, v in batch.items()}

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from rankwise.variants.adapter.draws import Draw
 from rankwise.variants.adapter.initialization import Start
+from rankwise.variants.adapter.shards import whole
 from torch import Generator, Tensor, nn
 
 TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types of a weight that products can be taken with
@@ -63,7 +64,7 @@ class Kind:
 
     def weight(self, module: nn.Module) -> Tensor:
         """(O, I): the module's weight as a matrix."""
-        return self.matrix(module.weight)
+        return self.matrix(whole(module.weight))
 
     def size(self, module: nn.Module) -> tuple[int, int]:
         """(O, I), without the weight's values."""
