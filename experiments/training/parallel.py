@@ -179,6 +179,8 @@ class Processes:
             return work()
         result, error = None, None
         self._attempts += 1
+        if together:
+            self.most(0)  # who comes first waits here, with patience: within the work torch's own is some minutes
         try:
             result = work()
         except ProcessLost:
