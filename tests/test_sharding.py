@@ -292,15 +292,14 @@ def test_two_gpus_share_a_base_over_nccl(model, tmp_path):
         '[training]\nprecision = "fp32"\nshard_base = true\n[[methods]]\nmethod = "adalora"\ninitial_rank = 4\n'
         "target_rank = 2\nwarmup_steps = 1\nfinal_steps = 1\ninterval = 1\nlearning_rate = 1e-2\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "rankwise", "compare"]
-    done = subprocess.run(
-        [*command, "study.toml", "--out", "runs"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    (result,) = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/result.json")]
-    assert result["status"] == "completed"
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    found = {}
+    for out, words in (("two", torchrun), ("one", [])):
+        command = [sys.executable, *words, "-m", "rankwise", "compare", "study.toml", "--out", out]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=600)
+        assert done.returncode == 0, done.stderr
+        (found[out],) = [json.loads(path.read_text()) for path in (tmp_path / out).glob("*/result.json")]
+    ours, theirs = found["two"], found["one"]
+    assert ours["status"] == "completed" and ours["fingerprint"] == theirs["fingerprint"] and ours["ranks"] == theirs["ranks"]
+    assert ours["final_train_loss"] == pytest.approx(theirs["final_train_loss"], rel=1e-4)
