@@ -47,6 +47,13 @@ def check_share(model: nn.Module, size: int) -> None:
     assert held <= sum(-(-p.shape[0] // size) * (p.numel() // p.shape[0]) * p.element_size() for p in frozen)
 
 
+def in_memory() -> int:
+    """Bytes of all tensors that Python knows of, each storage once."""
+    gc.collect()
+    there = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter) and not o.is_meta]
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in there}.values())
+
+
 def watch_memory(processes: Processes, folder: Path, model: str) -> None:
     """While the base is dealt out no process but the first has more than its parts, the rest and one layer."""
     pack = small_world.pack(model, shard_base=True)
@@ -55,15 +62,10 @@ def watch_memory(processes: Processes, folder: Path, model: str) -> None:
     def watched(module: nn.Module, *rest: Any) -> None:
         nonlocal most
         send(module, *rest)
-        gc.collect()
-        storages = {}
-        for one in (o for o in gc.get_objects() if isinstance(o, Tensor) and type(o) in (Tensor, nn.Parameter)):
-            if not one.is_meta:
-                storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
-        most = max(most, sum(storages.values()))
+        most = max(most, in_memory())
 
     sharding._send = watched
-    before = sum(o.untyped_storage().nbytes() for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter))
+    before = in_memory()
     made, _, _ = sharding.load(pack, "fp32", processes)
     frozen = frozen_layers(made)
     rest = [t for t in (*made.parameters(), *made.buffers()) if not hasattr(t, "to_local")]

@@ -190,7 +190,7 @@ def test_language_models_that_are_shared_generate_the_same_texts(tmp_path, kind,
     one = tmp_path / "1"
     for folder in (tmp_path / "2", tmp_path / "3"):
         for key, value in world.state(one).items():
-            assert torch.allclose(value.double(), world.state(folder)[key].double(), rtol=1e-6, atol=1e-6), key
+            assert torch.allclose(value.double(), world.state(folder)[key].double(), rtol=2e-6, atol=2e-6), key
         ours, theirs = (json.loads((part / "predictions.json").read_text()) for part in (folder, one))
         assert ours == theirs or is_near(one, folder, 1e-6)
 
