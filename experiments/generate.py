@@ -14,6 +14,7 @@ from typing import Any
 from rankwise.experiments import export, tasks
 from rankwise.variants.settings import nearest
 
+Prompt = str | tuple[dict[str, str], ...]  # a text, or the turns of a chat
 FIELDS = ("prompt", "instruction", "question", "input", "text", "sentence")  # the first of them that a file has is its prompt
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"))  # that a classifier reads together
 
@@ -136,18 +137,25 @@ def find_several(named: Sequence[str], model: str | None = None) -> dict[str, ex
     return sources
 
 
-def read_prompts(where: str, field: str | None = None) -> tuple[list[str], str]:
+def read_prompts(where: str, field: str | None = None, has_chats: bool = False) -> tuple[list[Prompt], str]:
     """The prompts in a file, and the name of the field that they are read from.
 
-    field: or a template of fields, "{instruction}\\n{input}".
+    field: or a template of fields, "{instruction}\\n{input}".  If not given these two where both are there, as a study's
+    own data are read; else the first of `FIELDS`.
+    has_chats: a field "messages" may be read, each chat without the answer that it ends with.
 
     Raises:
-        ValueError: a file that cannot be read, or a field that is not there.
+        ValueError: a file that cannot be read, a field that is not there, or a row without a prompt.
     """
     from rankwise.experiments.tasks import own
 
     table = own.load(where)
     columns = table.column_names
+    if field is None and has_chats and "messages" in columns:
+        return [_asked(messages, f"{where}, row {row}") for row, messages in enumerate(table["messages"], start=1)], "messages"
+    both = field is None and {"instruction", "input"} <= set(columns)
+    if both:
+        field = "{instruction}\n{input}"
     if field is None:
         field = next((name for name in FIELDS if name in columns), None)
         if field is None:
@@ -156,20 +164,38 @@ def read_prompts(where: str, field: str | None = None) -> tuple[list[str], str]:
     if template == field and "{" not in field:
         raise ValueError(f'--input "{field}": no field of {where}{nearest(field, columns)}; there are: {", ".join(columns)}')
     try:
-        prompts = [template.format_map(row) for row in table]
-    except (KeyError, ValueError, IndexError) as error:
+        template.format_map(dict.fromkeys(columns, ""))
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
         raise ValueError(
             f'--input "{field}": {error} is no field of {where}; there are: {", ".join(columns)}; write a brace as {{{{'
         ) from None
-    empty = next((number for number, prompt in enumerate(prompts, start=1) if not prompt.strip()), None)
-    if empty is not None:
-        raise ValueError(f"{where}, row {empty}: the prompt is empty: fill it, or take the row out")
-    return prompts, field
+    prompts: list[Prompt] = []
+    rows = own.Rows(table, own.Reading("generation", "", template, template))
+    for number, row in enumerate(rows.checked(), start=1):
+        if isinstance(row, ValueError):
+            raise ValueError(rows.said(number, where, row))
+        prompts.append(str(row.input))
+    return prompts, "instruction + input" if both else field
+
+
+def _asked(messages: Any, where: str) -> tuple[dict[str, str], ...]:
+    """The turns of a chat up to the one that is to be answered."""
+    from rankwise.experiments.tasks import own
+
+    try:
+        turns = own.chat_turns(messages)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    if not turns:
+        raise ValueError(f"{where}: a chat without a turn to answer: write one, or take the row out")
+    return tuple(turns)
 
 
 def generate(
     source: export.Source | Mapping[str, export.Source],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     max_new_tokens: int,
     *,
     batch_size: int = 8,
@@ -181,6 +207,7 @@ def generate(
 ) -> list[Generated]:
     """What follows each prompt: greedily, or drawn where a temperature is given, each row by (seed, its number) alone.
 
+    prompts: a chat is written by the chat template of the model's tokenizer.
     source: or several by name, of one base: every prompt is gone on with by each, in mixed batches.
     progress: called with the rows done since the last call.
 
@@ -192,8 +219,8 @@ def generate(
     import torch
     from rankwise import variants
     from rankwise.experiments import kinds, measure, models
-    from rankwise.experiments.kinds.decoding import Sampling, generated
-    from rankwise.experiments.kinds.language import padded, prompt_tokens
+    from rankwise.experiments.kinds.decoding import Sampling, all_ends, generated
+    from rankwise.experiments.kinds.language import as_text, padded, prompt_tokens
     from rankwise.experiments.training.evaluation import AT_REST, autocast
     from rankwise.variants.adapter.step import CannotMerge
 
@@ -216,7 +243,8 @@ def generate(
             for name, one in source.items():
                 bank.load(name, one.adapter)
     is_seq2seq = processor.is_encoder_decoder
-    ids = processor(list(prompts))["input_ids"] if is_seq2seq else prompt_tokens(processor, prompts)
+    prompts = [as_text(processor, prompt) for prompt in prompts]
+    ids = processor(prompts)["input_ids"] if is_seq2seq else prompt_tokens(processor, prompts)
     _check_lengths(ids, models.longest_input(model), 0 if is_seq2seq else max_new_tokens)
     asked: list[tuple[int, str | None]] = [(row, name) for row in range(len(prompts)) for name in sources]
     texts: dict[int, Generated] = {}
@@ -234,7 +262,7 @@ def generate(
             tokens = generated(model, inputs, mask, max_new_tokens, [end], sampling).cpu().numpy()
         for place, text, made in zip(places, kind.decoded(tokens, processor), tokens, strict=True):
             row, name = asked[place]
-            ends = np.flatnonzero(np.isin(made, [end, processor.pad_token_id]))
+            ends = np.flatnonzero(np.isin(made, [*all_ends(model, [end]), processor.pad_token_id]))
             length = int(ends[0]) if len(ends) else len(made)
             texts[place] = Generated(prompts[row], text, length, bool(len(ends)), name)
         progress(len(rows))

@@ -3,7 +3,7 @@
 `tiny` builds the five small random models that tests run on; no file is needed for them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Any
 from rankwise.experiments import kinds, sources
 from rankwise.experiments import quantization as quantized
 from rankwise.experiments.config import Training
+from rankwise.experiments.data.dataset import Dataset
 from rankwise.variants.adapter.kinds.scheme import Scheme
 
 HEAD_SEED = 0  # of the head that the loader makes; adapters start their own heads
@@ -209,6 +210,21 @@ def unfit(model: Any, training: Training) -> list[str]:
     if training.gradient_checkpointing and not model.supports_gradient_checkpointing:
         faults.append(f"training.gradient_checkpointing: {type(model).__name__} does not support it: take it out")
     return faults
+
+
+def beyond(model: Any, processor: Any, data: Mapping[str, Dataset]) -> list[str]:
+    """Faults: tokens of the rows, or the padding token, that the model's embedding has no row for."""
+    largest = max((found for part in data.values() if (found := part.largest_token) is not None), default=None)
+    if largest is None:
+        return []
+    largest, rows = max(largest, processor.pad_token_id), model.get_input_embeddings().num_embeddings
+    if largest < rows:
+        return []
+    name, token = model.config._name_or_path, processor.convert_ids_to_tokens(largest)
+    return [
+        f'{name}: its tokenizer has the token "{token}" (number {largest}), and its embedding {rows} rows: '
+        f"save the model after resize_token_embeddings({len(processor)}), or take the token out of the tokenizer"
+    ]
 
 
 def tiny(

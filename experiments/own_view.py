@@ -39,7 +39,8 @@ def view(task: OwnTask, model: str, max_length: int | None = None, shown: int = 
     max_length: as a study would have it; if not given that of a comparison in one line. shown: rows of the training part.
 
     Raises:
-        ValueError: the model cannot be loaded for such a task, takes no rows of this length, or rows have no length.
+        ValueError: the model cannot be loaded for such a task, takes no rows of this length, or has no row in its embedding
+            for one of their tokens.
         Unavailable: the model cannot be had.
     """
     loaded, processor, _ = models.load(model, task)
@@ -54,6 +55,8 @@ def view(task: OwnTask, model: str, max_length: int | None = None, shown: int = 
         raise ValueError(f"--max-length {max_length}: {model} takes {found.most} tokens: give no more")
     longest = found.max_length if max_length is None else max_length
     encoded = {split: task.encode(processor, split, longest) for split in task.splits}
+    if faults := models.beyond(loaded, processor, encoded):
+        raise ValueError("\n".join(faults))
     rows = range(min(shown, encoded["train"].num_examples))
     cut = {split: task.cut(split, data, processor, longest) for split, data in encoded.items()}
     return View(

@@ -132,8 +132,10 @@ def _measured(
         seeds=tuple(seeds), learning_rates=(1e-3,) * len(seeds), splits=(), device=torch.device(device), precision="fp32",
         quantization=None, best_epoch=False,
     )  # fmt: skip
-    _, processor, _ = models.load(model, task)
+    loaded, processor, _ = models.load(model, task)
     data = {"train": task.encode(processor, task.train_split, training.max_length)}
+    if faults := models.beyond(loaded, processor, data):
+        raise ValueError("\n".join(faults))
     with tempfile.TemporaryDirectory() as scratch:
         return Trainer(pack, data, Path(scratch) / "none", [Path(scratch)] * len(seeds)).adapter
 

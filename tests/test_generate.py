@@ -1,6 +1,7 @@
 """`rankwise generate`: what a model with an adapter says, of a run's folder, an adapter's, and PEFT's own."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -99,12 +100,44 @@ def test_a_file_of_prompts_is_answered_in_its_order(base, tmp_path, monkeypatch,
     words += ["--out", tmp_path / "out.jsonl"]
     assert rankwise(monkeypatch, *words) == 0
     said = capsys.readouterr()
-    assert "2 prompts, read from instruction" in said.err and said.out == f"2 texts: {tmp_path / 'out.jsonl'}\n"
+    assert "2 prompts, read from instruction + input" in said.err and said.out == f"2 texts: {tmp_path / 'out.jsonl'}\n"
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    both = [f"{row['instruction']}\n{row['input']}" for row in rows]  # as a study's own data are read
+    assert [row["text"] for row in written] == [after(model, prompt)[0] for prompt in both]
+    assert rankwise(monkeypatch, *words, "--input", "instruction") == 0
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["text"] for row in written] == [after(model, row["instruction"])[0] for row in rows]
     assert rankwise(monkeypatch, *words, "--input", "{instruction} {input}") == 0
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert written[1]["prompt"] == "g f e d c b a d" and written[1]["text"] == after(model, "g f e d c b a d")[0]
+
+
+def test_chats_of_a_file_are_answered_as_the_template_writes_them(base, tmp_path, monkeypatch, capsys):
+    model = ours(base, tmp_path / "adapter")
+    other = shutil.copytree(base, tmp_path / "chats")
+    (other / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role[0] + ' ' + m.content + ' ' }}{% endfor %}")
+    turns = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}]
+    chats = [turns, [*turns, {"role": "assistant", "content": "never read"}], turns[:1]]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    words = ["generate", tmp_path / "adapter", "--data", tmp_path / "chats.jsonl", "--max-new-tokens", 7]
+    assert rankwise(monkeypatch, *words) == 2 and "has no chat template" in capsys.readouterr().err
+    assert rankwise(monkeypatch, *words, "--model", other, "--json") == 0
+    written = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    asked = ["u a b a c u d", "u a b a c u d", "u a b"]
+    assert [row["text"] for row in written] == [after(model, prompt)[0] for prompt in asked]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": None}]}) + "\n")
+    assert "chats.jsonl, row 1: turn 1 (user) is more or other than one text" in refused(monkeypatch, capsys, *words)
+
+
+def test_a_text_ends_at_any_token_that_the_model_s_own_settings_name(base, tmp_path, monkeypatch, capsys):
+    ours(base, tmp_path / "adapter")
+    other = shutil.copytree(base, tmp_path / "ends")
+    settings = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": list(range(3, 67))}))
+    words = ["generate", tmp_path / "adapter", "--prompt", "a b", "--max-new-tokens", 1, "--model", other, "--json"]
+    assert rankwise(monkeypatch, *words) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["tokens"], row["is_finished"]) == (0, True)
 
 
 def test_draws_are_the_same_for_a_seed_and_differ_between_seeds(base, tmp_path, monkeypatch, capsys):

@@ -297,6 +297,10 @@ def test_a_chat_goes_through_the_tokenizers_template():
     chats = Examples([({"role": "user", "content": "a b"},)], None, ["x"])
     with pytest.raises(ValueError, match="has no chat template"):
         kind.encode(chats, ask, 24)
+    for broken in ("{{ raise_exception('no such role') }}", "{{ foo.bar }}", "{% for"):
+        ask.chat_template = broken
+        with pytest.raises(ValueError, match="chat template of the model's tokenizer does not take turns of user"):
+            kind.encode(chats, ask, 24)
     ask.chat_template = "{% for m in messages %}{{ m.role[0] + ' ' + m.content + ' ' }}{% endfor %}"
     ask.chat_template += "{% if add_generation_prompt %}{{ 's\n' }}{% endif %}"
     data = kind.encode(chats, ask, 24)

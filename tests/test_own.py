@@ -148,7 +148,28 @@ TWO_FORMS = [{"prompt": "a", "completion": "b", "text": "c", "label": "d"}] * 20
 NO_OPTION = [{"question": "q", "choices": ["x", "y"], "answer": "Z"}] * 20
 UNKNOWN = ['names the field "txt"', 'did you mean "text"', "there are: text, label"]
 EMPTY = ["train.jsonl, row 8: the target is empty", "take the row out"]
+NUMBERS = [{"question": "q", "choices": ["1", "2"], "answer": "1"}] * 20
+TWICE = [{"question": "q", "choices": ["x", "x"], "answer": "A"}] * 20
+NO_TEXT = [{"question": "q", "choices": ["x", " "], "answer": "A"}] * 20
+NESTED = [{"text": {"en": "t"}, "label": "a"}] * 20
+CALL = [{"role": "user", "content": "u"}, {"role": "assistant", "content": None}, {"role": "assistant", "content": "a"}]
+CALLED = [*CALL[:1], {"role": "assistant", "content": "x", "tool_calls": [{"name": "f"}]}, CALL[2]]
+SHOWN = [{"role": "user", "content": [{"type": "text", "text": "u"}, {"type": "text", "text": "v"}]}, CALL[2]]
+DATES = [{"text": f"2024-01-{i:02}", "label": "a" if i % 2 else "b"} for i in range(1, 21)]
 FAULTS = {
+    "two readings": (NUMBERS, {}, ['row 1: answer = "1" may be the place of one option and the text of another', "or letters"]),
+    "option twice": (TWICE, {}, ['row 1: two options are "x": take one out']),
+    "empty option": (NO_TEXT, {}, ["row 1: an option is empty"]),
+    "nested": (NESTED, {}, ['row 1: the field "text" has fields of its own (en): write them beside the others']),
+    "nested in a template": (NESTED, {"input": "{label} {text}", "target": "label"}, ["row 1: the field", "(en)"]),
+    "list": ([{"text": ["t"], "label": "a"}] * 20, {}, ['row 1: the field "text" is a list']),
+    "list as target": ([{"text": "t", "x": ["a"]}] * 20, {"input": "text", "target": "x", "kind": "generation"}, ["is a list"]),
+    "dates": (DATES, {}, ['row 1: the field "text" is a point in time', "give a CSV"]),
+    "turn without text": ([{"messages": CALL}] * 20, {}, ["row 1: turn 2 (assistant) is more or other than one text"]),
+    "call of a tool": ([{"messages": CALLED}] * 20, {}, ["row 1: turn 2 (assistant) is more or other than one text"]),
+    "several contents": ([{"messages": SHOWN}] * 20, {}, ["row 1: turn 1 (user) is more or other than one text"]),
+    "format": (GOOD, {"input": "{text:>9}", "target": "label"}, ["has a format: write a field as {name} alone"]),
+    "blanks in labels": ([*GOOD, {"text": "x", "label": "a "}], {}, ['the labels "a" and "a " differ by blanks alone']),
     "missing field": ([{"txt": "a", "lable": "b"}] * 20, {}, ["fields txt, lable fit no known form", "--input"]),
     "named field": (GOOD, {"input": "txt", "target": "label"}, UNKNOWN),
     "half named": (GOOD, {"input": "text"}, ["target is not given", "name both"]),
@@ -194,6 +215,17 @@ def test_a_label_of_the_test_part_alone_is_a_fault(tmp_path):
         ("a.jsonl", '{"text": "a"}\n{"text": "caf\xe9"}\n'.encode("latin-1"), "line 2: byte 0xe9 is no UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', "line 2: a list, no object"),
         ("a.xlsx", b"PK", "files of .xlsx: give files of one of .jsonl"),
+        ("a.csv.gz", b"", "packed (.gz): unpack it first"),
+        ("a.jsonl", b"", "empty: give rows"),
+        ("a.json", b" \n", "empty: give rows"),
+        ("a.json", b"[]", "no rows: give at least one"),
+        ("a.csv", b"text,label\n", "no rows: give at least one"),
+        ("a.csv", b",text,label\n0,a,x\n", "line 1: field 1 has no name: name it, or take it out"),
+        ("a.csv", b"text,label,\na,x,\n", "line 1: field 3 has no name"),
+        ("a.csv", b"text, label\na,x\n", 'line 1: the field " label" has blanks around its name'),
+        ("a.csv", b'text,label\n"a,x\nb,y\n', "line 2: quotation marks that do not pair"),
+        # Without care the marks swallow the rows between them: one row whose text is all four lines, and no fault.
+        ("a.tsv", b'text\tlabel\n"a\tx\nb\ty\n"c\tx\n', "line 2: quotation marks that do not pair"),
     ],
 )
 def test_a_file_that_cannot_be_read_says_where_and_why(tmp_path, name, content, fault):
@@ -201,6 +233,79 @@ def test_a_file_that_cannot_be_read_says_where_and_why(tmp_path, name, content, 
     with pytest.raises(ValueError) as caught:
         parts(str(tmp_path / name))
     assert fault in str(caught.value) and str(tmp_path / name) in str(caught.value)
+
+
+def test_a_field_may_be_longer_than_python_s_csv_takes_by_itself(tmp_path):
+    rows = [f"{'word ' * 30_000 if i == 3 else f't{i}'},{'ab'[i % 2]}\n" for i in range(20)]
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(rows))
+    found = [len(row.input) for of_part in parts(str(tmp_path / "a.csv")).rows.values() for row in of_part]
+    assert max(found) == 150_000 and len(found) == 20
+
+
+def test_a_part_without_a_field_that_is_read_is_a_fault(tmp_path):
+    test = lines(tmp_path, [{"text": "x", "lable": "a"}], "test.jsonl")
+    with pytest.raises(ValueError) as caught:
+        parts(lines(tmp_path, GOOD), test=test)
+    assert str(caught.value).startswith(f'{test}: the field "label", which is read of ')
+    assert 'did you mean "lable"' in str(caught.value) and "there are: text, lable" in str(caught.value)
+
+
+def test_of_several_files_the_one_with_the_fault_is_named(tmp_path):
+    def fault(second) -> str:
+        lines(tmp_path, GOOD, "a1.jsonl")
+        lines(tmp_path, second, "a2.jsonl")
+        with pytest.raises(ValueError) as caught:
+            parts(str(tmp_path / "a*.jsonl"))
+        return str(caught.value).replace(f"{tmp_path}/", "")
+
+    assert fault([*GOOD[:2], {"text": " ", "label": "a"}]) == (
+        "a2.jsonl, row 3: the input is empty: fill it, or take the row out"
+    )
+    assert fault([{"text": "t", "other": "a"}]) == "a2.jsonl: its fields text, other are not those of a1.jsonl: text, label"
+    assert fault([{"text": "t", "label": [1]}]).startswith('a2.jsonl: its field "label" is ')
+    assert fault([]) == "a2.jsonl: empty: give rows, or leave the file out"
+
+
+def test_a_row_of_a_part_that_was_drawn_is_named_by_its_place_in_the_file(tmp_path, capsys):
+    rows = [{"question": f"q{i}", "context": "the cat", "answers": {"text": ["cat"], "answer_start": [4]}} for i in range(40)]
+    for number in (7, 33):
+        rows[number - 1]["answers"] = {"text": ["dog"], "answer_start": [4]}
+    where = lines(tmp_path, rows)
+    assert rankwise("data", where) == 2
+    shown = capsys.readouterr().err.splitlines()
+    assert sorted(line.partition(": the answer")[0] for line in shown) == [f"rankwise: {where}, row {n}" for n in (33, 7)]
+
+
+def test_fields_that_are_not_read_are_said(tmp_path):
+    rows = [{"id": i, **row, "source": "web"} for i, row in enumerate(GOOD)]
+    assert "fields that are not read: id, source" in parts(lines(tmp_path, rows)).notes
+    assert not [note for note in parts(lines(tmp_path, GOOD)).notes if "not read" in note]
+
+
+def test_a_name_of_an_option_comes_before_its_place(tmp_path):
+    options = {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}
+    rows = [{"question": f"q{i}", "choices": options, "answer": "2"} for i in range(20)]
+    assert {row.target for row in parts(lines(tmp_path, rows)).rows["train"]} == {1}
+    rows = [{"question": f"q{i}", "choices": ["7", "0", "1"], "answer": 1} for i in range(20)]
+    assert {row.target for row in parts(lines(tmp_path, rows)).rows["train"]} == {1}  # a number beside texts is a place
+
+
+def test_the_text_of_a_turn_may_stand_in_a_list_of_one(tmp_path):
+    turns = [{"role": role, "content": [{"type": "text", "text": role[0]}]} for role in ("user", "assistant")]
+    row = parts(lines(tmp_path, [{"messages": turns}] * 20)).rows["train"][0]
+    assert row.input == ({"role": "user", "content": "u"},) and row.target == "a"
+
+
+def test_missing_numbers_in_a_template_are_left_out(tmp_path):
+    rows = [{"a": f"t{i}", "b": float("nan") if i % 2 else 1.5, "y": "z"} for i in range(20)]
+    found = parts(lines(tmp_path, rows), input="{a} {b}|", target="y", kind="generation").rows["train"]
+    assert {row.input.partition(" ")[2] for row in found} == {"|", "1.5|"}
+
+
+def test_breaks_in_a_template_are_read_as_a_shell_hands_them_over(tmp_path, capsys):
+    rows = [{"a": f"t{i}", "b": "u", "y": f"z{i}"} for i in range(20)]
+    assert rankwise("data", lines(tmp_path, rows), "--input", r"{a}\n{b}", "--target", "y", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["first"][0]["input"].endswith("\nu")
 
 
 @pytest.mark.parametrize(

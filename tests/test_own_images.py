@@ -146,6 +146,35 @@ def test_images_that_cannot_be_read_are_named(capsys):
     refused(capsys, f"photos/top/{cut.name}: no image that can be read (image file is truncated)")
 
 
+def test_what_of_a_folder_is_not_read_is_said(capsys):
+    where = folder()
+    picture = next((where / "top").iterdir())
+    (where / "top" / "photo.heic").write_bytes(b"x")
+    (where / "middle" / ".DS_Store").write_bytes(b"x")
+    frames = [Image.new("RGB", (30, 24), colour) for colour in ("red", "blue")]
+    frames[0].save(where / "top" / "moves.gif", save_all=True, append_images=frames[1:])
+    notes = parts(where).notes
+    assert [note for note in notes if "not read" in note] == [
+        "files of photos that are not read, being no images by their names, or not in its table: 1 (photos/top/photo.heic)"
+    ]
+    assert "images of several frames or pages, of which the first is read: 1 (photos/top/moves.gif)" in notes
+    (where / "metadata.csv").write_text(f"file_name,label\n{picture.relative_to(where)},a\n" + "top/moves.gif,b\n")
+    table = own_images.load_folder(str(where), "train")
+    assert len(table) == 2
+    said = own_images.remarks(str(where), own_images.look(own_images.undecoded(table, "image"), "image", str(where)))
+    assert "not in its table: 40 (photos/bottom/" in said[0]
+
+
+def test_links_are_followed_once_and_a_dead_one_is_named(capsys):
+    where = folder()
+    (where / "linked").symlink_to((where / "top").rename("elsewhere").absolute())
+    assert parts(where).labels == ("bottom", "linked", "middle")
+    (Path("elsewhere") / "round").symlink_to(Path("elsewhere").absolute())
+    assert parts(where).labels == ("bottom", "linked", "middle")
+    (where / "middle" / "dead.png").symlink_to("nowhere.png")
+    refused(capsys, "photos/middle/dead.png: a link to a file that is not there: mend it, or take it out")
+
+
 def test_classes_that_cannot_be_trained_are_refused(capsys):
     where = folder()
     (where / "none").mkdir()

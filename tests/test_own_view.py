@@ -143,3 +143,19 @@ def test_the_command_shows_it_and_refuses_what_has_no_effect(tmp_path, folders, 
     assert "--max-length 99" in capsys.readouterr().err
     assert rankwise("data", data, "--model", folders["bert"]) == 2
     assert "it is an encoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("data",), ("compare", "--out", "out")], ids=["data", "compare"])
+def test_a_token_that_the_embedding_has_no_row_for_is_refused_before_anything_trains(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = language_models.saved("gpt2", tmp_path / "model")
+    one = language_models.tokenizer()
+    one.add_tokens(["zzz"])
+    one.save_pretrained(model)
+    rows = [{"prompt": f"a {'zzz' if i == 3 else 'z'} {i}", "completion": "b"} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["rows.jsonl"] if words == ("data",) else ["--data", "rows.jsonl"]
+    assert rankwise(*words, *given, "--model", "model") == 2
+    shown = capsys.readouterr().err
+    assert 'its tokenizer has the token "zzz" (number 67), and its embedding 67 rows: save the model after resize' in shown
+    assert "Traceback" not in shown and not list(tmp_path.glob("out/*/result.json"))

@@ -33,13 +33,14 @@ def data(
     With --model: also the tokens of the first rows, which of them are scored, and how many rows are too long; of images the
     size that the model reads.
     """
-    from rankwise.experiments.tasks import own, own_images
+    from rankwise.experiments.tasks import own, own_images, own_tasks
 
     check_least("--max-length", max_length, 8)
     if max_length is not None and model is None:
         raise ValueError(f"--max-length {max_length} has no effect without --model: name the model too, or take it out")
     entry = own_entry(train, test, validation, kind, input, target)
     parts = own.read(entry)
+    own_tasks.check_rows(parts, entry)
     rows = [{k: v for k, v in vars(row).items() if v not in (None, ())} for row in parts.rows["train"][:SHOWN]]
     sizes = {part: len(found) for part, found in parts.rows.items()}
     counts, pictures = {}, None

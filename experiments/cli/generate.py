@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rankwise.experiments.cli.app import nothing_kept_if_interrupted
 from rankwise.experiments.cli.options import Device, Json, check_device, check_least, check_output_file
+from rankwise.experiments.cli.own_options import as_written
 from rankwise.experiments.cli.progress import Progress
 
 
@@ -54,7 +55,7 @@ def generate(
             if both is not None:
                 prompts, pairs, field = both
             else:
-                prompts, field = generating.read_prompts(data, input)
+                prompts, field = generating.read_prompts(data, as_written(input), has_chats=not is_classifier)
             bar.warn(f"{data}: {len(prompts)} {'texts' if is_classifier else 'prompts'}, read from {field}")
         bar.say(f"{source.model}: loading torch and the model ...")
         bar.start(len(prompts) * max(len(several), 1))

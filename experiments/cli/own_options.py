@@ -22,12 +22,17 @@ def own_entry(
     from rankwise.experiments.data_entries import OwnData
     from rankwise.variants.settings import explain
 
-    given = {"test": test, "validation": validation, "kind": kind, "input": input, "target": target}
+    given = {"test": test, "validation": validation, "kind": kind, "input": as_written(input), "target": as_written(target)}
     try:
         return OwnData.model_validate({"name": name_for(train), "train": train, **given})
     except ValidationError as error:
         lines = explain(error, OwnData, where="data")
         raise ValueError("\n".join(re.sub(r"^data\.(\w+)( = |: )", r"--\1\2", line) for line in lines)) from None
+
+
+def as_written(template: str | None) -> str | None:
+    """A template with the breaks that \\n and \\t stand for: a shell hands them over as they are typed."""
+    return template if template is None else template.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def name_for(train: str) -> str:

@@ -34,6 +34,11 @@ class Dataset(ABC):
     def content(self) -> Iterator[bytes]:
         """All that a run's results can depend on, for a hash."""
 
+    @property
+    def largest_token(self) -> int | None:
+        """The largest number that stands for a token in any row; None where rows have no tokens."""
+        return None
+
     def make(self) -> None:  # noqa: B027  (most rows are ready)
         """Makes what the rows need before a batch is taken of them and what takes long, such as decoding images."""
 

@@ -77,6 +77,10 @@ class Encoded(Dataset):
         return np.diff(self.offsets)
 
     @property
+    def largest_token(self) -> int:
+        return int(self.ids.max())
+
+    @property
     def num_examples(self) -> int:
         """How many examples the rows are of: what scores are means over, and what a part of a split is drawn from."""
         return len(self) if self.questions is None else len(self.questions)

@@ -60,6 +60,10 @@ class Options(Dataset):
         return self.rows.max_length
 
     @property
+    def largest_token(self) -> int:
+        return self.rows.largest_token
+
+    @property
     def lengths(self) -> np.ndarray:
         """(n,) tokens of each question with its longest option."""
         return np.maximum.reduceat(self.rows.lengths, self.first[:-1])

@@ -37,8 +37,6 @@ def generated(
     ids, mask: (rows, L), of a decoder padded on the left.  end: tokens that end a text; those that the model's own generation
     settings name end it too.  Other settings of the model's (penalties, forced tokens) stay; beams are off.
     """
-    known = model.generation_config.eos_token_id
-    end = sorted({*end, *([] if known is None else known if isinstance(known, list) else [known])})
     pad = model.config.pad_token_id
     made = model.generate(
         input_ids=ids,
@@ -49,13 +47,19 @@ def generated(
         num_beams=1,
         num_return_sequences=1,
         early_stopping=False,
-        eos_token_id=end,
+        eos_token_id=all_ends(model, end),
         pad_token_id=pad,
         synced_gpus=is_sharded(model),  # then every process takes as many steps: each layer is gathered by all, or by none
         logits_processor=None if sampling is None else _draws(sampling),
     )
     made = made[:, 1 if model.config.is_encoder_decoder else ids.shape[1] :]
     return F.pad(made, (0, max_new_tokens - made.shape[1]), value=pad)
+
+
+def all_ends(model: Any, end: Sequence[int]) -> list[int]:
+    """Tokens that end a text of this model: these, and those that its own generation settings name."""
+    known = model.generation_config.eos_token_id
+    return sorted({*end, *([] if known is None else known if isinstance(known, list) else [known])})
 
 
 def _draws(sampling: Sampling) -> Any:

@@ -157,13 +157,23 @@ def as_text(processor: Any, prompt: Any) -> str:
     """A prompt, or the turns of a chat ({"role", "content"} each) as the tokenizer's template writes them for a next answer.
 
     Raises:
-        ValueError: a chat, and the tokenizer has no template.
+        ValueError: a chat, and the tokenizer has no template, or one that does not take it.
     """
+    import jinja2
+
     if isinstance(prompt, str):
         return prompt
     if not getattr(processor, "chat_template", None):
         raise ValueError("the rows are chats, and the model's tokenizer has no chat template: take a model tuned on chats")
-    return processor.apply_chat_template([dict(turn) for turn in prompt], tokenize=False, add_generation_prompt=True)
+    turns = [dict(turn) for turn in prompt]
+    try:
+        return processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError as error:  # also what a template raises by itself, as of a role that it does not know
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise ValueError(
+            f"the chat template of the model's tokenizer does not take turns of {roles} ({' '.join(str(error).split())}): "
+            f"write the chats as it wants them, or take another model"
+        ) from None
 
 
 def prompt_tokens(processor: Any, prompts: Sequence[str]) -> list[list[int]]:

@@ -72,6 +72,7 @@ def prepare(
             continue
         parts = {"train": splits.trained(study, task), **{split: split for split in splits.evaluated(study, task)}}
         whole = {part: task.encode(processor, split, training.max_length) for part, split in parts.items()}
+        faults.extend(models.beyond(model, processor, whole))
         data = {part: _subset(encoded, part, training) for part, encoded in whole.items()}
         for encoded in data.values():
             encoded.make()

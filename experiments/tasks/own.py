@@ -14,6 +14,7 @@ that a file may be larger than memory.  What is kept of every row is its place i
 """
 
 import csv
+import datetime
 import glob
 import hashlib
 import json
@@ -36,6 +37,9 @@ BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv",
 HELD_OUT = 0.1  # share of the training rows that becomes a part that is not given
 SPLIT_SEED = 0
 BATCH = 256  # rows that are read from the disk at once
+MOST_NAMED = 10  # fields that a note names
+LONGEST_FIELD = 2**31 - 1  # characters of a field of a CSV; Python's csv stops at 131,072 unless told
+PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 MOST_CLASSES = 20  # whole numbers, or texts, of which there are more may as well be no classes: the kind is asked for
 
 
@@ -134,11 +138,14 @@ class Rows(Sequence[Row]):
                 yield error
 
     def said(self, number: int, where: str, fault: ValueError) -> str:
-        """What is wrong with the row of this number, from 1, and where it is: of images by the file's name."""
+        """What is wrong with the row of this number, from 1, and where it is: its file and place there, of images the file."""
         picture = None if self.pictures is None else self.pictures.of[self.places[number - 1]]
         if isinstance(picture, str):
             return picture
-        return f"{where}, row {number}: {fault}" if picture is None else f"{picture.name}: {fault}"
+        if picture is not None:
+            return f"{picture.name}: {fault}"
+        file, row = _in_its_file(where, int(self.places[number - 1]) + 1)
+        return f"{file}, row {row}: {fault}"
 
     def _row(self, record: dict[str, Any]) -> Row:
         if self.pictures is not None and isinstance(fault := record[self.pictures.field], str):
@@ -156,7 +163,7 @@ class Parts:
     """The rows of each part, how they were read, and what a reader should know of them."""
 
     reading: Reading
-    rows: Mapping[str, Sequence[Row]]
+    rows: Mapping[str, Rows]
     notes: tuple[str, ...]
     labels: tuple[str, ...] = ()  # of a classification, or that rows may have, sorted
     fields: tuple[str, ...] = ()
@@ -216,10 +223,11 @@ def read(data: OwnData, sample: int | None = None) -> Parts:
     tables = {part: load(where, sample, part) for part, where in given.items()}
     reading = recognise(tables["train"], data)
     reading = replace(reading, said=f"{reading.said}{said}")
-    faults: list[str] = []
+    faults = [fault for part, table in tables.items() if (fault := _missing(reading, table, given[part], given["train"]))]
+    _refuse(faults)
     rows = {part: _rows(table, reading, given[part], faults) for part, table in tables.items()}
     _refuse(faults)
-    notes = [reading.said]
+    notes, pictured = [reading.said], {part: found.pictures for part, found in rows.items()}
     if reading.kind == "classification" and data.kind is None:
         values = {str(row.target) for row in rows["train"]}
         if _are_numbers(values):
@@ -234,6 +242,12 @@ def read(data: OwnData, sample: int | None = None) -> Parts:
     rows = _split(rows, given["train"], reading.kind, notes)
     labels = _labels(reading, rows, given, faults)
     _refuse(faults)
+    unread = [name for name in tables["train"].column_names if name not in _used(reading)]
+    if unread:
+        shown = ", ".join(unread[:MOST_NAMED])
+        notes.append(f"fields that are not read: {shown}{', ...' if len(unread) > MOST_NAMED else ''}")
+    for part, pictures in pictured.items():
+        notes += [] if pictures is None else own_images.remarks(given[part], pictures.of)
     notes += _overlap(rows)
     return Parts(reading, rows, tuple(notes), labels, tuple(tables["train"].column_names))
 
@@ -296,6 +310,8 @@ def _from_files(where: str, files: list[str], split: str) -> Any:
     suffixes = {Path(file).suffix.lower() for file in files}
     if len(suffixes) > 1 or not suffixes <= BUILDERS.keys():
         names = ", ".join(sorted(suffixes))
+        if packed := suffixes & {*PACKED}:
+            raise ValueError(f"{where}: packed ({', '.join(sorted(packed))}): unpack it first")
         raise ValueError(f"{where}: files of {names or 'no known kind'}: give files of one of {', '.join(BUILDERS)}")
     suffix = suffixes.pop()
     options: dict[str, Any] = {}
@@ -309,15 +325,53 @@ def _from_files(where: str, files: list[str], split: str) -> Any:
         options = {"sep": separator, "features": text, "keep_default_na": False}
     elif suffix != ".parquet":  # bytes that are no UTF-8 would be found only when their row is used
         for file in files:
-            _check_text(file)
+            if not _check_text(file):
+                raise ValueError(f"{file}: empty: give rows, or leave the file out")
     try:
         return datasets.load_dataset(BUILDERS[suffix], data_files=files, split=split, **options)
     except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError, ValueError, OSError) as error:
         for file in files if suffix != ".parquet" else []:  # now that it matters, look for the line
             _check_text(file, as_json=suffix in (".jsonl", ".ndjson"))
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"{where}: no rows: give at least one") from None
+        if len(files) > 1:
+            _check_alike(files)
         reason = str(error.__cause__ or error).strip().splitlines()
         why = reason[0] if reason else type(error).__name__
         raise ValueError(f"{where}: cannot be read as {suffix} ({why}): write it anew") from None
+
+
+def _check_alike(files: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: one of several files that are no one table: it cannot be read alone, or its fields are not the first's.
+    """
+    first, *others = ((file, load(file).features) for file in files)
+    for file, features in others:
+        if set(features) != set(first[1]):
+            raise ValueError(f"{file}: its fields {', '.join(features)} are not those of {first[0]}: {', '.join(first[1])}")
+        for name, feature in features.items():
+            if feature != first[1][name]:
+                raise ValueError(
+                    f'{file}: its field "{name}" is {_type_of(feature)}, and that of {first[0]} {_type_of(first[1][name])}: '
+                    f"write both alike"
+                )
+
+
+def _type_of(feature: Any) -> str:
+    return getattr(feature, "dtype", None) or type(feature).__name__
+
+
+def _in_its_file(where: str, number: int) -> tuple[str, int]:
+    """The file that has the row of this number, and its number there; where there is one file alone as it stands."""
+    files = files_of(where)
+    if len(files) > 1 and not os.path.isdir(where):
+        for file in files:
+            rows = len(load(file))
+            if number <= rows:
+                return file, number
+            number -= rows
+    return where, number
 
 
 def _from_hub(where: str, split: str) -> Any:
@@ -332,11 +386,13 @@ def _from_hub(where: str, split: str) -> Any:
         raise ValueError(f"{where}: neither a file here nor to be read from the hub ({why}): give a file") from None
 
 
-def _check_text(file: str, as_json: bool = False) -> None:
-    """
+def _check_text(file: str, as_json: bool = False) -> bool:
+    """Whether there is anything in it but blanks.
+
     Raises:
         ValueError: bytes that are not UTF-8, or (`as_json`) a line that is no JSON object, with its number.
     """
+    is_filled = False
     with open(file, "rb") as opened:
         for number, line in enumerate(opened, start=1):
             try:
@@ -345,41 +401,69 @@ def _check_text(file: str, as_json: bool = False) -> None:
                 raise ValueError(
                     f"{file}, line {number}: byte 0x{line[error.start]:02x} is no UTF-8: save the file as UTF-8"
                 ) from None
+            is_filled = is_filled or bool(text.strip())
             if as_json and text.strip():
                 try:
-                    found = json.loads(text)
+                    found = json.loads(text.strip())
                 except ValueError as error:
                     raise ValueError(f"{file}, line {number}: no JSON ({error}): each line is one object") from None
                 if not isinstance(found, dict):
                     raise ValueError(f"{file}, line {number}: a {type(found).__name__}, no object: each line is one object")
+    return is_filled
 
 
 def _check_csv(file: str, separator: str) -> list[str]:
     """Its header.
 
     Raises:
-        ValueError: no header, no rows, or a row with another number of fields than the header.
+        ValueError: no header, a field without a name of its own, a row with another number of fields than the header, or
+            quotation marks that do not pair.
     """
     _check_text(file)
+    csv.field_size_limit(LONGEST_FIELD)
     with open(file, encoding="utf-8-sig", newline="") as opened:
-        reader = csv.reader(opened, delimiter=separator)
-        header = next(reader, None)
-        if not header:
-            raise ValueError(f"{file}: empty: the first line names the fields")
-        if len(header) == 1 and any(other in header[0] for other in ";\t|" if other != separator):
+        reader = csv.reader(opened, delimiter=separator, strict=True)  # else a lone mark swallows rows up to the next one
+        line = 1
+        try:
+            header = _check_header(file, next(reader, None), separator)
+            line = reader.line_num + 1
+            for row in reader:
+                if row and len(row) != len(header):
+                    raise ValueError(
+                        f"{file}, line {reader.line_num}: {len(row)} fields where the header has {len(header)}: "
+                        f'put a field that holds "{separator}" in quotation marks'.replace("\t", "\\t")
+                    )
+                line = reader.line_num + 1
+        except csv.Error as error:
             raise ValueError(
-                f"{file}, line 1: one field, {quoted(header[0])}: fields are separated by commas in .csv and by tabs in .tsv: "
-                f"write it so"
-            )
-        if len(set(header)) < len(header):
-            twice = next(name for name in header if header.count(name) > 1)
-            raise ValueError(f'{file}, line 1: two fields are called "{twice}": rename one')
-        for row in reader:
-            if row and len(row) != len(header):
-                raise ValueError(
-                    f"{file}, line {reader.line_num}: {len(row)} fields where the header has {len(header)}: "
-                    f'put a field that holds "{separator}" in quotation marks'.replace("\t", "\\t")
-                )
+                f"{file}, line {line}: quotation marks that do not pair ({error}): put a field that holds one in quotation "
+                f"marks, and write the one in it twice"
+            ) from None
+    return header
+
+
+def _check_header(file: str, header: list[str] | None, separator: str) -> list[str]:
+    """
+    Raises:
+        ValueError: none, another separator, a field without a name, one that begins or ends in blanks, two of one name.
+    """
+    if not header:
+        raise ValueError(f"{file}: empty: the first line names the fields")
+    if len(header) == 1 and any(other in header[0] for other in ";\t|" if other != separator):
+        raise ValueError(
+            f"{file}, line 1: one field, {quoted(header[0])}: fields are separated by commas in .csv and by tabs in .tsv: "
+            f"write it so"
+        )
+    if not all(header):
+        raise ValueError(
+            f"{file}, line 1: field {header.index('') + 1} has no name: name it, or take it out (pandas writes its index so: "
+            f"to_csv(index=False))"
+        )
+    if blank := next((name for name in header if name != name.strip()), None):
+        raise ValueError(f"{file}, line 1: the field {quoted(blank)} has blanks around its name: take them out")
+    if len(set(header)) < len(header):
+        twice = next(name for name in header if header.count(name) > 1)
+        raise ValueError(f'{file}, line 1: two fields are called "{twice}": rename one')
     return header
 
 
@@ -497,6 +581,8 @@ def _template(text: str, key: str, columns: Sequence[str], where: str) -> str:
         raise ValueError(
             f"{where}: {key} = {quoted(text)} is no template ({error}): write a field as {{name}}, a brace as {{{{"
         ) from None
+    if any(spec or conversion for _, _, spec, conversion in string.Formatter().parse(text)):
+        raise ValueError(f"{where}: {key} = {quoted(text)} has a format: write a field as {{name}} alone")
     unknown = next((name for name in names or [text] if name not in columns), None)
     if unknown is not None:
         raise ValueError(
@@ -516,8 +602,25 @@ def _filled(template: str, row: Mapping[str, Any]) -> Any:
     parts = list(string.Formatter().parse(template))
     if len(parts) == 1 and parts[0][0] == "" and parts[0][1] is not None:
         return row[parts[0][1]]
-    filled = (literal + ("" if name is None or row[name] is None else str(row[name])) for literal, name, _, _ in parts)
+    filled = (literal + ("" if name is None or _is_missing(row[name]) else str(row[name])) for literal, name, _, _ in parts)
     return "".join(filled).rstrip("\n")
+
+
+def _used(reading: Reading) -> list[str]:
+    """The fields that are read."""
+    named = [name for template in (reading.input, reading.pair, reading.target) for name in _fields(template)]
+    return list(dict.fromkeys([*named, *filter(None, (reading.messages, reading.choices))]))
+
+
+def _missing(reading: Reading, table: Any, where: str, train: str) -> str | None:
+    """The fault of a part that lacks a field which is read of the training part."""
+    lacking = [name for name in _used(reading) if name not in table.column_names]
+    if not lacking:
+        return None
+    return (
+        f'{where}: the field "{lacking[0]}", which is read of {train}, is not there{nearest(lacking[0], table.column_names)}; '
+        f"there are: {', '.join(table.column_names)}: write both alike"
+    )
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------------
@@ -555,6 +658,7 @@ def _row(row: Mapping[str, Any], reading: Reading) -> Row:
     """
     if reading.messages:
         return _chat(row[reading.messages])
+    _check_plain(reading, row)
     given, target = _filled(reading.input, row), _filled(reading.target, row)
     if _is_empty(given):
         raise ValueError("the input is empty: fill it, or take the row out")
@@ -576,13 +680,59 @@ def _row(row: Mapping[str, Any], reading: Reading) -> Row:
     return _choice(given, target, row[reading.choices])
 
 
+def _check_plain(reading: Reading, row: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: a field that is to be read as text, and is none: Python's way to write it is not what the file says.
+    """
+    templates = [reading.pair]
+    if reading.kind not in ("token-classification", "image-classification"):
+        templates.append(reading.input)
+    if reading.kind not in ("token-classification", "multi-label", "span"):
+        templates.append(reading.target)
+    for name in (name for template in templates for name in _fields(template)):
+        value = row[name]
+        if isinstance(value, Mapping):
+            raise ValueError(f'the field "{name}" has fields of its own ({", ".join(value)}): write them beside the others')
+        if isinstance(value, list):
+            raise ValueError(f'the field "{name}" is a list, where one text or number is read: write one')
+        if isinstance(value, bytes):
+            raise ValueError(f'the field "{name}" is bytes, and no text: write it as text')
+        if isinstance(value, datetime.datetime):
+            raise ValueError(
+                f'the field "{name}" is a point in time, as dates in JSON are read, and not as it was written: '
+                f"give a CSV, whose fields are text as they stand"
+            )
+
+
 def _chat(messages: Any) -> Row:
+    turns = chat_turns(messages)
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
+    if not last or _is_empty(turns[last]["content"]):
+        raise ValueError("a chat needs a turn before its last assistant turn, and this turn some content")
+    return Row(tuple(turns[:last]), turns[last]["content"])
+
+
+def chat_turns(messages: Any) -> list[dict[str, str]]:
+    """The turns of a chat, role and content of each.
+
+    Raises:
+        ValueError: no list of turns, or a turn that is no text: calls of tools, images, none.
+    """
     if not isinstance(messages, list) or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages):
         raise ValueError('messages should be a list of {"role": ..., "content": ...}')
-    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
-    if not last or _is_empty(messages[last]["content"]):
-        raise ValueError("a chat needs a turn before its last assistant turn, and this turn some content")
-    return Row(tuple({"role": m["role"], "content": m["content"]} for m in messages[:last]), str(messages[last]["content"]))
+    turns = []
+    for number, turn in enumerate(messages, start=1):
+        content = turn["content"]
+        if isinstance(content, list) and len(content) == 1 and isinstance(content[0], Mapping):
+            content = content[0].get("text")  # [{"type": "text", "text": ...}], where others may have images beside it
+        if not isinstance(content, str) or not isinstance(turn["role"], str) or turn.get("tool_calls"):
+            raise ValueError(
+                f"turn {number} ({turn['role']}) is more or other than one text (calls of tools, images): give turns of text "
+                f"alone, or take the row out"
+            )
+        turns.append({"role": turn["role"], "content": content})
+    return turns
 
 
 def _check_words(words: Any, tags: Any) -> None:
@@ -614,19 +764,31 @@ def _choice(given: Any, answer: Any, choices: Any) -> Row:
             raise ValueError(f'choices = "{texts[:40]}": should be a list of options') from None
     if not isinstance(texts, list) or len(texts) < 2:
         raise ValueError("choices: a question has two options or more")
-    texts = tuple(str(text) for text in texts)
-    names = choices.get("label", []) if isinstance(choices, Mapping) else []
-    letters = string.ascii_uppercase[: len(texts)]
-    for known in (
-        [str(i) for i in range(len(texts))],
-        [str(n) for n in names],
-        list(letters),
-        list(letters.lower()),
-        list(texts),
-    ):
-        if str(answer) in known:
-            return Row(given, known.index(str(answer)), choices=texts)
-    raise ValueError(f'answer = "{answer}" is none of the {len(texts)} options: give its index from 0, its letter, or its text')
+    options = tuple(str(text) for text in texts)
+    if any(_is_empty(text) for text in texts):
+        raise ValueError("an option is empty: fill it, or take it out")
+    if len(set(options)) < len(options):
+        raise ValueError(f'two options are "{max(options, key=options.count)[:40]}": take one out')
+    names = [str(name) for name in choices.get("label", [])] if isinstance(choices, Mapping) else []
+    if str(answer) in names:
+        return Row(given, names.index(str(answer)), choices=options)
+    letters = string.ascii_uppercase[: len(options)]
+    indices = [str(index) for index in range(len(options))]
+    places = {
+        known.index(str(answer)) for known in (indices, [*letters], [*letters.lower()], [*options]) if str(answer) in known
+    }
+    if len(places) > 1 and isinstance(answer, int) and all(isinstance(text, str) for text in texts):
+        places = {answer}  # a number beside texts is no text
+    if len(places) > 1:
+        raise ValueError(
+            f'answer = "{answer}" may be the place of one option and the text of another: give places as numbers and options '
+            f"as texts (in JSON), or letters"
+        )
+    if not places:
+        raise ValueError(
+            f'answer = "{answer}" is none of the {len(options)} options: give its index from 0, its letter, or its text'
+        )
+    return Row(given, places.pop(), choices=options)
 
 
 def _number(value: Any) -> float:
@@ -648,7 +810,11 @@ def _check_numbers(rows: Rows, where: str, faults: list[str]) -> None:
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and math.isnan(value))
+    return _is_missing(value) or (isinstance(value, str) and not value.strip())
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _are_numbers(values: Collection[Any]) -> bool:
@@ -715,6 +881,11 @@ def _labels(
         for label in sorted(of(part) - known):
             where = given.get(part, given["train"])
             faults.append(f'{where}: label "{label}" is in the {part} part and in no training row: add some, or take it out')
+    by_words: dict[str, list[str]] = {}
+    for label in sorted(known):
+        by_words.setdefault(" ".join(label.split()), []).append(label)
+    for alike in (some for some in by_words.values() if len(some) > 1):
+        faults.append(f'{given["train"]}: the labels "{alike[0]}" and "{alike[1]}" differ by blanks alone: write them alike')
     if len(known) < 2:
         faults.append(f"{given['train']}: {len(known)} distinct label, and a classification has two or more: add another")
     return tuple(sorted(known, key=lambda label: (0, int(label), "") if label.lstrip("-").isdecimal() else (1, 0, label)))

@@ -19,12 +19,13 @@ from rankwise.experiments.data.images import pixel_digest, upright
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-VERSION = 1  # of what is seen of an image: raise it when `_seen` sees something else
+VERSION = 2  # of what is seen of an image: raise it when `_seen` sees something else
 PART_FOLDERS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
+MOST_NAMED = 5  # files that a note names
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -32,12 +33,12 @@ class OwnPicture:
     """One image of a user's table, a `Picture`; its bytes stay on the disk.
 
     table, index, field: where {"path", "bytes"} is, one of which may be None.  name: its file, or its row.
-    size: width, height in pixels.
+    size: width, height in pixels.  frames: of an animation or a file of several pages, of which the first is read.
     """
 
-    def __init__(self, table: Any, index: int, field: str, name: str, digest: bytes, size: tuple[int, int]):
+    def __init__(self, table: Any, index: int, field: str, name: str, digest: bytes, size: tuple[int, int], frames: int = 1):
         self.table, self.index, self.field = table, index, field
-        self.name, self.digest, self.size = name, digest, size
+        self.name, self.digest, self.size, self.frames = name, digest, size, frames
 
     def image(self) -> "Image":
         """
@@ -84,7 +85,7 @@ def load_folder(folder: str, split: str) -> Any:
     """The table of a folder of images: image, and label where subfolders are classes.
 
     Raises:
-        ValueError: no image in it; images beside the classes; a class without any; folders in folders.
+        ValueError: no image in it; images beside the classes; a class without any; folders in folders; a link to nothing.
     """
     import datasets
     import datasets.exceptions
@@ -92,9 +93,12 @@ def load_folder(folder: str, split: str) -> Any:
 
     files = [path for path in _visible(folder) if path.suffix.lower() in ImageFolder.EXTENSIONS]
     if not files:
+        suffix = next((path.suffix for path in _visible(folder) if path.suffix), ".jsonl")
         raise ValueError(
-            f"{folder}: a folder without images: give a file, a glob such as {folder}/*.jsonl, or a folder of images"
+            f"{folder}: a folder without images: give a file, a glob such as {folder}/*{suffix}, or a folder of images"
         )
+    if dead := next((path for path in files if not path.is_file()), None):
+        raise ValueError(f"{dead}: a link to a file that is not there: mend it, or take it out")
     described = [str(Path(folder) / name) for name in METADATA if (Path(folder) / name).is_file()]
     if not described:
         _check_classes(Path(folder), files)
@@ -132,9 +136,13 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _visible(folder: str) -> Iterator[Path]:
-    """Every file below that is not hidden, nor in a hidden folder, in order."""
-    for parent, folders, names in os.walk(folder):
+    """Every file below that is not hidden, nor in a hidden folder, in order; links to folders are followed, each once."""
+    seen = {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        where = {name: os.path.realpath(os.path.join(parent, name)) for name in folders}
+        folders[:] = [name for name in folders if where[name] not in seen]
+        seen |= {*where.values()}
         yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
 
 
@@ -181,34 +189,64 @@ def look(table: Any, field: str, where: str) -> list[OwnPicture | str]:
         if one["fault"]:
             found.append(f"{name}: no image that can be read ({one['fault']}): save it again, or take it out")
         else:
-            found.append(OwnPicture(table, index, field, name, one["digest"], (one["width"], one["height"])))
+            size = one["width"], one["height"]
+            found.append(OwnPicture(table, index, field, name, one["digest"], size, one["frames"]))
     return found
 
 
-_SEEN = {"width": "int32", "height": "int32", "digest": "binary", "fault": "string"}
+_SEEN = {"width": "int32", "height": "int32", "digest": "binary", "frames": "int32", "fault": "string"}
 
 
 def _seen(row: Mapping[str, Any], field: str, version: int) -> dict[str, Any]:
     try:
-        values = np.asarray(_decoded(row[field]))
+        with _opened(row[field]) as image:
+            # The second image of a camera's JPEG is no frame of the first: a preview, or what a depth is told by.
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            values = np.asarray(upright(image))
     except Exception as error:  # whatever a decoder raises
-        return {"width": 0, "height": 0, "digest": b"", "fault": _reason(error)}
-    return {"width": values.shape[1], "height": values.shape[0], "digest": pixel_digest(values), "fault": ""}
+        return {"width": 0, "height": 0, "digest": b"", "frames": 0, "fault": _reason(error)}
+    height, width = values.shape[:2]
+    return {"width": width, "height": height, "digest": pixel_digest(values), "frames": frames, "fault": ""}
 
 
 def _decoded(record: Mapping[str, Any] | None) -> "Image":
+    with _opened(record) as image:
+        return upright(image)
+
+
+def _opened(record: Mapping[str, Any] | None) -> "Image":
     from PIL import Image
 
     if not record or not (record.get("bytes") or record.get("path")):
         raise ValueError("there is none")
-    with Image.open(io.BytesIO(record["bytes"]) if record.get("bytes") else record["path"]) as image:
-        return upright(image)
+    return Image.open(io.BytesIO(record["bytes"]) if record.get("bytes") else record["path"])
 
 
 def _reason(error: BaseException) -> str:
     if type(error).__name__ == "UnidentifiedImageError":
         return "of no known format"
     return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+def remarks(where: str, pictures: Sequence[OwnPicture | str]) -> list[str]:
+    """What is to be said of the images of one place: files of a folder that are not among them, images of several frames."""
+    said, read = [], [picture for picture in pictures if isinstance(picture, OwnPicture)]
+    if os.path.isdir(where):
+        names = {os.path.normpath(picture.name) for picture in read}
+        left = [str(path) for path in _visible(where) if os.path.normpath(path) not in names and path.name not in METADATA]
+        if left:
+            said.append(
+                f"files of {where} that are not read, being no images by their names, or not in its table: {_some(left)}"
+            )
+    moving = [picture.name for picture in read if picture.frames > 1]
+    if moving:
+        said.append(f"images of several frames or pages, of which the first is read: {_some(moving)}")
+    return said
+
+
+def _some(names: Sequence[str]) -> str:
+    """ "3 (a, b, c)", or the first of more."""
+    return f"{len(names)} ({', '.join(names[:MOST_NAMED])}{', ...' if len(names) > MOST_NAMED else ''})"
 
 
 def sizes(pictures: Sequence[OwnPicture]) -> str:

@@ -98,7 +98,7 @@ def _made(
     if name not in KINDS:
         raise ValueError(f"{data.train}: read as {name}, for which there is no training yet: give one of {', '.join(KINDS)}")
     kind = KINDS[name]
-    _check_rows(parts, name, data)
+    check_rows(parts, data)
     labels = kind.classes(parts)
     if known and labels:
         for label in (label for label in labels if label not in known):
@@ -167,13 +167,13 @@ def _metrics(data: OwnData, kind: OwnKind, labels: tuple[str, ...]) -> tuple[str
     return chosen
 
 
-def _check_rows(parts: own.Parts, kind: str, data: OwnData) -> None:
+def check_rows(parts: own.Parts, data: OwnData) -> None:
     """What can be wrong with rows of one kind alone.
 
     Raises:
         ValueError: one line for each of the first faults.
     """
-    faults = []
+    faults, kind = [], parts.reading.kind
     for part, rows in parts.rows.items():
         where = getattr(data, part) or data.train
         if kind == "span":
@@ -181,7 +181,7 @@ def _check_rows(parts: own.Parts, kind: str, data: OwnData) -> None:
                 try:
                     answers_of(row)
                 except ValueError as error:
-                    faults.append(f"{where}, row {number} of the {part} part: {error}")
+                    faults.append(rows.said(number, where, error))
         if kind == "regression" and len({row.target for row in rows}) < 2:
             faults.append(f"{where}: all targets of the {part} part are equal: add rows with other targets")
     if faults:
