@@ -273,6 +273,11 @@ def test_a_target_changed_in_its_last_digit_is_other_data(tmp_path):
         ('target = "stars"', 'target = "star"', r'names the field "star", which is not there; did you mean "stars"'),
         ('train = "data/stars.jsonl"', "train = 3", r"mine\.toml\.data\[1\]\.train = 3: should be a valid string"),
         ('target = "stars"', 'target = "stars"\nkind = "generation"', r'"r2" is no metric of this kind; there are: exact'),
+        (
+            '["r2", "mae"]',
+            '["METEOR"]\nkind = "generation"',
+            r'"METEOR" is missing here: its script needs Java .*; there are: exact',
+        ),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_data_is_said_before_anything_runs(tmp_path, model, capsys, old, new, said):

@@ -13,7 +13,7 @@ from rankwise.experiments import kinds
 from rankwise.experiments.data.dataset import Dataset
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.data_entries import OwnData
-from rankwise.experiments.tasks import own, own_images
+from rankwise.experiments.tasks import own, own_images, text_metrics
 from rankwise.experiments.tasks.own_kinds import KINDS, OwnKind, answers_of, by_entities
 from rankwise.experiments.tasks.task import Task
 from rankwise.variants.settings import nearest, quoted
@@ -156,6 +156,9 @@ def _metrics(data: OwnData, kind: OwnKind, labels: tuple[str, ...]) -> tuple[str
     if kind is KINDS["token-classification"] and by_entities(labels) is None:
         allowed = [name for name in allowed if name not in ("f1", "precision", "recall")]  # of entities
     for name in chosen:
+        if kind is KINDS["generation"] and name.lower() in text_metrics.MISSING:
+            reason = text_metrics.MISSING[name.lower()]
+            raise ValueError(f"{where}: {quoted(name)} is missing here: {reason}; there are: {', '.join(allowed)}")
         if name not in allowed:
             why = "is not for these labels" if name in kind.metrics else "is no metric of this kind"
             raise ValueError(f"{where}: {quoted(name)} {why}{nearest(name, allowed)}; there are: {', '.join(allowed)}")

@@ -9,8 +9,7 @@ script, most where a row has several right texts:
     BLEU     sacrebleu's, the same counts; the script lowers the case of all texts first
     NIST     nltk's takes for each order the right text that fits best, the script (mteval-v13a) all of them together
     ROUGE-L  rouge-score's F of precision and recall alike; the script's (coco-caption's) weighs recall by 1.2
-    METEOR   missing: the script's needs Java and tables of paraphrases, nltk's the files of WordNet, which no package carries
-    CIDEr    missing: pycocoevalcap 1.2, 104 MB, has not been kept up since 2020, and its words are split by a Java program
+    METEOR, CIDEr   missing, for the reasons in `MISSING`
 """
 
 import functools
@@ -96,6 +95,10 @@ BY_TEXT: dict[str, Callable[[Sequence[str], References], np.ndarray]] = {
 }
 OF_CORPUS = ("bleu", "chrf")
 NAMES = (*BY_TEXT, *OF_CORPUS)  # by which methods can be compared
+MISSING = {
+    "meteor": "its script needs Java and tables of paraphrases, nltk's version the files of WordNet, which no package has",
+    "cider": "pycocoevalcap 1.2, 104 MB, has not been kept up since 2020, and its words are split by a Java program",
+}
 BESIDE = ("nist",)  # shown beside these: no points, and without an end
 
 
