@@ -63,7 +63,7 @@ def generate(
         if is_classifier:
             texts, num_cut, longest = generating.classify(
                 source,
-                prompts,
+                list(map(str, prompts)),
                 pairs,
                 batch_size=batch_size,
                 device=device,
