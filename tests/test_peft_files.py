@@ -11,6 +11,7 @@ import transformers
 from rankwise import variants
 from rankwise.reports import ranks
 from rankwise.variants.adapter.probe import fill
+from rankwise.variants.files import folders
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -329,3 +330,15 @@ def test_ranks_say_that_training_ended_early(tmp_path):
         variants.save_pretrained(adapter, tmp_path)
     note = ranks.read(tmp_path).note
     assert note == "training ended before its budget was reached: 10 ranks, its schedule ends with 6"
+
+
+def test_equal_adapters_are_equal_files(tmp_path):
+    tensors = {"b.weight": torch.ones(2, 3), "a.weight": torch.zeros(1)}
+    metadata = {name: "\u00e9\n" + name for name in ("rankwise", "format", "other", "more")}
+    written = []
+    for number in range(8):  # safetensors orders four names in 24 ways
+        folders.save_tensors(tensors, tmp_path / f"{number}.safetensors", metadata)
+        written.append((tmp_path / f"{number}.safetensors").read_bytes())
+    assert set(written) == {written[0]}
+    with safe_open(tmp_path / "0.safetensors", "pt") as file:
+        assert file.metadata() == metadata and torch.equal(file.get_tensor("b.weight"), tensors["b.weight"])

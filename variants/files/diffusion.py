@@ -21,7 +21,6 @@ from rankwise.variants.files.peft.config import PeftConfig
 from rankwise.variants.files.peft.names import MAGNITUDE, PREFIX, part
 from rankwise.variants.files.state import check_member, has_low_rank_form
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers.loaders.lora_base.LORA_WEIGHT_NAME_SAFE
@@ -63,7 +62,7 @@ def save_diffusers(adapter: Adapter, folder: str | Path, member: int = 0, compon
     said = {"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others, "target_modules": sorted(ranks)}
     metadata = {"format": "pt", METADATA: json.dumps({f"{component}.{key}": v for key, v in said.items()}, sort_keys=True)}
     with folders.placed(Path(folder)) as partial:
-        save_file(tensors, partial / FILE, metadata=metadata)
+        folders.save_tensors(tensors, partial / FILE, metadata)
 
 
 def load_diffusers(model: nn.Module, path: str | Path, component: str = "unet") -> Adapter:

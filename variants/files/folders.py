@@ -62,6 +62,20 @@ def read(folder: Path) -> Contents:
     return Contents(tensors, _object(folder / CONFIG, json_text.read), facts)
 
 
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """A file of safetensors, its metadata by name: the library's own order differs from call to call, and equal adapters are
+    to be equal files."""
+    save_file(dict(tensors), path, metadata=dict(metadata))
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) <= size:  # else it was written otherwise than this does, and is valid as it stands
+            file.seek(8)
+            file.write(ordered.ljust(size))
+
+
 def write(folder: Path, contents: Contents) -> None:
     """
     Raises:
@@ -72,7 +86,7 @@ def write(folder: Path, contents: Contents) -> None:
         if contents.facts is not None:
             metadata["rankwise"] = json.dumps(contents.facts.as_json(), sort_keys=True, allow_nan=False)
         tensors = {name: value.detach().cpu().contiguous() for name, value in contents.tensors.items()}
-        save_file(tensors, partial / WEIGHTS, metadata=metadata)
+        save_tensors(tensors, partial / WEIGHTS, metadata)
         if contents.config is not None:
             text = json.dumps(contents.config, indent=2, sort_keys=True, allow_nan=False)
             (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
