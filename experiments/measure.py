@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -55,6 +56,13 @@ def precision(wanted: str, where: torch.device) -> str:
     # torch has no public question for this; without either unit bf16 is emulated and several times slower than fp32.
     fast = [getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
     return "bf16" if any(fast) else "fp32"
+
+
+def make_deterministic(where: torch.device) -> None:
+    """On a GPU a run that was cut off ends bit for bit as it would have; on a CPU it does anyhow."""
+    if where.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)  # warn_only leaves the attention's backward pass as it is
 
 
 def keep_freed_memory() -> None:

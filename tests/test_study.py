@@ -546,11 +546,8 @@ def test_entries_that_share_a_rate_choose_it_together_and_widen_together(model, 
 
     scores |= {("lora", 1e-2): 60.0, ("lora", 1e-3): 50.0}  # now the joint best stands at the upper edge: both go on
     scores |= {(name, 3.3e-2): 10.0 for name in ("lora", "dora")}
-    ran_at = []
-    monkeypatch.setattr(
-        runner, "_run_pack", lambda group, may_train: ran_at.extend((group.entry.label, r) for _, r in group.members) or []
-    )
-    runner._sweep(runner.known.sharers(runner.study.methods[1]), "small/regression")
+    packs = runner._sweep(runner.known.sharers(runner.study.methods[1]), "small/regression")
+    ran_at = [(group.entry.label, r) for groups in packs for group in groups for _, r in group.members]
     assert {one for one in ran_at if one[1] == 3.3e-2} == {("lora", 3.3e-2), ("dora", 3.3e-2)}
 
 

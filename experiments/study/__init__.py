@@ -12,6 +12,7 @@
     prepare.py      data, model and targets of each task
     runs.py         one run: its fingerprint
     known.py        the packs that are known so far, with the rates that scores give them
+    order.py        which packs may train now (no torch)
     packs.py        a pack in its folder: resumed, split where memory runs out
     store.py        the folders of the runs, and those of a committed study
     placement.py    ranks that are taken from another entry's run

@@ -27,6 +27,7 @@ class Context:
     progress: Callable[[str, float], None]
     written: Callable[[Path], None]  # called with the folder of a run that has new records
     processes: Processes = ALONE  # that every pack trains on
+    saved: Callable[[], None] = lambda: None  # called after each checkpoint
 
     def num_rows(self, task: str) -> int:
         """Rows of the task's training part."""

@@ -30,6 +30,18 @@ class KnownPacks:
     def all(self) -> list[PackPlan]:
         return [*self.of_study, *self.added]
 
+    def add(self, packs: Sequence[PackPlan]) -> None:
+        """Packs that the study's file does not show, kept in the order in which one process adds them."""
+        entries = [entry.label for entry in (*self.sources, *self.context.study.methods)]
+
+        def place(pack: PackPlan) -> tuple[bool, bool, int, int]:
+            is_source = pack.entry.label in [source.label for source in self.sources]
+            first = pack.entry.shared_with or pack.entry.label
+            at = entries.index(first) if first in entries else len(entries)
+            return not is_source, pack.entry.ranks_of is not None, self.context.study.tasks.index(pack.task), at
+
+        self.added = sorted([*self.added, *packs], key=place)
+
     def grid(self, entries: Sequence[Entry], task: str) -> list[PackPlan]:
         """The packs of the entries' sweeps."""
         labels = [entry.label for entry in entries]

@@ -31,6 +31,16 @@ from rankwise.variants.adapter.step import NotPackable
 
 
 @dataclass(frozen=True)
+class Job:
+    """A pack that is to be trained: all of its runs, those without a result, and what the progress bar calls it."""
+
+    plan: PackPlan
+    runs: Sequence[PlannedRun]
+    missing: Sequence[PlannedRun]
+    what: str
+
+
+@dataclass(frozen=True)
 class Split:
     """Why members cannot train together, and how many of them are to be tried next."""
 
@@ -55,6 +65,10 @@ class PackRunner:
             members = self._begun(plan, runs, missing) or missing
             self._run_members(members, self._folder(plan, members), plan.index, what)
             missing = self.store.missing(runs)
+        self.tidy(plan)
+
+    def tidy(self, plan: PackPlan) -> None:
+        """Removes the folders of packs of which every run is finished."""
         for folder, fingerprints in self._folders(plan):
             if all(self.store.has_files(fingerprint) for fingerprint in fingerprints):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -143,6 +157,7 @@ class PackRunner:
                     lambda rows: self.context.progress(label, rows),
                     self.context.written,
                     processes,
+                    self.context.saved,
                 ),
                 shares_base,
             )

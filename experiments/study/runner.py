@@ -1,8 +1,7 @@
 """What happens in which order: prepare a study, run what is missing of it, pack by pack."""
 
 import contextlib
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from rankwise.experiments.study import overview, plan, splits
 from rankwise.experiments.study.context import Context
 from rankwise.experiments.study.equalize import Equalizer
 from rankwise.experiments.study.known import KnownPacks
-from rankwise.experiments.study.packs import PackRunner
+from rankwise.experiments.study.order import Order, Step
+from rankwise.experiments.study.packs import Job, PackRunner
 from rankwise.experiments.study.plan import PackPlan, groups
 from rankwise.experiments.study.prepare import PreparedTask, prepare
 from rankwise.experiments.study.store import RunStore, begun_in
@@ -27,38 +27,49 @@ COMMITTED = Path(__file__).parents[2] / "reports" / "studies"
 AUTO_PACK = {"cpu": 8, "cuda": 32}  # most members of a pack
 
 
+def train_here(runner: "Runner") -> None:
+    """Trains every pack of a study in this process, one after the other."""
+    while (job := runner.next_job()) is not None:
+        runner.packs.run(job.plan, job.runs, job.missing, job.what)
+        runner.end(job)
+
+
 class Runner:
     """Runs a study into a folder: first `prepare`, then `run`.
 
     Args:
+        device: a name; or the device itself, of machines that train for this one.
         say: called with a line the user should see (a warning, what is being done).
         progress: called with (what is running, rows done since the last call).
         more: called with the rows of packs that were not known before, and become part of the work.
         processes: that every pack trains on; the first one runs the study, and the others `follow` it.
+        train: takes jobs (`next_job`) and ends each (`end`) until there are no more.
+        precision: what "auto" is on the machines that train; None: as this one has it.
     """
 
     def __init__(
         self,
         study: Study,
         out: Path,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         say: Callable[[str], None] = lambda line: None,
         progress: Callable[[str, float], None] = lambda what, rows: None,
         retry_failed: bool = False,
         more: Callable[[float], None] = lambda rows: None,
         processes: Processes = ALONE,
+        train: Callable[["Runner"], None] = train_here,
+        precision: str | None = None,
     ):
         self.study, self.out, self.say, self.progress, self.more = study, Path(out), say, progress, more
-        self.retry_failed, self.processes = retry_failed, processes
-        self.device = measure.device(device)
+        self.retry_failed, self.processes, self.train = retry_failed, processes, train
+        self.as_read = study  # before what follows from the model is filled in
+        self.device = measure.device(device) if isinstance(device, str) else device
         if study.training.optimizer_states == "offloaded" and self.device.type == "cpu":
             raise ValueError(
                 'training.optimizer_states = "offloaded" has no effect on a CPU, whose memory they are in: take "32-bit"'
             )
-        if self.device.type == "cuda":  # a run that was cut off ends bit for bit as it would have
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)  # warn_only leaves the attention's backward pass as it is
-        self.precision = self._precision()
+        measure.make_deterministic(self.device)
+        self.precision = self._precision(precision)
         self.versions, self.commit = measure.versions(), measure.commit()
         self.pack = AUTO_PACK[self.device.type] if study.pack == "auto" else study.pack
         labels = [entry.label for entry in study.methods]
@@ -67,6 +78,7 @@ class Runner:
         self.sources = list(sources.values())  # entries that --methods leaves out, and others take their ranks of
         self.prepared: dict[str, PreparedTask] = {}
         self.tracking = Tracking(study.track, study.name, self.out, say)
+        self._results: dict[int, list[Any]] = {}  # of each pack that is finished, by its object's id
 
     def prepare(self) -> None:
         """Fetches and encodes the data, loads the model once, and finds every entry's targets in it.
@@ -123,12 +135,13 @@ class Runner:
             raise ValueError("\n".join(faults))
         return True
 
-    def _precision(self) -> str:
+    def _precision(self, auto: str | None) -> str:
         """The study's precision; "auto" is that of the runs in its folder, which another machine may have begun.
 
         A machine chooses by its processor.  A folder that moved would else start anew, and compare seeds across precisions.
         """
-        here = measure.precision(self.study.training.precision, self.device)
+        wanted = self.study.training.precision
+        here = auto if wanted == "auto" and auto is not None else measure.precision(wanted, self.device)
         if self.study.training.precision != "auto":
             return here
         begun = begun_in(self.out)
@@ -153,11 +166,10 @@ class Runner:
             overview.write(self.context, before, self.known.all, self.pack, complete=False)
             for source in self.sources:
                 self._look_up(source)
-            results = []
+            self._order = Order(self._steps())
             with contextlib.closing(self.tracking):
-                for takes_ranks in (False, True):  # what takes ranks of others comes after these
-                    for task in self.study.tasks:
-                        results += self._run_task(task, takes_ranks)
+                self.train(self)
+            results = [result for pack in self._order.packs for result in self._results[id(pack)]]
             overview.write(self.context, before, self.known.all, self.pack, complete=True)
         if self.processes.size > 1:
             self.processes.told(None)  # there is no more
@@ -169,16 +181,76 @@ class Runner:
         """What every process but the first does after `prepare`, in place of `run`."""
         self.packs.follow()
 
-    def _run_task(self, task: str, takes_ranks: bool) -> list[dict[str, Any]]:
-        """The sweeps and the final runs of one task, of the entries that take ranks of others or of those that do not."""
-        results = []
-        for entry in self.study.methods:
-            if self.study.sweeps(entry) and entry.shared_with is None and (entry.ranks_of is not None) == takes_ranks:
-                results += self._sweep(self.known.sharers(entry), task)
-        for final in self.known.of_study:
-            if final.phase == "final" and final.task == task and (final.entry.ranks_of is not None) == takes_ranks:
-                results += self._run_pack(final)
-        return results
+    # -- what is trained when ---------------------------------------------------------------------------------------
+
+    def _steps(self) -> list[Step]:
+        """The sweeps and the final runs of each task; what takes ranks of others comes after these."""
+        steps, sweeps, finals = [], {}, {}
+        for takes_ranks in (False, True):
+            entries = [entry for entry in self.study.methods if (entry.ranks_of is not None) == takes_ranks]
+            for task in self.study.tasks:
+                sources = {entry.label: finals.get((entry.ranks_of, task), []) for entry in entries}
+                for entry in entries:
+                    if self.study.sweeps(entry) and entry.shared_with is None:
+                        sharers = self.known.sharers(entry)
+                        needed = [step for one in sharers for step in sources.get(one.label, [])]
+                        sweep = Step(self._sweep(sharers, task), needed)
+                        sweeps |= {(one.label, task): [sweep] for one in sharers}
+                        steps.append(sweep)
+                for entry in entries:
+                    packs = [pack for pack in self.known.of_study if pack.phase == "final" and pack.task == task]
+                    own = [pack for pack in packs if pack.entry.label == entry.label]
+                    finals[entry.label, task] = [
+                        Step(iter([own]), [*sweeps.get((entry.label, task), []), *sources[entry.label]])
+                    ]
+                    steps += finals[entry.label, task]
+        return steps
+
+    def _sweep(self, entries: Sequence[Entry], task: str) -> Iterator[list[PackPlan]]:
+        """A grid, then the packs that widen it while its best rate stands at the edge, then those of each rung.
+
+        The packs that are yielded must be finished before the next ones are asked for.
+
+        Args:
+            entries: those that share one rate, which take every step together, by the scores of all of them.
+        """
+        grid = self.known.grid(entries, task)
+        yield grid
+        scores = partial(self.known.scores, entries, task)
+        for added in plan.added_packs(self.study, self.pack, entries, task, len(grid), scores):
+            self._add(added)
+            yield added
+
+    def next_job(self) -> Job | None:
+        """The first pack that may train now and of which something is missing; None where all that are left need one that
+        is training, or none is left (`is_finished`)."""
+        while (pack := self._order.next()) is not None:
+            job = self._job(pack)
+            if job.missing:
+                return job
+            self.end(job)
+        return None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing of the study is missing."""
+        return self._order.is_finished
+
+    def end(self, job: Job) -> None:
+        """Every run of a job has its result."""
+        self.packs.tidy(job.plan)
+        for run in job.runs:
+            self.tracking.follow(self.out / run.fingerprint)
+        self._results[id(job.plan)] = [self.store.result(run) for run in job.runs]
+        self._order.finish(job.plan)
+
+    def _job(self, pack: PackPlan) -> Job:
+        """What is missing of a pack; what is not counts as done."""
+        runs = self.known.runs(pack)
+        job = Job(pack, runs, self.store.missing(runs), f"{pack.entry.label} {pack.task} ({pack.phase})")
+        if done := len(runs) - len(job.missing):
+            self.progress(job.what, self.known.work(pack) * done / len(runs))
+        return job
 
     def _look_up(self, source: Entry) -> None:
         """Takes the finished runs of an entry that others take their ranks of, and that was not asked for.
@@ -190,46 +262,25 @@ class Runner:
         self._add(alone)
         for task in self.study.tasks:
             if self.study.sweeps(source):
-                self._sweep([source], task, may_train=False)
-            for final in alone:
-                if final.phase == "final" and final.task == task:
-                    self._run_pack(final, may_train=False)
+                for packs in self._sweep([source], task):
+                    self._check_finished(packs)
+            self._check_finished([final for final in alone if final.phase == "final" and final.task == task])
 
-    def _sweep(self, entries: Sequence[Entry], task: str, may_train: bool = True) -> list[dict[str, Any]]:
-        """Runs a grid, widens it while its best rate stands at the edge, and goes up the rungs; all results.
-
-        Args:
-            entries: those that share one rate, which take every step together, by the scores of all of them.
+    def _check_finished(self, packs: Sequence[PackPlan]) -> None:
         """
-        grid = self.known.grid(entries, task)
-        results = [result for pack in grid for result in self._run_pack(pack, may_train)]
-        scores = partial(self.known.scores, entries, task)
-        for added in plan.added_packs(self.study, self.pack, entries, task, len(grid), scores):
-            self._add(added)
-            results += [result for pack in added for result in self._run_pack(pack, may_train)]
-        return results
-
-    def _run_pack(self, pack: PackPlan, may_train: bool = True) -> list[dict[str, Any]]:
-        """Makes what is missing of a pack; the results of all its members.
-
         Raises:
-            ValueError: something is missing, and it may not be trained now.
+            ValueError: a run of these packs is missing.
         """
-        runs = self.known.runs(pack)
-        what = f"{pack.entry.label} {pack.task} ({pack.phase})"
-        missing = self.store.missing(runs)
-        if done := len(runs) - len(missing):
-            self.progress(what, self.known.work(pack) * done / len(runs))
-        if missing and not may_train:
-            takers = ", ".join(entry.label for entry in self.study.methods if entry.ranks_of == pack.entry.label)
-            raise ValueError(
-                f'{takers}: takes its ranks from "{pack.entry.label}", of which {len(missing)} of {len(runs)} runs '
-                f"({pack.phase}, {pack.task}) are not finished in {self.out}: name it in --methods too"
-            )
-        self.packs.run(pack, runs, missing, what)
-        for run in runs:
-            self.tracking.follow(self.out / run.fingerprint)
-        return [self.store.result(run) for run in runs]
+        for pack in packs:
+            job = self._job(pack)
+            if job.missing:
+                takers = ", ".join(entry.label for entry in self.study.methods if entry.ranks_of == pack.entry.label)
+                raise ValueError(
+                    f'{takers}: takes its ranks from "{pack.entry.label}", of which {len(job.missing)} of {len(job.runs)} runs '
+                    f"({pack.phase}, {pack.task}) are not finished in {self.out}: name it in --methods too"
+                )
+            for run in job.runs:
+                self.tracking.follow(self.out / run.fingerprint)
 
     def _labels(self) -> dict[labels.Key, labels.Labels]:
         """What predictions of the evaluated splits are scored against, where that is numbers."""
@@ -242,5 +293,5 @@ class Runner:
 
     def _add(self, packs: Sequence[PackPlan]) -> None:
         """Takes up packs that the study's file does not show."""
-        self.known.added += packs
+        self.known.add(packs)
         self.more(sum(self.known.work(pack) for pack in packs))

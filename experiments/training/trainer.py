@@ -51,6 +51,7 @@ class Trainer:
         progress: called with the rows trained or evaluated since the last call.
         written: called with the folder of a member that has a new line in its logs.
         processes: that train together; every one has a Trainer of the same pack and data, and the first alone writes.
+        saved: called after each checkpoint.
     """
 
     def __init__(
@@ -63,11 +64,12 @@ class Trainer:
         progress: Callable[[float], None] = lambda rows: None,
         written: Callable[[Path], None] = lambda folder: None,
         processes: Processes = ALONE,
+        saved: Callable[[], None] = lambda: None,
     ):
         self.pack, self.data, self.checkpoint, self.logs = pack, data, checkpoint, list(logs)
         self.processes, self.kind = processes, kinds.get(pack.task.kind)
         self.log = Log(logs, written) if processes.is_first else Unwritten()
-        self.checkpoint_seconds, self.progress = checkpoint_seconds, progress
+        self.checkpoint_seconds, self.progress, self.saved = checkpoint_seconds, progress, saved
         training = pack.training
         self.memory = memory.PeakMemory(pack.device)
         self.memory.start()
@@ -390,6 +392,7 @@ class Trainer:
         tensors |= {name: getattr(self, name) for name in TENSORS}
         facts = {name: getattr(self, name) for name in FACTS} | {"peak": self._peak(), "logs": self.log.sizes()}
         state.write(self.checkpoint, self.pack.identity(), tensors, facts, self.processes.size)
+        self.saved()
 
     @torch.no_grad()
     def _resume(self) -> bool:
