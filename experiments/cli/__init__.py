@@ -24,6 +24,7 @@ from rankwise.experiments.cli.doctor import doctor
 from rankwise.experiments.cli.export import export
 from rankwise.experiments.cli.generate import generate
 from rankwise.experiments.cli.listing import list_
+from rankwise.experiments.cli.options import with_values
 from rankwise.experiments.cli.paper import paper
 from rankwise.experiments.cli.plan import plan
 from rankwise.experiments.cli.ranks import ranks
@@ -42,7 +43,8 @@ app.command(name="list")(list_)
 def main(words: Sequence[str] | None = None) -> None:
     """Entry point: turns what a user can mend into one line and an exit code."""
     try:
-        code = app(words, standalone_mode=False)  # typer returns the code of an Exit, and 130 for an interrupt
+        given = with_values(sys.argv[1:] if words is None else words)
+        code = app(given, standalone_mode=False)  # typer returns the code of an Exit, and 130 for an interrupt
         if code == 130:
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)

@@ -9,6 +9,7 @@ from rankwise.experiments.cli.options import (
     Json,
     LogFormat,
     Pack,
+    Ray,
     RetryFailed,
     Threads,
     check_device,
@@ -16,12 +17,13 @@ from rankwise.experiments.cli.options import (
     check_log_format,
     check_output_folder,
     check_quantization,
+    check_ray,
     names,
 )
 from rankwise.experiments.cli.own_options import own_entry
 from rankwise.experiments.cli.progress import Progress
 from rankwise.experiments.cli.report import show_report
-from rankwise.experiments.cli.start import processes, start_torch
+from rankwise.experiments.cli.start import elsewhere, processes, start_torch
 
 if TYPE_CHECKING:
     from rankwise.experiments.config import Study
@@ -47,6 +49,7 @@ def compare(
         bool, typer.Option("--double-quantization", help="With nf4: quantise its scales too.")
     ] = False,
     retry_failed: RetryFailed = False,
+    ray: Ray = None,
     as_json: Json = False,
     track: Annotated[str | None, typer.Option(help="Show the records in tensorboard, wandb, mlflow too.")] = None,
     log_format: LogFormat = "text",
@@ -80,6 +83,8 @@ def compare(
         check_least("--threads", threads)
         check_device(device)
         check_log_format(log_format)
+        if ray is not None:
+            check_ray(ray, joined)
         form = check_quantization(quantization, double_quantization)
         beside = {"--model": model, "--test": test, "--validation": validation, "--kind": kind, "--input": input}
         beside |= {"--target": target, "--full-protocol": full_protocol or None}
@@ -120,7 +125,12 @@ def compare(
         checks.check(chosen)
 
         here = device if joined is None else str(joined.device)
-        results = _run(chosen, source, folder, here, threads, retry_failed, log_format, joined)
+        if ray is not None and chosen.budget.equal in ("time", "memory"):
+            raise ValueError(
+                f'budget.equal = "{chosen.budget.equal}" is measured where one pack trains after the other: leave --ray out, '
+                f"or take another budget"
+            )
+        results = _run(chosen, source, folder, here, threads, retry_failed, log_format, joined, ray)
     if results is None:
         return
     show_report(folder, None, as_json)
@@ -137,17 +147,20 @@ def _run(
     retry_failed: bool,
     log_format: str,
     joined: "Processes | None",
+    ray: str | None,
 ) -> list[dict[str, Any]] | None:
     """The results of every run; None in a process that is not the first of several, which writes and says nothing."""
     from rankwise.experiments import own_study
 
     is_first = joined is None or joined.is_first
-    with Progress(log_format, is_quiet=not is_first) as bar:
+    with Progress(log_format, is_quiet=not is_first) as bar, elsewhere(bar, ray, device, threads) as cluster:
         bar.say(f"{study.title or study.name}: loading torch, model and data ...")
         start_torch(bar, threads)
         from rankwise.experiments.study import Runner
 
         many = {} if joined is None else {"processes": joined}
+        if cluster is not None:
+            many, device = cluster()
         runner = Runner(study, folder, device, bar.warn, bar.advance, retry_failed, bar.more, **many)
         runner.prepare()
         if not is_first:

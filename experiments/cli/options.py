@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +18,37 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads.  [default: torch
 Pack = Annotated[int | None, typer.Option(help="Most members that train at once.")]
 LogFormat = Annotated[str, typer.Option(help="How progress is said on standard error: text, or json (an object a line).")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Run failed runs again.")]
+
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[ADDRESS]", help="Train packs at once on a Ray cluster: HOST:PORT, auto, or no address for this machine alone."
+    ),
+]
+
+
+def with_values(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with the address that --ray has where none is given; typer knows no such option."""
+    words = list(words)
+    for i in range(len(words)):
+        if words[i] == "--ray" and (i + 1 == len(words) or words[i + 1].startswith("-")):
+            words[i] = "--ray=local"
+    return words
+
+
+def check_ray(address: str, joined: object | None) -> None:
+    """
+    Args:
+        joined: the processes of torchrun, if any.
+
+    Raises:
+        ValueError: no address, no Ray, or torchrun beside it.
+    """
+    from rankwise.experiments.cluster import pool
+
+    if joined is not None:
+        raise ValueError("--ray and torchrun do not go together: packs go to workers, or each to all processes: keep one")
+    pool.check(address)
 
 
 def check_least(option: str, value: int | None, least: int = 1) -> None:

@@ -3,9 +3,9 @@
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankwise.experiments.cli.progress import Progress
 
@@ -52,6 +52,34 @@ def processes(device: str, threads: int | None) -> Iterator["Processes | None"]:
 
     with parallel.joined(size, device) as joined:
         yield joined
+
+
+@contextlib.contextmanager
+def elsewhere(
+    bar: Progress, ray: str | None, device: str, threads: int | None
+) -> Iterator[Callable[[], tuple[dict[str, Any], Any]] | None]:
+    """The cluster that trains the packs, joined without torch; what a `Runner` on it is given once torch is there: options, and
+    its device.  None without --ray.
+
+    Raises:
+        ValueError: it cannot be joined, or no machine of it has what the packs need.
+    """
+    if ray is None:
+        yield None
+        return
+    from rankwise.experiments.cluster import places, pool
+
+    with pool.joined(ray) as cluster:
+        need = places.need(cluster.nodes(), device, threads)
+
+        def options() -> tuple[dict[str, Any], Any]:
+            import torch
+            from rankwise.experiments.cluster.driver import Driver
+
+            given = {"train": Driver(cluster, need, bar.warn), "precision": cluster.precision(need)}
+            return given, torch.device(need.device)
+
+        yield options
 
 
 def others_compute() -> bool:

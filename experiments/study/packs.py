@@ -8,17 +8,18 @@ import dataclasses
 import gc
 import glob
 import hashlib
+import re
 import shutil
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rankwise import variants
-from rankwise.experiments import models
-from rankwise.experiments.files import write_json
+from rankwise.experiments import models, records
+from rankwise.experiments.files import write_file, write_json
 from rankwise.experiments.records import SCHEMA, read_object
 from rankwise.experiments.study.context import Context
 from rankwise.experiments.study.examine import Examiner
@@ -28,6 +29,8 @@ from rankwise.experiments.study.store import RunStore
 from rankwise.experiments.training.pack import Outcome, Pack
 from rankwise.experiments.training.trainer import Trainer
 from rankwise.variants.adapter.step import NotPackable
+
+CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,42 @@ class PackRunner:
                 return [known[one] for one in fingerprints]
         return None
 
+    # -- elsewhere --------------------------------------------------------------------------------------------------
+
+    def files(self, job: Job) -> dict[str, bytes]:
+        """What is written of a pack so far, by its path in the study's folder, for who goes on with it in another.
+
+        Of finished runs what tells that they are; of a result that is to be made again nothing.
+        """
+        missing = {run.fingerprint for run in job.missing}
+        folders = [folder for folder, _ in self._folders(job.plan)]
+        folders += [self.context.out / run.fingerprint for run in job.runs if run.fingerprint in missing]
+        found = [path for folder in folders for path in sorted(folder.rglob("*")) if path.name != records.RESULT]
+        for run in job.runs:
+            if run.fingerprint not in missing:
+                found += [self.context.out / run.fingerprint / name for name in (records.CONFIG, records.RESULT)]
+        return {
+            path.relative_to(self.context.out).as_posix(): path.read_bytes()
+            for path in found
+            if path.is_file() and not path.name.startswith(".")
+        }
+
+    def is_of(self, job: Job, name: str) -> bool:
+        """Whether a file of that path in the study's folder is one of this pack."""
+        first, *rest = name.split("/")
+        if not rest or any(part in ("", "..") or part.startswith(".") or "\\" in part for part in rest):
+            return False
+        if first == "packs":
+            return len(rest) > 1 and re.fullmatch(re.escape(job.plan.name) + "-[0-9a-f]{8}", rest[0]) is not None
+        return first in {run.fingerprint for run in job.missing}
+
+    def take(self, job: Job, files: Mapping[str, bytes]) -> None:
+        """Writes what was made of a pack elsewhere.  A checkpoint comes after the logs that it counts on, a result last."""
+        last = {CHECKPOINT: 1, records.RESULT: 2}
+        for name in sorted(files, key=lambda name: last.get(name.rpartition("/")[2], 0)):
+            write_file(self.context.out / name, files[name])
+        self.store.made(run for run in job.missing if f"{run.fingerprint}/{records.RESULT}" in files)
+
     # -- members that train together --------------------------------------------------------------------------------
 
     def _run_members(
@@ -142,7 +181,7 @@ class PackRunner:
         pack, data = as_pack(self.context, runs), self.context.tasks[runs[0].task].data
         label = f"{what}, {len(runs)} packed" if len(runs) > 1 else what
         logs = [self.context.out / run.fingerprint for run in runs]
-        checkpoint = folder / "checkpoint.safetensors"
+        checkpoint = folder / CHECKPOINT
         processes, shares_base = self.context.processes, pack.training.shard_base
         if processes.size > 1:
             processes.told({"pack": pack.as_words(), **self._inputs(runs[0].task, pack.model)})

@@ -76,6 +76,7 @@ class Runner:
         takers = [entry for entry in study.methods if entry.ranks_of is not None]
         sources = {entry.ranks_of: entry.source for entry in takers if entry.ranks_of not in labels}
         self.sources = list(sources.values())  # entries that --methods leaves out, and others take their ranks of
+        self.sources_as_read = list(self.sources)
         self.prepared: dict[str, PreparedTask] = {}
         self.tracking = Tracking(study.track, study.name, self.out, say)
         self._results: dict[int, list[Any]] = {}  # of each pack that is finished, by its object's id

@@ -195,7 +195,11 @@ class RunStore:
             "packing_note": note,
         }
         records.write_result(context.out / run.fingerprint, result)
-        self._ended_now.add(run.fingerprint)
+        self.made([run])
+
+    def made(self, runs: Iterable[PlannedRun]) -> None:
+        """These ended in this sitting."""
+        self._ended_now |= {run.fingerprint for run in runs}
 
     def _names(self, run: PlannedRun) -> dict[str, Any]:
         return {
