@@ -147,7 +147,8 @@ def attaching_keeps_the_evaluation_mode(method: str) -> None:
     adapter.begin(Step(1, TOTAL))
     first = outputs(model, rows(adapter))
     adapter.begin(Step(2, TOTAL))
-    torch.testing.assert_close(outputs(model, rows(adapter)), first, rtol=0, atol=0)
+    # Dropout would move them by more than a half; bases that are made orthonormal anew move them by rounding.
+    torch.testing.assert_close(outputs(model, rows(adapter)), first, rtol=1e-12, atol=1e-12)
 
 
 def base_is_untouched_bit_for_bit(method: str) -> None:
@@ -247,7 +248,8 @@ def packed_equals_alone(method: str, model: str = "bert", targets: Any = "all-li
         single = variants.create(method, seeds=[seed], **of_member(values, k))
         alone, prediction = run(single, [seed], [RATES[k]])
         torch.testing.assert_close(packed[:, k], alone[:, 0], rtol=1e-9, atol=0)
-        torch.testing.assert_close(predictions[k], prediction[0], rtol=1e-9, atol=1e-10)
+        # Decompositions carry rounding on from step to step, by which processors differ: 1e-8 of GeoLoRA's on an AMD EPYC.
+        torch.testing.assert_close(predictions[k], prediction[0], rtol=1e-7, atol=1e-9)
         assert {n: r[k].item() for n, r in ranks.items()} == {n: r.item() for n, r in single.ranks().items()}
     assert members == 1 or len({tuple(row.tolist()) for row in packed.T}) == members, "two members trained the same"
 

@@ -221,7 +221,7 @@ def test_python_m_is_the_command(module):
         (["ranks", "README.md"], ["README.md is a file"]),
         (["ranks", "tests", "--csv", "tests"], ["--csv tests", "this is a folder"]),
         (["ranks", "tests", "--figures", "README.md/x"], ["--figures README.md/x", "README.md is a file"]),
-        (["export", "tests", "--to", "loar", "--out", "no-such"], ["--to loar", "lora or merged"]),
+        (["export", "tests", "--to", "loar", "--out", "no-such"], ["--to loar", "lora, merged, kohya or gguf"]),
         (["export", "tests", "--to", "lora", "--out", "no-such", "--total-rank", "0"], ["--total-rank 0", "at least 1"]),
         (["paper", "adalora-1", "--variant", "papre"], ["--variant papre", "paper, script"]),
         (["paper", "--variant", "papre"], ["--variant papre", "paper, script"]),
