@@ -4,6 +4,7 @@ Never the process's own mark (VmHWM): it has what earlier runs left, what C libr
 """
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -65,6 +66,7 @@ def growth(device: torch.device) -> Iterator[Growth]:
         yield found
         return
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reports every start
+    gc.collect()  # what an earlier count has seen come, and only the collector sees go, would be taken off this one
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         yield found
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())

@@ -478,6 +478,20 @@ def rename(folder: Path, config: Mapping[str, Any], result: Mapping[str, Any], n
     write_json(folder / RESULT, {**result, **names})
 
 
+OF_SETTINGS = ("trials", "shared_with", "curves", "cells", "searched")  # of study.json: what it says of single settings
+
+
+def with_others(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """A study.json that also says what one before it said of settings that it does not name."""
+    named = now.get("methods", [])
+    said = dict(now) | {"methods": [*before.get("methods", []), *(s for s in named if s not in before.get("methods", []))]}
+    for key in OF_SETTINGS:
+        kept = {setting: value for setting, value in before.get(key, {}).items() if setting not in named}
+        if kept:
+            said[key] = kept | now.get(key, {})
+    return said
+
+
 def write_study(folder: Path, values: Mapping[str, Any]) -> None:
     write_json(folder / STUDY, StudyFile.written(values))
 

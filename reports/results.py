@@ -13,10 +13,22 @@ from typing import Any
 from rankwise.experiments import archive
 from rankwise.experiments import labels as stored_labels
 from rankwise.experiments.factors import Cell
-from rankwise.experiments.files import write_file
+from rankwise.experiments.files import write_file, write_json
 from rankwise.experiments.hypotheses import Hypothesis
 from rankwise.experiments.rank_curves import Place
-from rankwise.experiments.records import STUDY, STUDY_FILE, Result, Run, StudyFile, checked, is_run, load_run, read_json
+from rankwise.experiments.records import (
+    STUDY,
+    STUDY_FILE,
+    Result,
+    Run,
+    StudyFile,
+    checked,
+    is_run,
+    load_run,
+    read_json,
+    read_object,
+    with_others,
+)
 from rankwise.experiments.search_space import Searched
 from rankwise.experiments.study import sweep
 
@@ -249,7 +261,7 @@ def load_all(folder: str | Path) -> list[Study]:
 def archive_finished(folder: str | Path, out: str | Path) -> Path:
     """Writes what a committed study keeps: every finished run, without weights, in one archive, and study.json beside it.
 
-    Runs that the archive in `out` held before stay in it.
+    Runs that the archive in `out` held before stay in it, and what its study.json said of their settings.
     """
     folder, out = Path(folder), Path(out)
     path = out / archive.NAME
@@ -257,9 +269,12 @@ def archive_finished(folder: str | Path, out: str | Path) -> Path:
     for study in load_all(folder):
         found |= {run.config.fingerprint: run.contents() for run in study.runs if run.result is not None}
     archive.write(path, found.values())
+    before, now = (read_object(one / STUDY) or {} for one in (out, folder))
     for name in BESIDE:
         if (folder / name).is_file():
             write_file(out / name, (folder / name).read_bytes())
+    if set(before.get("methods", [])) - set(now.get("methods", [])):
+        write_json(out / STUDY, with_others(before, now))
     return path
 
 

@@ -501,7 +501,8 @@ def test_a_classifier_of_peft_s_lacks_no_head(healthy, tmp_path, capsys):
     assert "No finding: nothing is wrong" in capsys.readouterr().out
 
 
-def test_a_healthy_adapter_has_no_finding(healthy, capsys):
+def test_a_healthy_adapter_has_no_finding(healthy, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # a narrower table is cut into parts
     assert rankwise("doctor", healthy) == 0
     out = capsys.readouterr().out
     assert "No finding: nothing is wrong" in out and "sv_ratio" in out and SITE in out

@@ -306,7 +306,7 @@ def test_what_cannot_be_exported_is_one_line_with_a_remedy(base, tmp_path, monke
 
     run, _ = run_of("dora", base, tmp_path / "dora")
     assert "use_dora" in (said := line(run, "--to", "lora")) and "--to merged" in said
-    assert "give lora or merged" in line(run, "--to", "lorra")
+    assert "give lora, merged, kohya or gguf" in line(run, "--to", "lorra")
     assert "two budgets" in line(run, "--to", "merged", "--total-rank", 3, "--total-parameters", 9)
     assert "--total-rank 0: give at least 1" in line(run, "--to", "merged", "--total-rank", 0)
     for method in ("full", "bitfit"):

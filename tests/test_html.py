@@ -107,7 +107,7 @@ def test_headings_are_in_order_and_verdicts_come_first(parsed):
     assert [name for level, name in parsed.headings if level == 3] == [
         "Verdicts", "Comparison", "Score against active parameters", "Score against learning rate",
         "Active rank of each layer and module", "Rank budget against its schedule",
-        "The allocation at another seed", "Paper against ours",
+        "The allocation at another seed", "Whether settings place rank alike", "Paper against ours",
         "How each number was made",
     ]  # fmt: skip
 

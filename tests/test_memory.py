@@ -1,5 +1,7 @@
 """Peak memory is that of tensors: equal runs have equal peaks, in whichever order they run, and a plan says as much."""
 
+import gc
+
 import pytest
 import torch
 from rankwise.experiments import kinds, memory
@@ -70,6 +72,24 @@ def test_the_peak_is_that_of_a_plan(model, tmp_path):
     shape = step.Shape(len(rows), length, targets=one.targets)
     planned = step.cost(model, kinds.get(one.task.kind), one.task.num_labels, one.method, settings, shape).peak
     assert trainer.memory.read() == pytest.approx(planned, rel=0.1)
+
+
+def test_what_an_earlier_run_left_to_the_collector_is_not_taken_off():
+    """The profiler knows a block of an earlier count, and would see it go in this one."""
+
+    gc.collect()
+    gc.disable()
+    try:
+        with memory.growth(CPU):
+            ring = [torch.zeros(10_000)]  # which nothing frees but the collector
+            ring.append(ring)
+            del ring
+        with memory.growth(CPU) as found:
+            gc.collect()
+            held = torch.zeros(5_000)
+        assert found.peak == held.untyped_storage().nbytes()
+    finally:
+        gc.enable()
 
 
 def test_what_a_step_frees_is_seen_after_a_step_before_it():

@@ -280,3 +280,18 @@ def test_committed_runs_are_whole_and_hold_no_weights(study, tmp_path):
     assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == [archive.NAME, "study.json"]
     stored = archive.read(tmp_path / "kept" / archive.NAME)
     assert not {name for run in stored.values() for name in run} - set(records.FILES)
+
+
+def test_an_archive_keeps_what_was_said_of_settings_that_were_run_elsewhere(tmp_path):
+    """Half of a study's methods run in another folder: the archive has the runs of all, and the rate that two of them share."""
+    said = {"schema": 1, "study": "stsb-minilm", "quick": False, "title": "t", "complete": True}
+    for name, arms in {"first": {"lora": "lora", "dora": "lora"}, "then": {"adalora": "adalora", "within": "adalora"}}.items():
+        for setting in arms:
+            write_run(tmp_path / name, method="lora", setting=setting)
+        shared = {setting: leader for setting, leader in arms.items() if setting != leader}
+        trials = dict.fromkeys(arms, 5)
+        write_json(tmp_path / name / "study.json", {**said, "methods": list(arms), "shared_with": shared, "trials": trials})
+        results.archive_finished(tmp_path / name, tmp_path / "kept")
+    kept = results.load(tmp_path / "kept")
+    assert kept.settings == ("lora", "dora", "adalora", "within") and len(kept.runs) == 4
+    assert kept.shared_with == {"dora": "lora", "within": "adalora"} and set(kept.trials) == set(kept.settings)

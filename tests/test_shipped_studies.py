@@ -9,7 +9,9 @@ from rankwise.reports.statistics import seeds_needed
 
 SHIPPED = sorted(config.STUDIES.glob("*.toml"))
 STUDIES = {path.stem: config.read(path) for path in SHIPPED}
-FAIR = {name: study for name, study in STUDIES.items() if not study.quick and study.kind == "comparison"}
+# Nor is a study of a method's parts a comparison of methods: its rates are a part, and were tuned elsewhere.
+COMPARED = {name: study for name, study in STUDIES.items() if not any(entry.cell for entry in study.methods)}
+FAIR = {name: study for name, study in COMPARED.items() if not study.quick and study.kind == "comparison"}
 
 
 def centre(rates):

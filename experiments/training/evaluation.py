@@ -108,7 +108,7 @@ class Evaluator:
         """
         losses, counts = np.zeros(len(data)), np.zeros(len(data))
         collected = Predictions(self.kind, data, 1, self.processor)
-        for rows, size in self.kind.evaluation_plan(data, self.batch_size):
+        for rows, size in self._plan(data, self.batch_size):
             outputs, inputs, labels = self._forward(data, rows, size, 1)
             with autocast(self.adapter.device, self.precision):  # a loss is taken of each member's rows: here of each row
                 found = self.kind.evaluation_losses(self.adapter.model, inputs, outputs, labels, len(rows))

@@ -148,7 +148,7 @@ def agreement(study: Study) -> Table | None:
         "seed, mean over seeds; of a setting with itself (the diagonal) at two seeds. Two settings that agree as far as each "
         "agrees with itself place rank alike.",
     ]
-    title = f"Do settings place rank alike? {study.task}, {study.model}"
+    title = f"Whether settings place rank alike: {study.task}, {study.model}"
     return Table("agreement", title, ("setting", *(arm.setting for arm in own)), tuple(rows), tuple(caption))
 
 
