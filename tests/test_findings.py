@@ -56,6 +56,30 @@ def test_what_moving_rank_across_sites_is_worth():
     assert f"at one seed differ by {apart:.2f} (one standard deviation)" in FINDINGS
 
 
+def test_what_a_trained_magnitude_is_worth():
+    study = results.load(ROOT / "reports" / "studies" / "placing").parts()[0]
+    one = outcomes_of(study)[1]
+    seen = one.comparison
+    numbers = f"{seen.difference:+.2f}, {100 * seen.level:.1f} % interval {seen.low:+.2f} to {seen.high:+.2f}"
+    lora, dora, adalora = (arm(setting, study).scores for setting in ("lora", "dora", "adalora"))
+    seeds = range(seen.seeds)
+    means = [np.mean([scores[seed] for seed in seeds]) for scores in (lora, dora)]
+    assert f"test score, mean of {seen.seeds} seeds | against LoRA |" in FINDINGS
+    assert f"| LoRA, rank 8 at each of 36 sites | {means[0]:.2f} |" in FINDINGS
+    said = f"{numbers}: **{one.kind}** (margin {one.hypothesis.margin:g})"
+    assert f"| DoRA, magnitudes counted in the budget | {means[1]:.2f} | {said}" in FINDINGS
+    assert numbers.replace(", ", " points, ", 1) in README and f"{one.kind} after" in README
+    beside = summary(paired_differences(adalora, lora))
+    [verdict] = [verdict for verdict in verdicts(study) if verdict.setting == "adalora"]
+    between = f"{beside.mean:+.2f}, 95 % interval {beside.low:+.2f} to {beside.high:+.2f}: {verdict.kind}"
+    assert f"| AdaLoRA, at its own rate | {np.mean(list(adalora.values())):.2f} | {between} |" in FINDINGS
+    scatter = np.std([dora[seed] - lora[seed] for seed in seeds], ddof=1)
+    assert f"their difference scatters by {scatter:.2f} points" in FINDINGS
+    best = {setting: max(arm(setting, study).grid, key=lambda rate: rate_score(arm(setting, study).grid[rate]) or -1)
+            for setting in ("lora", "dora", "random-rank")}  # fmt: skip
+    assert set(best.values()) == {arm("lora", study).rate} == {2e-3} and "the best 2e-3 for all" in FINDINGS
+
+
 def test_the_spread_between_seeds():
     spreads = [np.ptp(list(one.scores.values())) for one in allocation().arms]
     assert f"differ by {min(spreads):.0f} to {max(spreads):.0f} points between seeds" in FINDINGS
