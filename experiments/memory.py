@@ -31,8 +31,9 @@ def tensors_in(*things: Any) -> Iterable[Tensor]:
 
 def live_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages under these tensors, each storage once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    here = (t.to_local() if hasattr(t, "to_local") else t for t in tensors)  # of a base that processes share, what is held here
+    storages = (t.untyped_storage() for t in here)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())
 
 
 def of_training(model: nn.Module, adapter: Any, optimizer: Any) -> list[Tensor]:
