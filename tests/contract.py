@@ -247,8 +247,8 @@ def packed_equals_alone(method: str, model: str = "bert", targets: Any = "all-li
     for k, seed in enumerate(seeds[-alone:], start=max(0, members - alone)):
         single = variants.create(method, seeds=[seed], **of_member(values, k))
         alone, prediction = run(single, [seed], [RATES[k]])
-        torch.testing.assert_close(packed[:, k], alone[:, 0], rtol=1e-9, atol=0)
         # Decompositions carry rounding on from step to step, by which processors differ: 1e-8 of GeoLoRA's on an AMD EPYC.
+        torch.testing.assert_close(packed[:, k], alone[:, 0], rtol=1e-7, atol=0)
         torch.testing.assert_close(predictions[k], prediction[0], rtol=1e-7, atol=1e-9)
         assert {n: r[k].item() for n, r in ranks.items()} == {n: r.item() for n, r in single.ranks().items()}
     assert members == 1 or len({tuple(row.tolist()) for row in packed.T}) == members, "two members trained the same"

@@ -177,7 +177,9 @@ def test_a_member_that_diverges_leaves_the_others_alone(method):
         assert history[1].isfinite() != spoil
         return history[[0, 2]]
 
-    assert torch.equal(run(True), run(False))
+    # LAPACK's decompositions of equal matrices may differ by rounding with where they lie in memory (seen on an AMD EPYC).
+    rtol = 1e-9 if method == "geolora" else 0
+    torch.testing.assert_close(run(True), run(False), rtol=rtol, atol=0)
 
 
 def test_the_probe_leaves_the_model_and_the_global_generator_as_they_were():
