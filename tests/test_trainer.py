@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import rankwise.experiments.training.trainer
 import torch
+from rankwise import variants
 from rankwise.experiments import files, kinds, models
 from rankwise.experiments.data.lengths import batches, collate
 from rankwise.experiments.kinds import Undefined
@@ -633,3 +634,21 @@ def test_the_head_has_its_own_rate_where_the_study_gives_one(model, tmp_path, do
 def test_a_method_that_trains_the_head_alone_keeps_its_rate(model, tmp_path):
     groups = small_world.trainer(small_world.pack(model, "head", head_learning_rate=1.0), tmp_path).optimizer.groups
     assert all(not isinstance(group.lr_scale, torch.Tensor) for group in groups)
+
+
+def test_a_run_that_has_no_step_left_writes_the_length_of_its_training(model, tmp_path, monkeypatch):
+    """Killed between the last step and its end: its adapter's file is that of a run that was not."""
+    one = small_world.pack(model, method="adalora")
+    whole = small_world.trainer(one, tmp_path / "whole")
+    whole.run()
+    cut = small_world.trainer(one, tmp_path / "cut")
+    monkeypatch.setattr(cut, "_finish", lambda: stopping_after(1)(0))
+    with pytest.raises(Stop):
+        cut.run()
+    again = small_world.trainer(one, tmp_path / "cut")
+    again.run()
+    written = []
+    for name, trainer in (("whole", whole), ("again", again)):
+        variants.save_pretrained(trainer.adapter, tmp_path / name, member=0)
+        written.append((tmp_path / name / "adapter_config.json").read_bytes())
+    assert written[0] == written[1] and f'"total_step": {whole.total}'.encode() in written[0]

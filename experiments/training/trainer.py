@@ -34,6 +34,7 @@ from rankwise.experiments.training.stored_states import STORED
 from rankwise.variants.adapter.interface import Adapter
 from rankwise.variants.adapter.step import Calibration, Group, Step
 from rankwise.variants.files.doors import close_door
+from rankwise.variants.lowrank.adapter import LowRankAdapter
 from rankwise.variants.settings import method
 from torch import Tensor
 
@@ -414,6 +415,10 @@ class Trainer:
         for names, values in ((TENSORS, tensors), (FACTS, facts)):
             for name in names:
                 setattr(self, name, values[name])
+        if self.step and isinstance(self.adapter, LowRankAdapter):
+            self.adapter.loaded(
+                self.total
+            )  # else one that has no step left would write a file that knows no length of training
         if self.processes.is_first:
             state.warn_of_changes(facts, self.processes.size)
         self.log.cut(facts["logs"])
