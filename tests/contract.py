@@ -147,8 +147,8 @@ def attaching_keeps_the_evaluation_mode(method: str) -> None:
     adapter.begin(Step(1, TOTAL))
     first = outputs(model, rows(adapter))
     adapter.begin(Step(2, TOTAL))
-    # Dropout would move them by more than a half; bases that are made orthonormal anew move them by rounding.
-    torch.testing.assert_close(outputs(model, rows(adapter)), first, rtol=1e-12, atol=1e-12)
+    rounding = 1e-12 if method == "geolora" else 0  # its decompositions, on an AMD EPYC; dropout would move all by a half
+    torch.testing.assert_close(outputs(model, rows(adapter)), first, rtol=rounding, atol=rounding)
 
 
 def base_is_untouched_bit_for_bit(method: str) -> None:

@@ -190,8 +190,8 @@ def test_language_models_that_are_shared_generate_the_same_texts(tmp_path, kind,
     one = tmp_path / "1"
     for folder in (tmp_path / "2", tmp_path / "3"):
         for key, value in world.state(one).items():
-            # AdamW makes whole steps of what is small, rounding too, by which processors differ.
-            assert torch.allclose(value.double(), world.state(folder)[key].double(), rtol=1e-5, atol=1e-5), key
+            # 2.8e-6 in one number on an AMD EPYC: AdamW makes whole steps of what is small, rounding too.
+            assert torch.allclose(value.double(), world.state(folder)[key].double(), rtol=2e-6, atol=4e-6), key
         ours, theirs = (json.loads((part / "predictions.json").read_text()) for part in (folder, one))
         assert ours == theirs or is_near(one, folder, 1e-6)
 
@@ -202,7 +202,7 @@ def test_language_models_that_are_shared_generate_the_same_texts(tmp_path, kind,
     ["pissa", "eva", "gora", "increlora", "truncated", "heavy-tail", "ia3", "vera", "prompt-tuning", "houlsby", "dylora"],
 )
 def test_methods_that_read_the_weights_or_measure_the_model_read_them_whole(model, tmp_path, method):
-    assert_equals_one(model, tmp_path, 2, {"method": method, **SHARED, "max_steps": 12}, False, 1e-5, sharded_world.train)
+    assert_equals_one(model, tmp_path, 2, {"method": method, **SHARED, "max_steps": 12}, False, 2e-6, sharded_world.train)
 
 
 @pytest.mark.slow

@@ -83,7 +83,10 @@ def test_matrices_are_pefts_bit_for_bit_and_five_steps_stay_together(model):
     with torch.no_grad():
         for key, value in adapter.heads[HEAD[model]].named_parameters():
             named[f"{HEAD[model]}.modules_to_save.default.{key}"].copy_(value[0])
-    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (adapter, oracle)]
+    # With its usual eps AdamW would make whole steps of the rounding of small gradients, by which processors differ.
+    optimizers = [
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2, eps=1e-4) for m in (adapter, oracle)
+    ]
     for index in range(5):
         inputs = data(model, index)
         for one, optimizer in zip((adapter.model, oracle), optimizers, strict=True):
@@ -92,8 +95,7 @@ def test_matrices_are_pefts_bit_for_bit_and_five_steps_stay_together(model):
             optimizer.zero_grad()
     for name, site in adapter.named_sites():
         d, b = parts_of(oracle, name)
-        # AdamW makes whole steps of small gradients, and so of their rounding: 1e-4 after five steps on one processor of three.
-        assert close(site.d[0], d, 1e-3) and close(site.b[0], b, 1e-3) and b.abs().max() > 0.01, name
+        assert close(site.d[0], d, 1e-4) and close(site.b[0], b, 1e-4) and b.abs().max() > 0.01, name
     assert close(logits(adapter.model, data(model)), logits(oracle, data(model)), 1e-4)
 
 
