@@ -273,7 +273,7 @@ def archive_finished(folder: str | Path, out: str | Path) -> Path:
     for name in BESIDE:
         if (folder / name).is_file():
             write_file(out / name, (folder / name).read_bytes())
-    if set(before.get("methods", [])) - set(now.get("methods", [])):
+    if now and set(before.get("methods", [])) - set(now.get("methods", [])):  # a folder of runs alone has no study.json
         write_json(out / STUDY, with_others(before, now))
     return path
 
