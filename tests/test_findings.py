@@ -1,5 +1,6 @@
 """What README and the findings say in numbers is what the committed runs say: each figure made here from the archives."""
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -227,3 +228,41 @@ def test_the_lengths_of_stsb():
         f"{lengths.mean():.1f} on the average and {100 * (lengths > 32).mean():.0f} % more than 32"
         in (ROOT / "reports" / "bench" / "bench.md").read_text()
     )
+
+
+def test_how_fast_the_encoder_s_steps_are():
+    rows = {row["case"]: row for row in json.loads((ROOT / "reports" / "bench" / "bench.json").read_text())["rows"]}
+    for name, note in (("LoRA", ""), ("AdaLoRA", ", allocator and penalty included"), ("DoRA", "")):
+        one, packed = (rows[f"train/{name.lower()}/{members}"] for members in ("k1", "k16"))
+        assert f"| {name}{note} | {one['ratio']:.2f} | {packed['ratio']:.2f} |" in README
+        assert f"{packed['tax']:.2f} ({name})" in README
+
+
+def test_how_fast_language_models_and_images_are():
+    notes = (ROOT / "reports" / "bench" / "notes.md").read_text()
+    table = [line.split("|")[1:-1] for line in notes[notes.index("CPU with AMX") :].splitlines() if line.startswith("| ")]
+    rows = [
+        row
+        for folder in ("llama", "images", "language", "generate")
+        for row in json.loads((ROOT / "reports" / "bench" / "amx" / folder / "bench.json").read_text())["rows"]
+        if row["ratio"] and not row["case"].startswith("images/eval")
+    ]
+    printed = [[cell.strip() for cell in line[1:]] for line in table[2 : 2 + len(rows)]]
+    assert printed == [
+        [f"{row['ratio']:.2f}", f"{row['target_ratio']:.1f}", f"{row['tax']:.2f}", f"{memory(row):.2f}"] for row in rows
+    ]
+    llama, images, language = (
+        [row for row in rows if row["case"].startswith(x)] for x in ("llama", "images", "language/train")
+    )
+    lora, adalora, dora = (f"{row['ratio']:.2f}" for row in llama)
+    assert f"{lora}, {adalora} and {dora} at a Llama shape, {between(images, 'ratio', 2)} at DINOv2's" in README
+    assert f"and {between(language, 'ratio', 2)} at SmolLM2's" in README
+    assert f"the tax is {between(llama + images + language, 'tax', 1)} there" in README
+
+
+def memory(row: dict) -> float:
+    return row["peak_memory_bytes"] / row["peft_peak_memory_bytes"]
+
+
+def between(rows: list[dict], key: str, digits: int) -> str:
+    return " to ".join(f"{pick(row[key] for row in rows):.{digits}f}" for pick in (min, max))

@@ -67,6 +67,12 @@ for case in range(400):
     expected = y.double() + z.double() @ M.double()
     native.update_(y, z, M)
     close(y, expected, dtype)
+    others = tensor(2, R, F)
+    places = torch.tensor([draw.choice([0, 1]) for _ in range(K)], dtype=torch.int64)
+    close(native.dots(x, others, dropping, places), dropped @ others[places].double().mT, dtype)
+    expected = y.double() + z.double() @ others[places].double()
+    native.update_(y, z, others, places)
+    close(y, expected, dtype)
     for given in (M, None):
         dM, dx = native.outer(x, z, given, dropping)
         close(dM, z.double().mT @ dropped, dtype)

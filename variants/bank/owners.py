@@ -25,11 +25,13 @@ class Owners(Rows):
         self.stacked: dict[tuple[str, int], Any] = {}  # (site, rows) -> what the site keeps for these owners (site.py)
         self.stacked_bytes = 0
         self._groups: dict[tuple[int, torch.device], dict[str, Index]] = {}
+        self._orders: dict[tuple[int, torch.device], tuple[list[str | None], list[int], Tensor]] = {}
 
     def mix(self, names: Sequence[str | None] | None) -> None:
         """From now on rows have these owners; None: all have the active one."""
         self.names = None if names is None else list(names)
         self._groups.clear()
+        self._orders.clear()
         self.stacked.clear()
         self.stacked_bytes = 0
 
@@ -60,10 +62,19 @@ class Owners(Rows):
             }
         return self._groups[key]
 
-    def of_rows(self, count: int) -> list[str | None]:
-        """The owner of each of so many rows."""
-        times = count // len(self.names)
-        return [name for name in self.names for _ in range(times)]
+    def order(self, count: int, device: torch.device) -> tuple[list[str | None], list[int], Tensor]:
+        """The owners of so many rows, each once; how many rows each has; and of each row the place of its owner (count,)."""
+        key = count, device
+        if key not in self._orders:
+            owners = [name for name in self.names for _ in range(count // len(self.names))]
+            once = dict.fromkeys(owners)
+            places = {name: place for place, name in enumerate(once)}
+            self._orders[key] = (
+                list(once),
+                [owners.count(name) for name in once],
+                torch.tensor([places[name] for name in owners], dtype=torch.int64, device=device),
+            )
+        return self._orders[key]
 
     def _places(self, name: str, times: int, device: torch.device) -> Index:
         rows = [row for row, owner in enumerate(self.names) if owner == name]

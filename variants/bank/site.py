@@ -3,7 +3,7 @@
 At a linear module one product with the frozen weight serves every row.  Then each adapter's rows get its update, a product of
 two thin matrices, so that a batch of mixed rows costs what a batch of one adapter costs, whatever the counts: no row is padded.
 Rows that stand together are multiplied adapter by adapter; rows that lie apart, and those of a single token, row by row, each
-with a copy of its adapter's factors: to gather these moves less than to gather the rows.
+with the factors of its adapter's place among the batch's adapters: to gather these moves less than to gather the rows.
 
     y = base(x);   y_n += (x_n A^T) (c B)^T;   y_n = g (y_n - b) + b where the adapter has magnitudes (variants/dora.py)
 
@@ -91,11 +91,10 @@ class BankSite(nn.Module):
         super().__init__()
         self.name, self.owners = name, owners
         self.parts = nn.ModuleList(parts.values())  # so that they move with the model
-        self._places = {adapter: place for place, adapter in enumerate(parts)}
+        self._of = dict(parts)
 
     def part(self, adapter: str | None) -> Thin | Own | None:
-        place = self._places.get(adapter)
-        return None if place is None else self.parts[place]
+        return self._of.get(adapter)
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         is_single, owner = self.owners.single()
@@ -124,18 +123,20 @@ class BankSite(nn.Module):
         key = self.name, len(x)
         if key in self.owners.stacked:
             return self.owners.stacked[key]
-        parts = [part if isinstance(part, Thin) else None for part in map(self.part, self.owners.of_rows(len(x)))]
-        ranks = [len(part.A) for part in parts if part is not None]
-        if not ranks or not 0 < max(ranks) <= 2 * sum(ranks) / len(parts):
+        order, counts, places = self.owners.order(len(x), x.device)
+        parts = [part if isinstance(part, Thin) else None for part in map(self.part, order)]
+        ranks = [0 if part is None else part.A.shape[0] for part in parts]
+        most = max(ranks)
+        if not 0 < most <= 2 * sum(rank * count for rank, count in zip(ranks, counts, strict=True)) / len(x):
             return None
-        few = x[0].numel() // x.shape[-1] < max(ranks)
+        few = x[0].numel() // x.shape[-1] < most
         if not few and all(isinstance(rows, slice) for rows in groups.values()):
             return None
         one = next(part for part in parts if part is not None)
-        size = len(parts) * max(ranks) * (one.A.shape[1] + one.B.shape[1]) * one.A.element_size()
+        size = len(parts) * most * (one.A.shape[1] + one.B.shape[1]) * one.A.element_size()
         if few and self.owners.stacked_bytes + size > STACKED_BYTES:
             return None
-        stacked = Stacked.of(parts, one, max(ranks))
+        stacked = Stacked.of(parts, places, one, most)
         if few:
             self.owners.stacked[key] = stacked
             self.owners.stacked_bytes += size
@@ -151,21 +152,25 @@ class BankSite(nn.Module):
 
 @dataclass(frozen=True)
 class Stacked:
-    """Each row's own factors: A (rows, R, I), B (rows, R, O), gain (rows, 1, O) or None; R is that of the row with most."""
+    """The factors of the adapters in a batch, and of each row the place of its own.
+
+    A (adapters, R, I), B (adapters, R, O), places (rows,), gain (rows, 1, O) or None; R is that of the adapter with most.
+    """
 
     A: Tensor
     B: Tensor
+    places: Tensor
     gain: Tensor | None
 
     @classmethod
-    def of(cls, parts: list[Thin | None], like: Thin, rank: int) -> "Stacked":
-        """Of each row's update; None leaves a row as it is."""
+    def of(cls, parts: list[Thin | None], places: Tensor, like: Thin, rank: int) -> "Stacked":
+        """Of each adapter's update; None leaves its rows as they are."""
         A, B = (torch.stack(factors) for factors in zip(*(_padded(part, like, rank) for part in parts), strict=True))
         gains = [None if part is None else part.gain for part in parts]
         kept = next((gain for gain in gains if gain is not None), None)
         if kept is None:
-            return cls(A, B, None)
-        return cls(A, B, torch.stack([torch.ones_like(kept) if gain is None else gain for gain in gains])[:, None])
+            return cls(A, B, places, None)
+        return cls(A, B, places, torch.stack([torch.ones_like(kept) if gain is None else gain for gain in gains])[places, None])
 
     def changed(self, y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         """The output y (rows, ..., O) of x (rows, ..., I) with each row's update in it; y may be overwritten."""
@@ -176,12 +181,12 @@ class Stacked:
             rows, into = rows.to(gain.dtype), into.to(gain.dtype)
         is_recorded = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
         if not is_recorded and into.is_contiguous() and native.usable(rows, into, wide=(self.A, self.B)):
-            native.update_(into, native.dots(rows, self.A, None), self.B)
+            native.update_(into, native.dots(rows, self.A, None, self.places), self.B, self.places)
         else:
             dtype = torch.get_autocast_dtype(device) if is_autocast else self.A.dtype
             with torch.autocast(device, enabled=False):
-                z = torch.bmm(rows.to(dtype), self.A.to(dtype).mT)
-                into = torch.baddbmm(into.to(dtype), z, self.B.to(dtype))
+                z = torch.bmm(rows.to(dtype), self.A.to(dtype)[self.places].mT)
+                into = torch.baddbmm(into.to(dtype), z, self.B.to(dtype)[self.places])
         if gain is not None:
             into = into.to(gain.dtype)
             into = into * gain if bias is None else torch.addcmul((1 - gain) * bias.to(gain.dtype), into, gain)
@@ -191,7 +196,7 @@ class Stacked:
 def _padded(part: Thin | None, like: Thin, rank: int) -> tuple[Tensor, Tensor]:
     """A and B with so many slots, those that are missing zero."""
     factors = (like.A[:0], like.B[:0]) if part is None else (part.A, part.B)
-    A, B = (t if len(t) == rank else nn.functional.pad(t, (0, 0, 0, rank - len(t))) for t in factors)
+    A, B = (t if t.shape[0] == rank else nn.functional.pad(t, (0, 0, 0, rank - len(t))) for t in factors)
     return A, B
 
 

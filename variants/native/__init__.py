@@ -195,18 +195,21 @@ def drop(x: Tensor, dropping: Any) -> Tensor:
     return y
 
 
-def dots(x: Tensor, M: Tensor, dropping: Any) -> Tensor:
-    """(K, N, R) fp32: drop(x) M^T for x (K, N, F), M (K, R, F) fp32."""
+def dots(x: Tensor, M: Tensor, dropping: Any, places: Tensor | None = None) -> Tensor:
+    """(K, N, R) fp32: drop(x) M^T for x (K, N, F), M (K, R, F) fp32.
+
+    places: (K,) int64, of each of x its place in M, which is (any number, R, F) then; not checked against it.
+    """
     K, N, F = x.shape
     z = torch.empty(K, N, M.shape[1], **WIDE)
-    _call("dots", x.dtype, z, x.contiguous(), M.contiguous(), _structure(dropping), K, N, F, M.shape[1])
+    _call("dots", x.dtype, z, x.contiguous(), M.contiguous(), places, _structure(dropping), K, N, F, M.shape[1])
     return z
 
 
-def update_(y: Tensor, z: Tensor, M: Tensor) -> None:
-    """y += z M in place, for y (K, N, F) dense, z (K, N, R) and M (K, R, F) fp32."""
+def update_(y: Tensor, z: Tensor, M: Tensor, places: Tensor | None = None) -> None:
+    """y += z M in place, for y (K, N, F) dense, z (K, N, R) and M (K, R, F) fp32; places as in `dots`."""
     K, N, F = y.shape
-    _call("update", y.dtype, y, z.contiguous(), M.contiguous(), K, N, F, M.shape[1])
+    _call("update", y.dtype, y, z.contiguous(), M.contiguous(), places, K, N, F, M.shape[1])
 
 
 def outer(x: Tensor, z: Tensor, M: Tensor | None, dropping: Any) -> tuple[Tensor, Tensor | None]:

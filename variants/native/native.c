@@ -103,13 +103,14 @@ void ROUTINE(drop)(ELEMENT *y, const ELEMENT *x, const Drop *drop, size K, size 
     }
 }
 
-/* z (K, N, R) = drop(x) M^T, M (K, R, F) */
-void ROUTINE(dots)(float *z, const ELEMENT *x, const float *M, const Drop *drop, size K, size N, size F, size R, int threads) {
+/* z (K, N, R) = drop(x) M^T, M (K, R, F); with places, x's k-th has M's places[k]-th */
+void ROUTINE(dots)(float *z, const ELEMENT *x, const float *M, const size *places, const Drop *drop, size K, size N, size F, size R,
+                   int threads) {
   const size pairs = (N + 1) / 2; /* two rows at a time, four rows of M at a time: eight sums in registers */
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (size at = 0; at < K * pairs; at++) {
     const size k = at / pairs, n = at % pairs * 2, rows = N - n < 2 ? 1 : 2;
-    const float *m = M + k * R * F;
+    const float *m = M + (places ? places[k] : k) * R * F;
     float *out = z + (k * N + n) * R;
     float a[CHUNK], b[CHUNK];
     for (size r = 0; r < rows * R; r++) out[r] = 0;
@@ -142,11 +143,11 @@ void ROUTINE(dots)(float *z, const ELEMENT *x, const float *M, const Drop *drop,
   }
 }
 
-/* y += z M, M (K, R, F); y may be its own start */
-void ROUTINE(update)(ELEMENT *y, const float *z, const float *M, size K, size N, size F, size R, int threads) {
+/* y += z M, M (K, R, F); with places, y's k-th has M's places[k]-th; y may be its own start */
+void ROUTINE(update)(ELEMENT *y, const float *z, const float *M, const size *places, size K, size N, size F, size R, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (size at = 0; at < K * N; at++) {
-    const float *m = M + at / N * R * F, *c = z + at * R;
+    const float *m = M + (places ? places[at / N] : at / N) * R * F, *c = z + at * R;
     float sum[CHUNK];
     for (size from = 0; from < F; from += CHUNK) {
       const size count = F - from < CHUNK ? F - from : CHUNK;
