@@ -4,7 +4,9 @@ rankwise bench --soak 2000 --json reports/bench/soak/soak.json --out reports/ben
 
 A run is all that `compare` does: the model loaded, the data encoded, a pack trained, evaluated and saved, its files written.
 The methods take turns, so that every machinery has its share; the folder of each run goes with it.  What the process holds is
-counted POINTS times over all runs, each time after a full collection, which over 500,000 objects takes as long as a run.
+counted POINTS times over all runs, each time after a full collection.  A training step collects too, for its peak of memory, and
+over the 500,000 objects of the libraries that takes as long as a run: once each method has run they are set aside (`gc.freeze`),
+and still counted.
 """
 
 import contextlib
@@ -39,6 +41,7 @@ def run(number: int, progress: Callable[[str, float], None] = lambda what, done:
     objects that the collector knows."""
     every = max(1, number // POINTS)
     with contextlib.ExitStack() as stack:
+        stack.callback(gc.unfreeze)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rankwise-soak-")))
         stack.enter_context(mock.patch.dict(os.environ, RANKWISE_CACHE=str(folder / "cache")))
         _world(folder)
@@ -53,6 +56,9 @@ def run(number: int, progress: Callable[[str, float], None] = lambda what, done:
                 raise RuntimeError(f"run {index + 1} of {method} failed: {result['error']}")
             del runner, result
             shutil.rmtree(folder / "runs")
+            if index + 1 == len(METHODS):
+                gc.collect()
+                gc.freeze()
             progress(f"{method}, run {index + 1}", 1)
             if (index + 1) % every == 0 or index + 1 == number:
                 yield {"run": index + 1, "method": method, **held()}
@@ -66,7 +72,7 @@ def held() -> dict[str, int]:
         "resident_bytes": pages * os.sysconf("SC_PAGE_SIZE"),
         "files": len(os.listdir("/proc/self/fd")),
         "threads": threading.active_count(),
-        "objects": len(gc.get_objects()),
+        "objects": len(gc.get_objects()) + gc.get_freeze_count(),
     }
 
 
