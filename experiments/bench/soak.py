@@ -4,9 +4,9 @@ rankwise bench --soak 2000 --json reports/bench/soak/soak.json --out reports/ben
 
 A run is all that `compare` does: the model loaded, the data encoded, a pack trained, evaluated and saved, its files written.
 The methods take turns, so that every machinery has its share; the folder of each run goes with it.  What the process holds is
-counted POINTS times over all runs, each time after a full collection.  A training step collects too, for its peak of memory, and
-over the 500,000 objects of the libraries that takes as long as a run: once each method has run they are set aside (`gc.freeze`),
-and still counted.
+counted POINTS times over all runs, each time after a full collection.  A training step collects too, for its peak of memory,
+which takes as long as a run over the 500,000 objects of the libraries: once each method has run these are set aside
+(`gc.freeze`), and still counted.
 """
 
 import contextlib
