@@ -21,7 +21,7 @@ from torch import nn
 from tests import parallel_world as world
 from tests import sharded_world, small_world
 from tests import test_language_kinds as language_kinds
-from tests.test_parallel import ROOT, THREE, UNEVEN, assert_equals_one, cut_after, is_near, scores
+from tests.test_parallel import ROOT, THREE, UNEVEN, assert_equals_one, assert_goes_on, is_near, scores
 from tests.tiny import tiny
 
 SHARED = {**UNEVEN, "shard_base": True, "epochs": 20, "log_every": 1}
@@ -210,17 +210,7 @@ def test_methods_that_read_the_weights_or_measure_the_model_read_them_whole(mode
 def test_a_run_goes_on_whoever_shares_the_base(model, tmp_path, before, after):
     """A checkpoint is the same whether the base is shared or not."""
     changes = {"method": "adalora", **THREE, **UNEVEN, "shard_base": True, "max_steps": 12}
-    one, cut = tmp_path / "one", tmp_path / "cut"
-    for folder in (one, cut):
-        folder.mkdir()
-    world.train(ALONE, one, model, changes)
-    for size, work, *rest in ((before, cut_after, 5), (after, world.train)):
-        if size > 1:
-            world.run(size, work, cut, model, changes, *rest)
-        else:
-            work(ALONE, cut, model, changes, *rest)
-    expected, found = world.state(one), world.state(cut)
-    assert all(torch.allclose(value, found[name], rtol=1e-6, atol=1e-6) for name, value in expected.items())
+    assert_goes_on(model, tmp_path, before, after, changes)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ import torch
 from rankwise.variants.adalora import AdaLoRA
 from rankwise.variants.adapter import initialization
 from rankwise.variants.adapter.step import Step
-from rankwise.variants.allocation.exchanging import ExchangingAdapter, Plan, exchanged
+from rankwise.variants.allocation.exchanging import ExchangingAdapter, Plan
 from rankwise.variants.allocation.sites import Triplets
 from rankwise.variants.lowrank.slots import NEW, Rearranged
 from torch import nn
@@ -45,9 +45,7 @@ class ElaLoRA(ExchangingAdapter, AdaLoRA):
             self._forget_everything()
 
     def plans(self, step: Step) -> list[Plan] | None:
-        settings = self.settings
-        end = step.total - settings.final_steps
-        number = exchanged(settings.schedule, settings.exchange, step.index, settings.warmup_steps, end)
+        number = self.number(step)
         if not number:
             return None
         scores, ranks = [score.tolist() for score in self.triplet_scores()], self.kept_ranks()

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from rankwise.variants.adalora import AdaLoRA
 from rankwise.variants.adapter import initialization
 from rankwise.variants.adapter.step import Step
-from rankwise.variants.allocation.exchanging import ExchangingAdapter, Plan, exchanged
+from rankwise.variants.allocation.exchanging import ExchangingAdapter, Plan
 from rankwise.variants.allocation.scores import Score
 from rankwise.variants.allocation.sites import Triplets
 from torch import Tensor, nn
@@ -57,9 +57,7 @@ class FlexLoRA(ExchangingAdapter, AdaLoRA):
     scores = {"spectral-entropy": SpectralEntropy}
 
     def plans(self, step: Step) -> list[Plan] | None:
-        settings = self.settings
-        end = step.total - settings.final_steps
-        number = exchanged(settings.schedule, settings.exchange, step.index, settings.warmup_steps, end)
+        number = self.number(step)
         if not number:
             return None
         entropies, ranks = self.entropies(), self.kept_ranks()

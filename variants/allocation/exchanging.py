@@ -52,6 +52,12 @@ class ExchangingAdapter(AllocatedAdapter):
 
     # -- the exchange ----------------------------------------------------------------------------------------------
 
+    def number(self, step: Step) -> int:
+        """b(t): how many ranks change places after this step, by settings with a `schedule` of `exchange`."""
+        settings = self.settings
+        end = step.total - settings.final_steps
+        return exchanged(settings.schedule, settings.exchange, step.index, settings.warmup_steps, end)
+
     def _allocate(self, step: Step) -> None:
         self.exchange(step)
 
