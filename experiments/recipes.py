@@ -38,7 +38,9 @@ from rankwise.variants.settings import (
     shown,
 )
 
-STAND_IN = "sentence-transformers/all-MiniLM-L6-v2"  # a model that every machine with a package index can have
+# Models that every machine with a package index can have: an encoder, and a decoder.
+STAND_IN, STAND_IN_DECODER = "sentence-transformers/all-MiniLM-L6-v2", "SmolLM2-135M-Instruct-Q4_1"
+DECODERS = ("gpt2", "llama")
 
 # What a group, a task or a row of a recipe may say, besides the settings of `Training` and of the methods.
 OWN_KEYS = {
@@ -100,6 +102,12 @@ MODULES: dict[str, dict[str, str]] = {
     "deberta-v2": _DEBERTA,  # DeBERTaV3 too
     "llama": {"query": "q_proj", "key": "k_proj", "value": "v_proj", "attention output": "o_proj"}
     | {role: f"{role}_proj" for role in ("gate", "up", "down")},
+    "gpt2": {  # one matrix of the three joined
+        **dict.fromkeys(("query", "key", "value"), "attn.c_attn"),
+        "attention output": "attn.c_proj",
+        "intermediate": "mlp.c_fc",
+        "output": "mlp.c_proj",
+    },
 }
 
 
@@ -127,13 +135,19 @@ SHAPES = {
     "microsoft/deberta-v2-xxlarge": Shape("deberta-v2", 48, 1536, 6144, 1500.0e6),
     "microsoft/deberta-v3-base": Shape("deberta-v2", 12, 768, 3072, 184e6),
     STAND_IN: Shape("bert", 6, 384, 1536, 22_713_216),
+    # As transformers counts them, and LoRA's and PEFT's tables print them.
+    "openai-community/gpt2-medium": Shape("gpt2", 24, 1024, 4096, 354_823_168),
+    "openai-community/gpt2-large": Shape("gpt2", 36, 1280, 5120, 774_030_080),
+    "meta-llama/Llama-3.2-3B": Shape("llama", 28, 3072, 8192, 3_212_749_824),
     # Of its three matrices of 576 x 1536 a layer two are counted, and keys and values as if they had 9 heads: 12 % too few.
-    "SmolLM2-135M-Instruct-Q4_1": Shape("llama", 30, 576, 1536, 134_515_008),
+    STAND_IN_DECODER: Shape("llama", 30, 576, 1536, 134_515_008),
 }
 
 # Questions of SQuAD's training and development parts (AdaLoRA, Table 11). Its rows are windows of the text, a few more, and
 # known only once the tokenizer is; so a recipe's steps are counted by questions.
 QUESTIONS = {"squad/v1": (87_599, 10_570), "squad/v2": (130_319, 11_873)}
+# Rows that are known only once they are read: 93.8 % of MetaMathQA's 395,000, by PEFT's comparison, and GSM8K's test part.
+ABOUT = {"metamathqa": (370_510, 1_319)}
 
 # The time estimate: 4 operations a matrix parameter and token for an adapter (forward, and backward to the inputs), 6 for
 # full fine-tuning (to the weights too), 2 for a token that is only evaluated; at REACHED of the rate of plain matrix
@@ -141,7 +155,7 @@ QUESTIONS = {"squad/v1": (87_599, 10_570), "squad/v2": (130_319, 11_873)}
 # Gflop/s of the same processor in reports/bench/bench.json.
 REACHED = 0.5
 # Tokens of a row, on average: an assumption, not a measurement, and good to a factor of two or three.
-TOKENS_OF_A_ROW = {"squad": 200}
+TOKENS_OF_A_ROW = {"squad": 200, "metamathqa": 250}
 TOKENS_OF_A_SENTENCE_ROW = 40
 # Bytes of activations for each element of (rows, tokens, hidden) and layer in fp32: 34 bytes in half precision (Korthikanti
 # et al. 2022, eq. 2, without the scores, which fused attention does not keep), twice that in fp32, and twice again for what
@@ -572,14 +586,23 @@ def modules_of(roles: str, model: str) -> list[str]:
             f'--model {model}: a {architecture} has no module for the role "{unknown}"; it has: '
             f"{', '.join(MODULES[architecture])}: take a model of the recipe's architecture"
         )
-    return [MODULES[architecture][role] for role in wanted]
+    return list(dict.fromkeys(MODULES[architecture][role] for role in wanted))
+
+
+def stand_in(model: str) -> str:
+    """What can take the place of a model that cannot be had; of one that nothing is known of the encoder."""
+    known = SHAPES.get(model)
+    return STAND_IN_DECODER if known is not None and known.architecture in DECODERS else STAND_IN
+
+
+OF_CONFIG = (("n_layer", "num_hidden_layers"), ("n_embd", "hidden_size"))  # GPT-2's name and the others'
 
 
 def shape(model: str) -> Shape:
     """The shape of a model, known by name or read from its config.json (which may download the model).
 
     Raises:
-        ValueError: a config.json without the numbers of an encoder.
+        ValueError: a config.json without layers and widths.
         Unavailable: no source could give the model.
     """
     if model in SHAPES:
@@ -587,10 +610,11 @@ def shape(model: str) -> Shape:
     folder = sources.fetch(model)
     try:
         facts = json_text.read(folder / "config.json")
-        layers, hidden, inner = (int(facts[k]) for k in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+        layers, hidden = (int(facts[old] if old in facts else facts[key]) for old, key in OF_CONFIG)
+        inner = int(facts.get("n_inner") or facts.get("intermediate_size") or 4 * hidden)
         architecture = str(facts["model_type"])
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"--model {model}: its config.json is not an encoder's; known: {', '.join(MODULES)}") from None
+        raise ValueError(f"--model {model}: its config.json lacks layers and widths; known: {', '.join(MODULES)}") from None
     known = Shape(architecture, layers, hidden, inner, 0)
     return Shape(architecture, layers, hidden, inner, known.in_matrices + facts.get("vocab_size", 0) * hidden)
 
@@ -608,7 +632,7 @@ def check_at_hand(plans: Sequence[Plan]) -> None:
         except sources.Unavailable as error:
             faults.append(
                 f"model {model} could not be obtained; tried: {'; '.join(error.tried)}; "
-                f"put another in its place, labelled in every table: --model {STAND_IN}"
+                f"put another in its place, labelled in every table: --model {stand_in(model)}"
             )
     for name in dict.fromkeys(one.study.tasks[0] for one in plans):
         task = get_task(name)
@@ -680,8 +704,8 @@ def rows_of(task: Task) -> tuple[int, int]:
     Raises:
         ValueError: a task that does not know them before its data is read.
     """
-    if task.name in QUESTIONS:
-        return QUESTIONS[task.name]
+    if task.name in QUESTIONS or task.name in ABOUT:
+        return (QUESTIONS | ABOUT)[task.name]
     if task.sizes is None:
         raise ValueError(f"{task.name} does not say how many rows it has, so that a recipe cannot be laid out for it")
     return task.sizes[task.official_train_split], task.sizes[task.dev_split]
@@ -698,6 +722,14 @@ def _reasons(recipe: Recipe, given: Mapping[str, Any], chosen: str, stands_in_fo
         found.append(Reason("model", f"{chosen} stands in for {stands_in_for}."))
     if scale < 1:
         found.append(Reason("scaled", f"The recipe is scaled to {scale:g} of its length, all its step counts with it."))
+    if given.get("generation"):
+        found.append(
+            Reason("decoding", f"The paper generates with {given['generation']}; here each token is the likeliest one.")
+        )
+    if given.get("label_smoothing"):
+        found.append(
+            Reason("labels", f"The paper smooths its labels by {given['label_smoothing']:g}; here they are not smoothed.")
+        )
     if given.get("start_from"):
         found.append(Reason("start", f"The paper starts from {given['start_from']}; here from the pre-trained model alone."))
     return found
@@ -798,7 +830,7 @@ def here(recipes: Sequence[Recipe], variant: str) -> dict[str, Any]:
         "free_memory_bytes": free,
         "matrix_product_flops": flops,
         "reached_share": REACHED,
-        "stand_in": STAND_IN,
+        "stand_ins": [STAND_IN, STAND_IN_DECODER],
         "tables": tables,
     }
 

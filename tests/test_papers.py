@@ -300,6 +300,8 @@ def _measured(task: tasks.Task) -> dict[str, float]:
     if task.kind == "span":
         one = Questions(np.array([0]), np.zeros((1, 2), dtype=np.int32), ["0"], ["yes"], [("yes",)])
         return task.measure(["yes"], np.zeros(1), one)
+    if task.kind == "generation":
+        return task.measure(["yes 1"], [("yes 1",)])
     true = np.array([0, 1, 1, 0])
     values = true / 5 if task.kind == "regression" else true
     return task.measure(values, values)

@@ -9,14 +9,25 @@ from typing import Any
 from rankwise.experiments.config import read as config_of_study
 from rankwise.experiments.data_entries import OwnData
 from rankwise.experiments.records import STUDY_FILE
-from rankwise.experiments.tasks import conll2003, fashion_mnist, glue, own_tasks, reuters, sarcasm, socialiqa, squad
+from rankwise.experiments.tasks import (
+    conll2003,
+    e2e_nlg,
+    fashion_mnist,
+    glue,
+    metamathqa,
+    own_tasks,
+    reuters,
+    sarcasm,
+    socialiqa,
+    squad,
+)
 from rankwise.experiments.tasks.own_tasks import OwnTask
 from rankwise.experiments.tasks.task import Task
 from rankwise.variants.settings import quoted
 
 __all__ = ["Outputs", "OwnTask", "Task", "get", "in_study", "names", "of_run", "outputs_of_run"]
 
-_FAMILIES = (glue, reuters, sarcasm, conll2003, squad, fashion_mnist, socialiqa)
+_FAMILIES = (glue, reuters, sarcasm, conll2003, squad, fashion_mnist, socialiqa, e2e_nlg, metamathqa)
 _TASKS: dict[str, Task] = {task.name: task for family in _FAMILIES for task in family.TASKS}
 
 

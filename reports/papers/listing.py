@@ -90,8 +90,8 @@ def _estimates(here: Mapping[str, Any]) -> list[str]:
         f"at {here['reached_share']:g} (share seen in reports/studies/quick-look) of the "
         f"{here['matrix_product_flops'] / 1e9:.0f} Gflop/s of matrix products measured just now; good to a factor of three. "
         "--scale shortens a recipe.",
-        f"with --model: the data is here, the model is not or does not fit; {here['stand_in']} can stand in, and every table "
-        "says so.",
+        f"with --model: the data is here, the model is not or does not fit; {' (an encoder) or '.join(here['stand_ins'])} (a "
+        "decoder) can stand in, and every table says so.",
     ]
 
 
