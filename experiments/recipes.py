@@ -143,12 +143,6 @@ SHAPES = {
     STAND_IN_DECODER: Shape("llama", 30, 576, 1536, 134_515_008),
 }
 
-# Questions of SQuAD's training and development parts (AdaLoRA, Table 11). Its rows are windows of the text, a few more, and
-# known only once the tokenizer is; so a recipe's steps are counted by questions.
-QUESTIONS = {"squad/v1": (87_599, 10_570), "squad/v2": (130_319, 11_873)}
-# Rows that are known only once they are read: 93.8 % of MetaMathQA's 395,000, by PEFT's comparison, and GSM8K's test part.
-ABOUT = {"metamathqa": (370_510, 1_319)}
-
 # The time estimate: 4 operations a matrix parameter and token for an adapter (forward, and backward to the inputs), 6 for
 # full fine-tuning (to the weights too), 2 for a token that is only evaluated; at REACHED of the rate of plain matrix
 # products that is measured here. 0.5: LoRA's 1,578 tokens/s of MiniLM in reports/studies/quick-look against the 133
@@ -699,16 +693,8 @@ def _remedy(scale: float) -> str:
 
 
 def rows_of(task: Task) -> tuple[int, int]:
-    """Rows of the official training and development parts.
-
-    Raises:
-        ValueError: a task that does not know them before its data is read.
-    """
-    if task.name in QUESTIONS or task.name in ABOUT:
-        return (QUESTIONS | ABOUT)[task.name]
-    if task.sizes is None:
-        raise ValueError(f"{task.name} does not say how many rows it has, so that a recipe cannot be laid out for it")
-    return task.sizes[task.official_train_split], task.sizes[task.dev_split]
+    """Rows of the official training and development parts, of SQuAD its questions (AdaLoRA, Table 11)."""
+    return task.rows_of(task.official_train_split), task.rows_of(task.dev_split)
 
 
 # -- in what it is not the paper's run ------------------------------------------------------------------------------------
@@ -762,7 +748,7 @@ def _departures(
         lines.append(
             f"The recipe's dropout before the classifier, {given['cls_dropout']:g}, is not set: the model's own is used."
         )
-    if task.name in QUESTIONS:
+    if task.kind == "span":
         lines.append(
             "Steps are counted by questions; windows of long texts make an epoch a little longer, and its warm-up too."
         )

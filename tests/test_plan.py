@@ -314,6 +314,18 @@ def test_a_study_is_planned_with_the_ranks_of_its_budget(model, tmp_path, capsys
     assert "learned takes the ranks of adalora's run: planned with equal ones" in captured.err
 
 
+@pytest.mark.parametrize("task", ["squad/v1", "e2e-nlg", "metamathqa"])
+def test_a_task_whose_rows_are_counted_when_it_is_read_is_planned_before(task, tmp_path, capsys):
+    kind = "llama" if task != "squad/v1" else "bert"
+    where = language_models.saved(kind, tmp_path / kind) if kind == "llama" else small_world.model(tmp_path / kind)
+    lines = [f'name = "planned"\nmodel = "{where}"\ntasks = ["{task}"]\nseeds = 1\nquick = true']
+    lines += ["[training]\nbatch_size = 4\nmax_length = 24", '[[methods]]\nmethod = "lora"\nrank = 2\nlearning_rate = 1e-3']
+    (tmp_path / "study.toml").write_text("\n".join(lines))
+    assert rankwise("plan", tmp_path / "study.toml", "--json") == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["method"] == "lora" and row["peak_bytes"] > row["weights_bytes"] > 0
+
+
 def test_no_terms_are_asked_for_where_no_data_is_read(capsys):
     assert rankwise("plan", "fair", "--no-time", "--json", "--methods", "head") == 0
     assert len(json.loads(capsys.readouterr().out)["rows"]) == 4

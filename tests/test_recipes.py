@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -877,8 +878,9 @@ def small(tmp_path, monkeypatch) -> dict:
         (folder / "small-1.toml").write_text(text)
         monkeypatch.setattr(owner, key, folder)
     monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(recipes, "QUESTIONS", {"small/regression": (60, 24)})
     small_world.register(monkeypatch.setitem)
+    known = replace(tasks.get("small/regression"), about={"train": 60, "validation": 24})
+    monkeypatch.setitem(tasks._TASKS, known.name, known)
     papers.load.cache_clear()
     yield {"name": "small-1", "cells": "letters", "model": small_world.model(tmp_path / "model"), "out": tmp_path / "out",
            "device": "cpu"}  # fmt: skip

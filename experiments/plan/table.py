@@ -86,7 +86,7 @@ def of_study(study: Study, precision: str, say: Callable[[str], None]) -> list[A
 
 def _of_task(study: Study, task: Task, precision: str, say: Callable[[str], None]) -> Asked:
     training = study.training
-    rows = training.train_examples or task.sizes["train"]
+    rows = training.train_examples or task.rows_of("train")
     total = training.total_steps(rows)
     kind, entries = kinds.get(task.kind), []
     for entry in study.methods:

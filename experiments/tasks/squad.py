@@ -97,6 +97,12 @@ def hub_identity(version: str) -> str:
     return digest.hexdigest()
 
 
+def _questions(version: str) -> dict[str, int]:
+    """Of each split; its rows are windows of the texts, a few more."""
+    train, dev = OFFICIAL[version]["train"], OFFICIAL[version]["validation"]
+    return {"train": train - train // 10, "validation": train // 10, "dev": dev, OFFICIAL_TRAIN: train}
+
+
 def _task(version: str) -> Task:
     empty = version == "v2"
     caption = (
@@ -119,6 +125,7 @@ def _task(version: str) -> Task:
         measure=metrics.exact_match_and_f1_with_empty if empty else metrics.exact_match_and_f1,
         resampled=metrics.resampled_answer_f1_with_empty if empty else metrics.resampled_answer_f1,
         identity=functools.partial(hub_identity, version),
+        about=_questions(version),
         caption=(caption, threshold) if empty else (caption,),
     )
 

@@ -20,7 +20,7 @@ class Task:
     """One task: what it is, how its splits are read, how predictions are scored.
 
     kind: a name of `kinds.names()`. metric: the name of the primary metric. sizes: rows of each split, known before any
-    download, or None (as where a tokenizer decides about them).
+    download, or None (as where a tokenizer decides about them); about: then about how many, for plans.
     read: split -> Examples. measure: (predictions, labels) -> {name: points}. identity: -> hash of the raw data.
     train_split, selection_split, score_split: trained on, chosen on, reported. official_train_split: every row that the
     data set's authors gave for training, nothing kept out; dev_split: their development part. Papers that report the
@@ -50,6 +50,7 @@ class Task:
     caption: tuple[str, ...] = ()
     captions_by_model: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sizes: Mapping[str, int] | None = None
+    about: Mapping[str, int] = field(default_factory=dict)
     data: str | None = None  # name in the catalogue, where it has one
 
     def __post_init__(self) -> None:
@@ -63,6 +64,17 @@ class Task:
         for split in chosen:
             self._check_split(split)
         return {split: self.examples(split) for split in chosen}
+
+    def rows_of(self, split: str) -> int:
+        """How many rows a split has, or about how many, without reading it.
+
+        Raises:
+            ValueError: it is not known before the data is read.
+        """
+        found = (self.sizes or self.about).get(split)
+        if found is None:
+            raise ValueError(f"{self.name} does not say how many rows {split} has before it is read")
+        return found
 
     def pieces(self, split: str) -> Iterator[Examples]:
         """The examples of a split one after the other, in pieces that fit in memory."""
