@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rankwise.reports import papers, results, speed, stability, tables
+from rankwise.reports import papers, results, soak, speed, stability, tables
 from rankwise.reports.hypotheses import outcomes_of
 from rankwise.reports.results import Arm, Study, rate_score
 from rankwise.reports.statistics import paired_differences, spearman, summary
@@ -258,6 +258,15 @@ def test_how_fast_language_models_and_images_are():
     assert f"{lora}, {adalora} and {dora} at a Llama shape, {between(images, 'ratio', 2)} at DINOv2's" in README
     assert f"and {between(language, 'ratio', 2)} at SmolLM2's" in README
     assert f"the tax is {between(llama + images + language, 'tax', 1)} there" in README
+
+
+def test_what_many_runs_leave_in_a_process():
+    found = json.loads((ROOT / "reports" / "bench" / "soak" / "soak.json").read_text())
+    first, last = found["rows"][len(found["rows"]) // 4], found["rows"][-1]
+    assert all(first[key] == last[key] for key in ("files", "threads", "objects"))
+    grown = f"{soak.growth(found, 'resident_bytes') / 1e3:.1f} kB a run"
+    assert f"{last['run']:,} tiny runs" in README and f"its memory grew by {grown}" in README
+    assert f"memory grows by {grown}" in (ROOT / "reports" / "bench" / "notes.md").read_text()
 
 
 def memory(row: dict) -> float:
