@@ -70,6 +70,9 @@ def test_what_a_trained_magnitude_is_worth():
     said = f"{numbers}: **{one.kind}** (margin {one.hypothesis.margin:g})"
     assert f"| DoRA, magnitudes counted in the budget | {means[1]:.2f} | {said}" in FINDINGS
     assert numbers.replace(", ", " points, ", 1) in README and f"{one.kind} after" in README
+    worst, *others = sorted(lora[seed] for seed in range(8, 12))
+    further = [f"{score:.2f}" for score in others]
+    assert f"three scored {further[0]}, {further[1]} and {further[2]}, and one {worst:.2f};" in FINDINGS
     beside = summary(paired_differences(adalora, lora))
     [verdict] = [verdict for verdict in verdicts(study) if verdict.setting == "adalora"]
     between = f"{beside.mean:+.2f}, 95 % interval {beside.low:+.2f} to {beside.high:+.2f}: {verdict.kind}"
