@@ -233,6 +233,26 @@ def test_the_lengths_of_stsb():
     )
 
 
+def test_what_placing_is_worth_on_images_in_100_steps():
+    study = results.load(ROOT / "reports" / "studies" / "dinov2").parts()[0]
+    names = {
+        "dora": "DoRA",
+        "random-rank": "random ranks",
+        "stable-rank": "ranks by stable rank",
+        "full": "full fine-tuning",
+        "adalora": "AdaLoRA, 12 to 8",
+        "head": "linear probe",
+    }
+    scores = {one.setting: one.scores for one in study.arms}
+    assert {len(of_seeds) for of_seeds in scores.values()} == {10} and set(scores) == {*names, "lora"}
+    assert f"| LoRA, rank 8 at each linear layer | {np.mean(list(scores['lora'].values())):.2f} | |" in FINDINGS
+    kinds = {verdict.setting: verdict.kind for verdict in verdicts(study)}
+    for setting, name in names.items():
+        seen = summary(paired_differences(scores[setting], scores["lora"]))
+        said = f"{seen.mean:+.2f}, {seen.low:+.2f} to {seen.high:+.2f}: {kinds[setting]}"
+        assert f"| {name} | {np.mean(list(scores[setting].values())):.2f} | {said} |" in FINDINGS
+
+
 def test_how_fast_the_encoder_s_steps_are():
     rows = {row["case"]: row for row in json.loads((ROOT / "reports" / "bench" / "bench.json").read_text())["rows"]}
     for name, note in (("LoRA", ""), ("AdaLoRA", ", allocator and penalty included"), ("DoRA", "")):
