@@ -135,7 +135,7 @@ SHAPES = {
     "microsoft/deberta-v2-xxlarge": Shape("deberta-v2", 48, 1536, 6144, 1500.0e6),
     "microsoft/deberta-v3-base": Shape("deberta-v2", 12, 768, 3072, 184e6),
     STAND_IN: Shape("bert", 6, 384, 1536, 22_713_216),
-    # As transformers counts them, and LoRA's and PEFT's tables print them.
+    # Parameters as transformers counts them; LoRA's Table 3 prints 354.92M and 774.03M.
     "openai-community/gpt2-medium": Shape("gpt2", 24, 1024, 4096, 354_823_168),
     "openai-community/gpt2-large": Shape("gpt2", 36, 1280, 5120, 774_030_080),
     "meta-llama/Llama-3.2-3B": Shape("llama", 28, 3072, 8192, 3_212_749_824),
@@ -589,9 +589,6 @@ def stand_in(model: str) -> str:
     return STAND_IN_DECODER if known is not None and known.architecture in DECODERS else STAND_IN
 
 
-OF_CONFIG = (("n_layer", "num_hidden_layers"), ("n_embd", "hidden_size"))  # GPT-2's name and the others'
-
-
 def shape(model: str) -> Shape:
     """The shape of a model, known by name or read from its config.json (which may download the model).
 
@@ -604,9 +601,12 @@ def shape(model: str) -> Shape:
     folder = sources.fetch(model)
     try:
         facts = json_text.read(folder / "config.json")
-        layers, hidden = (int(facts[old] if old in facts else facts[key]) for old, key in OF_CONFIG)
-        inner = int(facts.get("n_inner") or facts.get("intermediate_size") or 4 * hidden)
         architecture = str(facts["model_type"])
+        if architecture == "gpt2":  # which has names of its own, and often no width
+            layers, hidden = int(facts["n_layer"]), int(facts["n_embd"])
+            inner = int(facts.get("n_inner") or 4 * hidden)
+        else:
+            layers, hidden, inner = (int(facts[k]) for k in ("num_hidden_layers", "hidden_size", "intermediate_size"))
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"--model {model}: its config.json lacks layers and widths; known: {', '.join(MODULES)}") from None
     known = Shape(architecture, layers, hidden, inner, 0)

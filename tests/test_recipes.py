@@ -410,7 +410,7 @@ def test_a_stand_in_has_its_own_names_and_says_whose_place_it_takes():
 
 def test_a_stand_in_without_the_roles_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "bloom", "n_layer": 2, "hidden_size": 8}))  # fmt: skip
+        json.dumps({"model_type": "bloom", "num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 9}))  # fmt: skip
     with pytest.raises(ValueError, match='where "all six" is in a bloom is not known; known architectures: bert, roberta'):
         planned("adalora-1", "AdaLoRA, 1.27M", "stsb", model=str(tmp_path))
     with pytest.raises(ValueError, match='no role "querry"; did you mean "query"'):
