@@ -342,12 +342,15 @@ def test_the_server_of_the_page_answers_each_row_with_its_adapter(tmp_path, monk
 
 def test_the_bench_measures_mixed_rows_that_equal_pefts(monkeypatch):
     size = mixed.Size(adapters=3, rows_each=2, tokens=(5,), hidden=32, layers=1, heads=4, rank=2, rounds=1)
-    head, lora, dora = mixed.lines(size)
-    assert head.startswith("3 adapters x 2 rows") and re.search(r"mixed / one \d+\.\d\d .* PEFT / mixed \d", lora)
-    assert dora.startswith("dora") and "peft" not in dora
+    lora, dora = mixed.rows(size)
+    assert mixed.head(size).startswith("3 adapters x 2 rows")
+    assert re.search(r"mixed / one \d+\.\d\d .* PEFT / mixed \d", mixed.line(lora))
+    seconds, (low, high) = lora["seconds"], lora["peft/mixed_spread"]
+    assert low == lora["peft/mixed"] == pytest.approx(seconds["peft"] / seconds["mixed"]) == high  # of one round
+    assert mixed.line(dora).startswith("dora") and "peft" not in mixed.line(dora)
     monkeypatch.setattr(variants.Bank, "mixed", lambda bank, owners: contextlib.nullcontext())  # mixes nothing
     with pytest.raises(RuntimeError, match="mixed rows differ from PEFT's"):
-        list(mixed.lines(size))
+        list(mixed.rows(size))
 
 
 # -- combining -----------------------------------------------------------------------------------------------------------

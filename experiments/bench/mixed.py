@@ -1,6 +1,6 @@
 """A bank's mixed batch beside a batch of one adapter, and beside PEFT's mixed batch, in evaluation.
 
-rankwise bench --mixed
+rankwise bench --mixed --json reports/bench/mixed.json
 
 An encoder of MiniLM's shape with random weights; adapters of rank 8 at every linear of its layers.  The rows of a mixed batch
 have their adapters in turn, so that no two neighbours share one; "sorted" is the same batch with an adapter's rows together.
@@ -22,7 +22,8 @@ from rankwise.variants.adapter.probe import fill
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
-TARGETS = {"beside_one": 1.25, "beside_peft": 1.5}  # ours over one adapter's, at most; PEFT's over ours, at least
+RATIOS = (("mixed", "one"), ("peft", "mixed"), ("peft", "frozen"))
+TARGETS = {"mixed/one": 1.25, "peft/mixed": 1.5}  # at most; at least
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,20 @@ class Size:
     rounds: int = 15
 
 
-def lines(size: Size | None = None) -> Iterator[str]:
-    """A line for each method and number of tokens, as soon as it is measured.
+def rows(size: Size | None = None) -> Iterator[dict[str, Any]]:
+    """A row for each method and number of tokens, as soon as it is measured: the seconds of each arm (medians over rounds), and
+    the median over the rounds of each ratio within a round, with its quartiles.
 
     Raises:
         RuntimeError: our mixed rows differ from PEFT's.
     """
     size = size or Size()
-    yield f"{size.adapters} adapters x {size.rows_each} rows, {torch.get_num_threads()} threads; milliseconds, medians"
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for method in ("lora", "dora"):
             folders = _saved(size, method, Path(scratch))
             for tokens in size.tokens:
-                yield _line(method, tokens, _measured(size, method, folders, tokens))
+                yield _row(method, tokens, _measured(size, method, folders, tokens))
 
 
 def _encoder(size: Size) -> nn.Module:
@@ -126,15 +127,28 @@ def _check(ours: Tensor, expected: Tensor) -> None:
         raise RuntimeError(f"mixed rows differ from PEFT's by {worst:.1e}")
 
 
-def _line(method: str, tokens: int, seconds: dict[str, list[float]]) -> str:
-    """The medians, and the median over the rounds of each ratio within a round."""
-    medians = "  ".join(f"{arm} {1000 * statistics.median(values):.1f}" for arm, values in seconds.items())
+def _row(method: str, tokens: int, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"method": method, "tokens": tokens}
+    row["seconds"] = {arm: statistics.median(taken) for arm, taken in seconds.items()}
+    for over, under in RATIOS:
+        if over in seconds:
+            values = [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
+            name = f"{over}/{under}"
+            row |= {name: statistics.median(values), f"{name}_spread": timing.quartiles(values)}
+    return row
 
-    def ratio(over: str, under: str) -> float:
-        return statistics.median(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
 
-    found = f"mixed / one {ratio('mixed', 'one'):.2f} (at most {TARGETS['beside_one']})"
-    if "peft" in seconds:
-        found += f", PEFT / mixed {ratio('peft', 'mixed'):.2f} (at least {TARGETS['beside_peft']})"
-        found += f", PEFT / frozen {ratio('peft', 'frozen'):.2f}"
-    return f"{method:5} {tokens:4} tokens   {medians}   {found}"
+def head(size: Size | None = None) -> str:
+    """What the lines are of."""
+    size = size or Size()
+    return f"{size.adapters} adapters x {size.rows_each} rows, {torch.get_num_threads()} threads; milliseconds, medians"
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as it is printed."""
+    medians = "  ".join(f"{arm} {1000 * seconds:.1f}" for arm, seconds in row["seconds"].items())
+    found = f"mixed / one {row['mixed/one']:.2f} (at most {TARGETS['mixed/one']})"
+    if "peft/mixed" in row:
+        found += f", PEFT / mixed {row['peft/mixed']:.2f} (at least {TARGETS['peft/mixed']})"
+        found += f", PEFT / frozen {row['peft/frozen']:.2f}"
+    return f"{row['method']:5} {row['tokens']:4} tokens   {medians}   {found}"

@@ -56,7 +56,7 @@ def bench(
         idle={"--out": out, "--full": full or None, "--device": None if device == "auto" else device},
         also={
             "--tried": {"--json": json_file, "--cases": cases, "--repetitions": repetitions},
-            "--mixed": {"--json": json_file, "--cases": cases, "--repetitions": repetitions},
+            "--mixed": {"--cases": cases, "--repetitions": repetitions},
             "--optimizer-states": {"--json": json_file, "--cases": cases, "--repetitions": repetitions},
             "--planned": {"--cases": cases, "--repetitions": repetitions},
             "--quantised": {"--cases": cases, "--repetitions": repetitions},
@@ -82,7 +82,7 @@ def bench(
         return _fleet(fleet, json_file, out or OUT, threads)
     if mixed:
         known.check_peft()
-        return _mixed(threads)
+        return _mixed(json_file, threads)
     if optimizer_states:
         return _optimizer_states(threads)
     chosen = known.select_ablated(cases) if ablation else known.select(cases, full)
@@ -149,15 +149,21 @@ def _optimizer_states(threads: int | None) -> None:
             print(line, flush=True)
 
 
-def _mixed(threads: int | None) -> None:
+def _mixed(json_file: Path | None, threads: int | None) -> None:
     """Prints a line for each method and length as it is measured."""
     with Progress() as bar, nothing_kept_if_interrupted():
         bar.say("bench: loading torch ...")
-        _start(bar, threads)
+        is_shared = _start(bar, threads)
         from rankwise.experiments.bench import mixed
+        from rankwise.experiments.files import write_json
 
-        for line in mixed.lines():
-            print(line, flush=True)
+        print(mixed.head(), flush=True)
+        rows = []
+        for row in mixed.rows():
+            print(mixed.line(row), flush=True)
+            rows.append(row)
+        if json_file is not None:
+            write_json(json_file, {"machine": _machine(is_shared), "rows": rows})
 
 
 def _planned(json_file: Path | None, out: Path, threads: int | None) -> None:
@@ -230,9 +236,7 @@ def _soak(number: int, json_file: Path | None, out: Path, threads: int | None) -
     is_whole = True
     with Progress() as bar:
         bar.say("bench: loading torch ...")
-        _start(bar, threads)
-        import torch
-        from rankwise.experiments import measure
+        is_shared = _start(bar, threads)
         from rankwise.experiments.bench import soak
         from rankwise.experiments.files import write_json
 
@@ -245,9 +249,14 @@ def _soak(number: int, json_file: Path | None, out: Path, threads: int | None) -
             if not rows:
                 raise
             is_whole = False
-        machine = {"device_name": measure.device_name(torch.device("cpu")), "versions": measure.versions(), **measure.commit()}
         seconds = time.perf_counter() - began
-        result = {"machine": machine, "asked": number, "methods": len(soak.METHODS), "seconds": seconds, "rows": rows}
+        result = {
+            "machine": _machine(is_shared),
+            "asked": number,
+            "methods": len(soak.METHODS),
+            "seconds": seconds,
+            "rows": rows,
+        }
         if json_file is not None:
             write_json(json_file, result, indent=None)
     from rankwise.reports import soak as report
@@ -266,16 +275,13 @@ def _fleet(times: Path, json_file: Path | None, out: Path, threads: int | None) 
     with Progress() as bar, nothing_kept_if_interrupted():
         bar.say("bench: loading torch ...")
         is_shared = _start(bar, threads)
-        import torch
-        from rankwise.experiments import measure
         from rankwise.experiments.bench import fleet
         from rankwise.experiments.files import write_json
 
         bar.start(2)  # kinds of machines
         found = fleet.run(measured, out, bar.advance)
-        machine = {"device_name": measure.device_name(torch.device("cpu")), "versions": measure.versions(), **measure.commit()}
         found["times"]["file"] = str(times)
-        result = {"machine": {**machine, "shared": is_shared}, **found}
+        result = {"machine": _machine(is_shared), **found}
         if json_file is not None:
             write_json(json_file, result)
     from rankwise.reports import fleet as report
@@ -290,6 +296,15 @@ def _start(bar: Progress, threads: int | None) -> bool:
     if is_shared:
         bar.warn("note: another program is computing on this machine; trust the ratios more than the times")
     return is_shared
+
+
+def _machine(is_shared: bool) -> dict[str, Any]:
+    """What was measured on: this processor, its threads, the versions and the commit."""
+    import torch
+    from rankwise.experiments import measure
+
+    where = {"device_name": measure.device_name(torch.device("cpu")), "threads": torch.get_num_threads(), "shared": is_shared}
+    return {**where, "versions": measure.versions(), **measure.commit()}
 
 
 def _refuse_idle(instead: dict[str, bool], idle: dict[str, Any], also: dict[str, dict[str, Any]]) -> None:
