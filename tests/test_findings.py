@@ -1,11 +1,13 @@
 """What README and the findings say in numbers is what the committed runs say: each figure made here from the archives."""
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rankwise.experiments.bench import mixed
 from rankwise.reports import papers, results, soak, speed, stability, tables
 from rankwise.reports.hypotheses import outcomes_of
 from rankwise.reports.results import Arm, Study, rate_score
@@ -281,6 +283,20 @@ def test_how_fast_language_models_and_images_are():
     assert f"{lora}, {adalora} and {dora} at a Llama shape, {between(images, 'ratio', 2)} at DINOv2's" in README
     assert f"and {between(language, 'ratio', 2)} at SmolLM2's" in README
     assert f"the tax is {between(llama + images + language, 'tax', 1)} there" in README
+
+
+def test_what_a_mixed_batch_costs():
+    rows = json.loads((ROOT / "reports" / "bench" / "mixed.json").read_text())["rows"]
+    notes = (ROOT / "reports" / "bench" / "notes.md").read_text()
+    bank = " ".join((ROOT / "variants" / "bank" / "bank.md").read_text().split())
+    for row in (row for row in rows if row["method"] == "lora"):
+        one, peft, over = (row[key] for key in ("mixed/one", "peft/mixed", "peft/frozen"))
+        missed = "" if peft >= mixed.TARGETS["peft/mixed"] else ", missed"
+        assert one <= mixed.TARGETS["mixed/one"]
+        assert f"| {row['tokens']} | {one:.2f} | {peft:.2f}{missed} | {over:.2f} |" in notes
+        assert re.search(rf"{one:.2f} x[^.]* PEFT('s mixed batch)? {peft:.2f} x ours", bank)
+    first, second, last = (f"{row['mixed/one']:.2f}" for row in rows if row["method"] == "dora")
+    assert f"mixed rows take {first}, {second} and {last} of one adapter's batch" in notes
 
 
 def test_what_many_runs_leave_in_a_process():
