@@ -12,6 +12,7 @@ from rankwise.reports import papers, results, soak, speed, stability, tables
 from rankwise.reports.hypotheses import outcomes_of
 from rankwise.reports.results import Arm, Study, rate_score
 from rankwise.reports.statistics import paired_differences, spearman, summary
+from rankwise.reports.tables.cells import rate_text
 from rankwise.reports.verdicts import verdicts
 
 ROOT = Path(__file__).parent.parent
@@ -253,6 +254,25 @@ def test_what_placing_is_worth_on_images_in_100_steps():
         seen = summary(paired_differences(scores[setting], scores["lora"]))
         said = f"{seen.mean:+.2f}, {seen.low:+.2f} to {seen.high:+.2f}: {kinds[setting]}"
         assert f"| {name} | {np.mean(list(scores[setting].values())):.2f} | {said} |" in FINDINGS
+
+
+def test_what_a_language_model_scores_after_40_steps():
+    study = results.load(ROOT / "reports" / "studies" / "smollm2").parts()[0]
+    names = {"adalora": "AdaLoRA", "dora": "DoRA", "random-rank": "random ranks", "full": "full fine-tuning"}
+    scores, arms = {one.setting: one.scores for one in study.arms}, {one.setting: one for one in study.arms}
+    assert {len(of_seeds) for of_seeds in scores.values()} == {3} and set(scores) == {*names, "lora"}
+    assert f"| LoRA, rank 4 at each linear layer | 1e-3 | {np.mean(list(scores['lora'].values())):.2f} | |" in FINDINGS
+    for setting, name in names.items():
+        seen = summary(paired_differences(scores[setting], scores["lora"]))
+        said = f"{seen.mean:+.2f}, {seen.low:+.2f} to {seen.high:+.2f}"
+        rate = rate_text(arms[setting].rate)
+        assert f"| {name} | {rate} | {np.mean(list(scores[setting].values())):.2f} | {said} |" in FINDINGS
+    assert {verdict.kind for verdict in verdicts(study)} == {"no claim"}
+    pairs = stability.seed_pairs(arms["adalora"])
+    over, within = np.mean([pair.spearman for pair in pairs]), np.mean([pair.spearman_within for pair in pairs])
+    assert f"a correlation of {over:.2f} over the 210 sites, {within:.2f} within kinds of module" in FINDINGS
+    placed, drawn = (np.mean([run.active_parameters for run in arms[name].completed]) for name in ("adalora", "random-rank"))
+    assert f"it ends {100 * (placed / drawn - 1):.1f} % above the others" in FINDINGS
 
 
 def test_how_fast_the_encoder_s_steps_are():
