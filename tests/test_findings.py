@@ -256,6 +256,27 @@ def test_what_placing_is_worth_on_images_in_100_steps():
         assert f"| {name} | {np.mean(list(scores[setting].values())):.2f} | {said} |" in FINDINGS
 
 
+def test_what_a_learned_pattern_is_worth():
+    study = results.load(ROOT / "reports" / "studies" / "placing").parts()[0]
+    one = outcomes_of(study)[2]
+    seen, (learned, permuted) = one.comparison, (arm(setting, study) for setting in ("learned", "permuted"))
+    assert one.kind == "not tested" and "**Not tested**, because H2 before it is undecided" in FINDINGS
+    interval = f"{100 * seen.level:.1f} % interval {seen.low:+.2f} to {seen.high:+.2f}"
+    assert f"{seen.difference:+.2f} points, {interval}, p = {seen.p:.4f}" in FINDINGS
+    collapsed = [seed for seed, score in learned.scores.items() if score < 50]
+    for name, runs in (("learned: the ranks of another seed", learned), ("permuted: these ranks at other sites", permuted)):
+        others = [score for seed, score in runs.scores.items() if seed not in collapsed]
+        assert len(runs.scores) == seen.seeds == 8
+        assert f"| {name} | {np.mean(list(runs.scores.values())):.2f} | {np.mean(others):.2f} |" in FINDINGS
+    assert f"without seeds {collapsed[0]} and {collapsed[1]}" in FINDINGS and len(collapsed) == 2
+    assert " and ".join(f"{learned.scores[seed]:.2f}" for seed in collapsed) in FINDINGS
+    assert f"where no permuted run ends below {min(permuted.scores.values()):.2f}" in FINDINGS
+    rest = np.mean([learned.scores[seed] - permuted.scores[seed] for seed in learned.scores if seed not in collapsed])
+    assert f"the learned pattern is at {rest:+.2f} (looked at after the fact" in FINDINGS
+    assert f"best {rate_text(learned.rate)} for both" in FINDINGS and learned.rate == permuted.rate
+    assert "two of them collapsed where none of the permuted ones did" in README
+
+
 def test_what_a_language_model_scores_after_40_steps():
     study = results.load(ROOT / "reports" / "studies" / "smollm2").parts()[0]
     names = {"adalora": "AdaLoRA", "dora": "DoRA", "random-rank": "random ranks", "full": "full fine-tuning"}
