@@ -15,6 +15,8 @@ from rankwise.experiments.cli.compare import narrowed
 from rankwise.experiments.data_entries import OwnData
 from rankwise.experiments.records import read_json
 from rankwise.experiments.study import Runner
+from rankwise.reports import results
+from rankwise.reports.tables.captions import task_caption
 from rankwise.variants.adapter.kinds.quantised import bits, dequantised, scheme_of
 from rankwise.variants.adapter.kinds.scheme import Scheme
 from rankwise.variants.adapter.probe import fill
@@ -214,7 +216,8 @@ def test_a_study_compares_bases_and_its_adapters_know_theirs(model, tmp_path):
     written = read_json(folder / "config.json")
     assert written["quantization"].items() >= {"name": "nf4", "is_double": False}.items()
     assert "quantization" not in read_json(tmp_path / plain["fingerprint"] / "config.json")
-    assert "The base is quantised to nf4 for qlora." in read_json(tmp_path / "study.json")["captions"]
+    said = [line for line in task_caption(results.load(tmp_path).parts()[0]) if "quantised" in line]
+    assert said == ["The base is quantised to nf4 for qlora."]
     with safe_open(folder / "adapter" / "adapter_model.safetensors", "pt") as file:
         fact = json.loads(file.metadata()["rankwise"])["quantization"]
     assert fact["name"] == "nf4" and "classifier" in fact["skipped"] and fact["dtype"] == "float32"

@@ -97,7 +97,6 @@ def prepare(
         faults.extend(_twins(study.methods, total, targets))
         check_phases(study, len(data["train"]), faults)
         captions = [*task.caption, *task.captions_by_model.get(study.model, ()), *_subset_captions(task, data, training)]
-        captions += _quantization_captions(study.methods)
         if isinstance(task, OwnTask):
             cut = [task.cut(parts[part], encoded, processor, training.max_length) for part, encoded in whole.items()]
             captions += [f"{name}: {line}." for line in cut if line]
@@ -151,14 +150,6 @@ def _given(settings: Settings) -> dict[str, Any]:
 def _subset(encoded: Dataset, split: str, training: Training) -> Dataset:
     """A fixed random part of a split, the same for every method and seed, where the study asks for one."""
     return encoded.random_part(training.train_examples if split == "train" else training.evaluation_examples, SUBSET)
-
-
-def _quantization_captions(entries: Sequence[Entry]) -> list[str]:
-    forms: dict[str, list[str]] = {}
-    for entry in entries:
-        if entry.scheme is not None:
-            forms.setdefault(str(entry.scheme), []).append(entry.label)
-    return [f"The base is quantised to {form} for {', '.join(labels)}." for form, labels in forms.items()]
 
 
 def _subset_captions(task: Task, data: Mapping[str, Dataset], training: Training) -> list[str]:

@@ -9,12 +9,14 @@ from rankwise.reports.results import Arm, Study, best_rate
 from rankwise.reports.tables.cells import bytes_text, rate_text
 from rankwise.reports.tables.summaries import parameters, scales, splits, status_text
 from rankwise.reports.verdicts import budget_reached, test_set_error, verdicts, warnings
+from rankwise.variants.adapter.kinds.scheme import Scheme
 
 QUICK = (
     "A quick look, no fair comparison: rates fixed or hardly tuned, and too few seeds for a claim. "
     "A fair study tunes the rate of every method on the same kind of grid and repeats each over seeds."
 )
 ONE_SEED = "n = 1 has no interval, and one seed supports no claim."
+QUANTISED = "The base is quantised to "
 UNEQUAL = 0.005  # relative; budgets of parameters that differ by more are not called equal
 
 
@@ -30,7 +32,17 @@ def alarms(study: Study) -> list[str]:
 def task_caption(study: Study) -> list[str]:
     """What the task of a study, or the study itself, asks to be said beside every number."""
     of_task = dict.fromkeys(line for run in study.runs for line in run.config.caption)
-    return list(of_task or study.captions)  # a study's own captions are of all its tasks
+    said = of_task or study.captions  # a study's own captions are of all its tasks
+    return [*(line for line in said if not line.startswith(QUANTISED)), *_quantised_sentences(study)]
+
+
+def _quantised_sentences(study: Study) -> list[str]:
+    """From the runs themselves: what a run wrote earlier names only the settings that were asked for with it."""
+    forms: dict[Scheme, dict[str, None]] = {}
+    for run in study.runs:
+        if (form := Scheme.of_fact(run.config.quantization)) is not None:
+            forms.setdefault(form, {})[run.config.setting] = None
+    return [f"{QUANTISED}{form} for {', '.join(settings)}." for form, settings in forms.items()]
 
 
 def comparison_caption(study: Study) -> list[str]:
