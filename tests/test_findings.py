@@ -296,6 +296,27 @@ def test_what_a_language_model_scores_after_40_steps():
     assert f"it ends {100 * (placed / drawn - 1):.1f} % above the others" in FINDINGS
 
 
+def test_what_4_bits_cost_a_language_model_in_60_steps():
+    folder = ROOT / "reports" / "studies" / "qlora-smollm2"
+    study = results.load(folder).parts()[0]
+    names = {"lora": "LoRA", "qlora": "QLoRA", "adalora": "AdaLoRA", "qadalora": "AdaLoRA over 4 bits"}
+    assert {one.setting: len(one.scores) for one in study.arms} == dict.fromkeys(names, 3)
+    memory, spreads = {}, []
+    for one in study.arms:
+        scores = list(one.scores.values())
+        [memory[one.setting]] = {run.peak_memory_bytes / 2**20 for run in one.completed}
+        spreads.append(max(scores) - min(scores))
+        spread = f"{min(scores):.2f} to {max(scores):.2f}"
+        said = f"{np.mean(scores):.2f} ({spread}) | {memory[one.setting]:,.0f} MiB |"
+        assert f"| {names[one.setting]} | {said}" in FINDINGS
+    ratios = [f"{memory[ours] / memory[plain]:.2f}" for ours, plain in (("qlora", "lora"), ("qadalora", "adalora"))]
+    assert f"{ratios[0]} and {ratios[1]} of that over fp32" in FINDINGS
+    assert f"up to {max(spreads):.0f} points" in FINDINGS
+    qlora = next(verdict for verdict in verdicts(study) if verdict.setting == "qlora")
+    assert qlora.kind == "no claim" and f"could have seen is {qlora.smallest:.0f} points" in FINDINGS
+    assert (folder / "report.md").read_text().count("The base is quantised to") == 1
+
+
 def test_how_fast_the_encoder_s_steps_are():
     rows = {row["case"]: row for row in json.loads((ROOT / "reports" / "bench" / "bench.json").read_text())["rows"]}
     for name, note in (("LoRA", ""), ("AdaLoRA", ", allocator and penalty included"), ("DoRA", "")):
