@@ -26,7 +26,9 @@ def made_again(config: dict, result: dict, monkeypatch: pytest.MonkeyPatch) -> s
         device=torch.device(config["device"]),
     )
     monkeypatch.setattr(runs.models, "content_hash", lambda model: config["model_hash"])
-    entry = Entry(method=config["method"], label=config["setting"], learning_rates=[config["learning_rate"]])
+    base = config.get("quantization") or {"name": "none", "is_double": False}
+    form = {"quantization": base["name"], "double_quantization": base["is_double"]}
+    entry = Entry(method=config["method"], label=config["setting"], learning_rates=[config["learning_rate"]], **form)
     pack = PackPlan(config["phase"], entry, config["task"], 0, ())
     settings, training = Config.model_validate(config).settings(), Training(**config["training"])
     return runs.planned(context, pack, settings, training, config["seed"], config["learning_rate"]).fingerprint
