@@ -12,6 +12,7 @@ from rankwise.reports import papers, results, soak, speed, stability, tables
 from rankwise.reports.hypotheses import outcomes_of
 from rankwise.reports.results import Arm, Study, rate_score
 from rankwise.reports.statistics import paired_differences, spearman, summary
+from rankwise.reports.tables.captions import QUANTISED, task_caption
 from rankwise.reports.tables.cells import rate_text
 from rankwise.reports.verdicts import verdicts
 
@@ -259,7 +260,7 @@ def test_what_placing_is_worth_on_images_in_100_steps():
 def test_what_a_learned_pattern_is_worth():
     study = results.load(ROOT / "reports" / "studies" / "placing").parts()[0]
     one = outcomes_of(study)[2]
-    seen, (learned, permuted) = one.comparison, (arm(setting, study) for setting in ("learned", "permuted"))
+    seen, learned, permuted = one.comparison, arm("learned", study), arm("permuted", study)
     assert one.kind == "not tested" and "**Not tested**, because H2 before it is undecided" in FINDINGS
     interval = f"{100 * seen.level:.1f} % interval {seen.low:+.2f} to {seen.high:+.2f}"
     assert f"{seen.difference:+.2f} points, {interval}, p = {seen.p:.4f}" in FINDINGS
@@ -274,7 +275,9 @@ def test_what_a_learned_pattern_is_worth():
     rest = np.mean([learned.scores[seed] - permuted.scores[seed] for seed in learned.scores if seed not in collapsed])
     assert f"the learned pattern is at {rest:+.2f} (looked at after the fact" in FINDINGS
     assert f"best {rate_text(learned.rate)} for both" in FINDINGS and learned.rate == permuted.rate
-    assert "two of them collapsed where none of the permuted ones did" in README
+    pilots = [rate_score(one.grid[4e-3]) for one in (learned, permuted)]
+    assert max(pilots) < 0 and "at 4e-3 every pilot of these two ended below 0" in FINDINGS
+    assert "two of the learned pattern collapsed, and none of the permuted one" in README
 
 
 def test_what_a_language_model_scores_after_40_steps():
@@ -297,8 +300,7 @@ def test_what_a_language_model_scores_after_40_steps():
 
 
 def test_what_4_bits_cost_a_language_model_in_60_steps():
-    folder = ROOT / "reports" / "studies" / "qlora-smollm2"
-    study = results.load(folder).parts()[0]
+    study = results.load(ROOT / "reports" / "studies" / "qlora-smollm2").parts()[0]
     names = {"lora": "LoRA", "qlora": "QLoRA", "adalora": "AdaLoRA", "qadalora": "AdaLoRA over 4 bits"}
     assert {one.setting: len(one.scores) for one in study.arms} == dict.fromkeys(names, 3)
     memory, spreads = {}, []
@@ -312,9 +314,11 @@ def test_what_4_bits_cost_a_language_model_in_60_steps():
     ratios = [f"{memory[ours] / memory[plain]:.2f}" for ours, plain in (("qlora", "lora"), ("qadalora", "adalora"))]
     assert f"{ratios[0]} and {ratios[1]} of that over fp32" in FINDINGS
     assert f"up to {max(spreads):.0f} points" in FINDINGS
+    assert "no run is above 30 points" in FINDINGS and max(max(one.scores.values()) for one in study.arms) <= 30
     qlora = next(verdict for verdict in verdicts(study) if verdict.setting == "qlora")
     assert qlora.kind == "no claim" and f"could have seen is {qlora.smallest:.0f} points" in FINDINGS
-    assert (folder / "report.md").read_text().count("The base is quantised to") == 1
+    forms = [line for line in task_caption(study) if line.startswith(QUANTISED)]
+    assert forms == [f"{QUANTISED}nf4 with double quantization for qlora, qadalora."]  # its runs were asked for in two parts
 
 
 def test_how_fast_the_encoder_s_steps_are():

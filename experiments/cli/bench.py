@@ -150,7 +150,7 @@ def _optimizer_states(threads: int | None) -> None:
 
 
 def _mixed(json_file: Path | None, threads: int | None) -> None:
-    """Prints a line for each method and length as it is measured."""
+    """Prints a line for each method and length as it is measured; the JSON file is written at the end."""
     with Progress() as bar, nothing_kept_if_interrupted():
         bar.say("bench: loading torch ...")
         is_shared = _start(bar, threads)

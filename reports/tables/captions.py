@@ -37,7 +37,10 @@ def task_caption(study: Study) -> list[str]:
 
 
 def _quantised_sentences(study: Study) -> list[str]:
-    """From the runs themselves: what a run wrote earlier names only the settings that were asked for with it."""
+    """From the forms of the runs' bases.
+
+    Runs of before hold such a sentence in their own caption, which names only the settings that were asked for with them.
+    """
     forms: dict[Scheme, dict[str, None]] = {}
     for run in study.runs:
         if (form := Scheme.of_fact(run.config.quantization)) is not None:
