@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from rankwise.experiments import models
-from rankwise.experiments.training import parallel, trainer
+from rankwise.experiments.training import parallel
 from safetensors.torch import load_file, save_file
 from torch.distributed import TCPStore
 
@@ -71,19 +71,10 @@ def _do(
 
 def train(processes: parallel.Processes, folder: Path, model: str, changes: dict[str, Any], is_double: bool = False) -> None:
     """Trains a pack, and leaves state-RANK.safetensors and, of the first process, predictions and what Trainer wrote."""
-    if is_double:
-        load = models.load
-
-        def load_double(*args: Any) -> Any:
-            made, processor, info = load(*args)
-            return made.double(), processor, info
-
-        trainer.models.load = load_double
-    try:
-        made, outcomes = small_world.trained(small_world.pack(model, **changes), folder, processes=processes)
-    finally:
+    with pytest.MonkeyPatch.context() as patch:
         if is_double:
-            trainer.models.load = load
+            small_world.in_float64(patch.setattr)
+        made, outcomes = small_world.trained(small_world.pack(model, **changes), folder, processes=processes)
     state = made.adapter.state_dict() | {f"optimizer.{name}": value for name, value in made.optimizer.state().items()}
     state |= {"last_loss": made.last_loss}
     save_file({name: value.detach().contiguous().clone() for name, value in state.items()}, folder / f"state-{processes.rank}")

@@ -5,6 +5,7 @@ here; `pack` and `study` are the least that a Trainer and a Runner need.  `run` 
 can be killed.
 """
 
+import json
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from rankwise.experiments.tasks import Task, metrics
 from rankwise.experiments.training.pack import Outcome, Pack
 from rankwise.experiments.training.trainer import Trainer
 from rankwise.variants.settings import METHODS, check
+from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification  # noqa: F401
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -213,6 +215,32 @@ def register(set_item: Callable[[dict, str, Task], None] = dict.__setitem__) -> 
     for kind in KINDS:
         one = task(kind)
         set_item(tasks._TASKS, one.name, one)
+
+
+def assert_same_runs(one: Path, other: Path, number: int) -> None:
+    """That two folders hold the same completed runs: fingerprints, ranks, and predictions to rounding in fp32.
+
+    Predictions, not scores: a rank correlation of a few rows moves by a tenth of a point where rounding parts two that tie.
+    """
+    mine, theirs = (
+        {path.parent.name: json.loads(path.read_text()) for path in out.glob("*/result.json")} for out in (one, other)
+    )
+    assert mine.keys() == theirs.keys() and len(mine) == number
+    for name, result in mine.items():
+        assert result["status"] == theirs[name]["status"] == "completed" and result["ranks"] == theirs[name]["ranks"]
+        found, expected = (load_file(out / name / "predictions.safetensors")["predictions"] for out in (one, other))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def in_float64(set_attribute: Callable[[Any, str, Any], None]) -> None:
+    """Every model that a Trainer loads from here on is in float64; pass the setattr of a pytest.MonkeyPatch."""
+    load = models.load
+
+    def load_double(*args: Any, **options: Any) -> Any:
+        made, processor, info = load(*args, **options)
+        return made.double(), processor, info
+
+    set_attribute(models, "load", load_double)
 
 
 def run(what: Study, out: Path, cache: str, kill_at: int | None = None, after: bool = False) -> None:

@@ -69,13 +69,7 @@ def data_of(model: str, dtype=np.float32, image_size=None) -> dict[str, Images]:
 )
 def test_packed_as_alone(model, tmp_path, monkeypatch, method):
     """With a convolution (the patch projection) among the sites, and random crops and flips."""
-    load = models.load
-
-    def load_double(*args, **more):
-        model, processor, info = load(*args, **more)
-        return model.double(), processor, info
-
-    monkeypatch.setattr("rankwise.experiments.training.trainer.models.load", load_double)
+    small_world.in_float64(monkeypatch.setattr)
     data, seeds, rates = data_of(model, np.float64), (5, 2), (2e-2, 4e-3)
     targets = ["q_proj", "mlp.fc1"] if method == "adalora" else ["q_proj", "mlp.fc1", "projection"]
     together, outcomes = small_world.trained(replace(pack(model, method), targets=targets), tmp_path / "together", data=data)

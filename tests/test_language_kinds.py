@@ -85,13 +85,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def double(monkeypatch):
-    load = models.load
-
-    def load_double(*args):
-        model, processor, info = load(*args)
-        return model.double(), processor, info
-
-    monkeypatch.setattr("rankwise.experiments.training.trainer.models.load", load_double)
+    small_world.in_float64(monkeypatch.setattr)
 
 
 CASES = [

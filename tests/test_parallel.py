@@ -276,11 +276,6 @@ def run_study(processes: Processes, model: str, out: Path, said: Path, slow: flo
         raise
 
 
-def scores(out: Path) -> dict[str, tuple]:
-    found = [json.loads(path.read_text()) for path in sorted(out.glob("*/result.json"))]
-    return {one["fingerprint"]: (one["status"], one["score"], one["ranks"]) for one in found}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_process_that_dies_ends_all_and_the_next_start_goes_on(model, tmp_path, victim):
@@ -297,10 +292,7 @@ def test_a_process_that_dies_ends_all_and_the_next_start_goes_on(model, tmp_path
     assert set(said.read_text().splitlines()) == {f"ProcessLost: {parallel.LOST}"}
     assert not list(out.glob("*/result.json")) and list(out.glob("packs/*/checkpoint.safetensors"))
     world.run(2, run_study, model, out, said)  # and on another number
-    expected, found = scores(tmp_path / "one"), scores(out)
-    assert found.keys() == expected.keys() and len(found) == 4
-    for one, other in zip(expected.values(), found.values(), strict=True):
-        assert one[0] == other[0] == "completed" and one[1] == pytest.approx(other[1], abs=1e-2) and one[2] == other[2]
+    small_world.assert_same_runs(out, tmp_path / "one", 4)
     configs = [json.loads(path.read_text()) for path in out.glob("*/config.json")]
     assert {one["processes"] for one in configs} <= {2, 3}
     assert not [path for path in out.rglob("*.tmp")]

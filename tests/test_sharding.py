@@ -21,7 +21,7 @@ from torch import nn
 from tests import parallel_world as world
 from tests import sharded_world, small_world
 from tests import test_language_kinds as language_kinds
-from tests.test_parallel import ROOT, THREE, UNEVEN, assert_equals_one, assert_goes_on, is_near, scores
+from tests.test_parallel import ROOT, THREE, UNEVEN, assert_equals_one, assert_goes_on, is_near
 from tests.tiny import tiny
 
 SHARED = {**UNEVEN, "shard_base": True, "epochs": 20, "log_every": 1}
@@ -169,15 +169,19 @@ def test_every_form_of_model_can_be_shared(models, tmp_path, name):
     targets = targets.get(name, ["query_proj", "intermediate.dense"])
     changes = {"method": "dora", **SHARED, "max_steps": 3, "targets": targets}
     changes["gradient_checkpointing"] = name in ("llama", "gpt2")
-    assert_equals_one(models(name), tmp_path, 2, changes, False, 2e-6, sharded_world.train)
+    assert_equals_one(models(name), tmp_path, 2, changes, True, 1e-9, sharded_world.train)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name"), [("generation", "llama"), ("generation", "t5"), ("choice", "gpt2"), ("language-modelling", "qwen2")]
 )
-def test_language_models_that_are_shared_generate_the_same_texts(tmp_path, kind, name):
-    """However many tokens and batches each process has: the last text of any ends the generation of all."""
+def test_language_models_that_are_shared_generate_the_same_texts(tmp_path, monkeypatch, kind, name):
+    """However many tokens and batches each process has: the last text of any ends the generation of all.
+
+    In float64: in fp32 AdamW makes whole steps of gradients that are small, rounding too, and another processor rounds others.
+    """
+    small_world.in_float64(monkeypatch.setattr)
     packed = language_kinds.pack(tmp_path, kind, name, "adalora", shard_base=True)
     data = language_kinds.data_of(packed, name == "t5")
     for size in (1, 2, 3):
@@ -190,10 +194,11 @@ def test_language_models_that_are_shared_generate_the_same_texts(tmp_path, kind,
     one = tmp_path / "1"
     for folder in (tmp_path / "2", tmp_path / "3"):
         for key, value in world.state(one).items():
-            # 2.8e-6 in one number on an AMD EPYC: AdamW makes whole steps of what is small, rounding too.
-            assert torch.allclose(value.double(), world.state(folder)[key].double(), rtol=2e-6, atol=4e-6), key
+            other = world.state(folder)[key]
+            assert value.dtype == other.dtype == (torch.float64 if value.is_floating_point() else value.dtype)
+            assert torch.allclose(value, other, rtol=1e-9, atol=1e-9), key
         ours, theirs = (json.loads((part / "predictions.json").read_text()) for part in (folder, one))
-        assert ours == theirs or is_near(one, folder, 1e-6)
+        assert ours == theirs or is_near(one, folder, 1e-9)
 
 
 @pytest.mark.slow
@@ -202,7 +207,7 @@ def test_language_models_that_are_shared_generate_the_same_texts(tmp_path, kind,
     ["pissa", "eva", "gora", "increlora", "truncated", "heavy-tail", "ia3", "vera", "prompt-tuning", "houlsby", "dylora"],
 )
 def test_methods_that_read_the_weights_or_measure_the_model_read_them_whole(model, tmp_path, method):
-    assert_equals_one(model, tmp_path, 2, {"method": method, **SHARED, "max_steps": 12}, False, 2e-6, sharded_world.train)
+    assert_equals_one(model, tmp_path, 2, {"method": method, **SHARED, "max_steps": 12}, True, 1e-9, sharded_world.train)
 
 
 @pytest.mark.slow
@@ -248,11 +253,8 @@ def test_a_study_over_a_shared_base_is_the_study_of_one_process(model, tmp_path)
     """Fingerprints, scores, what became of each weight, and adapters that one process reads."""
     run_study(ALONE, model, tmp_path / "one")
     world.run(2, run_study, model, tmp_path / "two")
-    expected, found = scores(tmp_path / "one"), scores(tmp_path / "two")
-    assert found.keys() == expected.keys() and len(found) == 6
-    for name, (status, score, ranks) in expected.items():
-        assert found[name][0] == status == "completed" and found[name][2] == ranks
-        assert found[name][1] == pytest.approx(score, abs=1e-2)
+    small_world.assert_same_runs(tmp_path / "two", tmp_path / "one", 6)
+    for name in (path.parent.name for path in (tmp_path / "one").glob("*/result.json")):
         ours, theirs = (json.loads((tmp_path / part / name / "sites.json").read_text()) for part in ("two", "one"))
         assert ours["sites"].keys() == theirs["sites"].keys()
         for site, facts in theirs["sites"].items():
