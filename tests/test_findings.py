@@ -61,6 +61,36 @@ def test_what_moving_rank_across_sites_is_worth():
     assert f"at one seed differ by {apart:.2f} (one standard deviation)" in FINDINGS
 
 
+def test_what_moving_rank_is_worth_at_a_mean_rank_of_2():
+    study = results.load(ROOT / "reports" / "studies" / "placing-rank-2").parts()[0]
+    first, *others = outcomes_of(study)
+    seen, alpha = first.comparison, first.alpha
+    numbers = f"{seen.difference:+.2f}, {100 * seen.level:.1f} % interval {seen.low:+.2f} to {seen.high:+.2f}"
+    assert first.kind == "equivalent" and seen.seeds == 8 and 0 < seen.low < seen.high < first.hypothesis.margin
+    assert f"AdaLoRA {numbers}: **equivalent** within {first.hypothesis.margin:g}" in FINDINGS
+    assert f"(p = {seen.p:.3f} at a level of {alpha})" in FINDINGS and seen.p < alpha
+    assert f"it is worth {numbers.replace(', ', ' points, ', 1)}: more than nothing" in README
+    names = {"adalora": "AdaLoRA, budget in parameters",
+             "within sites": "within sites: the same pruning, every site ends with 2",
+             "svd-lora": "svd-lora: the same triplets, nothing pruned"}  # fmt: skip
+    scores = {setting: arm(setting, study).scores for setting in names}
+    assert all(f"| {name} | {np.mean(list(scores[setting].values())):.2f} |" in FINDINGS for setting, name in names.items())
+    assert {len(of_seeds) for of_seeds in scores.values()} == {8} and {arm(setting, study).rate for setting in names} == {
+        1.6e-2
+    }
+    above = [scores["svd-lora"][seed] - scores["adalora"][seed] for seed in range(8)]
+    assert (
+        f"are {np.mean(above):.2f} points above AdaLoRA (its difference scatters by {np.std(above, ddof=1):.2f} points"
+        in FINDINGS
+    )
+    pairs = stability.seed_pairs(arm("adalora", study))
+    over, within = np.mean([pair.spearman for pair in pairs]), np.mean([pair.spearman_within for pair in pairs])
+    assert f"{over:.2f} over the 36 sites between two seeds, {within:.2f} within a kind of module" in FINDINGS
+    assert max(np.mean(list(of_seeds.values())) for of_seeds in scores.values()) < 82.0
+    assert {one.kind for one in others} == {"waiting"} and "H2 and H3 at rank 2 are not run" in FINDINGS
+    assert {set(run.ranks.values()) == {2} for run in arm("within sites", study).completed} == {True}
+
+
 def test_what_a_trained_magnitude_is_worth():
     study = results.load(ROOT / "reports" / "studies" / "placing").parts()[0]
     one = outcomes_of(study)[1]
