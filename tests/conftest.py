@@ -30,6 +30,14 @@ def seed():
 
 
 @pytest.fixture
+def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model that a Trainer loads is in float64; in a process that is forked from here, too."""
+    from tests import small_world
+
+    small_world.in_float64(monkeypatch.setattr)
+
+
+@pytest.fixture
 def figures_undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of a report's time is matplotlib's; what a figure's file holds is the claim of test_figures.py and the slow tier."""
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, out, **_: out.write(b"a figure"))

@@ -67,9 +67,8 @@ def data_of(model: str, dtype=np.float32, image_size=None) -> dict[str, Images]:
 @pytest.mark.parametrize(
     ("model", "method"), [("vit", "lora"), pytest.param("dinov2", "adalora", marks=pytest.mark.slow)], indirect=["model"]
 )
-def test_packed_as_alone(model, tmp_path, monkeypatch, method):
+def test_packed_as_alone(model, tmp_path, in_float64, method):
     """With a convolution (the patch projection) among the sites, and random crops and flips."""
-    small_world.in_float64(monkeypatch.setattr)
     data, seeds, rates = data_of(model, np.float64), (5, 2), (2e-2, 4e-3)
     targets = ["q_proj", "mlp.fc1"] if method == "adalora" else ["q_proj", "mlp.fc1", "projection"]
     together, outcomes = small_world.trained(replace(pack(model, method), targets=targets), tmp_path / "together", data=data)

@@ -83,11 +83,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture
-def double(monkeypatch):
-    small_world.in_float64(monkeypatch.setattr)
-
-
 CASES = [
     ("generation", "llama", "lora"),
     ("language-modelling", "gpt_neox", "adalora"),
@@ -107,7 +102,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "name", "method"), CASES)
-def test_packed_members_train_and_predict_as_alone(kind, name, method, tmp_path, double):
+def test_packed_members_train_and_predict_as_alone(kind, name, method, tmp_path, in_float64):
     packed = pack(tmp_path, kind, name, method)
     data = data_of(packed, name in ("t5", "bart"))
     together, outcomes = small_world.trained(packed, tmp_path / "together", data=data)
@@ -204,7 +199,7 @@ TOGETHER = [("generation", "llama"), ("generation", "t5"), ("choice", "gpt2")]
 
 
 @pytest.mark.parametrize(("kind", "name"), quick(TOGETHER, [("generation", "llama"), ("choice", "gpt2")]))
-def test_members_that_are_evaluated_together_predict_what_they_predict_merged(kind, name, tmp_path, double, monkeypatch):
+def test_members_that_are_evaluated_together_predict_what_they_predict_merged(kind, name, tmp_path, in_float64, monkeypatch):
     packed = pack(tmp_path, kind, name)
     trainer, _ = small_world.trained(packed, tmp_path / "run", data=data_of(packed, name == "t5"))
     merged = trainer.predictions("test")

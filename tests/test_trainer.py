@@ -35,11 +35,6 @@ def model(tmp_path_factory, request):
     return small_world.model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture
-def doubled(monkeypatch):
-    small_world.in_float64(monkeypatch.setattr)
-
-
 class Stop(Exception):
     pass
 
@@ -253,7 +248,7 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_last_checkpoint(model, tmp_pa
 
 
 @pytest.mark.parametrize("method", quick(PACKABLE, ["adalora+dora", "gora"]))
-def test_packed_is_alone(model, tmp_path, doubled, method):
+def test_packed_is_alone(model, tmp_path, in_float64, method):
     seeds, rates = (5, 0, 9), (2e-2, 1e-3, 7e-3)
     together, found = small_world.trained(
         small_world.pack(model, method, seeds=seeds, learning_rates=rates, clip=0.05), tmp_path / "together"
@@ -276,7 +271,7 @@ def test_packed_is_alone(model, tmp_path, doubled, method):
 
 # Regression is what every method is tried on; spans: tests/test_squad.py.
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("regression", "span")])
-def test_every_kind_trains_packed_as_alone_and_a_stopped_run_ends_the_same(model, tmp_path, doubled, kind):
+def test_every_kind_trains_packed_as_alone_and_a_stopped_run_ends_the_same(model, tmp_path, in_float64, kind):
     seeds, rates = (3, 8), (1e-2, 3e-3)
     pack = small_world.pack(model, seeds=seeds, learning_rates=rates, kind=kind)
     together, outcomes = small_world.trained(pack, tmp_path / "together")
@@ -299,7 +294,7 @@ def test_every_kind_trains_packed_as_alone_and_a_stopped_run_ends_the_same(model
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora", "dora"])
-def test_the_trainer_is_the_plain_loop(model, tmp_path, doubled, method):
+def test_the_trainer_is_the_plain_loop(model, tmp_path, in_float64, method):
     seeds, rates = (4, 2), (1e-2, 3e-3)
     pack = small_world.pack(
         model,
@@ -361,7 +356,7 @@ def test_in_bf16_the_base_is_bf16_and_what_is_trained_is_fp32_and_a_stopped_run_
 
 
 @pytest.mark.parametrize("kind", quick(KINDS, ["regression", "token-classification"]))
-def test_accumulation_is_one_batch_in_pieces(tmp_path_factory, tmp_path, doubled, kind):
+def test_accumulation_is_one_batch_in_pieces(tmp_path_factory, tmp_path, in_float64, kind):
     without_dropout = small_world.model(tmp_path_factory.mktemp("model"), dropout=0.0)
     ends = []
     for accumulation in (1, 4):  # which cuts 6 rows into 2, 2, 1, 1
@@ -384,7 +379,7 @@ def test_accumulation_is_one_batch_in_pieces(tmp_path_factory, tmp_path, doubled
         assert_near(logged, ends[0][1], 1e-8)  # the penalty among them: once a step
 
 
-def test_a_micro_batch_without_a_scored_token_weighs_nothing(tmp_path_factory, tmp_path, doubled):
+def test_a_micro_batch_without_a_scored_token_weighs_nothing(tmp_path_factory, tmp_path, in_float64):
     without_dropout = small_world.model(tmp_path_factory.mktemp("model"), dropout=0.0)
     task = small_world.task("token-classification")
     data = small_world.encoded(task)
@@ -607,7 +602,7 @@ def test_dropout_that_no_key_reaches_is_drawn_from_seed_and_step(model, tmp_path
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_head_has_its_own_rate_where_the_study_gives_one(model, tmp_path, doubled, method):
+def test_the_head_has_its_own_rate_where_the_study_gives_one(model, tmp_path, in_float64, method):
     """One step of AdamW moves every element by its rate, so that a head's rate is what its elements move by."""
     changes = {"warmup_ratio": 0.0, "schedule": "constant", "max_steps": 1, "weight_decay": 0.0}
     rates = (1e-2, 1e-3) if method == "lora" else (1e-3,)
