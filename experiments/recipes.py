@@ -138,6 +138,10 @@ SHAPES = {
     # Parameters as transformers counts them; LoRA's Table 3 prints 354.92M and 774.03M.
     "openai-community/gpt2-medium": Shape("gpt2", 24, 1024, 4096, 354_823_168),
     "openai-community/gpt2-large": Shape("gpt2", 36, 1280, 5120, 774_030_080),
+    "yahma/llama-7b-hf": Shape("llama", 32, 4096, 11008, 6_738_415_616),
+    "yahma/llama-13b-hf": Shape("llama", 40, 5120, 13824, 13_015_864_320),
+    "meta-llama/Llama-2-7b-hf": Shape("llama", 32, 4096, 11008, 6_738_415_616),
+    "meta-llama/Meta-Llama-3-8B": Shape("llama", 32, 4096, 14336, 8_030_261_248),
     "meta-llama/Llama-3.2-3B": Shape("llama", 28, 3072, 8192, 3_212_749_824),
     # Of its three matrices of 576 x 1536 a layer two are counted, and keys and values as if they had 9 heads: 12 % too few.
     STAND_IN_DECODER: Shape("llama", 30, 576, 1536, 134_515_008),
@@ -149,7 +153,7 @@ SHAPES = {
 # Gflop/s of the same processor in reports/bench/bench.json.
 REACHED = 0.5
 # Tokens of a row, on average: an assumption, not a measurement, and good to a factor of two or three.
-TOKENS_OF_A_ROW = {"squad": 200, "metamathqa": 250}
+TOKENS_OF_A_ROW = {"squad": 200, "metamathqa": 250, "commonsense": 120}
 TOKENS_OF_A_SENTENCE_ROW = 40
 # Bytes of activations for each element of (rows, tokens, hidden) and layer in fp32: 34 bytes in half precision (Korthikanti
 # et al. 2022, eq. 2, without the scores, which fused attention does not keep), twice that in fp32, and twice again for what

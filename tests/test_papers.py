@@ -11,6 +11,7 @@ import pytest
 from rankwise import variants
 from rankwise.experiments import tasks
 from rankwise.experiments.data.questions import Questions
+from rankwise.experiments.tasks import commonsense
 from rankwise.reports import papers
 from rankwise.reports.papers.quoted import quoted
 
@@ -300,6 +301,9 @@ def _measured(task: tasks.Task) -> dict[str, float]:
     if task.kind == "span":
         one = Questions(np.array([0]), np.zeros((1, 2), dtype=np.int32), ["0"], ["yes"], [("yes",)])
         return task.measure(["yes"], np.zeros(1), one)
+    if task.name == "commonsense":  # of which each row says which test it is of
+        answers = [("the correct answer is true", name) for name in commonsense.TESTS]
+        return task.measure(["true"] * len(answers), answers)
     if task.kind == "generation":
         return task.measure(["yes 1"], [("yes 1",)])
     true = np.array([0, 1, 1, 0])

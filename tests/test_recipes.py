@@ -61,7 +61,7 @@ def test_every_cell_of_a_recipe_is_a_row_of_its_table_and_a_sound_study(name):
         checks.check(one.study)
         assert one.study.tasks == [recipe.tasks[cell]]
         # Of generated texts the release and the comparison score the last step, on the test part.
-        last = {"lora-3": 3, "lora-18": 1, "peft-metamathqa": 1}
+        last = {"lora-3": 3, "lora-18": 1, "peft-metamathqa": 1, "dora-1": 1, "dora-15": 1}
         assert one.study.protocol == ("held-out" if name in last else "best-dev-epoch")
         assert list(one.study.seeds) == list(range(recipe.seeds)) and recipe.seeds == last.get(name, 5)
         assert one.stands_in_for is None
@@ -82,7 +82,9 @@ def test_what_can_run_is_what_the_methods_and_tasks_allow():
         "lora-3": 2,
         "lora-18": 11,
         "lora-18-miniature": 7,
+        "dora-1": 3 * 4,
         "dora-1-miniature": 3,
+        "dora-15": 2 * 5,
         "peft-metamathqa": 8,
         "vera-glue": 6,
     } | ({"adalora-2": 2 * 17 * 2} if "squad/v1" in tasks.names() else {})
@@ -91,7 +93,7 @@ def test_what_can_run_is_what_the_methods_and_tasks_allow():
 def test_what_waits_says_for_what():
     lora = recipes.load("lora-2")
     assert recipes.waits(lora, "RoBERTa-base BitFit, 0.1M", "rte", "paper").startswith("a recipe: the paper copied the row")
-    of_data = {"qlora-4": "instruction sets", "dora-1": "the eight commonsense tasks", "adalora-3": "XSum"}
+    of_data = {"qlora-4": "instruction sets", "dora-5": "Alpaca's instructions", "adalora-3": "XSum"}
     for name, data in of_data.items():
         assert data in recipes.load(name).waits and "read from a hub" in recipes.load(name).waits
     assert recipes.load("lora-6").waits == "weights that were never released"
@@ -108,6 +110,30 @@ def test_a_miniature_of_a_decoder_adapts_the_modules_that_the_paper_names():
         assert entry.targets == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"] and entry.learning_rates == [rate]
     with pytest.raises(ValueError, match=r'a bert has no module for the role "up"; it has: query'):
         recipes.plan(recipe, row, "siqa", model=recipes.STAND_IN)
+
+
+def test_doras_commonsense_tables_are_trained_as_its_table_8_says():
+    """Table 8 of the paper, but the rates of Table 15's other ranks: the release's README."""
+    rates = {"LLaMA-7B": (2e-4, 1e-4), "LLaMA-13B": (3e-4, 2e-4), "LLaMA2-7B": (2e-4, 2e-4), "LLaMA3-8B": (1e-4, 1e-4)}
+    first, ranks = recipes.load("dora-1"), recipes.load("dora-15")
+    found = {}
+    for recipe in (first, ranks):
+        for row, cell, variant in runnable(recipe):
+            study = recipes.plan(recipe, row, cell, variant).study
+            (entry,), training = study.methods, study.training
+            assert entry.targets == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+            assert (entry.settings["dropout"], entry.settings["alpha"]) == (0.05, 2 * entry.settings["rank"])
+            assert (training.batch_size, training.epochs, training.max_length) == (16, 3, 256)
+            assert round(training.warmup_ratio * training.total_steps(170_300)) == 100
+            found[row] = (entry.method, entry.settings["rank"], entry.learning_rates)
+    for model, (half, whole) in rates.items():
+        of_model = [one for row, one in found.items() if row.startswith(f"{model} ")]
+        assert of_model == [("lora", 32, [3e-4]), ("dora", 16, [half]), ("dora", 32, [whole])]
+    for rank in (4, 8, 16, 32, 64):
+        assert found[f"LoRA, r = {rank}"] == ("lora", rank, [3e-4])
+        assert found[f"DoRA, r = {rank}"] == ("dora", rank, [1e-4 if rank == 32 else 2e-4])
+    waiting = [row for row in first.rows if recipes.waits(first, row, "commonsense", "paper")]
+    assert len(waiting) == 7 and "ChatGPT" in waiting[0]
 
 
 # -- LoRA's appendix D, column by column ----------------------------------------------------------------------------------
@@ -440,8 +466,8 @@ def test_unknown_names_get_the_nearest():
 
 
 def test_what_waits_is_not_run_and_says_why():
-    with pytest.raises(ValueError, match="dora-1 waits for the eight commonsense tasks, read from a hub"):
-        recipes.choose(recipes.load("dora-1"), ["all"], [], "paper")
+    with pytest.raises(ValueError, match="dora-5 waits for Alpaca's instructions, read from a hub"):
+        recipes.choose(recipes.load("dora-5"), ["all"], [], "paper")
     with pytest.raises(ValueError, match=r'"RoBERTa-base BitFit, 0\.1M" waits for a recipe: the paper copied the row'):
         recipes.choose(recipes.load("lora-2"), ["stsb"], ["RoBERTa-base BitFit, 0.1M"], "paper")
     chosen = recipes.choose(recipes.load("lora-2"), ["stsb", "rte", "stsb"], [], "paper")
@@ -569,7 +595,8 @@ def test_the_list_says_what_runs_here(offline, monkeypatch):
     assert shown["lora-18-miniature"][1:5] == ("yes: stsb", "7 of 7", "package: all-MiniLM-L6-v2", "package: stsb")
     assert shown["adalora-1"][1:4] == ("with --model: stsb", "96 of 96", "hub: deberta-v3-base")
     assert shown["adalora-4"][1] == "no"
-    assert "dora-1" not in shown and any("dora-1 waits for the eight" in line for line in table.caption)
+    assert shown["dora-1"][1:3] == ("no", "12 of 19") and shown["dora-15"][1:4] == ("no", "10 of 10", "hub: llama-7b-hf")
+    assert "dora-5" not in shown and any("dora-5 waits for Alpaca's" in line for line in table.caption)
     assert any("out of reach: not asked" in line for line in table.caption)
     cells = {(one["row"], one["cell"]): one for one in found["tables"][recipes.names().index("adalora-1")]["cells"]}
     assert cells["AdaLoRA, 1.27M", "stsb"]["lacking"] == ["model", "memory"]

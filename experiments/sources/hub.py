@@ -23,9 +23,14 @@ HUB_FILES = [
 
 
 def hub_out_of_reach() -> str | None:
-    """Why the hub cannot be asked, or None where it answers; settled within a few seconds.
+    """Why the hub cannot be asked, or None where it answers; settled within a few seconds."""
+    return out_of_reach()
 
-    The hub's own client tries again for half a minute before it gives up, so we knock first.
+
+def out_of_reach(address: str | None = None) -> str | None:
+    """Why an address, of the hub where none is given, cannot be asked, or None where it answers.
+
+    The clients that download try again for half a minute before they give up, so we knock first.
     """
     if _is_set("HF_HUB_OFFLINE") or _is_set("TRANSFORMERS_OFFLINE"):
         return "not asked, since HF_HUB_OFFLINE is set"
@@ -35,7 +40,7 @@ def hub_out_of_reach() -> str | None:
         try:
             from huggingface_hub import constants, get_session
 
-            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+            get_session().head(address or constants.ENDPOINT, timeout=HUB_SECONDS)
             answer.append(None)
         except Exception as error:  # whichever HTTP library the hub's client stands on
             answer.append(f"no connection ({one_line(error)})")
