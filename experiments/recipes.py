@@ -853,7 +853,10 @@ def memory_bytes(given: Mapping[str, Any]) -> float:
     training = Training(**{key: given[key] for key in given if key in TRAINING_KEYS})
     rows = -(-training.batch_size // training.accumulation)
     states = 16 if given["method"] == "full" else 4  # weight, gradient and AdamW's two averages, or the weight alone
-    activations = ACTIVATION_BYTES * rows * training.max_length * of.hidden * of.layers
+    of_layer = ACTIVATION_BYTES * rows * training.max_length * of.hidden
+    activations = of_layer * of.layers
+    if training.gradient_checkpointing:  # what goes into each layer is kept in fp32, and all of one layer at a time
+        activations = of_layer + 4 * rows * training.max_length * of.hidden * of.layers
     return PROCESS_BYTES + states * of.parameters + activations
 
 

@@ -132,6 +132,11 @@ def test_doras_commonsense_tables_are_trained_as_its_table_8_says():
     for rank in (4, 8, 16, 32, 64):
         assert found[f"LoRA, r = {rank}"] == ("lora", rank, [3e-4])
         assert found[f"DoRA, r = {rank}"] == ("dora", rank, [1e-4 if rank == 32 else 2e-4])
+    # Weights of 27 GB, and 16 x 256 x 4096 numbers: once into each of 32 layers, 136 bytes of each within one.
+    given = recipes.settings_of(first, "LLaMA-7B DoRA, 0.84 %", "commonsense", "paper")
+    inside, between = 136 * 16 * 256 * 4096, 32 * 4 * 16 * 256 * 4096
+    assert recipes.memory_bytes(given) == 0.7e9 + 4 * 6_738_415_616 + inside + between
+    assert recipes.memory_bytes({**given, "gradient_checkpointing": False}) == 0.7e9 + 4 * 6_738_415_616 + 32 * inside
     waiting = [row for row in first.rows if recipes.waits(first, row, "commonsense", "paper")]
     assert len(waiting) == 7 and "ChatGPT" in waiting[0]
 
