@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError
 from rankwise.experiments import config, sources
@@ -54,6 +54,8 @@ OWN_KEYS = {
     "cls_dropout": "dropout before the classifier",
     "label_smoothing": "of the loss",
     "generation": "how text is generated, in words",
+    "quantization": "form of the frozen base's linears: nf4 or int8",
+    "double_quantization": "whether the scales of nf4's blocks are quantised too",
     "start_from": "what the adapter starts from where that is not the pre-trained model alone",
     "departures": "sentences: what else is not as in the paper",
 }
@@ -74,6 +76,8 @@ class Said(Training):
     lr_warmup_steps: Count = 0
     cls_dropout: Fraction | None = None
     label_smoothing: Fraction = 0.0
+    quantization: Literal["nf4", "int8"] | None = None
+    double_quantization: bool = False
     warmup_steps: Count = 0
     """Of the method, as those that follow; whole steps, so that they can be scaled."""
     final_steps: Count = 0
@@ -123,8 +127,9 @@ class Shape:
 
     @property
     def in_matrices(self) -> int:
-        """Parameters in the layers' six matrices: what a token is multiplied with."""
-        return self.layers * (4 * self.hidden**2 + 2 * self.hidden * self.intermediate)
+        """Parameters in the layers' six matrices, of LLaMA's kind seven: what a token is multiplied with."""
+        wide = 3 if self.architecture == "llama" else 2
+        return self.layers * (4 * self.hidden**2 + wide * self.hidden * self.intermediate)
 
 
 # Layers and widths: each model's config.json on the hub; parameters: as LoRA's Table 2 and AdaLoRA's Table 1 print them,
@@ -140,10 +145,14 @@ SHAPES = {
     "openai-community/gpt2-large": Shape("gpt2", 36, 1280, 5120, 774_030_080),
     "yahma/llama-7b-hf": Shape("llama", 32, 4096, 11008, 6_738_415_616),
     "yahma/llama-13b-hf": Shape("llama", 40, 5120, 13824, 13_015_864_320),
+    "huggyllama/llama-7b": Shape("llama", 32, 4096, 11008, 6_738_415_616),
+    "huggyllama/llama-13b": Shape("llama", 40, 5120, 13824, 13_015_864_320),
+    "huggyllama/llama-30b": Shape("llama", 60, 6656, 17920, 32_528_943_616),
+    "huggyllama/llama-65b": Shape("llama", 80, 8192, 22016, 65_285_660_672),
     "meta-llama/Llama-2-7b-hf": Shape("llama", 32, 4096, 11008, 6_738_415_616),
     "meta-llama/Meta-Llama-3-8B": Shape("llama", 32, 4096, 14336, 8_030_261_248),
     "meta-llama/Llama-3.2-3B": Shape("llama", 28, 3072, 8192, 3_212_749_824),
-    # Of its three matrices of 576 x 1536 a layer two are counted, and keys and values as if they had 9 heads: 12 % too few.
+    # Keys and values are counted as if they had 9 heads, and not 3: an eighth too many.
     STAND_IN_DECODER: Shape("llama", 30, 576, 1536, 134_515_008),
 }
 
@@ -153,13 +162,14 @@ SHAPES = {
 # Gflop/s of the same processor in reports/bench/bench.json.
 REACHED = 0.5
 # Tokens of a row, on average: an assumption, not a measurement, and good to a factor of two or three.
-TOKENS_OF_A_ROW = {"squad": 200, "metamathqa": 250, "commonsense": 120}
+TOKENS_OF_A_ROW = {"squad": 200, "metamathqa": 250, "commonsense": 120, "alpaca-mmlu": 120}
 TOKENS_OF_A_SENTENCE_ROW = 40
 # Bytes of activations for each element of (rows, tokens, hidden) and layer in fp32: 34 bytes in half precision (Korthikanti
 # et al. 2022, eq. 2, without the scores, which fused attention does not keep), twice that in fp32, and twice again for what
 # an allocator keeps of tensors of changing length.
 ACTIVATION_BYTES = 34 * 2 * 2
 PROCESS_BYTES = 0.7e9  # Python and torch themselves
+BITS = {("nf4", False): 4.5, ("nf4", True): 4.127, ("int8", False): 8.0}  # of a weight with its share of the blocks' scales
 
 
 @dataclass(frozen=True)
@@ -526,6 +536,7 @@ def plan(
         "training": training,
         "methods": [entry],
     }
+    raw |= {key: given[key] for key in ("quantization", "double_quantization") if key in given}
     if pack is not None:
         raw["pack"] = pack
     if rates is not None:  # every rate is tried in a run as long as the final ones
@@ -848,7 +859,7 @@ def _needs(recipe: Recipe, variant: str, flops: float) -> list[dict[str, Any]]:
 
 
 def memory_bytes(given: Mapping[str, Any]) -> float:
-    """Peak memory of a run alone, of a micro-batch at full length, in fp32."""
+    """Peak memory of a run alone, of a micro-batch at full length, in fp32 but for the linears of a quantised base."""
     of = shape(given["model"])
     training = Training(**{key: given[key] for key in given if key in TRAINING_KEYS})
     rows = -(-training.batch_size // training.accumulation)
@@ -857,7 +868,11 @@ def memory_bytes(given: Mapping[str, Any]) -> float:
     activations = of_layer * of.layers
     if training.gradient_checkpointing:  # what goes into each layer is kept in fp32, and all of one layer at a time
         activations = of_layer + 4 * rows * training.max_length * of.hidden * of.layers
-    return PROCESS_BYTES + states * of.parameters + activations
+    weights = states * of.parameters
+    if given.get("quantization"):
+        bits = BITS[given["quantization"], given.get("double_quantization", False)]
+        weights -= (4 - bits / 8) * min(of.in_matrices, of.parameters)
+    return PROCESS_BYTES + weights + activations
 
 
 def seconds(given: Mapping[str, Any], task: Task, seeds: int, flops: float) -> float:

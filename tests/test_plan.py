@@ -314,7 +314,7 @@ def test_a_study_is_planned_with_the_ranks_of_its_budget(model, tmp_path, capsys
     assert "learned takes the ranks of adalora's run: planned with equal ones" in captured.err
 
 
-@pytest.mark.parametrize("task", ["squad/v1", "e2e-nlg", "metamathqa", "commonsense"])
+@pytest.mark.parametrize("task", ["squad/v1", "e2e-nlg", "metamathqa", "commonsense", "alpaca-mmlu"])
 def test_a_task_whose_rows_are_counted_when_it_is_read_is_planned_before(task, tmp_path, capsys):
     kind = "llama" if task != "squad/v1" else "bert"
     where = language_models.saved(kind, tmp_path / kind) if kind == "llama" else small_world.model(tmp_path / kind)

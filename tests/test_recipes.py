@@ -61,13 +61,13 @@ def test_every_cell_of_a_recipe_is_a_row_of_its_table_and_a_sound_study(name):
         checks.check(one.study)
         assert one.study.tasks == [recipe.tasks[cell]]
         # Of generated texts the release and the comparison score the last step, on the test part.
-        last = {"lora-3": 3, "lora-18": 1, "peft-metamathqa": 1, "dora-1": 1, "dora-15": 1}
+        last = {"lora-3": 3, "lora-18": 1, "peft-metamathqa": 1, "dora-1": 1, "dora-15": 1, "qlora-4": 1}
         assert one.study.protocol == ("held-out" if name in last else "best-dev-epoch")
         assert list(one.study.seeds) == list(range(recipe.seeds)) and recipe.seeds == last.get(name, 5)
         assert one.stands_in_for is None
         method = published.row(row).method
         assert method is None or method == one.study.methods[0].method
-        assert beside.columns_of(published, recipe.tasks[cell], recipe.beside)
+        assert beside.columns_of(published, recipe.tasks[cell], recipe.beside, cell)
 
 
 def test_what_can_run_is_what_the_methods_and_tasks_allow():
@@ -86,6 +86,7 @@ def test_what_can_run_is_what_the_methods_and_tasks_allow():
         "dora-1-miniature": 3,
         "dora-15": 2 * 5,
         "peft-metamathqa": 8,
+        "qlora-4": 2 * 4,
         "vera-glue": 6,
     } | ({"adalora-2": 2 * 17 * 2} if "squad/v1" in tasks.names() else {})
 
@@ -93,9 +94,9 @@ def test_what_can_run_is_what_the_methods_and_tasks_allow():
 def test_what_waits_says_for_what():
     lora = recipes.load("lora-2")
     assert recipes.waits(lora, "RoBERTa-base BitFit, 0.1M", "rte", "paper").startswith("a recipe: the paper copied the row")
-    of_data = {"qlora-4": "instruction sets", "dora-5": "Alpaca's instructions", "adalora-3": "XSum"}
+    of_data = {"qlora-3": "instruction sets", "dora-5": "GPT-4 as the judge", "adalora-3": "XSum"}
     for name, data in of_data.items():
-        assert data in recipes.load(name).waits and "read from a hub" in recipes.load(name).waits
+        assert data in recipes.load(name).waits
     assert recipes.load("lora-6").waits == "weights that were never released"
     assert not any("decoder tasks" in recipes.load(name).waits for name in recipes.names())  # these kinds are there
 
@@ -471,7 +472,7 @@ def test_unknown_names_get_the_nearest():
 
 
 def test_what_waits_is_not_run_and_says_why():
-    with pytest.raises(ValueError, match="dora-5 waits for Alpaca's instructions, read from a hub"):
+    with pytest.raises(ValueError, match="dora-5 waits for GPT-4 as the judge"):
         recipes.choose(recipes.load("dora-5"), ["all"], [], "paper")
     with pytest.raises(ValueError, match=r'"RoBERTa-base BitFit, 0\.1M" waits for a recipe: the paper copied the row'):
         recipes.choose(recipes.load("lora-2"), ["stsb"], ["RoBERTa-base BitFit, 0.1M"], "paper")
@@ -601,7 +602,7 @@ def test_the_list_says_what_runs_here(offline, monkeypatch):
     assert shown["adalora-1"][1:4] == ("with --model: stsb", "96 of 96", "hub: deberta-v3-base")
     assert shown["adalora-4"][1] == "no"
     assert shown["dora-1"][1:3] == ("no", "12 of 19") and shown["dora-15"][1:4] == ("no", "10 of 10", "hub: llama-7b-hf")
-    assert "dora-5" not in shown and any("dora-5 waits for Alpaca's" in line for line in table.caption)
+    assert "dora-5" not in shown and any("dora-5 waits for GPT-4" in line for line in table.caption)
     assert any("out of reach: not asked" in line for line in table.caption)
     cells = {(one["row"], one["cell"]): one for one in found["tables"][recipes.names().index("adalora-1")]["cells"]}
     assert cells["AdaLoRA, 1.27M", "stsb"]["lacking"] == ["model", "memory"]

@@ -123,7 +123,7 @@ def _cells(recipe: "Recipe", published: "Published", given: str) -> list[str]:
     if not cells:
         raise ValueError(f"--cells is empty: name at least one of: {', '.join(recipe.tasks)}, or all")
     for cell, task in recipe.tasks.items():
-        columns = beside.columns_of(published, task, recipe.beside)
+        columns = beside.columns_of(published, task, recipe.beside, cell)
         cells = [cell if name in columns and name not in recipe.tasks else name for name in cells]
     return cells
 
@@ -201,7 +201,7 @@ def _beside(
     return beside.lines(
         published,
         plan.row,
-        beside.columns_of(published, study.tasks[0], recipe.beside),
+        beside.columns_of(published, study.tasks[0], recipe.beside, plan.cell),
         finals,
         cell=plan.cell,
         variant=plan.variant,

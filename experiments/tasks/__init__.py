@@ -10,6 +10,7 @@ from rankwise.experiments.config import read as config_of_study
 from rankwise.experiments.data_entries import OwnData
 from rankwise.experiments.records import STUDY_FILE
 from rankwise.experiments.tasks import (
+    alpaca_mmlu,
     commonsense,
     conll2003,
     e2e_nlg,
@@ -28,7 +29,7 @@ from rankwise.variants.settings import quoted
 
 __all__ = ["Outputs", "OwnTask", "Task", "get", "in_study", "names", "of_run", "outputs_of_run"]
 
-_FAMILIES = (glue, reuters, sarcasm, conll2003, squad, fashion_mnist, socialiqa, e2e_nlg, metamathqa, commonsense)
+_FAMILIES = (glue, reuters, sarcasm, conll2003, squad, fashion_mnist, socialiqa, e2e_nlg, metamathqa, commonsense, alpaca_mmlu)
 _TASKS: dict[str, Task] = {task.name: task for family in _FAMILIES for task in family.TASKS}
 
 

@@ -93,10 +93,15 @@ class Agreement:
         return f"{self.kind}: {', '.join(self.tags)}" if self.tags else self.kind
 
 
-def columns_of(published: Published, task: str, beside: str = "") -> list[str]:
-    """The columns that runs of a task are compared with: `beside` if given, else every column of the task but averages."""
+def columns_of(published: Published, task: str, beside: str = "", cell: str = "") -> list[str]:
+    """The columns that runs of a task are compared with: `beside` if given, else every column of the task but averages.
+
+    cell: the recipe's; where it has the name of one of these columns, which each have a model of their own, that one alone.
+    """
+    if beside:
+        return [beside]
     of_task = [name for name, column in published.columns.items() if column.task == task and not column.averages]
-    return [beside] if beside else of_task
+    return [cell] if cell in of_task else of_task
 
 
 def lines(

@@ -46,7 +46,7 @@ def detail(here: Mapping[str, Any], published: Published) -> Table:
     differing = [key for key in keys if key not in common]
     rows = []
     for cell, values in zip(ready, settings, strict=True):
-        columns = columns_of(published, cell["task"], one["beside"])
+        columns = columns_of(published, cell["task"], one["beside"], cell["cell"])
         printed = [f"{published.value(cell['row'], c).value:.2f}" for c in columns if c in published.row(cell["row"]).values]
         needs = (cell["here"], bytes_text(cell["memory_bytes"]), duration(cell["seconds"]))
         rows.append((cell["row"], cell["cell"], "/".join(printed), *needs, *(_plain(values.get(key)) for key in differing)))
