@@ -303,6 +303,17 @@ def test_text_fits_the_terminal_and_loses_no_cell(study, width):
             assert cell in text
 
 
+def test_a_block_begins_with_the_columns_that_name_a_row():
+    table = tables.Table("t", "T", ("row", "cell", "first", "second"), (("a", "x", 1, 2), ("a", "y", 3, 4)), (), 2, keys=2)
+    assert [line.split() for line in table.text(20).splitlines() if line[:1] == "a"] == [
+        ["a", "x", "1"], ["a", "y", "3"], ["a", "x", "2"], ["a", "y", "4"],
+    ]  # fmt: skip
+    assert [line.split() for line in table.text(80).splitlines() if line[:1] == "a"] == [
+        ["a", "x", "1", "2"],
+        ["a", "y", "3", "4"],
+    ]
+
+
 def test_every_render_is_ascii(study):
     for table in (tables.comparison(study), tables.rate_sweep(study), tables.ranks(study), tables.every_run(study)):
         (table.markdown() + table.csv() + table.latex() + table.text()).encode("ascii")

@@ -70,7 +70,7 @@ def detail(here: Mapping[str, Any], published: Published) -> Table:
             f"To run: rankwise paper {one['table']} --cells {rows[0][1]} [--rows LABEL] [--variant NAME] [--scale X]."
         )
     head = ("row", "cell", "published", "runs here", "memory", "time", *differing)
-    return Table("paper", one["title"], head, tuple(rows), tuple(caption), len(head))
+    return Table("paper", one["title"], head, tuple(rows), tuple(caption), len(head), keys=2)
 
 
 def duration(seconds: float) -> str:

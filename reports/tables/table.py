@@ -29,6 +29,7 @@ class Table:
     caption: tuple[str, ...]
     text_columns: int = 1  # the first columns hold text, the others numbers; "status" is text too
     reproduce: str = ""  # how its numbers can be made again, in one line
+    keys: int = 1  # the first columns name a row: on a terminal each block of columns has them again
     is_quoted: bool = False  # its cells are texts of others, in which "+-" is no plus-minus and a hyphen no minus
 
     def cells(self) -> list[list[str]]:
@@ -91,7 +92,7 @@ class Table:
         )
 
     def text(self, width: int = 100) -> str:
-        """For a terminal: blocks of columns that fit, each with the first column, then the caption."""
+        """For a terminal: blocks of columns that fit, each with the columns that name a row, then the caption."""
         cells = [list(self.columns), *([printable(cell) for cell in row] for row in self.cells())]
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
 
@@ -100,7 +101,7 @@ class Table:
             return "  ".join(parts).rstrip()
 
         out = [*textwrap.wrap(printable(self.title), width), ""]
-        for block in _blocks(widths, width):
+        for block in _blocks(widths, width, self.keys):
             rule = "  ".join("-" * widths[i] for i in block)
             out += [line(cells[0], block), rule, *(line(row, block) for row in cells[1:]), ""]
         for sentence in self.caption:
@@ -108,15 +109,14 @@ class Table:
         return "\n".join(out).rstrip() + "\n"
 
 
-def _blocks(widths: list[int], width: int) -> list[list[int]]:
-    blocks = [[0]]
-    used = widths[0]
-    for i in range(1, len(widths)):
-        if used + 2 + widths[i] > width and len(blocks[-1]) > 1:
-            blocks.append([0])
-            used = widths[0]
+def _blocks(widths: list[int], width: int, keys: int) -> list[list[int]]:
+    first = list(range(keys))
+    blocks = [list(first)]
+    for i in range(keys, len(widths)):
+        used = sum(widths[at] + 2 for at in blocks[-1])
+        if used + widths[i] > width and len(blocks[-1]) > keys:
+            blocks.append(list(first))
         blocks[-1].append(i)
-        used += 2 + widths[i]
     return blocks
 
 
