@@ -82,7 +82,7 @@ def test_what_moving_rank_across_sites_is_worth():
 
 def test_what_moving_rank_is_worth_at_a_mean_rank_of_2():
     study = placing("placing-rank-2")
-    first, *others = outcomes_of(study)
+    first = outcomes_of(study)[0]
     seen, alpha = first.comparison, first.alpha
     numbers = said_of(seen)
     assert first.kind == "equivalent" and seen.seeds == 8 and 0 < seen.low < seen.high < first.hypothesis.margin
@@ -110,8 +110,37 @@ def test_what_moving_rank_is_worth_at_a_mean_rank_of_2():
     assert starts == {3 * 83_016 // 2} and "start with a rank of 3 at each site" in FINDINGS
     within, placed = (np.mean([run.active_parameters for run in arm(s, study).completed]) for s in ("within sites", "adalora"))
     assert f"these have {within:,.0f} in every run, and AdaLoRA {placed:,.0f} on the average" in FINDINGS
-    assert {one.kind for one in others} == {"waiting"} and "H2 and H3 at rank 2 are not run" in FINDINGS
     assert all(set(run.ranks.values()) == {2} for run in arm("within sites", study).completed)
+
+
+def test_what_a_trained_magnitude_is_worth_at_a_mean_rank_of_2():
+    study = placing("placing-rank-2")
+    one = outcomes_of(study)[1]
+    seen, numbers = one.comparison, said_of(one.comparison)
+    lora, dora, adalora = (arm(setting, study) for setting in ("lora", "dora", "adalora"))
+    assert (
+        one.kind == "equivalent"
+        and seen.seeds == min(study.looks) == 8
+        and {len(a.scores) for a in (lora, dora, adalora)} == {8}
+    )
+    means = [f"{np.mean(list(a.scores.values())):.2f}" for a in (lora, dora, adalora)]
+    assert f"| LoRA, rank 2 at each of 36 sites | {means[0]} | |" in FINDINGS
+    said = f"against LoRA {numbers}: **equivalent** within {one.hypothesis.margin:g}"
+    assert f"| DoRA, magnitudes counted in the budget | {means[1]} | {said} |" in FINDINGS
+    assert f"DoRA against LoRA is worth {numbers.replace(', ', ' points, ', 1)}, equivalent inside" in README
+    beside = summary(paired_differences(adalora.scores, lora.scores))
+    [verdict] = [verdict for verdict in verdicts(study) if verdict.setting == "adalora"]
+    said = f"against LoRA {beside.mean:+.2f}, 95 % interval {beside.low:+.2f} to {beside.high:+.2f}: {verdict.kind}"
+    assert f"| AdaLoRA, at its own rate | {means[2]} | {said} |" in FINDINGS
+    assert f"no run of the two ends below {min([*lora.scores.values(), *dora.scores.values()]):.2f}" in FINDINGS
+    assert {run.active_parameters for a in (lora, dora) for run in a.completed} == {82_944}
+    ranks = [{rank for run in a.completed for rank in run.ranks.values()} for a in (lora, dora)]
+    assert ranks == [{2}, {1, 2}] and "(1 or 2 at a site, where LoRA has 2)" in FINDINGS
+    three = [lora, dora, arm("random-rank", study)]
+    best = {max(a.grid, key=lambda rate, a=a: rate_score(a.grid[rate]) or -1) for a in three}
+    assert best == {lora.rate, dora.rate} == {4e-3} and {len(a.grid) for a in three} == {6}
+    assert max(rate_score(a.grid[8e-3]) for a in three) < 10
+    assert sum(run.result.status == "failed" for a in three for run in a.grid[8e-3]) == 1
 
 
 def test_what_a_trained_magnitude_is_worth():
