@@ -113,6 +113,28 @@ def test_what_moving_rank_is_worth_at_a_mean_rank_of_2():
     assert all(set(run.ranks.values()) == {2} for run in arm("within sites", study).completed)
 
 
+def test_what_a_learned_pattern_is_worth_at_a_mean_rank_of_2():
+    study = placing("placing-rank-2")
+    *before, one = outcomes_of(study)
+    seen, learned, permuted = one.comparison, arm("learned", study), arm("permuted", study)
+    assert {other.kind for other in before} == {"equivalent"}  # or it could not be tested
+    assert one.kind == "undecided" and seen.seeds == len(learned.scores) == len(permuted.scores) == 8
+    means = [f"{np.mean(list(a.scores.values())):.2f}" for a in (learned, permuted)]
+    said = f"learned against permuted {said_of(seen)}: **{one.kind}**"
+    assert f"| learned: the ranks of another seed | {means[0]} | {said}" in FINDINGS
+    assert f"| permuted: these ranks at other sites | {means[1]} | |" in FINDINGS
+    assert f"{said_of(seen).replace(', ', ' points, ', 1)}" in README
+    assert f"(p = {seen.p:.3f} at a level of {one.alpha})" in FINDINGS and seen.difference < 0
+    assert f"a difference of {one.smallest:.2f} is what eight seeds could have seen" in FINDINGS
+    assert f"worth more than {seen.high:.2f} points here" in FINDINGS and seen.seeds < max(study.looks)
+    apart = np.std([learned.scores[seed] - permuted.scores[seed] for seed in range(8)], ddof=1)
+    assert f"scatters by {apart:.2f} points between seeds" in FINDINGS
+    assert f"no run of the two ends below {min([*learned.scores.values(), *permuted.scores.values()]):.2f}" in FINDINGS
+    assert learned.rate == permuted.rate == 4e-3 and {len(a.grid) for a in (learned, permuted)} == {6}
+    assert "six rates jointly, the best 4e-3 for both" in FINDINGS
+    assert [run.active_parameters for run in learned.completed] == [run.active_parameters for run in permuted.completed]
+
+
 def test_what_a_trained_magnitude_is_worth_at_a_mean_rank_of_2():
     study = placing("placing-rank-2")
     one = outcomes_of(study)[1]
