@@ -143,13 +143,13 @@ SHAPES = {
     # Parameters as transformers counts them; LoRA's Table 3 prints 354.92M and 774.03M.
     "openai-community/gpt2-medium": Shape("gpt2", 24, 1024, 4096, 354_823_168),
     "openai-community/gpt2-large": Shape("gpt2", 36, 1280, 5120, 774_030_080),
-    "yahma/llama-7b-hf": Shape("llama", 32, 4096, 11008, 6_738_415_616),
-    "yahma/llama-13b-hf": Shape("llama", 40, 5120, 13824, 13_015_864_320),
-    "huggyllama/llama-7b": Shape("llama", 32, 4096, 11008, 6_738_415_616),
-    "huggyllama/llama-13b": Shape("llama", 40, 5120, 13824, 13_015_864_320),
+    **dict.fromkeys(
+        ("yahma/llama-7b-hf", "huggyllama/llama-7b", "meta-llama/Llama-2-7b-hf"),
+        Shape("llama", 32, 4096, 11008, 6_738_415_616),
+    ),
+    **dict.fromkeys(("yahma/llama-13b-hf", "huggyllama/llama-13b"), Shape("llama", 40, 5120, 13824, 13_015_864_320)),
     "huggyllama/llama-30b": Shape("llama", 60, 6656, 17920, 32_528_943_616),
     "huggyllama/llama-65b": Shape("llama", 80, 8192, 22016, 65_285_660_672),
-    "meta-llama/Llama-2-7b-hf": Shape("llama", 32, 4096, 11008, 6_738_415_616),
     "meta-llama/Meta-Llama-3-8B": Shape("llama", 32, 4096, 14336, 8_030_261_248),
     "meta-llama/Llama-3.2-3B": Shape("llama", 28, 3072, 8192, 3_212_749_824),
     # Keys and values are counted as if they had 9 heads, and not 3: an eighth too many.
@@ -169,7 +169,8 @@ TOKENS_OF_A_SENTENCE_ROW = 40
 # an allocator keeps of tensors of changing length.
 ACTIVATION_BYTES = 34 * 2 * 2
 PROCESS_BYTES = 0.7e9  # Python and torch themselves
-BITS = {("nf4", False): 4.5, ("nf4", True): 4.127, ("int8", False): 8.0}  # of a weight with its share of the blocks' scales
+# Bits of a weight with its share of the scales: one in fp32 for 64 weights, or one in 8 bits, of which 256 share one in fp32.
+BITS = {("nf4", False): 4 + 32 / 64, ("nf4", True): 4 + 8 / 64 + 32 / (64 * 256), ("int8", False): 8.0}
 
 
 @dataclass(frozen=True)
@@ -871,7 +872,7 @@ def memory_bytes(given: Mapping[str, Any]) -> float:
     weights = states * of.parameters
     if given.get("quantization"):
         bits = BITS[given["quantization"], given.get("double_quantization", False)]
-        weights -= (4 - bits / 8) * min(of.in_matrices, of.parameters)
+        weights -= (4 - bits / 8) * of.in_matrices
     return PROCESS_BYTES + weights + activations
 
 

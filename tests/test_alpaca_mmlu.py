@@ -6,12 +6,11 @@ from dataclasses import replace
 import pytest
 from rankwise.experiments import recipes, sources, tasks
 from rankwise.experiments.sources import github
-from rankwise.experiments.study import Runner
 from rankwise.experiments.tasks import alpaca_mmlu
 from rankwise.reports import papers
 from rankwise.reports.papers import beside
 
-from tests import language_models
+from tests import language_models, paper_cells
 
 ALPACA = {
     "instruction": ["Name a fruit.", "Add them.", "Say nothing."] * 8,
@@ -125,9 +124,9 @@ def test_a_quantised_base_is_estimated_by_its_bits():
         recipes.memory_bytes(recipes.settings_of(recipe, row, "llama_7b_alpaca", "paper")) for row in ("BFloat16", "NFloat4+DQ")
     )
     linears = 32 * (4 * 4096**2 + 3 * 4096 * 11_008)
-    assert linears == 6_476_005_376 and whole - packed == pytest.approx((4 - 4.127 / 8) * linears)
+    assert linears == 6_476_005_376 and whole - packed == pytest.approx((4 - 4.126953125 / 8) * linears)
     single = recipes.settings_of(recipe, "NFloat4+DQ", "llama_7b_alpaca", "paper") | {"double_quantization": False}
-    assert recipes.memory_bytes(single) - packed == pytest.approx((4.5 - 4.127) / 8 * linears)
+    assert recipes.memory_bytes(single) - packed == pytest.approx((4.5 - 4.126953125) / 8 * linears)
 
 
 @pytest.mark.parametrize("row", ["BFloat16", pytest.param("NFloat4+DQ", marks=pytest.mark.slow)])
@@ -136,15 +135,7 @@ def test_a_cell_runs_and_stands_in_its_column(tmp_path, row):
     folder = language_models.saved("llama", tmp_path / "llama")
     recipe = recipes.load("qlora-4")
     plan = recipes.plan(recipe, row, "llama_13b_alpaca", model=folder, scale=2e-4, seeds=1)
-    training = plan.study.training.model_copy(update={"max_length": 48, "precision": "fp32"})
-    runner = Runner(plan.study.model_copy(update={"training": training}), tmp_path / "runs", device="cpu")
-    runner.prepare()
-    (result,) = runner.run()
-    assert result["status"] == "completed" and result["split"] == "test"
-    columns = beside.columns_of(papers.load("qlora-4"), "alpaca-mmlu", cell=plan.cell)
-    (line,) = beside.lines(
-        papers.load("qlora-4"), row, columns, [result], cell=plan.cell, variant="paper", scale=plan.scale, model=folder,
-        stands_in_for=plan.stands_in_for, reasons=[(one.tag, one.text) for one in plan.reasons], departures=plan.departures,
-    )  # fmt: skip
-    assert line.column == "llama_13b_alpaca" and list(line.scores) == [0] and line.published in (47.2, 47.5)
+    result = paper_cells.run(plan, tmp_path / "runs", max_length=48, precision="fp32")
+    (line,) = paper_cells.lines(plan, result)
+    assert line.column == "llama_13b_alpaca" and line.published in (47.2, 47.5)
     assert {"model", "scaled"} <= {reason.tag for reason in line.reasons}

@@ -12,12 +12,10 @@ import numpy as np
 import pytest
 from rankwise.experiments import recipes, sources, tasks
 from rankwise.experiments.sources import github
-from rankwise.experiments.study import Runner
 from rankwise.experiments.tasks import commonsense
 from rankwise.reports import papers
-from rankwise.reports.papers import beside
 
-from tests import language_models
+from tests import language_models, paper_cells
 
 ANSWERS = {
     "boolq": ("true", "false"),
@@ -146,7 +144,8 @@ def test_what_github_does_not_have_is_one_line(repository, server):
 def test_without_a_network_it_says_where_a_clone_can_lie(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(
-        sources.Unavailable, match=r"cache: no .*LLM-Adapters/.*commonsense_170k.json; GitHub: not asked"
+        sources.Unavailable,
+        match=r"cache: no .*/commonsense_170k.json, where a clone of the repository serves too; GitHub: not asked",
     ) as error:
         tasks.get("commonsense").load(["train"])
     assert "\n" not in str(error.value)
@@ -271,19 +270,8 @@ def test_a_cell_trains_once_and_stands_beside_eight_columns(tmp_path, clone, tab
     """On a tiny model and a few rows: every step of a real run but its length."""
     folder = language_models.saved("llama", tmp_path / "llama")
     plan = recipes.plan(recipes.load(table), label, "commonsense", model=folder, scale=1e-4, seeds=1)
-    task = tasks.get("commonsense")
-    training = plan.study.training.model_copy(update={"max_length": 48, "precision": "fp32"})
-    runner = Runner(plan.study.model_copy(update={"training": training}), tmp_path / "runs", device="cpu")
-    runner.prepare()
-    (result,) = runner.run()
-    assert result["status"] == "completed" and result["split"] == "test"
-    published = papers.load(table)
-    columns = beside.columns_of(published, task.name)
-    assert columns == list(commonsense.TESTS)
-    assert set(result["metrics"]["test"]) >= {"average", *columns}
-    made = beside.lines(
-        published, label, columns, [result], cell="commonsense", variant="paper", scale=plan.scale, model=folder,
-        stands_in_for=plan.stands_in_for, reasons=[(one.tag, one.text) for one in plan.reasons], departures=plan.departures,
-    )  # fmt: skip
-    assert [line.column for line in made] == columns and all(list(line.scores) == [0] for line in made)
+    result = paper_cells.run(plan, tmp_path / "runs", max_length=48, precision="fp32")
+    assert set(result["metrics"]["test"]) >= {"average", *commonsense.TESTS}
+    made = paper_cells.lines(plan, result)
+    assert [line.column for line in made] == list(commonsense.TESTS)
     assert {"model", "scaled", "decoding"} <= {reason.tag for reason in made[0].reasons}

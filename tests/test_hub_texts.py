@@ -5,12 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from rankwise.experiments import recipes, tasks
-from rankwise.experiments.study import Runner
 from rankwise.experiments.tasks import e2e_nlg, metamathqa
-from rankwise.reports import papers
 from rankwise.reports.papers import beside
 
-from tests import language_models
+from tests import language_models, paper_cells
 
 MEANINGS = [
     "name[Blue Spice], eatType[coffee shop], area[city centre]",
@@ -161,19 +159,10 @@ def test_a_cell_runs_and_stands_beside_the_paper(tmp_path, monkeypatch, table, r
     monkeypatch.setitem(tasks._TASKS, task.name, replace(task, sizes=None))  # a few rows
     (entry,) = plan.study.methods
     assert entry.targets == modules and plan.stands_in_for
-    training = plan.study.training.model_copy(update={"max_length": 48})  # as long as these models read
-    runner = Runner(plan.study.model_copy(update={"training": training}), tmp_path / "runs", device="cpu")
-    runner.prepare()
-    (result,) = runner.run()
-    assert result["status"] == "completed" and result["split"] == "test"
-    published = papers.load(table)
-    columns = beside.columns_of(published, task.name)
-    assert columns == {"lora-3": ["bleu", "nist", "rouge_l"], "peft-metamathqa": ["gsm8k"]}[table]
-    made = beside.lines(
-        published, row, columns, [result], cell=cell, variant="paper", scale=plan.scale, model=folder,
-        stands_in_for=plan.stands_in_for, reasons=[(one.tag, one.text) for one in plan.reasons], departures=plan.departures,
-    )  # fmt: skip
-    assert [line.column for line in made] == columns and all(list(line.scores) == [0] for line in made)
+    result = paper_cells.run(plan, tmp_path / "runs", max_length=48)  # as long as these models read
+    made = paper_cells.lines(plan, result)
+    columns = {"lora-3": ["bleu", "nist", "rouge_l"], "peft-metamathqa": ["gsm8k"]}[table]
+    assert [line.column for line in made] == columns
     tags = {reason.tag for reason in made[0].reasons}
     assert {"model", "scaled"} <= tags and ({"decoding", "labels"} <= tags) == (table == "lora-3")
     assert beside.agreement(made[0]).kind == beside.NOT_COMPARABLE

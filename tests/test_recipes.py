@@ -97,6 +97,7 @@ def test_what_waits_says_for_what():
     of_data = {"qlora-3": "instruction sets", "dora-5": "GPT-4 as the judge", "adalora-3": "XSum"}
     for name, data in of_data.items():
         assert data in recipes.load(name).waits
+    assert "read from a hub" in recipes.load("adalora-3").waits
     assert recipes.load("lora-6").waits == "weights that were never released"
     assert not any("decoder tasks" in recipes.load(name).waits for name in recipes.names())  # these kinds are there
 
@@ -563,6 +564,14 @@ def test_the_shapes_are_those_of_the_papers():
         of = recipes.SHAPES[model]
         square, wide = 2 * of.hidden * rank, (of.hidden + of.intermediate) * rank
         assert of.layers * (2 * square if sites == 2 else 4 * square + 2 * wide) == count
+
+
+def test_llamas_have_the_parameters_of_their_shapes():
+    """Both embeddings of 32,000 tokens, the layers' matrices and two norms each, and the last norm."""
+    models = [name for name in recipes.SHAPES if name.startswith(("yahma/", "huggyllama/", "meta-llama/Llama-2"))]
+    assert len(models) == 7
+    for of in (recipes.SHAPES[name] for name in models):
+        assert of.parameters == of.in_matrices + (2 * 32_000 + 2 * of.layers + 1) * of.hidden
 
 
 def test_the_estimates_by_hand():

@@ -43,7 +43,7 @@ class Repository:
                 return own
             tried.append(f"{own}: another version, or damaged")
         else:
-            tried.append(f"cache: no {own}")
+            tried.append(f"cache: no {own}, where a clone of the repository serves too")
         if reason := out_of_reach(ADDRESS):
             raise Unavailable(self.name, [*tried, f"GitHub: {reason}"])
         print(f"{self.name}, {path}: licence {self.licence}; downloading from GitHub", file=sys.stderr, flush=True)

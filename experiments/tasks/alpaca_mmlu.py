@@ -6,12 +6,12 @@ instruction is a question with one option, its answer, so that what is trained i
 """
 
 import functools
-import hashlib
 import json
 
 import numpy as np
 from rankwise.experiments.data.examples import Examples
 from rankwise.experiments.data.reading import hub_columns
+from rankwise.experiments.sources.cache import digest
 from rankwise.experiments.sources.github import Repository
 from rankwise.experiments.tasks.task import Task
 from rankwise.experiments.tasks.text_metrics import choice_accuracy
@@ -87,8 +87,7 @@ def read(split: str) -> Examples:
 
 def identity() -> str:
     """sha256 over Alpaca's rows and git's names of the questions' files."""
-    parts = [read("train").content_hash(), *(REPOSITORY.files[path] for path in QUESTIONS.values())]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
+    return digest({"instructions": read("train").content_hash(), **REPOSITORY.files})
 
 
 TASKS = (

@@ -5,13 +5,13 @@ answer2"; right is a text whose first word of that form is the right one.  The f
 """
 
 import functools
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from rankwise.experiments.data.examples import Examples
+from rankwise.experiments.sources.cache import digest
 from rankwise.experiments.sources.github import Repository
 from rankwise.experiments.tasks.metrics import ratio
 from rankwise.experiments.tasks.task import Task
@@ -52,12 +52,12 @@ ASKED = (
     "### Instruction:\n{}\n\n### Response:\n"
 )
 FORMS = (
-    "true|false",
-    "solution[12]",
-    "ending[1-4]",
-    "option[12]",
-    "answer[1-5]",
-)  # of BoolQ, PIQA, HellaSwag, WinoGrande, others
+    "true|false",  # BoolQ
+    "solution[12]",  # PIQA
+    "ending[1-4]",  # HellaSwag
+    "option[12]",  # WinoGrande
+    "answer[1-5]",  # the others
+)
 ANSWER = re.compile("|".join(FORMS))
 
 # ------------------------------------------------------------------------------------------------------------------------- rows
@@ -102,7 +102,7 @@ def read(split: str) -> Examples:
 
 def identity() -> str:
     """sha256 over git's names of the nine files; nothing is downloaded for it."""
-    return hashlib.sha256(json.dumps(dict(sorted(REPOSITORY.files.items()))).encode()).hexdigest()
+    return digest(dict(REPOSITORY.files))
 
 
 # ----------------------------------------------------------------------------------------------------------------------- scores
