@@ -15,15 +15,21 @@ permutation test: under the null hypothesis the scores may be dealt to the alloc
 
 How much any placement could gain is a variance: that of scores over allocations less that over seeds of one allocation, with
 a generalized confidence interval (Weerahandi 1993, JASA 88, 899; normal scores).
+
+A few runs that collapse have more of the variance than all others.  So everything is given in three more views: of the scores'
+ranks (Conover & Iman 1981, American Statistician 35, 124), which no run can sway alone; of the runs that did not collapse,
+which says nothing of how often an allocation collapses; and of whether a run collapsed.  A failed run is none that is missing:
+it scores what a constant predictor scores, and has collapsed.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float
 from rankwise.experiments.records import Run
+from rankwise.reports.compared import scores_with_failures
 from rankwise.reports.ranks.sites import module_labels, site_order, split_site
 from rankwise.reports.results import Arm, Study
 from rankwise.reports.statistics import LEVEL, spearman, t_quantile
@@ -33,6 +39,7 @@ DRAWS = 100_000  # of a generalized confidence interval: its ends are then known
 RESAMPLES = 500  # of the seeds, for the interval of a rank correlation
 PERCENT = 0.01  # of the budget, which effects are given for
 LEAST = 2  # runs for each site
+COLLAPSE = 10.0  # robust standard deviations below the median: no scatter goes so far, and a run that learnt nothing does
 LIKELY = 0.95  # a site of the best allocation gets no more rank than this quantile of what sites had in the runs
 
 
@@ -60,11 +67,38 @@ class Runs:
         return 2 * LEAST * len(self.sites)
 
     @property
+    def has_effects(self) -> bool:
+        """Whether these are enough for an effect of every site."""
+        return len(self.scores) >= LEAST * len(self.sites)
+
+    @property
     def can_be_halved(self) -> bool:
         return len(self.scores) >= self.least
 
     def take(self, which: np.ndarray) -> "Runs":
         return Runs(self.sites, self.seeds[which], self.scores[which], self.spent[which], self.prices)
+
+    def scored(self, scores: Float[np.ndarray, " n"]) -> "Runs":
+        """The same allocations with other scores."""
+        return replace(self, scores=np.asarray(scores, dtype=np.float64))
+
+    @property
+    def ranked(self) -> "Runs":
+        """With the scores' ranks, from 0 (the worst) to 100; ties share theirs."""
+        from scipy.stats import rankdata
+
+        return self.scored(100 * (rankdata(self.scores) - 1) / max(1, len(self.scores) - 1))
+
+    @property
+    def floor(self) -> float:
+        """Below this a run collapsed: COLLAPSE robust deviations (1.4826 median absolute deviations) under the median."""
+        middle = np.median(self.scores)
+        return float(middle - COLLAPSE * 1.4826 * np.median(np.abs(self.scores - middle)))
+
+    @property
+    def collapsed(self) -> np.ndarray:
+        """(n,) which runs did."""
+        return self.scores < self.floor
 
     def groups(self, name: str) -> dict[str, list[int]]:
         """The sites' indices by group; name: "site", "kind" or "layer"."""
@@ -110,13 +144,16 @@ class Effects:
             return 2 * t.sf(np.abs(self.values / self.errors), len(self.without) - 1)
 
 
-def runs_of(arm: Arm) -> Runs:
-    """The completed final runs of the setting that draws an allocation for each seed.
+def runs_of(part: Study, arm: Arm) -> Runs:
+    """The final runs of the setting that draws an allocation for each seed; a failed one scores as a constant predictor.
+
+    A run that failed before it had an allocation (out of memory, say) has none that could be blamed, and is left out.
 
     Raises:
         ValueError: too few runs for as many effects as there are sites.
+        NoConstantScore: a run failed, and nothing says what a constant predictor scores.
     """
-    done = [run for run in arm.of("completed") if run.result.ranks and run.result.score is not None]
+    done = [run for run in _ended(arm) if run.result.ranks]
     sites = tuple(site_order(site for run in done[:1] for site in run.result.ranks))
     if len(done) < LEAST * len(sites) or not sites:
         raise ValueError(
@@ -125,8 +162,20 @@ def runs_of(arm: Arm) -> Runs:
         )
     ranks = np.array([[run.result.ranks[site] for site in sites] for run in done], dtype=np.float64)
     prices = _prices(ranks, done)
-    seeds = np.array([run.config.seed for run in done])
-    return Runs(sites, seeds, np.array([run.result.score for run in done]), ranks * prices, prices)
+    seeds = [run.config.seed for run in done]
+    scores, _ = scores_with_failures(part, arm, seeds)
+    return Runs(sites, np.array(seeds), scores, ranks * prices, prices)
+
+
+def scores_of(part: Study, arm: Arm) -> Float[np.ndarray, " m"]:
+    """Of the finished final runs of a setting; a failed one scores as a constant predictor."""
+    return scores_with_failures(part, arm, [run.config.seed for run in _ended(arm)])[0]
+
+
+def _ended(arm: Arm) -> list[Run]:
+    """Final runs with a score, and those that failed, by seed."""
+    done = [run for run in arm.of("completed") if run.result.score is not None] + arm.of("failed")
+    return sorted(done, key=lambda run: run.config.seed)
 
 
 def _prices(ranks: Float[np.ndarray, "n J"], done: Sequence[Run]) -> Float[np.ndarray, " J"]:

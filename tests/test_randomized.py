@@ -1,5 +1,8 @@
 """What rank is worth, by random allocations: planted effects are found, none errs more often than it says."""
 
+import tomllib
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from rankwise.experiments import config, records
@@ -79,7 +82,7 @@ def errors(draws: int, runs: int) -> tuple[float, float, float]:
         one.scores[:] = np.where(random.random(runs) < 0.05, one.scores - 8, one.scores)  # a run in twenty collapses
         low, high = randomized.effects(one).intervals().T
         first, second = randomized.halves(one)
-        best = randomized.best_allocation(first, randomized.effects(first))
+        best = randomized.best_allocation(first, randomized.effects(first.ranked))
         _, least, most = randomized.predicted_gain(second, randomized.effects(second), best)
         wrong += [np.mean((low > 0) | (high < 0)), randomized.permutation_p(one)[1] <= 0.05, least > 0 or most < 0]
     return tuple(wrong / draws)
@@ -99,6 +102,33 @@ def test_no_effect_gives_about_nominal_errors(few_permutations):
 def test_no_effect_gives_nominal_errors(few_permutations):
     site, whole, gain = errors(500, 100)  # the jackknife errs on the safe side: 3.1, 4.9 and 1.8 % in 1,000 draws
     assert 0.02 <= site <= 0.055 and 0.03 <= whole <= 0.075 and gain <= 0.055
+
+
+def with_collapses(runs: Runs, collapsed: np.ndarray) -> Runs:
+    return runs.scored(np.where(collapsed, 5.0, runs.scores))
+
+
+def test_runs_that_collapse_do_not_hide_an_effect_from_the_ranks_or_from_the_others():
+    random = np.random.default_rng(5)
+    runs = simulated(random, 200, WORTH)
+    collapsed = random.random(200) < 0.1
+    seen = with_collapses(runs, collapsed)
+    assert (seen.collapsed == collapsed).all() and 5 < seen.floor < runs.scores.min()
+    assert not runs.collapsed.any()
+    one, ranked, kept = (randomized.permutation_p(r) for r in (seen, seen.ranked, seen.take(~seen.collapsed)))
+    assert one[1] > 0.05 and ranked[1] <= 0.001 and kept[1] <= 0.001 and kept[0] > 0.4 > one[0]
+    by_ranks = randomized.best_allocation(seen, randomized.effects(seen.ranked))
+    assert by_ranks[SMALL[0]] == max(by_ranks.values()) and by_ranks[SMALL[8]] == 0
+    chance = randomized.permutation_p(seen.scored(collapsed))
+    assert chance[1] > 0.05
+    caused = seen.scored(runs.spent[:, 0] > np.quantile(runs.spent[:, 0], 0.8))
+    assert randomized.permutation_p(caused)[1] <= 0.001
+
+
+def test_ranks_run_from_0_to_100_and_ties_share_theirs():
+    runs = simulated(np.random.default_rng(0), 5, WORTH)
+    assert runs.scored([7, 9, 7, -80, 8]).ranked.scores.tolist() == [37.5, 100, 37.5, 0, 75]
+    assert not runs.scored([80.0, 80, 80, 80, 5]).take(np.arange(4)).collapsed.any()
 
 
 def spreads(draws: int, of_allocation: float) -> float:
@@ -173,9 +203,9 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 def test_the_page_says_what_was_planted_and_its_study_is_sound(folder, tmp_path):
     one = page.analysed(results.load(folder).parts()[0])
-    worth = one.by["kind"]
+    worth = one.all.by["kind"]
     assert worth.names[worth.values.argmax()] == "value" and worth.intervals()[worth.values.argmax()][0] > 0
-    assert one.explained["site"][1] <= 0.001 and one.spread.low > 0.5 and one.gain[1] > 0
+    assert one.all.explained["site"][1] <= 0.001 and one.spread.low > 0.5 and one.gain[1] > 0
     assert [a.measure for a in one.agreements] == [
         "adalora: ranks kept (1 run)", "adalora: importance (1 run)", "adalora: loss that its removal costs (1 run)",
     ]  # fmt: skip
@@ -185,11 +215,54 @@ def test_the_page_says_what_was_planted_and_its_study_is_sound(folder, tmp_path)
     assert (tmp_path / "figures" / "worth-map.svg").is_file() and (tmp_path / "tables" / "worth-by-site.csv").is_file()
     fresh = config.read(tmp_path / "best.toml")
     assert [entry.label for entry in fresh.methods] == ["uniform", "predicted"] and fresh.seeds == [*range(150, 162)]
-    assert not set(fresh.sweep.seeds) & {*fresh.seeds, *range(150)}
+    assert fresh.sweep.seeds == [162, 163] and fresh.methods[0].learning_rates == [5e-4, 1e-3, 2e-3]
     predicted = fresh.methods[1].settings
     assert sum(predicted["rank_pattern"].values()) + predicted["rank"] * (36 - len(predicted["rank_pattern"])) == sum(
         one.best.values()
     )
+
+
+def changed(part, method: str, seeds, **changes):
+    """The study, with other results of these runs."""
+    runs = [
+        replace(run, result=run.result.model_copy(update=changes))
+        if run.config.setting == method and run.config.seed in seeds else run
+        for run in part.runs
+    ]  # fmt: skip
+    return results.replace(part, runs=tuple(runs))
+
+
+def test_failed_runs_score_as_a_constant_predictor_and_collapses_are_told_apart(folder, few_permutations):
+    part = results.load(folder).parts()[0]
+    plain = page.analysed(part)
+    assert plain.kept is plain.collapses is plain.spread_kept is None and "collapse" not in " ".join(page.sentences(plain))
+    failed = {"status": "failed", "error": "collapsed", "score": None, "metric": "pearson_spearman"}
+    one = page.analysed(changed(changed(part, "random-rank", (3, 40, 77), **failed), "lora", (1,), **failed))
+    assert one.runs.scores[[3, 40, 77]].tolist() == [0, 0, 0] and one.runs.collapsed.sum() == 3 and one.unplaced == 0
+    assert len(one.uniform_scores) == 4 and one.uniform_collapsed.tolist() == [False, True, False, False]
+    text = " ".join(page.sentences(one))
+    assert "3 of the 150 collapsed" in text and "1 of 4 of the uniform allocation" in text
+    assert "Of the scores of the 147 others: " in text and "Among runs that did not collapse, scores have" in text
+    assert one.kept.explained["site"][1] <= 0.005 and one.ranked.explained["site"][1] <= 0.005
+    assert one.spread.drawn > 2 * one.spread_kept.drawn and one.spread_kept.numbers == (147, 3)
+    names = [row[0] for row in page.spread_table(one).rows]
+    assert "random, not collapsed" in names and "best of 100 random allocations, not collapsed" in names
+    assert [row[1] for row in page.views_table(one).rows] == [150, 150, 147, 150]
+    effects = page.effects_table(one, "kind")
+    assert effects.columns[-3:] == ("effect, not collapsed", "its 95 % interval", "its p (Holm)")
+    assert all(len(row) == len(effects.columns) for row in effects.rows)
+    chose = randomized.halves(one.runs)[0]
+    by_ranks, by_scores = (randomized.best_allocation(r, randomized.effects(r)) for r in (chose.ranked, chose))
+    assert one.best == by_ranks != by_scores
+    fresh = config.parse(tomllib.loads(page.fresh_test(one, one.best)), "fresh")
+    assert fresh.sweep.seeds == [162, 163, 164, 165] and fresh.methods[0].learning_rates == [2.5e-4, 5e-4, 1e-3]
+
+
+def test_a_run_that_failed_before_it_had_an_allocation_is_left_out_and_said(folder, few_permutations):
+    part = results.load(folder).parts()[0]
+    one = page.analysed(changed(part, "random-rank", (3,), status="failed", error="out of memory", score=None, ranks={}))
+    assert one.unplaced == 1 and len(one.runs.scores) == 149 and 3 not in one.runs.seeds
+    assert "Left out: 1 run that failed before it had an allocation." in page.sentences(one)
 
 
 def test_too_few_runs_are_refused(folder, tmp_path):
@@ -250,7 +323,7 @@ def test_it_runs_on_a_tiny_model_and_is_analysed(model, tmp_path):  # noqa: F811
     assert loaded.kind == "randomized"
     arm, uniform = randomized.arms_of(loaded.parts()[0])
     assert len(arm.scores) == 24 and len(uniform.scores) == 3
-    runs = randomized.runs_of(arm)
+    runs = randomized.runs_of(loaded.parts()[0], arm)
     assert len({tuple(row) for row in runs.spent}) > 12 and runs.spent.sum(1).max() <= 1500
     done = CliRunner().invoke(app, ["analysis", "randomized", str(tmp_path / "runs")])
     assert done.exit_code == 0, done.output

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import tomlkit
+from jaxtyping import Float
 from rankwise.experiments.files import write_file
 from rankwise.experiments.tasks import names as shipped_tasks
 from rankwise.reports import randomized
 from rankwise.reports.figures.rank_maps import worth_map
-from rankwise.reports.figures.style import save, subject
+from rankwise.reports.figures.style import Drawing, save, subject
 from rankwise.reports.randomized import Effects, Runs
 from rankwise.reports.results import Arm, Study, load, load_all
 from rankwise.reports.statistics import holm, summary, t_quantile
@@ -30,19 +31,45 @@ UNIT = "points for 1 % of the budget"
 
 
 @dataclass(frozen=True, eq=False)
+class View:
+    """What runs say: effects of, and the share of the variance (with its p) that is explained by, "site", "kind", "layer"."""
+
+    name: str
+    runs: Runs
+    by: dict[str, Effects]
+    explained: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True, eq=False)
 class Analysis:
-    """What the runs of one task say."""
+    """What the runs of one task say.
+
+    best, gain, gain_kept: an allocation, what it gains by runs that did not choose it, and by those of them that did not
+    collapse.  reliability: of the effects on scores, and on their ranks.
+    """
 
     part: Study
     runs: Runs
+    unplaced: int  # runs that failed before they had an allocation, and are left out
     uniform: Arm | None
+    uniform_scores: Float[np.ndarray, " m"]
     spread: randomized.Spread | None  # None: the uniform allocation has fewer than two runs
-    by: dict[str, Effects]  # "site", "kind", "layer"
-    explained: dict[str, tuple[float, float]]  # of each: share of the variance, p
-    best: dict[str, int] | None  # chosen by one half of the runs; None: too few for two halves
-    gain: tuple[float, float, float] | None  # predicted by the other half
+    spread_kept: randomized.Spread | None  # without the runs that collapsed; None: as above, or none did
+    all: View
+    ranked: View
+    kept: View | None  # without the runs that collapsed; None: none did, or too few are left
+    collapses: View | None  # whether a run collapsed; None: none did
+    best: dict[str, int] | None  # None: too few for two halves
+    gain: tuple[float, float, float] | None
+    gain_kept: tuple[float, float, float] | None
     agreements: list[randomized.Agreement]
-    reliability: float | None  # None: too few for two halves
+    agreements_ranked: list[randomized.Agreement]
+    reliability: tuple[float | None, float | None] | None  # None: too few for two halves
+
+    @property
+    def uniform_collapsed(self) -> np.ndarray:
+        """(m,) which of the uniform allocation's runs lie below the random ones' floor."""
+        return self.uniform_scores < self.runs.floor
 
 
 def analysed(part: Study, beside: Sequence[Study] = ()) -> Analysis:
@@ -54,30 +81,48 @@ def analysed(part: Study, beside: Sequence[Study] = ()) -> Analysis:
         ValueError: the study has no random allocations, or too few runs.
     """
     drawn, uniform = randomized.arms_of(part)
-    runs = randomized.runs_of(drawn)
-    best = gain = None
+    runs = randomized.runs_of(part, drawn)
+    collapsed = runs.collapsed
+    kept = runs.take(~collapsed)
+    kept = kept if collapsed.any() and kept.has_effects else None
+    best = gain = gain_kept = reliability = None
     if runs.can_be_halved:
         first, second = randomized.halves(runs)
-        best = randomized.best_allocation(first, randomized.effects(first))
+        best = randomized.best_allocation(first, randomized.effects(first.ranked))
         gain = randomized.predicted_gain(second, randomized.effects(second), best)
+        if kept is not None and (rest := second.take(second.scores >= runs.floor)).has_effects:
+            gain_kept = randomized.predicted_gain(rest, randomized.effects(rest), best)
+        reliability = randomized.reliability(runs), randomized.reliability(runs.ranked)
     measures = randomized.measures_of(part, apart=(drawn.setting,))
     for other in beside:
         named = {f"{other.name}, {name}": values for name, values in randomized.measures_of(other).items()}
         measures |= {name: values for name, values in named.items() if values.keys() & set(runs.sites)}
-    scores = [] if uniform is None else list(uniform.scores.values())
-    by = {name: randomized.effects(runs, name) for name in ("site", "kind", "layer")}
+    scores = np.zeros(0) if uniform is None else randomized.scores_of(part, uniform)
+    steady = scores[scores >= runs.floor]
     return Analysis(
         part=part,
         runs=runs,
+        unplaced=sum(not run.result.ranks for run in drawn.of("failed")),
         uniform=uniform,
-        spread=randomized.spread(runs.scores, np.array(scores)) if len(scores) > 1 else None,
-        by=by,
-        explained={name: randomized.permutation_p(runs, name) for name in by},
+        uniform_scores=scores,
+        spread=randomized.spread(runs.scores, scores) if len(scores) > 1 else None,
+        spread_kept=None if kept is None or len(steady) < 2 else randomized.spread(kept.scores, steady),
+        all=_view("scores", runs),
+        ranked=_view("ranks of the scores", runs.ranked),
+        kept=None if kept is None else _view("scores of runs that did not collapse", kept),
+        collapses=_view("whether a run collapsed", runs.scored(collapsed)) if collapsed.any() else None,
         best=best,
         gain=gain,
+        gain_kept=gain_kept,
         agreements=randomized.agreements(runs, measures),
-        reliability=randomized.reliability(runs) if runs.can_be_halved else None,
+        agreements_ranked=randomized.agreements(runs.ranked, measures),
+        reliability=reliability,
     )
+
+
+def _view(name: str, runs: Runs) -> View:
+    by = {group: randomized.effects(runs, group) for group in ("site", "kind", "layer")}
+    return View(name, runs, by, {group: randomized.permutation_p(runs, group) for group in by})
 
 
 def write(folder: Path, out: Path, beside: Sequence[Path] = ()) -> Path:
@@ -101,18 +146,17 @@ def write(folder: Path, out: Path, beside: Sequence[Path] = ()) -> Path:
 
 
 def _page(one: Analysis, out: Path, prefix: str) -> str:
-    sites = one.by["site"]
-    half = t_quantile(len(sites.without) - 1, 0.95) * sites.errors
-    worth = {site: (float(v), float(h)) for site, v, h in zip(sites.names, sites.values, half, strict=True)}
-    drawing = worth_map(worth, UNIT, f"{subject(one.part)} ({len(one.runs.scores)} random allocations)")
-    drawing = replace(drawing, name=prefix + drawing.name)
-    save(drawing, out / "figures")
-    tables = [spread_table(one), *(effects_table(one, by) for by in ("kind", "layer", "site"))]
+    drawings = []
+    for view, name in ((one.kept, "worth-map-kept"), (one.all, "worth-map")):
+        if view is not None:
+            drawings.append(replace(_map(one, view), name=prefix + name))
+            save(drawings[-1], out / "figures")
+    tables = [views_table(one), spread_table(one), *(effects_table(one, by) for by in ("kind", "layer", "site"))]
     tables += [] if one.best is None else [best_table(one, one.best)]
     tables += [agreement_table(one)] if one.agreements else []
     lines = [f"# What rank is worth: {escape_markdown(one.part.title)}\n"]
     lines += ["".join(f"- {escape_markdown(sentence)}\n" for sentence in sentences(one))]
-    lines += [f"![{drawing.alt}](figures/{drawing.name}.png)\n"]
+    lines += [f"![{drawing.alt}](figures/{drawing.name}.png)\n" for drawing in drawings]
     for table in tables:
         write_file(out / "tables" / f"{prefix}{table.name}.csv", table.csv())
         write_file(out / "tables" / f"{prefix}{table.name}.tex", table.latex())
@@ -121,39 +165,114 @@ def _page(one: Analysis, out: Path, prefix: str) -> str:
     return "\n".join(lines)
 
 
+def _map(one: Analysis, view: View) -> Drawing:
+    sites = view.by["site"]
+    half = t_quantile(len(sites.without) - 1, 0.95) * sites.errors
+    worth = {site: (float(v), float(h)) for site, v, h in zip(sites.names, sites.values, half, strict=True)}
+    apart = "" if view is one.all else ", collapsed runs left out"
+    return worth_map(worth, UNIT, f"{subject(one.part)} ({len(view.runs.scores)} random allocations{apart})")
+
+
 def sentences(one: Analysis) -> list[str]:
     """The answer first: is there anything to gain, where, how far it could be foreseen."""
-    n, (share, p) = len(one.runs.scores), one.explained["site"]
-    found = "the allocation matters" if p <= 0.05 else "no effect of the allocation was found"
+    runs, n, (_, p), (_, p_ranked) = one.runs, len(one.runs.scores), one.all.explained["site"], one.ranked.explained["site"]
     lines = [
-        f"{n} random allocations of one budget ({one.runs.budget:,.0f} parameters on {len(one.runs.sites)} sites), one for "
-        f"each seed, on {one.part.task}: where the rank went explains {100 * share:.1f} % of the variance of the scores "
-        f"(p = {p:.4f} by permutation: {found}; {100 * (len(one.runs.sites) - 1) / (n - 1):.1f} % are expected of chance)."
+        f"{n} random allocations of one budget ({runs.budget:,.0f} parameters on {len(runs.sites)} sites), one for each seed, "
+        f"on {one.part.task}: where the rank went explains {_share(one.all)} of the variance of the scores ({_p(p)}), and "
+        f"{_share(one.ranked)} of that of their ranks, which no run can sway alone ({_p(p_ranked)}): {_found(min(p, p_ranked))}"
+        f". {100 * (len(runs.sites) - 1) / (n - 1):.1f} % are expected of chance."
     ]
-    if one.spread is not None:
-        s = one.spread
-        best, low, high = s.gain(100)
-        lines.append(
-            f"How much could any placement gain? Scores have a standard deviation of {s.drawn:.2f} over allocations and "
-            f"{s.uniform:.2f} over {s.numbers[1]} seeds of the uniform one: {s.allocation:.2f} ({s.low:.2f} to {s.high:.2f}) "
-            f"is that of the allocation alone. The best of 100 random allocations would be {best:.2f} ({low:.2f} to "
-            f"{high:.2f}) points above their mean."
-        )
-    else:
-        lines.append("How much could any placement gain? Not known: the uniform allocation has fewer than two finished runs.")
+    if one.unplaced:
+        left_out = "1 run that failed before it" if one.unplaced == 1 else f"{one.unplaced} runs that failed before they"
+        lines.append(f"Left out: {left_out} had an allocation.")
+    if one.collapses is not None:
+        lines.append(_collapses(one, one.collapses))
+    lines.append(_could_gain(one))
     if one.gain is None:
-        return [
-            *lines,
-            f"Too few runs to choose an allocation by one half and judge it by the other: that takes {one.runs.least}.",
-        ]
-    gain, low, high = one.gain
+        return [*lines, f"Too few runs to choose an allocation by one half and judge it by the other: that takes {runs.least}."]
     lines.append(
-        f"The allocation that half of the runs predict to be best gains {gain:+.2f} points ({low:+.2f} to {high:+.2f}) over "
-        "the mean allocation by the effects of the other half."
+        "The allocation that half of the runs predict to be best, by the ranks of their scores, gains "
+        f"{_gain(one.gain)} over the mean allocation by the effects of the other half"
+        + ("." if one.gain_kept is None else f", and {_gain(one.gain_kept)} by those of its runs that did not collapse.")
     )
     if one.part.task in shipped_tasks():
         lines[-1] += " best.toml tests it afresh."
     return lines
+
+
+def _collapses(one: Analysis, view: View) -> str:
+    from scipy.stats import fisher_exact
+
+    collapsed, n = int(one.runs.collapsed.sum()), len(one.runs.scores)
+    text = (
+        f"{collapsed} of the {n} collapsed (below {one.runs.floor:.1f} points, which is {randomized.COLLAPSE:g} robust "
+        f"standard deviations under the median of {np.median(one.runs.scores):.2f})"
+    )
+    if m := len(one.uniform_scores):
+        others = int(one.uniform_collapsed.sum())
+        p = fisher_exact([[collapsed, n - collapsed], [others, m - others]])[1]
+        text += f", and {others} of {m} of the uniform allocation ({_p(p)} for a difference, Fisher's exact test)"
+    text += f". Whether a run collapsed: where the rank went explains {_share(view)} ({_p(view.explained['site'][1])})."
+    if one.kept is not None:
+        text += (
+            f" Of the scores of the {len(one.kept.runs.scores)} others: {_share(one.kept)} "
+            f"({_p(one.kept.explained['site'][1])})."
+        )
+    return text
+
+
+def _could_gain(one: Analysis) -> str:
+    s = one.spread if one.spread_kept is None else one.spread_kept
+    if s is None:
+        return "How much could any placement gain? Not known: the uniform allocation has fewer than two finished runs."
+    best, low, high = s.gain(100)
+    apart = "Among runs that did not collapse, scores" if one.spread_kept is not None else "Scores"
+    text = (
+        f"How much could any placement gain? {apart} have a standard deviation of {s.drawn:.2f} over allocations and "
+        f"{s.uniform:.2f} over {s.numbers[1]} seeds of the uniform one: {s.allocation:.2f} ({s.low:.2f} to {s.high:.2f}) "
+        f"is that of the allocation alone. The best of 100 random allocations would be {best:.2f} ({low:.2f} to "
+        f"{high:.2f}) points above their mean."
+    )
+    if one.spread_kept is not None and one.spread is not None:
+        text += f" With the collapsed runs the deviations are {one.spread.drawn:.2f} and {one.spread.uniform:.2f}."
+    return text
+
+
+def _share(view: View) -> str:
+    return f"{100 * view.explained['site'][0]:.1f} %"
+
+
+def _p(p: float) -> str:
+    return f"p = {p:.4f}"
+
+
+def _found(p: float) -> str:
+    """Of the smaller of two p, which may be half as large for that."""
+    return "the allocation matters" if p <= 0.025 else "no effect of the allocation was found"
+
+
+def _gain(gain: tuple[float, float, float]) -> str:
+    return f"{gain[0]:+.2f} points ({gain[1]:+.2f} to {gain[2]:+.2f})"
+
+
+def views_table(one: Analysis) -> Table:
+    views = [view for view in (one.all, one.ranked, one.kept, one.collapses) if view is not None]
+    rows = tuple(
+        (view.name, len(view.runs.scores), *(_explained(view, by) for by in ("site", "kind", "layer"))) for view in views
+    )
+    caption = (
+        "Share of the variance that is explained, and p by permutation (scores are dealt to allocations anew, since "
+        "allocations were drawn).",
+        "Ranks of the scores (Conover & Iman 1981) cannot be swayed by a few runs that collapse. The third line says nothing "
+        "of how often an allocation collapses; the fourth says that alone.",
+        "Of the first two lines one is enough to say that the allocation matters, at 2.5 % each.",
+    )  # fmt: skip
+    return Table("views", "Does the allocation matter?", ("of", "runs", "by site", "by kind", "by layer"), rows, caption)
+
+
+def _explained(view: View, by: str) -> str:
+    share, p = view.explained[by]
+    return f"{100 * share:.1f} % ({_p(p)})"
 
 
 def spread_table(one: Analysis) -> Table:
@@ -164,18 +283,29 @@ def spread_table(one: Analysis) -> Table:
         "interval (Weerahandi 1993), which takes scores to be normal; below zero counts as zero.",
         "Best of so many: the mean of the highest of normal scores with that sd, above the mean allocation.",
     ]
-    if one.uniform is not None and (uniform := summary(list(one.uniform.scores.values()))) is not None:
+    if (uniform := summary(one.uniform_scores)) is not None:
         rows.append(("uniform allocation", uniform.n, uniform.mean, interval_text(uniform.low, uniform.high), uniform.sd, None))
         if uniform.sd is not None:
             caption.append(_apart(drawn, uniform))
-    if one.spread is not None:
-        s = one.spread
-        rows.append(("the allocation alone", None, None, None, s.allocation, interval_text(s.low, s.high)))
-        for of in BEST_OF:
-            gain, low, high = s.gain(of)
-            rows.append((f"best of {of:,} random allocations", None, gain, None, None, interval_text(low, high)))
+    rows += _spread_rows(one.spread, "")
+    if one.spread_kept is not None and one.kept is not None:
+        steady = one.uniform_scores[~one.uniform_collapsed]
+        for name, found in (("random", summary(one.kept.runs.scores)), ("uniform", summary(steady))):
+            rows.append((f"{name}, not collapsed", found.n, found.mean, interval_text(found.low, found.high), found.sd, None))
+        rows += _spread_rows(one.spread_kept, ", not collapsed")
+        caption.append("Scores are not normal where runs collapsed: the lines that leave these out are the ones to read.")
     columns = ("scores", "n", "mean, or gain", "95 % interval of the mean", "sd", "95 % interval")
     return Table("spread", "How much any placement could gain", columns, tuple(rows), tuple(caption))
+
+
+def _spread_rows(spread: randomized.Spread | None, apart: str) -> list[tuple]:
+    if spread is None:
+        return []
+    rows = [(f"the allocation alone{apart}", None, None, None, spread.allocation, interval_text(spread.low, spread.high))]
+    for of in BEST_OF:
+        gain, low, high = spread.gain(of)
+        rows.append((f"best of {of:,} random allocations{apart}", None, gain, None, None, interval_text(low, high)))
+    return rows
 
 
 def _apart(drawn, uniform) -> str:
@@ -191,22 +321,31 @@ def _apart(drawn, uniform) -> str:
 
 
 def effects_table(one: Analysis, by: str) -> Table:
-    effects, (share, p) = one.by[by], one.explained[by]
+    effects, groups = one.all.by[by], one.runs.groups(by)
     adjusted = holm(np.nan_to_num(effects.p_values, nan=1.0))
-    groups = one.runs.groups(by)
     rows = [
         (name, _spent(one.runs, groups[name]), float(value), f"{low:+.3f} to {high:+.3f}", float(adjust))
         for name, value, (low, high), adjust in zip(
             effects.names, effects.values, effects.intervals(), adjusted, strict=True
         )
     ]  # fmt: skip
-    caption = (
+    columns = (by, "share of the budget (%)", "effect", "95 % interval", "p (Holm)")
+    caption = [
         f"Effect: {UNIT} moved there from all others in their shares. Interval: 95 %, clustered by seed (jackknife), of each "
         f"effect alone; p corrected by Holm over the {len(rows)}.",
-        f"Together they explain {100 * share:.1f} % of the variance of the scores (p = {p:.4f} by permutation).",
-    )
-    columns = (by, "share of the budget (%)", "effect", "95 % interval", "p (Holm)")
-    return Table(f"worth-by-{by}", f"What rank is worth, by {by}", columns, tuple(rows), caption)
+        f"Together they explain {_explained(one.all, by)} of the variance of the scores.",
+    ]
+    if one.kept is not None:
+        found = one.kept.by[by]
+        adjusted = holm(np.nan_to_num(found.p_values, nan=1.0))
+        more = zip(found.values, found.intervals(), adjusted, strict=True)
+        rows = [
+            (*row, float(value), f"{low:+.3f} to {high:+.3f}", float(adjust))
+            for row, (value, (low, high), adjust) in zip(rows, more, strict=True)
+        ]
+        columns += ("effect, not collapsed", "its 95 % interval", "its p (Holm)")
+        caption.append(f"Not collapsed: by the {len(one.kept.runs.scores)} runs that did not; {_explained(one.kept, by)}.")
+    return Table(f"worth-by-{by}", f"What rank is worth, by {by}", columns, tuple(rows), tuple(caption))
 
 
 def _spent(runs: Runs, inside: Sequence[int]) -> float:
@@ -214,12 +353,11 @@ def _spent(runs: Runs, inside: Sequence[int]) -> float:
 
 
 def best_table(one: Analysis, best: Mapping[str, int]) -> Table:
-    gain, low, high = one.gain
     mean = one.runs.spent.mean(0) / one.runs.prices
     rows = tuple((site, rank, float(m)) for (site, rank), m in zip(best.items(), mean, strict=True))
     caption = (
-        f"Chosen by the runs of every other seed; by the effects of the rest it gains {gain:+.2f} points ({low:+.2f} to "
-        f"{high:+.2f}) over the mean allocation, if effects add up as the regression takes them to.",
+        f"Chosen by the runs of every other seed, by the effects on the ranks of their scores; by the effects of the rest it "
+        f"gains {_gain(one.gain)} over the mean allocation, if effects add up as the regression takes them to.",
         "No site gets more rank than the 95 % quantile of what sites had in the runs. best.toml, where it is written (for "
         "tasks of `rankwise list`), tests it against the uniform allocation with seeds that no run here had.",
     )
@@ -229,26 +367,36 @@ def best_table(one: Analysis, best: Mapping[str, int]) -> Table:
 
 def agreement_table(one: Analysis) -> Table:
     rows = tuple(
-        (
-            agreement.measure,
-            agreement.num_sites,
-            agreement.correlation,
-            None if agreement.low is None else f"{agreement.low:+.2f} to {agreement.high:+.2f}",
+        (agreement.measure, agreement.num_sites, *_correlation(agreement), *_correlation(ranked))
+        for agreement, ranked in zip(one.agreements, one.agreements_ranked, strict=True)
+    )
+    caption = [
+        "Spearman's correlation over sites of the effects with each measure, and its 95 % interval over resampled seeds; of "
+        "the effects on scores, and on the scores' ranks.",
+    ]
+    if one.reliability is None:
+        caption.append("How far the effects of one half of the runs agree with those of the other is not known: too few runs.")
+    else:
+        plain, ranked = ("not known" if value is None else f"{value:.2f}" for value in one.reliability)
+        caption.append(
+            f"The effects of one half of the runs correlate with those of the other by {plain} (on ranks: {ranked}): no "
+            "measure can be expected to agree with the estimate better than the estimate with itself."
         )
-        for agreement in one.agreements
-    )
-    known = "not known" if one.reliability is None else f"{one.reliability:.2f}"
-    caption = (
-        "Spearman's correlation over sites of the effects with each measure, and its 95 % interval over resampled seeds.",
-        f"The effects of one half of the runs correlate with those of the other by {known}: no measure can be expected to "
-        "agree with the estimate better than the estimate with itself.",
-    )
-    columns = ("measure", "sites", "rank correlation", "95 % interval")
-    return Table("agreement", "Do allocators and importances know where rank is worth something?", columns, rows, caption)
+    columns = ("measure", "sites", "rank correlation", "95 % interval", "with effects on ranks", "its 95 % interval")
+    title = "Do allocators and importances know where rank is worth something?"
+    return Table("agreement", title, columns, rows, tuple(caption))
+
+
+def _correlation(agreement: randomized.Agreement) -> tuple[float | None, str | None]:
+    none = agreement.low is None or agreement.high is None
+    return agreement.correlation, None if none else f"{agreement.low:+.2f} to {agreement.high:+.2f}"
 
 
 def fresh_test(one: Analysis, best: Mapping[str, int]) -> str:
-    """The TOML of a study of the predicted allocation against the uniform one, at a shared rate, with new seeds."""
+    """The TOML of a study of the predicted allocation against the uniform one, at a shared rate, with new seeds.
+
+    Where runs collapsed, the rate was too high for some seeds, which two pilots do not show: lower rates, four pilots.
+    """
     drawn, _ = randomized.arms_of(one.part)
     config = drawn.final[0].config
     used = {run.config.seed for run in one.part.runs}
@@ -273,14 +421,15 @@ def fresh_test(one: Analysis, best: Mapping[str, int]) -> str:
     document["hypothesis"] = tomlkit.aot()
     document["hypothesis"].append(tomlkit.item(hypothesis))
     document["training"] = {k: v for k, v in config.training.items() if v is not None} | {"precision": config.precision}
-    document["sweep"] = {"design": "shared-rate", "seeds": _new(used, NEW_SEEDS + 2)[-2:], "trials": 5}
+    steps, pilots = ((0.5, 1, 2), 2) if one.collapses is None else ((0.25, 0.5, 1), 4)
+    document["sweep"] = {"design": "shared-rate", "seeds": _new(used, NEW_SEEDS + pilots)[NEW_SEEDS:], "trials": 5}
     document["methods"] = tomlkit.aot()
     for label, ranks in (("uniform", uniform), ("predicted", best)):
         most = max(ranks.values())
         entry = {
             "method": "lora", "label": label, "rank": most, "alpha": alpha_over_rank * most,
             "dropout": config.method_settings.get("dropout", 0.0),
-            "learning_rates": [drawn.rate / 2, drawn.rate, 2 * drawn.rate],
+            "learning_rates": [step * drawn.rate for step in steps],
         }  # fmt: skip
         others = {site: rank for site, rank in ranks.items() if rank != most}
         if others:
