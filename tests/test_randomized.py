@@ -245,6 +245,10 @@ def test_failed_runs_score_as_a_constant_predictor_and_collapses_are_told_apart(
     assert "Of the scores of the 147 others: " in text and "Among runs that did not collapse, scores have" in text
     assert one.kept.explained["site"][1] <= 0.005 and one.ranked.explained["site"][1] <= 0.005
     assert one.spread.drawn > 2 * one.spread_kept.drawn and one.spread_kept.numbers == (147, 3)
+    fewer = results.replace(part, runs=tuple(run for run in part.runs if run.config.seed < 80))
+    few = page.analysed(changed(fewer, "random-rank", range(12), **failed))  # too few are left for effects, not for a spread
+    assert few.kept is None and few.spread_kept.numbers == (68, 4) and few.gain is None
+    assert "Among runs that did not collapse" in " ".join(page.sentences(few))
     names = [row[0] for row in page.spread_table(one).rows]
     assert "random, not collapsed" in names and "best of 100 random allocations, not collapsed" in names
     assert [row[1] for row in page.views_table(one).rows] == [150, 150, 147, 150]

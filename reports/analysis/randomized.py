@@ -98,7 +98,7 @@ def analysed(part: Study, beside: Sequence[Study] = ()) -> Analysis:
         named = {f"{other.name}, {name}": values for name, values in randomized.measures_of(other).items()}
         measures |= {name: values for name, values in named.items() if values.keys() & set(runs.sites)}
     scores = np.zeros(0) if uniform is None else randomized.scores_of(part, uniform)
-    steady = scores[scores >= runs.floor]
+    steady = runs.scores[~collapsed], scores[scores >= runs.floor]
     return Analysis(
         part=part,
         runs=runs,
@@ -106,7 +106,7 @@ def analysed(part: Study, beside: Sequence[Study] = ()) -> Analysis:
         uniform=uniform,
         uniform_scores=scores,
         spread=randomized.spread(runs.scores, scores) if len(scores) > 1 else None,
-        spread_kept=None if kept is None or len(steady) < 2 else randomized.spread(kept.scores, steady),
+        spread_kept=randomized.spread(*steady) if collapsed.any() and min(map(len, steady)) > 1 else None,
         all=_view("scores", runs),
         ranked=_view("ranks of the scores", runs.ranked),
         kept=None if kept is None else _view("scores of runs that did not collapse", kept),
@@ -154,7 +154,7 @@ def _page(one: Analysis, out: Path, prefix: str) -> str:
     tables = [views_table(one), spread_table(one), *(effects_table(one, by) for by in ("kind", "layer", "site"))]
     tables += [] if one.best is None else [best_table(one, one.best)]
     tables += [agreement_table(one)] if one.agreements else []
-    lines = [f"# What rank is worth: {escape_markdown(one.part.title)}\n"]
+    lines = [f"# Random allocations: {escape_markdown(one.part.title)}\n"]
     lines += ["".join(f"- {escape_markdown(sentence)}\n" for sentence in sentences(one))]
     lines += [f"![{drawing.alt}](figures/{drawing.name}.png)\n" for drawing in drawings]
     for table in tables:
@@ -288,9 +288,9 @@ def spread_table(one: Analysis) -> Table:
         if uniform.sd is not None:
             caption.append(_apart(drawn, uniform))
     rows += _spread_rows(one.spread, "")
-    if one.spread_kept is not None and one.kept is not None:
-        steady = one.uniform_scores[~one.uniform_collapsed]
-        for name, found in (("random", summary(one.kept.runs.scores)), ("uniform", summary(steady))):
+    if one.spread_kept is not None:
+        steady = {"random": one.runs.scores[~one.runs.collapsed], "uniform": one.uniform_scores[~one.uniform_collapsed]}
+        for name, found in ((name, summary(scores)) for name, scores in steady.items()):
             rows.append((f"{name}, not collapsed", found.n, found.mean, interval_text(found.low, found.high), found.sd, None))
         rows += _spread_rows(one.spread_kept, ", not collapsed")
         caption.append("Scores are not normal where runs collapsed: the lines that leave these out are the ones to read.")
