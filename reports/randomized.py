@@ -19,7 +19,7 @@ a generalized confidence interval (Weerahandi 1993, JASA 88, 899; normal scores)
 A few runs that collapse have more of the variance than all others.  So everything is given in three more views: of the scores'
 ranks (Conover & Iman 1981, American Statistician 35, 124), which no run can sway alone; of the runs that did not collapse,
 which says nothing of how often an allocation collapses; and of whether a run collapsed.  A failed run is none that is missing:
-it scores what a constant predictor scores, and has collapsed.
+it scores what a constant predictor scores.
 """
 
 from collections.abc import Mapping, Sequence

@@ -108,6 +108,19 @@ def test_seeds_are_compared_by_spearman_and_jaccard(tmp_path):
     assert stability.seed_pairs(arms["lora"]) == []
 
 
+def test_pairs_of_many_seeds_do_not_swell_the_file(tmp_path):
+    for seed in range(60):
+        write_run(tmp_path, method="adalora", seed=seed, steps=2, sites=BERT_SITES[:6])
+    many = results.load(tmp_path)
+    few = results.replace(many, runs=tuple(run for run in many.runs if run.config.seed < 20))
+    sizes = {}
+    for name, study in (("few", few), ("many", many)):
+        svg, _ = figures.save(figures.stability(study), tmp_path / name)
+        sizes[name] = svg.stat().st_size
+        assert ("data:image/png" in svg.read_text()) == (name == "many")
+    assert sizes["many"] < 1.5 * sizes["few"]  # 1,770 pairs and 190
+
+
 @pytest.mark.slow
 def test_the_same_runs_give_the_same_bytes(study, tmp_path):
     for function in (figures.budget, figures.rates):

@@ -73,10 +73,11 @@ def test_intervals_are_clustered_by_seed():
     assert randomized.effects(twice).errors == pytest.approx(randomized.effects(runs).errors)
 
 
-def errors(draws: int, runs: int) -> tuple[float, float, float]:
-    """How often nothing is found to be something: a site's interval, the permutation test, the predicted gain's interval."""
+def errors(draws: int, runs: int) -> tuple[float, float, float, float]:
+    """How often nothing is found to be something: a site's interval, the permutation test, the predicted gain's interval, and
+    what the page says of the smaller p of scores and ranks."""
     random = np.random.default_rng(7)
-    wrong = np.zeros(3)
+    wrong = np.zeros(4)
     for _ in range(draws):
         one = simulated(random, runs, np.zeros(len(SMALL)))
         one.scores[:] = np.where(random.random(runs) < 0.05, one.scores - 8, one.scores)  # a run in twenty collapses
@@ -84,7 +85,9 @@ def errors(draws: int, runs: int) -> tuple[float, float, float]:
         first, second = randomized.halves(one)
         best = randomized.best_allocation(first, randomized.effects(first.ranked))
         _, least, most = randomized.predicted_gain(second, randomized.effects(second), best)
-        wrong += [np.mean((low > 0) | (high < 0)), randomized.permutation_p(one)[1] <= 0.05, least > 0 or most < 0]
+        p, p_ranked = randomized.permutation_p(one)[1], randomized.permutation_p(one.ranked)[1]
+        matters = page.found(min(p, p_ranked)) == "the allocation matters"
+        wrong += [np.mean((low > 0) | (high < 0)), p <= 0.05, least > 0 or most < 0, matters]
     return tuple(wrong / draws)
 
 
@@ -94,14 +97,14 @@ def few_permutations(monkeypatch):
 
 
 def test_no_effect_gives_about_nominal_errors(few_permutations):
-    site, whole, gain = errors(60, 60)
-    assert site < 0.08 and whole <= 0.15 and gain <= 0.15
+    site, whole, gain, said = errors(60, 60)
+    assert site < 0.08 and whole <= 0.15 and gain <= 0.15 and said <= 0.15
 
 
 @pytest.mark.slow
 def test_no_effect_gives_nominal_errors(few_permutations):
-    site, whole, gain = errors(500, 100)  # the jackknife errs on the safe side: 3.1, 4.9 and 1.8 % in 1,000 draws
-    assert 0.02 <= site <= 0.055 and 0.03 <= whole <= 0.075 and gain <= 0.055
+    site, whole, gain, said = errors(500, 100)  # the jackknife errs on the safe side: 3.1, 4.9 and 1.8 % in 1,000 draws
+    assert 0.02 <= site <= 0.055 and 0.03 <= whole <= 0.075 and gain <= 0.055 and 0.02 <= said <= 0.075
 
 
 def with_collapses(runs: Runs, collapsed: np.ndarray) -> Runs:
@@ -245,10 +248,12 @@ def test_failed_runs_score_as_a_constant_predictor_and_collapses_are_told_apart(
     assert "Of the scores of the 147 others: " in text and "Among runs that did not collapse, scores have" in text
     assert one.kept.explained["site"][1] <= 0.005 and one.ranked.explained["site"][1] <= 0.005
     assert one.spread.drawn > 2 * one.spread_kept.drawn and one.spread_kept.numbers == (147, 3)
-    fewer = results.replace(part, runs=tuple(run for run in part.runs if run.config.seed < 80))
+    assert "not complete" not in text
+    fewer = results.replace(part, complete=False, runs=tuple(run for run in part.runs if run.config.seed < 80))
     few = page.analysed(changed(fewer, "random-rank", range(12), **failed))  # too few are left for effects, not for a spread
     assert few.kept is None and few.spread_kept.numbers == (68, 4) and few.gain is None
-    assert "Among runs that did not collapse" in " ".join(page.sentences(few))
+    begins, *rest = page.sentences(few)
+    assert begins.startswith("The study is not complete") and "Among runs that did not collapse" in " ".join(rest)
     names = [row[0] for row in page.spread_table(one).rows]
     assert "random, not collapsed" in names and "best of 100 random allocations, not collapsed" in names
     assert [row[1] for row in page.views_table(one).rows] == [150, 150, 147, 150]

@@ -7,6 +7,7 @@ What is computed is said in reports/randomized.py.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import sqrt
 from pathlib import Path
 
@@ -21,23 +22,31 @@ from rankwise.reports.figures.style import Drawing, save, subject
 from rankwise.reports.randomized import Effects, Runs
 from rankwise.reports.results import Arm, Study, load, load_all
 from rankwise.reports.statistics import holm, summary, t_quantile
+from rankwise.reports.tables.captions import alarms
 from rankwise.reports.tables.cells import interval_text
 from rankwise.reports.tables.table import Table, escape_markdown
 from rankwise.variants.settings.lowrank import pattern_for
 
 BEST_OF = (10, 100, 1_000)  # random allocations, of which the best is given
 NEW_SEEDS = 12  # of the study that tests the predicted allocation afresh: looks at 8 and 12
+GROUPS = ("site", "kind", "layer")
 UNIT = "points for 1 % of the budget"
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What runs say: effects of, and the share of the variance (with its p) that is explained by, "site", "kind", "layer"."""
+    """Effects on what runs say, by "site", "kind" and "layer", and the share of its variance that these explain, with a p."""
 
     name: str
     runs: Runs
-    by: dict[str, Effects]
-    explained: dict[str, tuple[float, float]]
+
+    @cached_property
+    def by(self) -> dict[str, Effects]:
+        return {group: randomized.effects(self.runs, group) for group in GROUPS}
+
+    @cached_property
+    def explained(self) -> dict[str, tuple[float, float]]:
+        return {group: randomized.permutation_p(self.runs, group) for group in GROUPS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,10 +116,10 @@ def analysed(part: Study, beside: Sequence[Study] = ()) -> Analysis:
         uniform_scores=scores,
         spread=randomized.spread(runs.scores, scores) if len(scores) > 1 else None,
         spread_kept=randomized.spread(*steady) if collapsed.any() and min(map(len, steady)) > 1 else None,
-        all=_view("scores", runs),
-        ranked=_view("ranks of the scores", runs.ranked),
-        kept=None if kept is None else _view("scores of runs that did not collapse", kept),
-        collapses=_view("whether a run collapsed", runs.scored(collapsed)) if collapsed.any() else None,
+        all=View("scores", runs),
+        ranked=View("ranks of the scores", runs.ranked),
+        kept=None if kept is None else View("scores of runs that did not collapse", kept),
+        collapses=View("whether a run collapsed", runs.scored(collapsed)) if collapsed.any() else None,
         best=best,
         gain=gain,
         gain_kept=gain_kept,
@@ -118,11 +127,6 @@ def analysed(part: Study, beside: Sequence[Study] = ()) -> Analysis:
         agreements_ranked=randomized.agreements(runs.ranked, measures),
         reliability=reliability,
     )
-
-
-def _view(name: str, runs: Runs) -> View:
-    by = {group: randomized.effects(runs, group) for group in ("site", "kind", "layer")}
-    return View(name, runs, by, {group: randomized.permutation_p(runs, group) for group in by})
 
 
 def write(folder: Path, out: Path, beside: Sequence[Path] = ()) -> Path:
@@ -177,10 +181,11 @@ def sentences(one: Analysis) -> list[str]:
     """The answer first: is there anything to gain, where, how far it could be foreseen."""
     runs, n, (_, p), (_, p_ranked) = one.runs, len(one.runs.scores), one.all.explained["site"], one.ranked.explained["site"]
     lines = [
+        *alarms(one.part),
         f"{n} random allocations of one budget ({runs.budget:,.0f} parameters on {len(runs.sites)} sites), one for each seed, "
         f"on {one.part.task}: where the rank went explains {_share(one.all)} of the variance of the scores ({_p(p)}), and "
-        f"{_share(one.ranked)} of that of their ranks, which no run can sway alone ({_p(p_ranked)}): {_found(min(p, p_ranked))}"
-        f". {100 * (len(runs.sites) - 1) / (n - 1):.1f} % are expected of chance."
+        f"{_share(one.ranked)} of that of their ranks, which no run can sway alone ({_p(p_ranked)}): {found(min(p, p_ranked))}"
+        f". {100 * (len(runs.sites) - 1) / (n - 1):.1f} % are expected of chance.",
     ]
     if one.unplaced:
         left_out = "1 run that failed before it" if one.unplaced == 1 else f"{one.unplaced} runs that failed before they"
@@ -246,7 +251,7 @@ def _p(p: float) -> str:
     return f"p = {p:.4f}"
 
 
-def _found(p: float) -> str:
+def found(p: float) -> str:
     """Of the smaller of two p, which may be half as large for that."""
     return "the allocation matters" if p <= 0.025 else "no effect of the allocation was found"
 
@@ -257,17 +262,16 @@ def _gain(gain: tuple[float, float, float]) -> str:
 
 def views_table(one: Analysis) -> Table:
     views = [view for view in (one.all, one.ranked, one.kept, one.collapses) if view is not None]
-    rows = tuple(
-        (view.name, len(view.runs.scores), *(_explained(view, by) for by in ("site", "kind", "layer"))) for view in views
-    )
-    caption = (
+    rows = tuple((view.name, len(view.runs.scores), *(_explained(view, by) for by in GROUPS)) for view in views)
+    caption = [
         "Share of the variance that is explained, and p by permutation (scores are dealt to allocations anew, since "
         "allocations were drawn).",
-        "Ranks of the scores (Conover & Iman 1981) cannot be swayed by a few runs that collapse. The third line says nothing "
-        "of how often an allocation collapses; the fourth says that alone.",
-        "Of the first two lines one is enough to say that the allocation matters, at 2.5 % each.",
-    )  # fmt: skip
-    return Table("views", "Does the allocation matter?", ("of", "runs", "by site", "by kind", "by layer"), rows, caption)
+        "Ranks of the scores (Conover & Iman 1981) cannot be swayed by a few runs that collapse. Of the first two lines one is "
+        "enough to say that the allocation matters, at 2.5 % each. A p looked at before all runs are in errs more often.",
+    ]
+    if one.kept is not None:
+        caption.append("Scores of runs that did not collapse say nothing of how often an allocation collapses.")
+    return Table("views", "Does the allocation matter?", ("of", "runs", *(f"by {by}" for by in GROUPS)), rows, tuple(caption))
 
 
 def _explained(view: View, by: str) -> str:
@@ -321,14 +325,11 @@ def _apart(drawn, uniform) -> str:
 
 
 def effects_table(one: Analysis, by: str) -> Table:
-    effects, groups = one.all.by[by], one.runs.groups(by)
-    adjusted = holm(np.nan_to_num(effects.p_values, nan=1.0))
+    groups = one.runs.groups(by)
     rows = [
-        (name, _spent(one.runs, groups[name]), float(value), f"{low:+.3f} to {high:+.3f}", float(adjust))
-        for name, value, (low, high), adjust in zip(
-            effects.names, effects.values, effects.intervals(), adjusted, strict=True
-        )
-    ]  # fmt: skip
+        (name, _spent(one.runs, groups[name]), *cells)
+        for name, cells in zip(groups, _effect_cells(one.all.by[by]), strict=True)
+    ]
     columns = (by, "share of the budget (%)", "effect", "95 % interval", "p (Holm)")
     caption = [
         f"Effect: {UNIT} moved there from all others in their shares. Interval: 95 %, clustered by seed (jackknife), of each "
@@ -336,16 +337,19 @@ def effects_table(one: Analysis, by: str) -> Table:
         f"Together they explain {_explained(one.all, by)} of the variance of the scores.",
     ]
     if one.kept is not None:
-        found = one.kept.by[by]
-        adjusted = holm(np.nan_to_num(found.p_values, nan=1.0))
-        more = zip(found.values, found.intervals(), adjusted, strict=True)
-        rows = [
-            (*row, float(value), f"{low:+.3f} to {high:+.3f}", float(adjust))
-            for row, (value, (low, high), adjust) in zip(rows, more, strict=True)
-        ]
+        rows = [(*row, *cells) for row, cells in zip(rows, _effect_cells(one.kept.by[by]), strict=True)]
         columns += ("effect, not collapsed", "its 95 % interval", "its p (Holm)")
         caption.append(f"Not collapsed: by the {len(one.kept.runs.scores)} runs that did not; {_explained(one.kept, by)}.")
     return Table(f"worth-by-{by}", f"What rank is worth, by {by}", columns, tuple(rows), tuple(caption))
+
+
+def _effect_cells(effects: Effects) -> list[tuple[float, str, float]]:
+    """(effect, interval, corrected p) of each group."""
+    adjusted = holm(np.nan_to_num(effects.p_values, nan=1.0))
+    return [
+        (float(value), f"{low:+.3f} to {high:+.3f}", float(p))
+        for value, (low, high), p in zip(effects.values, effects.intervals(), adjusted, strict=True)
+    ]
 
 
 def _spent(runs: Runs, inside: Sequence[int]) -> float:

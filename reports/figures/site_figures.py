@@ -23,6 +23,8 @@ from rankwise.reports.results import Arm, Study
 from rankwise.reports.stability import seed_pairs
 from rankwise.reports.statistics import spearman
 
+MOST_PAIRS = 300  # of 25 seeds; more points are an image in the SVG and the PDF, which else grow with the square of the seeds
+
 
 def stability(study: Study) -> Drawing | None:
     """Agreement of the allocations of each pair of seeds: Spearman's correlation, and Jaccard's overlap of ranks and sites."""
@@ -38,7 +40,7 @@ def stability(study: Study) -> Drawing | None:
                 # Points of one setting are moved apart up and down, so that equal ones can be counted.
                 spread = np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else [0.0]
                 ax.plot(values, row + np.asarray(spread)[: len(values)], linestyle="", marker=MARKERS.get(arm.method, "o"),
-                        markersize=4, alpha=0.6, color=colour(arm.method))  # fmt: skip
+                        markersize=4, alpha=0.6, color=colour(arm.method), rasterized=len(values) > MOST_PAIRS)  # fmt: skip
                 if values:
                     ax.plot([np.mean(values)] * 2, [row - 0.34, row + 0.34], color=colour(arm.method), linewidth=2.2)
             ax.set_title(name)
