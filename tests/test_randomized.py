@@ -94,6 +94,7 @@ def errors(draws: int, runs: int) -> tuple[float, float, float, float]:
 @pytest.fixture
 def few_permutations(monkeypatch):
     monkeypatch.setattr(randomized, "PERMUTATIONS", 199)
+    monkeypatch.setattr(randomized, "RESAMPLES", 50)
 
 
 def test_no_effect_gives_about_nominal_errors(few_permutations):
